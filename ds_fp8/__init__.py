@@ -1,0 +1,1 @@
+"""FP8 training for DeepSpeed, by editing JSON."""

@@ -1,0 +1,98 @@
+"""The typed, frozen view of a validated configuration: what every later floor is handed.
+
+`config.load` makes it; nothing else parses JSON. Fields whose JSON default is "auto" are `None` here until the plan,
+which knows the model and the device, decides them. JSON Schema (`schemas/`) is the truth for keys, ranges and
+defaults; `tests/config/test_settings.py` compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..levels import Level
+from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """`fp8.layers`: which modules may be swapped. Globs are matched against module names (fqn) with fnmatch."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    linear: bool = True
+    norm: bool = True
+    first_last_high_precision: bool = False
+    min_features: int | None = None
+
+
+@dataclass(frozen=True)
+class TelemetrySettings:
+    """`telemetry`, inside either section."""
+
+    enabled: bool = False
+    interval: int = 100
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Fp8Settings:
+    """The `fp8` section; `implied` when `msamp` alone turned it on, as MS-AMP does."""
+
+    enabled: bool = False
+    implied: bool = False
+    backend: str = "auto"
+    recipe: Recipe = field(default_factory=Recipe)
+    layers: LayerSettings = field(default_factory=LayerSettings)
+    fuse: bool = False
+    weight_cache: bool | None = None
+    eval: bool = False
+    start_step: int = 0
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+
+
+@dataclass(frozen=True)
+class MsampSettings:
+    """The `msamp` section: a level with its overrides, or `level is None` when it is absent or disabled.
+
+    explicit   keys that the user wrote himself; a default that the job cannot use is replaced and told, an explicit
+               value that it cannot use is refused
+    """
+
+    enabled: bool = False
+    level: Level | None = None
+    use_te: bool = False
+    explicit: frozenset[str] = frozenset()
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+
+
+@dataclass(frozen=True)
+class DeepSpeedFacts:
+    """The few facts of DeepSpeed's own sections that the plan depends on.
+
+    base_dtype   `bf16`, `fp16` or `fp32`: what the model's parameters are cast to
+    """
+
+    zero_stage: int = 0
+    base_dtype: str = "fp32"
+    gradient_accumulation_steps: int | None = None
+    offload_optimizer: str | None = None
+    offload_param: str | None = None
+    optimizer: str | None = None
+    torch_autocast: bool = False
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a job asked of us."""
+
+    fp8: Fp8Settings = field(default_factory=Fp8Settings)
+    msamp: MsampSettings = field(default_factory=MsampSettings)
+    deepspeed: DeepSpeedFacts = field(default_factory=DeepSpeedFacts)
+    source: str = "config"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def enabled(self) -> bool:
+        return self.fp8.enabled or self.msamp.enabled
