@@ -1,1 +1,42 @@
-"""FP8 training for DeepSpeed, by editing JSON."""
+"""ds_fp8: FP8 training for DeepSpeed, by editing JSON.
+
+    "fp8":   {"enabled": true, "recipe": "delayed", "fp8_format": "HYBRID"},
+    "msamp": {"enabled": true, "opt_level": "O2"}
+
+Importing this package is one of the doors: it hooks DeepSpeed, at once where DeepSpeed is loaded already, else when it
+is imported. It imports neither torch nor DeepSpeed itself. `docs/architecture.md` is the reading order.
+"""
+
+from __future__ import annotations
+
+from .door import install as _open_door
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "activate", "deactivate", "is_active"]
+
+
+def activate() -> None:
+    """Hook DeepSpeed's classes now; imports DeepSpeed. Calling it twice is the same as once."""
+    from .engine import activate as _activate
+
+    _activate()
+
+
+def deactivate() -> None:
+    """Give DeepSpeed's classes their own methods back, and forget the import hook. Engines made meanwhile stay as they are."""
+    from .door import remove
+    from .engine import deactivate as _deactivate
+
+    remove()
+    _deactivate()
+
+
+def is_active() -> bool:
+    """Whether DeepSpeed's classes are hooked; asks without importing anything heavy."""
+    import sys
+
+    engine = sys.modules.get("ds_fp8.engine")
+    return engine is not None and engine.is_active()
+
+
+_open_door()
