@@ -211,6 +211,103 @@ def cached_weight() -> dict[str, Any]:
     return {"second equals first": same, "third over first": float(outputs[2].norm() / outputs[0].norm())}
 
 
+def bound_slots() -> dict[str, Any]:
+    """Do quantisers use scale and amax tensors that were put into them, and is the amax of two calls the larger one?"""
+    te, recipe, _ = engine()
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    scaling = recipe.DelayedScaling(amax_history_len=1)
+    layer = te.Linear(32, 32, params_dtype=torch.bfloat16, device="cuda")
+    layer.fp8_meta[FP8GlobalStateManager.get_buffer_info()] = []
+    slots = torch.zeros(2, 5, device="cuda")
+    slots[0] = 2.0
+    with fp8(te, scaling):
+        layer.init_fp8_metadata(num_gemms=1)
+    for key, first, count in (("scaling_fwd", 0, 3), ("scaling_bwd", 3, 2)):
+        for index, quantizer in enumerate(layer.quantizers[key][:count]):
+            quantizer.scale, quantizer.amax = slots[0, first + index : first + index + 1], slots[1, first + index : first + index + 1]  # fmt: skip
+    facts: dict[str, Any] = {"quantizers": {key: len(value) for key, value in layer.quantizers.items()}}
+    for factor in (3.0, 1.0):
+        x = torch.full((16, 32), factor, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        with fp8(te, scaling):
+            y = layer(x)
+        y.backward(torch.full_like(y, factor / 8))
+        facts[f"amax after input {factor}"] = slots[1].tolist()
+    facts["scales after"] = slots[0].tolist()
+    facts["own scale of TE"] = layer.fp8_meta["scaling_fwd"].scale.tolist()
+    slots[1].zero_()
+    with torch.no_grad(), fp8(te, scaling):
+        layer(x)
+    facts["amax after a call without gradients"] = slots[1].tolist()
+    with torch.no_grad():
+        layer(x)
+    with fp8(te, scaling):
+        layer(x)
+    facts["still bound after a call without FP8"] = (
+        layer.quantizers["scaling_fwd"][0].scale.data_ptr() == slots.data_ptr()
+    )
+    return facts
+
+
+def padded_rows() -> dict[str, Any]:
+    """Rows of zeros below the tokens must not change outputs or gradients of the others."""
+    te, recipe, _ = engine()
+    found = {}
+    for name, scaling in (("delayed", recipe.DelayedScaling()), ("current", recipe.Float8CurrentScaling())):
+        torch.manual_seed(0)
+        layer = te.Linear(64, 64, params_dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+        x[21:] = 0
+        g = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+        g[21:] = 0
+        results = []
+        for rows in (32, 48):
+            layer.zero_grad()
+            more = torch.nn.functional.pad(x, (0, 0, 0, rows - 32)).requires_grad_()
+            with fp8(te, scaling):
+                y = layer(more)
+            y.backward(torch.nn.functional.pad(g, (0, 0, 0, rows - 32)))
+            results.append((y[:21].detach(), more.grad[:21], layer.weight.grad.clone()))
+        same = [bool((a == b).all()) for a, b in zip(*results, strict=True)]
+        found[name] = dict(zip(("y", "dx", "dw"), same, strict=True))
+    return found
+
+
+def fused_layers() -> dict[str, Any]:
+    """LayerNormLinear and LayerNormMLP against the plain modules: names, and how near in bf16 and in FP8."""
+    te, recipe, _ = engine()
+    torch.manual_seed(0)
+    width, tokens = 128, 64
+    norm = torch.nn.LayerNorm(width, device="cuda", dtype=torch.bfloat16)
+    first = torch.nn.Linear(width, 4 * width, device="cuda", dtype=torch.bfloat16)
+    second = torch.nn.Linear(4 * width, width, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    facts: dict[str, Any] = {}
+    fused = te.LayerNormLinear(width, 4 * width, params_dtype=torch.bfloat16, device="cuda")
+    facts["LayerNormLinear names"] = [name for name, _ in fused.named_parameters()]
+    names = {"layer_norm_weight": norm.weight, "layer_norm_bias": norm.bias}
+    for name, value in (names | {"weight": first.weight, "bias": first.bias}).items():
+        setattr(fused, name, value)
+    plain = first(norm(x)).float()
+    facts["LayerNormLinear bf16 error"] = float((fused(x).float() - plain).norm() / plain.norm())
+    with fp8(te, recipe.Float8CurrentScaling()):
+        facts["LayerNormLinear current error"] = float((fused(x).float() - plain).norm() / plain.norm())
+    for activation, function in (
+        ("gelu", lambda h: torch.nn.functional.gelu(h, approximate="tanh")),
+        ("gelu", torch.nn.functional.gelu),
+        ("relu", torch.relu),
+    ):
+        mlp = te.LayerNormMLP(width, 4 * width, params_dtype=torch.bfloat16, device="cuda", activation=activation)
+        more = {"fc1_weight": first.weight, "fc1_bias": first.bias, "fc2_weight": second.weight}
+        for name, value in (names | more | {"fc2_bias": second.bias}).items():
+            setattr(mlp, name, value)
+        plain = second(function(first(norm(x)))).float()
+        label = f"LayerNormMLP {activation} {getattr(function, '__name__', '')} bf16 error"
+        facts[label] = float((mlp(x).float() - plain).norm() / plain.norm())
+    facts["LayerNormMLP names"] = [name for name, _ in mlp.named_parameters()]
+    return facts
+
+
 def body(ledger: Ledger) -> None:
     cases = linear_cases(ledger)
     torch.save(cases, ledger.out / "te_golden_more.pt")
@@ -223,6 +320,9 @@ def body(ledger: Ledger) -> None:
         ledger.record("te_casts.pt bytes", (ledger.out / "te_casts.pt").stat().st_size)
     ledger.attempt("adapter: who updates the histories", adapter_facts)
     ledger.attempt("adapter: weight cache", cached_weight)
+    ledger.attempt("adapter: bound slots", bound_slots)
+    ledger.attempt("adapter: padded rows", padded_rows)
+    ledger.attempt("adapter: fused layers", fused_layers)
 
 
 if __name__ == "__main__":
