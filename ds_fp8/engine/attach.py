@@ -1,0 +1,166 @@
+"""From JSON to stations, for one engine: read, plan, compare, swap; later step, save, load.
+
+    config.load -> Settings -> make_plan -> Plan -+-> layers.swap_layers    now, before DeepSpeed looks at the model
+                                                  +-> zero.specialize       when DeepSpeed has built its optimizer
+
+Called at the head of `DeepSpeedEngine._configure_distributed_model`: after tensor and expert parallelism have changed
+the model, before the dtype cast, the broadcast, the parameter groups and ZeRO's hooks. The new layers hold the very
+same Parameter objects, so nothing that comes later notices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import DsFp8Error, PlanError
+from . import ATTRIBUTE, of
+from .agreement import agree
+from .keep import add_state, take_state
+from .sections import source_name
+
+
+@dataclass
+class Attachment:
+    """What ds_fp8 is to one DeepSpeed engine.
+
+    engine    the DeepSpeedEngine
+    settings  the validated JSON
+    plan      the decision, equal on all ranks
+    book      scales and amax histories of the FP8 layers; None when only `msamp`'s states were asked for
+    """
+
+    engine: Any
+    settings: Any
+    plan: Any
+    book: Any = None
+    watchers: list[Callable[[], None]] = field(default_factory=list)
+
+    def configure_optimizer(self, original: Callable, client_optimizer: Any, model_parameters: Any) -> Any:
+        """A client's optimizer meets `msamp` here; without `msamp` DeepSpeed goes on as always."""
+        if self.settings.msamp.enabled and client_optimizer is not None:
+            client_optimizer = _zero().take_over(self.engine, client_optimizer, self.plan)
+        return original(self.engine, client_optimizer, model_parameters)
+
+    def configure_basic_optimizer(self, original: Callable, model_parameters: Any) -> Any:
+        """The optimizer of the JSON: ours under `msamp`, DeepSpeed's otherwise."""
+        if self.settings.msamp.enabled:
+            return _zero().build_optimizer(self.engine, model_parameters, self.plan)
+        return original(self.engine, model_parameters)
+
+    def specialize(self, zero_optimizer: Any) -> Any:
+        """ZeRO's optimizer, with FP8 wire, states and weights grafted on under `msamp`."""
+        if self.settings.msamp.enabled and zero_optimizer is not None:
+            _zero().specialize(self.engine, zero_optimizer, self.plan)
+        return zero_optimizer
+
+    def hook(self) -> None:
+        """Hang step and checkpoints on this engine; they outlive `deactivate()`, as the FP8 layers do."""
+        for name, wrapper in (
+            ("_take_model_step", self._take_model_step),
+            ("save_checkpoint", self._save_checkpoint),
+            ("load_checkpoint", self._load_checkpoint),
+        ):
+            original = getattr(self.engine, name)
+            setattr(self.engine, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+    def _take_model_step(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.book is not None:
+            self.book.weights_changed()
+        for watcher in self.watchers:
+            watcher()
+        return result
+
+    def _save_checkpoint(
+        self, original: Callable, save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        return original(save_dir, tag, add_state(self, client_state or {}), *args, **kwargs)
+
+    def _load_checkpoint(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = original(*args, **kwargs)
+        if path is not None:
+            take_state(self, client_state, path)
+        return path, client_state
+
+
+def attach(engine: Any, model: Any) -> Attachment | None:
+    """Read the engine's configuration; swap layers; leave an Attachment on the engine. None if all is disabled.
+
+    Every error is raised on every rank. The model is not touched before all ranks agree.
+    """
+    if of(engine) is not None:
+        return of(engine)
+    settings, plan, error = None, None, None
+    try:
+        settings = _settings(engine)
+        if settings.enabled:
+            plan = _plan(engine, model, settings)
+    except DsFp8Error as found:
+        error = found
+    agree(plan.digest() if plan is not None else None, error, part=_part(engine, model))
+    if plan is None:
+        return None
+
+    attachment = Attachment(engine, settings, plan)
+    if settings.fp8.enabled:
+        from ..layers import swap_layers
+
+        attachment.book = swap_layers(model, plan)
+    # Set past nn.Module's bookkeeping: an attachment is no submodule.
+    engine.__dict__[ATTRIBUTE] = attachment
+    attachment.hook()
+    _tell(plan.banner())
+    return attachment
+
+
+def _settings(engine: Any) -> Any:
+    from .. import config
+
+    settings = config.load(engine.config, where=source_name())
+    if settings.enabled:
+        from ..zero import seams
+
+        seams.verify()
+    return settings
+
+
+def _plan(engine: Any, model: Any, settings: Any) -> Any:
+    from ..plan import make_plan
+
+    if settings.msamp.enabled:
+        _zero()
+    return make_plan(model, settings, device=engine.device, world_size=_data_parallel_size(engine))
+
+
+def _data_parallel_size(engine: Any) -> int:
+    import deepspeed.comm as dist
+
+    if engine.mpu is not None and hasattr(engine.mpu, "get_data_parallel_world_size"):
+        return engine.mpu.get_data_parallel_world_size()
+    return dist.get_world_size()
+
+
+def _part(engine: Any, model: Any) -> str:
+    """Which piece of the model lives here: pipeline stages hold different layers and so make different plans."""
+    stage = getattr(model, "stage_id", None)
+    return "" if stage is None else f"pipeline stage {stage}"
+
+
+def _zero() -> Any:
+    """The package that meets ZeRO, refused by name as long as it does not know `msamp`."""
+    from .. import zero
+
+    if not all(hasattr(zero, name) for name in ("specialize", "build_optimizer", "take_over")):
+        raise PlanError("msamp: this build of ds_fp8 has no optimizer states; use the fp8 section alone.")
+    return zero
+
+
+def _tell(text: str) -> None:
+    """One place of output: rank 0, on stdout beside DeepSpeed's own log."""
+    import deepspeed.comm as dist
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)

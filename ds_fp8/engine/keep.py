@@ -1,0 +1,134 @@
+"""Scales and histories in DeepSpeed's checkpoints: kept beside the model, never inside it.
+
+The module's state_dict stays the plain model's, so a checkpoint of ours loads into a run without the plugin with
+`strict=True`, and the other way round. The FP8 state travels in the client state under the key `ds_fp8`: plain
+tensors, strings and numbers, safe under `torch.load(weights_only=True)`.
+
+    {"version": 1, "plan": digest, "world_size": W, "books": [state, ...], "book_of_rank": [index, ...]}
+
+DeepSpeed writes the client state of one rank only. With `reduce_amax` all ranks hold the same book and one is stored;
+without, and in a pipeline, books differ: each different one is stored once, with the ranks it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from ..errors import CheckpointError
+
+KEY = "ds_fp8"
+VERSION = 1
+
+
+def add_state(attachment: Any, client_state: dict[str, Any]) -> dict[str, Any]:
+    """The client state with our key added; the caller's dict is left alone. Collective: all ranks call it."""
+    if KEY in client_state:
+        raise CheckpointError(f"client_state already has a key {KEY!r}, which ds_fp8 keeps its own state under.")
+    if attachment.book is None:
+        return client_state
+    books, book_of_rank = _distinct(attachment.book.state_dict())
+    kept = {
+        "version": VERSION,
+        "plan": attachment.plan.digest(),
+        "world_size": len(book_of_rank),
+        "books": books,
+        "book_of_rank": book_of_rank,
+    }
+    return {**client_state, KEY: kept}
+
+
+def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None:
+    """Take our key out of a loaded client state and restore the book from it.
+
+    A checkpoint of a run without the plugin has none: the scales start fresh, and one line says so.
+    """
+    kept = client_state.pop(KEY, None)
+    book = attachment.book
+    if book is None:
+        return
+    book.weights_changed()
+    if kept is None:
+        _tell(f"ds_fp8: {path} has no FP8 scales (written without the plugin); amax histories start fresh")
+        return
+    book.load_state_dict(_own_book(kept, path))
+
+
+def _own_book(kept: Any, path: str) -> Any:
+    """This rank's book out of a checkpoint's; the first one if the world has another size."""
+    if not isinstance(kept, dict) or not {"version", "books", "book_of_rank"} <= kept.keys():
+        raise CheckpointError(f"{path}: the entry {KEY!r} of the client state was not written by ds_fp8.")
+    if kept["version"] > VERSION:
+        raise CheckpointError(
+            f"{path}: FP8 state of version {kept['version']}, this ds_fp8 reads up to {VERSION}. Upgrade ds_fp8."
+        )
+    rank, world_size = _world()
+    book_of_rank = kept["book_of_rank"]
+    if len(book_of_rank) == world_size:
+        return kept["books"][book_of_rank[rank]]
+    if len(kept["books"]) > 1:
+        _tell(
+            f"ds_fp8: {path} was written by {len(book_of_rank)} ranks with scales of their own; "
+            f"all {world_size} ranks start from those of rank 0"
+        )
+    return kept["books"][book_of_rank[0]]
+
+
+def _distinct(state: Any) -> tuple[list[Any], list[int]]:
+    """Every different book among the ranks, and which one each rank has. Only different ones are sent."""
+    import deepspeed.comm as dist
+
+    rank, world_size = _world()
+    if world_size == 1:
+        return [state], [0]
+    prints: list[Any] = [None] * world_size
+    dist.all_gather_object(prints, _fingerprint(state))
+    owners = {}
+    for other, fingerprint in enumerate(prints):
+        owners.setdefault(fingerprint, other)
+    books: list[Any] = [state] * world_size
+    if len(owners) > 1:
+        # Those that bring nothing new send nothing.
+        dist.all_gather_object(books, state if rank in owners.values() else None)
+    order = list(owners)
+    return [books[owners[fingerprint]] for fingerprint in order], [order.index(found) for found in prints]
+
+
+def _fingerprint(value: Any) -> str:
+    """A hash over nested dicts, lists, tensors and plain values: equal books have equal fingerprints."""
+    digest = hashlib.sha256()
+
+    def feed(item: Any) -> None:
+        if isinstance(item, dict):
+            for key in sorted(item, key=str):
+                digest.update(f"{key}:".encode())
+                feed(item[key])
+        elif isinstance(item, (list, tuple)):
+            for element in item:
+                feed(element)
+        elif hasattr(item, "detach"):
+            plain = item.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            digest.update(plain.reshape(-1).view(dtype=_bytes_dtype()).numpy().tobytes())
+        else:
+            digest.update(repr(item).encode())
+
+    feed(value)
+    return digest.hexdigest()
+
+
+def _bytes_dtype() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def _world() -> tuple[int, int]:
+    import deepspeed.comm as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _tell(text: str) -> None:
+    if _world()[0] == 0:
+        print(text, flush=True)

@@ -1,0 +1,145 @@
+"""Every private name of DeepSpeed that we touch, with the signature we expect there.
+
+DeepSpeed moves monthly, and a hook on a method that has changed its meaning trains on in silence, unquantised or
+wrong. So nothing outside this table may be hooked: `verify` compares the installed DeepSpeed with it, and refuses with
+the list of differences as soon as a job asks for `fp8` or `msamp`. Jobs that ask for nothing are left alone.
+
+A signature may have changed between releases without harm: `Seam.signatures` lists every parameter list that our code
+was written for, newest first. Read in DeepSpeed 0.17.2 to 0.19.8.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..errors import SeamError
+
+ENGINE = "deepspeed.runtime.engine"
+STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2"
+STAGE_3 = "deepspeed.runtime.zero.stage3"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place where we meet DeepSpeed.
+
+    module      where it lives
+    path        attribute path inside the module: `Class.method` or `function`
+    signatures  accepted parameter names, one tuple for each known form; empty: only its presence matters
+    why         what we do there
+    """
+
+    module: str
+    path: str
+    signatures: tuple[tuple[str, ...], ...]
+    why: str
+
+    def find(self) -> object:
+        """The live object; AttributeError or ImportError when it is gone."""
+        found: object = importlib.import_module(self.module)
+        for name in self.path.split("."):
+            found = getattr(found, name)
+        return found
+
+
+def _seam(module: str, path: str, *signatures: str, why: str) -> Seam:
+    return Seam(module, path, tuple(tuple(text.split()) for text in signatures), why)
+
+
+SEAMS: dict[str, Seam] = {
+    "configure_distributed_model": _seam(
+        ENGINE,
+        "DeepSpeedEngine._configure_distributed_model",
+        "self model",
+        why="layers are swapped before the cast, the broadcast and ZeRO's hooks",
+    ),
+    "configure_optimizer": _seam(
+        ENGINE,
+        "DeepSpeedEngine._configure_optimizer",
+        "self client_optimizer model_parameters",
+        why="a client's Adam is taken over",
+    ),
+    "configure_basic_optimizer": _seam(
+        ENGINE,
+        "DeepSpeedEngine._configure_basic_optimizer",
+        "self model_parameters",
+        why="the optimizer of the JSON becomes ours",
+    ),
+    "configure_zero_optimizer": _seam(
+        ENGINE,
+        "DeepSpeedEngine._configure_zero_optimizer",
+        "self optimizer",
+        why="ZeRO's optimizer is specialised",
+    ),
+    "take_model_step": _seam(
+        ENGINE,
+        "DeepSpeedEngine._take_model_step",
+        "self lr_kwargs",
+        "self lr_kwargs block_eigenvalue",
+        why="weights have changed: cached codes are stale, telemetry is due",
+    ),
+    "save_checkpoint": _seam(
+        ENGINE,
+        "DeepSpeedEngine.save_checkpoint",
+        "self save_dir tag client_state save_latest exclude_frozen_parameters",
+        why="scales and histories travel in the client state",
+    ),
+    "load_checkpoint": _seam(
+        ENGINE,
+        "DeepSpeedEngine.load_checkpoint",
+        "self load_dir tag load_module_strict load_optimizer_states load_lr_scheduler_states load_module_only "
+        "custom_load_fn",
+        why="scales and histories come back",
+    ),
+}
+"""Name -> seam. A package that hooks something new adds it here, with a reason."""
+
+
+def parameters_of(function: Callable) -> tuple[str, ...]:
+    """Parameter names of a function, seen through decorators, also through those that forget functools.wraps."""
+    names = tuple(inspect.signature(function).parameters)
+    if names != ("args", "kwargs"):
+        return names
+    # DeepSpeed's nvtx decorator hides the function in its closure.
+    for cell in getattr(function, "__closure__", None) or ():
+        if inspect.isfunction(cell.cell_contents):
+            return parameters_of(cell.cell_contents)
+    return names
+
+
+def difference(name: str) -> str | None:
+    """What is different at one seam, in words; None when it is as expected."""
+    seam = SEAMS[name]
+    where = f"{seam.module}.{seam.path}"
+    try:
+        found = seam.find()
+    except (ImportError, AttributeError) as error:
+        return f"{where}: not there ({error}); needed because {seam.why}"
+    if not seam.signatures:
+        return None
+    names = parameters_of(found)  # type: ignore[arg-type]
+    if names in seam.signatures:
+        return None
+    expected = " or ".join("(" + ", ".join(known) + ")" for known in seam.signatures)
+    return f"{where}: takes ({', '.join(names)}), expected {expected}; needed because {seam.why}"
+
+
+def verify(names: Iterable[str] | None = None) -> None:
+    """Raise SeamError with every difference of the installed DeepSpeed, or of the seams in `names` only."""
+    found = [text for name in (SEAMS if names is None else names) if (text := difference(name)) is not None]
+    if not found:
+        return
+    deepspeed = importlib.import_module("deepspeed")
+    version = getattr(deepspeed, "__version__", "unknown")
+    raise SeamError(
+        "\n".join(
+            [
+                f"DeepSpeed {version} differs from the releases that ds_fp8 knows (0.17.2 to 0.19.8):",
+                *(f"  {text}" for text in found),
+                "  Install a known DeepSpeed, or a newer ds_fp8; or set the sections fp8 and msamp to enabled: false.",
+            ]
+        )
+    )
