@@ -1,0 +1,224 @@
+"""Sums over ranks with FP8 on the wire and fp32 in the sum.
+
+`reduce_slices` is ZeRO's half: slice d of every rank goes to owner d, which adds. One all_to_all of bytes,
+(W - 1) / W bytes per parameter and rank, where DeepSpeed's ZeRO 1 and 2 all-reduce whole buckets in 16 bits: four
+bytes. `all_reduce` (stage 0) adds one all-gather of the sum, cast again: twice the bytes, and each rank ends with the
+same bits, since all decode the same codes.
+
+Large tensors go in rounds of bounded size, and while one round is on the network the next is being cast and the
+previous one summed. Waiting is left to the collective's handle, which on a GPU orders streams and never stops the
+host, so all of this may run in DeepSpeed's reduction stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from .. import kernels
+from ..formats import BLOCK_SIZE
+from .counters import all_gather_bytes, all_reduce_bytes, counters
+from .route import Route, flat_route
+from .wire import Wire, blocks_in, message_bytes, message_views, write_message
+
+
+def reduce_to_owners(
+    tensor: Tensor, bounds: Sequence[int], group: Any, *, wire: Wire, average: float, out: Tensor | None = None
+) -> Tensor:
+    """Sum `tensor` over the group, each owner its own slice: `tensor[bounds[d] : bounds[d + 1]]` goes to rank d.
+
+    tensor    flat, contiguous, equal size on all ranks; not changed
+    bounds    W + 1 ascending offsets; slices may be uneven or empty
+    average   factor on the sum: 1 / W for a mean
+    returns   this rank's slice, fp32
+    """
+    flat = tensor.view(-1)
+    slices = [flat[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return reduce_slices(slices, group, wire=wire, average=average, out=out)
+
+
+def reduce_slices(
+    slices: Sequence[Tensor], group: Any, *, wire: Wire, average: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """Sum over ranks, slice d at its owner d; returns this rank's slice in fp32, times `average`.
+
+    slices  one flat contiguous tensor per owner, sizes equal on all ranks; not changed
+    group   a process group, or a `Route` that sends high precision inside a node and FP8 between nodes
+    """
+    route = group if isinstance(group, Route) else flat_route(group)
+    if not route.is_flat:
+        return _reduce_two_level(slices, route, wire=wire, average=average, out=out)
+    world_size, rank = route.world_size, route.rank
+    assert len(slices) == world_size, f"{len(slices)} slices for {world_size} ranks"
+    own = slices[rank]
+    if out is None:
+        out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
+    # The owner's contribution does not travel: it enters the sum without a cast.
+    torch.mul(own, average, out=out) if own.dtype == out.dtype else out.copy_(own).mul_(average)
+    if world_size == 1:
+        return out
+    in_flight = None
+    for cut in wire.chunks([s.numel() for s in slices], own.device):
+        parts = [s[start:stop] for s, (start, stop) in zip(slices, cut, strict=True)]
+        started = _start_exchange(parts, rank, route.group, wire)
+        if in_flight is not None:
+            _add_received(*in_flight, wire, average)
+        in_flight = (*started, out[cut[rank][0] : cut[rank][1]])
+    if in_flight is not None:
+        _add_received(*in_flight, wire, average)
+    return out
+
+
+def _start_exchange(parts: list[Tensor], rank: int, group: Any, wire: Wire) -> tuple[Any, Tensor, Tensor]:
+    """Cast and send each part to its owner; returns the handle, what arrives, and what must live until then."""
+    world_size, device = len(parts), parts[0].device
+    numels = [part.numel() for part in parts]
+    others = [d for d in range(world_size) if d != rank]
+    if wire.fmt is None:
+        dtype, sizes = parts[0].dtype, list(numels)
+    else:
+        dtype, sizes = torch.uint8, [message_bytes(n) for n in numels]
+    sending = [0 if d == rank else sizes[d] for d in range(world_size)]
+    arriving = [0 if d == rank else sizes[rank] for d in range(world_size)]
+    send = torch.empty(sum(sending), dtype=dtype, device=device)
+    received = torch.empty(sum(arriving), dtype=dtype, device=device)
+    for d, message in zip(range(world_size), send.split(sending), strict=True):
+        if d == rank:
+            continue
+        if wire.fmt is None:
+            message.copy_(parts[d])
+        else:
+            write_message(parts[d], wire.fmt, message)
+    handle = dist.all_to_all_single(received, send, arriving, sending, group=group, async_op=True)
+    sent_numel = sum(numels[d] for d in others)
+    element_bytes = 1 if wire.fmt else parts[0].element_size()
+    counters.add("gradient", sent_numel * element_bytes)
+    if wire.fmt is not None:
+        counters.add("scale", 4 * sum(blocks_in(numels[d]) for d in others))
+    return handle, received, send
+
+
+def _add_received(handle: Any, received: Tensor, send: Tensor, out: Tensor, wire: Wire, average: float) -> None:
+    """Add what the others sent to `out`, in rank order."""
+    if handle is not None:
+        handle.wait()
+    numel = out.numel()
+    if numel == 0:
+        return
+    if wire.fmt is None:
+        for contribution in received.view(-1, numel):
+            out.add_(contribution, alpha=average) if average != 1.0 else out.add_(contribution)
+        return
+    codes, scale_inv = message_views(received.view(-1, message_bytes(numel)), numel)
+    out.add_(kernels.flat_sum(codes, scale_inv, wire.fmt, factor=average))
+
+
+def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) -> Tensor:
+    """Sum `tensor` over the group times `average`, in place, the same bits on every rank (stage 0).
+
+    Each rank owns a share of whole blocks, sums it in fp32, casts the sum once more and gathers it to all.
+    """
+    route = group if isinstance(group, Route) else flat_route(group)
+    flat = tensor.view(-1)
+    if flat.numel() == 0:
+        return tensor
+    if not route.is_flat:
+        return _all_reduce_two_level(tensor, route, wire=wire, average=average)
+    if route.world_size == 1:
+        flat.mul_(average)
+        return tensor
+    if wire.fmt is None:
+        dist.all_reduce(flat, group=route.group)
+        counters.add("gradient", all_reduce_bytes(flat.numel(), flat.element_size(), route.world_size))
+        flat.mul_(average)
+        return tensor
+    reducing: tuple[Any, ...] | None = None
+    gathering: tuple[Any, ...] | None = None
+    for ((start, stop),) in wire.chunks([flat.numel()], flat.device):
+        chunk = flat[start:stop]
+        bounds = owner_bounds(chunk.numel(), route.world_size)
+        parts = [chunk[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        started = _start_exchange(parts, route.rank, route.group, wire)
+        if reducing is not None:
+            if gathering is not None:
+                _decode_gathered(*gathering, wire)
+            gathering = _start_gather(*reducing, route, wire, average)
+        reducing = (*started, parts)
+    if gathering is not None:
+        _decode_gathered(*gathering, wire)
+    _decode_gathered(*_start_gather(*reducing, route, wire, average), wire)  # type: ignore[misc]
+    return tensor
+
+
+def owner_bounds(numel: int, world_size: int) -> list[int]:
+    """Shares of whole blocks, as even as blocks allow; the last ones may be short or empty."""
+    share = -(-blocks_in(numel) // world_size) * BLOCK_SIZE
+    return [min(numel, d * share) for d in range(world_size + 1)]
+
+
+def _start_gather(
+    handle: Any, received: Tensor, send: Tensor, parts: list[Tensor], route: Route, wire: Wire, average: float
+) -> tuple[Any, Tensor, Tensor, list[Tensor]]:
+    """Finish the sum of the own share, cast it again and send it to everyone."""
+    own = parts[route.rank]
+    total = own.float().mul_(average) if own.dtype != torch.float32 else own * average
+    _add_received(handle, received, send, total, wire, average)
+    # Every rank sends as much as the largest share takes, so that one all_gather_into_tensor carries all.
+    size = message_bytes(parts[0].numel())
+    message = torch.empty(size, dtype=torch.uint8, device=own.device)
+    write_message(total, wire.fmt, message)  # type: ignore[arg-type]
+    gathered = torch.empty(route.world_size * size, dtype=torch.uint8, device=own.device)
+    work = dist.all_gather_into_tensor(gathered, message, group=route.group, async_op=True)
+    code_bytes = all_gather_bytes(own.numel(), route.world_size)
+    counters.add("gradient", code_bytes)
+    counters.add("scale", all_gather_bytes(size, route.world_size) - code_bytes)
+    return work, gathered, message, parts
+
+
+def _decode_gathered(work: Any, gathered: Tensor, message: Tensor, parts: list[Tensor], wire: Wire) -> None:
+    if work is not None:
+        work.wait()
+    for row, part in zip(gathered.view(len(parts), -1), parts, strict=True):
+        if part.numel():
+            codes, scale_inv = message_views(row, part.numel())
+            kernels.flat_decode(codes, scale_inv, wire.fmt, out=part)
+
+
+def _reduce_two_level(
+    slices: Sequence[Tensor], route: Route, *, wire: Wire, average: float, out: Tensor | None
+) -> Tensor:
+    """High precision inside the node, then the wire between ranks of equal place in their nodes."""
+    inside = []
+    for place in range(route.inner.world_size):
+        pieces = [slices[route.owner(node, place)] for node in range(route.outer.world_size)]
+        inside.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+    own = reduce_slices(inside, route.inner, wire=Wire(None, wire.chunk_numel))
+    sizes = [slices[route.owner(node, route.inner.rank)].numel() for node in range(route.outer.world_size)]
+    return reduce_slices(own.split(sizes), route.outer, wire=wire, average=average, out=out)
+
+
+def _all_reduce_two_level(tensor: Tensor, route: Route, *, wire: Wire, average: float) -> Tensor:
+    """Reduce inside the node to shares, all-reduce each share between nodes in FP8, gather inside the node."""
+    flat = tensor.view(-1)
+    places = route.inner.world_size
+    for ((start, stop),) in wire.chunks([flat.numel()], flat.device):
+        chunk = flat[start:stop]
+        bounds = owner_bounds(chunk.numel(), places)
+        parts = [chunk[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        own = reduce_slices(parts, route.inner, wire=Wire(None, wire.chunk_numel))
+        all_reduce(own, route.outer, wire=wire, average=average)
+        if places == 1:
+            parts[0].copy_(own)
+            continue
+        share = torch.zeros(parts[0].numel(), dtype=chunk.dtype, device=chunk.device)
+        share[: own.numel()].copy_(own)
+        gathered = torch.empty(places * share.numel(), dtype=chunk.dtype, device=chunk.device)
+        dist.all_gather_into_tensor(gathered, share, group=route.inner.group)
+        counters.add("gradient", all_gather_bytes(share.numel() * share.element_size(), places))
+        for row, part in zip(gathered.view(places, -1), parts, strict=True):
+            part.copy_(row[: part.numel()])
+    return tensor

@@ -1,0 +1,128 @@
+"""FP8 gradients inside DeepSpeed: what every stage shares.
+
+    stage 0, BF16_Optimizer, pipeline   engine.allreduce_bucket        -> comm.all_reduce     (wire_engine)
+    stage 1, 2                          allreduce_and_scatter and kin  -> comm.reduce_slices  (wire_stage12)
+    stage 3                             __avg_scatter_grads            -> comm.reduce_slices  (wire_stage3)
+
+DeepSpeed's own ZeRO 1 and 2 all-reduce a whole bucket to every rank, although each rank keeps only the slices that it
+owns. Here a slice goes to its owner and nowhere else. Norm, clipping and the overflow check come after the reduction
+and so see the gradients that the optimizer will use.
+
+The gradients of one step are handed on in fp32 where DeepSpeed accumulates in fp32, else in its 16-bit buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm import Route, Wire, counters, flat_route, reduce_slices, two_level_routes
+from ..comm.counters import all_reduce_bytes
+from ..errors import PlanError
+from ..levels import Level
+
+
+@dataclass
+class GradientWire:
+    """How this job's gradients travel: the format, and the route of every data-parallel group."""
+
+    wire: Wire
+    routes: dict[Any, Route] = field(default_factory=dict)
+
+    def route(self, group: Any) -> Route:
+        """The route of `group`; groups met for the first time are flat."""
+        if group not in self.routes:
+            self.routes[group] = flat_route(group)
+        return self.routes[group]
+
+
+def make_gradient_wire(level: Level, groups: Sequence[Any], *, node_name: str | None = None) -> GradientWire | None:
+    """The gradient wire of `level`, or None when gradients stay with DeepSpeed. Collective for `inter_node`.
+
+    groups     every data-parallel group that this rank reduces over (experts have their own)
+    node_name  what tells this node from others; the host name by default
+    """
+    if level.gradient_wire == "none":
+        return None
+    result = GradientWire(Wire.named(level.gradient_wire))
+    if level.gradient_wire_scope == "inter_node":
+        distinct = list(dict.fromkeys(groups))
+        result.routes = dict(zip(distinct, two_level_routes(distinct, node_name=node_name), strict=True))
+    return result
+
+
+def data_parallel_groups(engine: Any, zero_optimizer: Any | None = None) -> list[Any]:
+    """Every group over which this engine reduces gradients, in an order that is equal on all ranks."""
+    found = []
+    if zero_optimizer is not None:
+        found.append(getattr(zero_optimizer, "dp_process_group", None))
+        found.extend(getattr(zero_optimizer, "real_dp_process_group", None) or [])
+        experts = getattr(zero_optimizer, "expert_dp_process_group", None) or {}
+        found.extend(experts[name] for name in sorted(experts))
+    found.append(engine.seq_data_parallel_group)
+    if engine.mpu is not None and hasattr(engine.mpu, "get_data_parallel_group"):
+        found.append(engine.mpu.get_data_parallel_group())
+    experts = getattr(engine, "expert_data_parallel_group", None) or {}
+    found.extend(experts[name] for name in sorted(experts))
+    return [group for group in dict.fromkeys(found) if group is not None]
+
+
+def refuse_conflicts(zero_config: Any, level: Level) -> None:
+    """DeepSpeed's own quantised collectives and ours cannot both own the same bytes: say so before training."""
+    if level.gradient_wire != "none" and getattr(zero_config, "zero_quantized_gradients", False):
+        raise PlanError(
+            f"msamp/gradient_wire is {level.gradient_wire} and zero_optimization/zero_quantized_gradients is true: both"
+            " cast the same gradients, int4 (qgZ) on top of FP8.\n  Set zero_quantized_gradients to false, or"
+            " gradient_wire to none."
+        )
+    if level.weight_wire == "none":
+        return
+    for key, reason in (
+        ("zero_quantized_weights", "both cast the gathered weights, int8 (qwZ) on top of FP8"),
+        ("zero_quantized_nontrainable_weights", "it keeps its own int8 partitions, which hold no FP8 codes"),
+    ):
+        if getattr(zero_config, key, False):
+            raise PlanError(
+                f"msamp/weight_wire is {level.weight_wire} and zero_optimization/{key} is true: {reason}.\n"
+                f"  Set {key} to false, or weight_wire to none."
+            )
+    if getattr(zero_config, "zero_hpz_partition_size", 1) > 1:
+        raise PlanError(
+            f"msamp/weight_wire is {level.weight_wire} and zero_optimization/zero_hpz_partition_size is"
+            f" {zero_config.zero_hpz_partition_size}: hpZ gathers from secondary 16-bit partitions inside the node,"
+            " where codes would save nothing and need a third copy.\n"
+            "  Set zero_hpz_partition_size to 1, or weight_wire to none."
+        )
+
+
+def join(pieces: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of all pieces; without a copy when they lie one after the other in memory."""
+    if len(pieces) == 1:
+        return pieces[0]
+    first = pieces[0]
+    end = first.data_ptr()
+    for piece in pieces:
+        if piece.data_ptr() != end or piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(pieces))
+        end += piece.numel() * piece.element_size()
+    return first.as_strided((sum(piece.numel() for piece in pieces),), (1,))
+
+
+def reduce_pieces(
+    pieces: Sequence[Sequence[Tensor]], gradient_wire: GradientWire, group: Any, *, average: float
+) -> Tensor:
+    """Sum flat pieces, listed by owner, over `group`; returns the own pieces one after the other, in fp32.
+
+    How the pieces of one owner are cut may differ between ranks; their sequence of elements may not. So blocks are
+    counted through the whole sequence of an owner.
+    """
+    some = next(piece for of_owner in pieces for piece in of_owner)
+    slices = [join(of_owner) if of_owner else some.new_empty(0) for of_owner in pieces]
+    numel = sum(s.numel() for s in slices)
+    route = gradient_wire.route(group)
+    counters.add("gradient", 0, all_reduce_bytes(numel, some.element_size(), route.world_size))
+    return reduce_slices(slices, route, wire=gradient_wire.wire, average=average)

@@ -1,0 +1,181 @@
+"""ZeRO 1 and 2: a gradient slice goes to the rank that owns it, in FP8.
+
+DeepSpeed's chain is reduce_ipg_grads -> average_tensor -> allreduce_and_scatter -> allreduce_bucket. average_tensor
+cuts a full bucket into slices, each with the rank that owns it; from there on DeepSpeed all-reduces the bucket and
+every rank copies its slices out. The methods below take over at the point where slices and owners are known:
+
+    reduce_scatter, use_multi_rank_bucket_allreduce         allreduce_and_scatter
+    reduce_scatter, not use_multi_rank_bucket_allreduce     allreduce_no_retain(rank=owner)
+    not reduce_scatter                                      gradient_reduction_w_predivide
+    not contiguous_gradients                                buffered_reduce_fallback, and its fp32-preserving twin
+
+With overlap_comm all of them run inside DeepSpeed's reduction stream; nothing here waits on the host.
+Slices that another rank owns keep this rank's local values: as in DeepSpeed, nobody reads them afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from .wire import GradientWire, reduce_pieces
+
+Piece = tuple[int, Tensor, "Tensor | None"]
+"""(owner rank in the group, flat view of the gradient, fp32 partition slice to add to or None)."""
+
+
+class WireStage12:
+    """Mixin over `DeepSpeedZeroOptimizer`; `fp8_gradient_wire` is set when the instance is specialised."""
+
+    fp8_gradient_wire: GradientWire
+    _fp8_average = 1.0
+
+    def average_tensor(self: Any, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        """As DeepSpeed's, with the division by the world size moved into the fp32 sum: no pass and no rounding."""
+        if not (self.reduce_scatter and self.gradient_average):
+            super().average_tensor(tensor, communication_data_type)
+            return
+        self._fp8_average = self._fp8_mean_factor()
+        self.gradient_average = False
+        try:
+            super().average_tensor(tensor, communication_data_type)
+        finally:
+            self.gradient_average = True
+            self._fp8_average = 1.0
+
+    def allreduce_and_scatter(
+        self: Any,
+        bucket: Sequence[Any],
+        communication_data_type: torch.dtype,
+        numel_per_bucket: int = 500000000,
+        log: Any = None,
+        divide: bool = True,
+        process_group: Any = None,
+    ) -> None:
+        pieces: list[Piece] = []
+        for ranks, tensor, *output in bucket:
+            owners = [ranks] if isinstance(ranks, int) else sorted(ranks)
+            if len(owners) != 1:  # Muon wants whole matrices on several ranks: an all-reduce in high precision
+                super().allreduce_and_scatter(
+                    bucket, communication_data_type, numel_per_bucket, log, divide, process_group
+                )
+                return
+            pieces.append((owners[0], tensor, output[0] if output else None))
+        self._fp8_reduce(pieces, process_group, self._fp8_factor(divide))
+
+    def allreduce_no_retain(
+        self: Any,
+        bucket: Sequence[Tensor],
+        communication_data_type: torch.dtype,
+        numel_per_bucket: int = 500000000,
+        rank: int | None = None,
+        log: Any = None,
+        divide: bool = True,
+        process_group: Any = None,
+        output_bucket: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        if rank is None:
+            super().allreduce_no_retain(
+                bucket, communication_data_type, numel_per_bucket, rank, log, divide, process_group, output_bucket
+            )
+            return
+        outputs = output_bucket or [None] * len(bucket)
+        pieces = [(rank, tensor, output) for tensor, output in zip(bucket, outputs, strict=True)]
+        self._fp8_reduce(pieces, process_group, self._fp8_factor(divide))
+
+    def gradient_reduction_w_predivide(self: Any, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
+        """reduce_scatter: false. Where the division stands (before, after, split) makes no difference in an fp32 sum."""
+        if tensor.numel() == 0:
+            return tensor
+        pieces: list[Piece] = []
+        start = 0
+        for group_index, index_in_group, param_id in self.ipg_buckets[communication_data_type].params:
+            numel = self.bit16_groups[group_index][index_in_group].numel()
+            pieces.extend(self._fp8_owned_pieces(group_index, param_id, tensor.narrow(0, start, numel)))
+            start += numel
+        self._fp8_reduce(pieces, self.dp_process_group, self._fp8_factor(divide=True))
+        return tensor
+
+    def _add_full_reduction_to_compact_grad_partition(
+        self: Any, reduced_tensor: Tensor, communication_data_type: torch.dtype
+    ) -> None:
+        """Done by gradient_reduction_w_predivide already, from the fp32 sum instead of its 16-bit copy."""
+
+    def buffered_reduce_fallback(
+        self: Any,
+        rank: int | None,
+        grads: Sequence[Tensor],
+        communication_data_type: torch.dtype,
+        elements_per_buffer: int = 500000000,
+        log: Any = None,
+    ) -> None:
+        """contiguous_gradients: false. The gradients are separate tensors; owners are those of their parameters."""
+        self._fp8_reduce_separate(grads, self.ipg_buckets[communication_data_type].params)
+
+    def _buffered_reduce_fallback_preserving_fp32(
+        self: Any,
+        grads: Sequence[Tensor],
+        grad_params: Sequence[tuple[int, int, int]],
+        communication_data_type: torch.dtype,
+        elements_per_buffer: int,
+    ) -> None:
+        self._fp8_reduce_separate(grads, grad_params)
+
+    def _fp8_reduce_separate(self: Any, grads: Sequence[Tensor], grad_params: Sequence[tuple[int, int, int]]) -> None:
+        accelerator = get_accelerator()
+        stream = accelerator.current_stream()
+        if self.overlap_comm:
+            # As DeepSpeed: gradients of the bucket before may go once its reduction is done.
+            if not accelerator.resolves_data_dependency():
+                accelerator.synchronize()
+            self._clear_previous_reduced_grads()
+            stream = self.reduction_stream
+        by_kind: dict[Any, list[Piece]] = {}
+        for grad, (group_index, _, param_id) in zip(grads, grad_params, strict=True):
+            key = (self.real_dp_process_group[group_index], grad.dtype)
+            pieces = by_kind.setdefault(key, [])
+            pieces.extend(self._fp8_owned_pieces(group_index, param_id, grad.view(-1)))
+        with accelerator.stream(stream):
+            for (group, _), pieces in by_kind.items():
+                self._fp8_reduce(pieces, group, self._fp8_factor(divide=True))
+
+    def _fp8_owned_pieces(self: Any, group_index: int, param_id: int, grad: Tensor) -> Iterator[Piece]:
+        """Cut one flat gradient at the partition boundaries that it straddles."""
+        starts = sorted(
+            (self.grad_start_offset[group_index][owner][param_id], owner)
+            for owner in self.param_to_partition_ids[group_index][param_id]
+        )
+        stops = [start for start, _ in starts[1:]] + [grad.numel()]
+        for (start, owner), stop in zip(starts, stops, strict=True):
+            output = self._get_compact_grad_partition_slice(group_index, owner, param_id, stop - start)
+            yield owner, grad[int(start) : int(stop)], output
+
+    def _fp8_mean_factor(self: Any) -> float:
+        return float(self.sequence_parallel_size) / dist.get_world_size(group=self.dp_process_group)
+
+    def _fp8_factor(self: Any, divide: bool) -> float:
+        """Factor on the sum: what average_tensor left to us, or the mean where the caller asks for one."""
+        return self._fp8_mean_factor() if divide and self.gradient_average else self._fp8_average
+
+    def _fp8_reduce(self: Any, pieces: Sequence[Piece], group: Any, average: float) -> None:
+        """Send every piece to its owner; write the own ones back, and add them to their partition."""
+        group = self.dp_process_group if group is None else group
+        world_size, rank = dist.get_world_size(group=group), dist.get_rank(group=group)
+        by_owner: list[list[Tensor]] = [[] for _ in range(world_size)]
+        for owner, tensor, _ in pieces:
+            by_owner[owner].append(tensor)
+        total = reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average)
+        start = 0
+        for owner, tensor, output in pieces:
+            if owner == rank:
+                part = total[start : start + tensor.numel()]
+                start += tensor.numel()
+                self._add_to_grad_partition_buffer(output, part)
+                tensor.copy_(part)
+            if self.overlap_comm and not get_accelerator().resolves_data_dependency():
+                tensor.record_stream(self.reduction_stream)

@@ -1,0 +1,73 @@
+"""ZeRO 3: the reduce-scatter of gradients, in FP8.
+
+ZeRO 3 cuts every parameter into W equal chunks (the last ones may be short or empty) and rank r keeps chunk r. Both of
+DeepSpeed's ways, reduce_scatter_coalesced and the all-reduce of a contiguous bucket (reduce_scatter: false), need from
+each rank only the chunks of the others and give it its own: one exchange, whatever the setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from .wire import GradientWire, reduce_pieces
+
+
+class WireStage3:
+    """Mixin over `DeepSpeedZeroOptimizer_Stage3`; the names are Python's mangled private ones."""
+
+    fp8_gradient_wire: GradientWire
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self: Any, params_to_reduce: Sequence[Any], communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        """One chunk per parameter, without padding."""
+        return self._fp8_scatter(params_to_reduce, [param.grad.view(-1) for param in params_to_reduce])
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(
+        self: Any, buffer_to_reduce: Tensor, communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        """reduce_scatter: false. The same chunks, each padded with zeros to the partition's size."""
+        params = self.ipg_buckets[communication_data_type].params
+        grads = buffer_to_reduce.split([param.grad.numel() for param in params])
+        partitions = self._fp8_scatter(params, grads, float(self.sequence_parallel_size))
+        for index, (param, partition) in enumerate(zip(params, partitions, strict=True)):
+            missing = param.partition_numel() - partition.numel()
+            if missing:
+                partitions[index] = torch.nn.functional.pad(partition, (0, missing))
+        return partitions
+
+    def _fp8_scatter(
+        self: Any, params: Sequence[Any], grads: Sequence[Tensor], sequence_parallel_size: float = 1.0
+    ) -> list[Tensor]:
+        # DeepSpeed 0.19.8 corrects for sequence parallelism only where it all-reduces; we give what it gives.
+        self._assert_same_partition_group(params)
+        group = self._get_param_partition_group(params[0])
+        world_size, rank = dist.get_world_size(group), dist.get_rank(group)
+        by_owner: list[list[Tensor]] = [[] for _ in range(world_size)]
+        own_numels = []
+        for grad in grads:
+            chunk = -(-grad.numel() // world_size)
+            chunks = [
+                grad[min(d * chunk, grad.numel()) : min((d + 1) * chunk, grad.numel())] for d in range(world_size)
+            ]
+            own_numels.append(chunks[rank].numel())
+            for of_owner, piece in zip(by_owner, chunks, strict=True):
+                if piece.numel():
+                    of_owner.append(piece)
+        average = self._fp8_mean_factor(params, world_size) * sequence_parallel_size
+        total = reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average)
+        return list(total.to(self.gradient_accumulation_dtype).split(own_numels))
+
+    def _fp8_mean_factor(self: Any, params: Sequence[Any], world_size: int) -> float:
+        """DeepSpeed's factor, predivide included; experts are averaged over the dense world size, not their own."""
+        averaging_world_size = self._gradient_averaging_world_size(params, world_size)
+        predivide = self.gradient_predivide_factor if self.postscale_gradients else 1.0
+        # DeepSpeed divides by W inside its reduce-scatter *and* by the predivide factor, and multiplies the latter
+        # back only when it differs from W (0.19.8, stage3.py): equal means divided twice. The same numbers are wanted.
+        multiplied_back = predivide if predivide != world_size else 1.0
+        return multiplied_back / (predivide * averaging_world_size)
