@@ -1,0 +1,91 @@
+"""DeepSpeed's own keys, judged by the generated schema.
+
+DeepSpeed accepts any top-level key, and reads some sections key by key without minding the others; elsewhere its models
+refuse what they do not know, but one at a time and only after the processes have started. Here all findings come at
+once. What DeepSpeed would refuse is an error; what it would ignore, convert or has deprecated is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from ..errors import Problem
+from . import contract
+from .positions import Path
+from .source import Document
+from .wording import word
+
+
+@cache
+def top_level_keys() -> frozenset[str]:
+    """Every top-level key that DeepSpeed knows or knew."""
+    return frozenset(contract.schema("deepspeed")["properties"])
+
+
+def judge_deepspeed(document: Document) -> Iterator[Problem]:
+    """Problems in DeepSpeed's own sections, with severity."""
+    errors = contract.deepspeed_validator().iter_errors(document.data)
+    for error in sorted(errors, key=lambda error: list(map(str, error.absolute_path))):
+        severity = "warning" if _is_tolerated(error) else "error"
+        for path, message in word(error, ()):
+            yield document.problem(path, message, severity)
+    yield from (
+        document.problem(path, message, "warning")
+        for path, message in _deprecated(document.data, contract.schema("deepspeed"))
+    )
+    yield from (document.problem(path, message) for path, message in _contradictions(document.data))
+
+
+def _is_tolerated(error: Any) -> bool:
+    """DeepSpeed goes on: an unknown key of an open section, or a value that its models convert."""
+    if error.validator == "additionalProperties":
+        return bool(error.schema.get("x-tolerant"))
+    if error.validator in ("type", "pattern"):
+        return _converts(error.instance, error.schema.get("type", ()))
+    return False
+
+
+def _converts(value: Any, types: Any) -> bool:
+    """Values that pydantic takes for a boolean or a number although they are written otherwise."""
+    if "boolean" in types:
+        return value in (0, 1) or (
+            isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off")
+        )
+    if "integer" in types or "number" in types:
+        if isinstance(value, str):
+            return value.strip().lstrip("+-").replace("_", "").isdigit()
+        return isinstance(value, bool)
+    return False
+
+
+def _deprecated(value: Any, schema: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Deprecated keys that are in use, with what replaces them."""
+    if not isinstance(value, dict):
+        return
+    for key, entry in schema.get("properties", {}).items():
+        if key in value:
+            if entry.get("deprecated"):
+                replacement = entry.get("x-replacement")
+                yield (*path, key), "deprecated in DeepSpeed" + (f"; use {replacement} instead" if replacement else "")
+            yield from _deprecated(value[key], entry, (*path, key))
+
+
+def _contradictions(data: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """What DeepSpeed asserts across keys, in the cases that a file alone decides."""
+    on = [name for name in ("fp16", "bf16") if isinstance(data.get(name), dict) and data[name].get("enabled") is True]
+    if len(on) == 2:
+        yield ("fp16", "enabled"), "fp16 and bf16 are both enabled; DeepSpeed takes one of them"
+    if data and "train_batch_size" not in data and "train_micro_batch_size_per_gpu" not in data:
+        yield (), "neither train_batch_size nor train_micro_batch_size_per_gpu is set; DeepSpeed needs one of them"
+    micro, total, steps = (
+        data.get(key) for key in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    )
+    if all(isinstance(number, int) and number > 0 for number in (micro, total, steps)) and total % (micro * steps):
+        yield (
+            ("train_batch_size",),
+            (
+                f"{total} is not a multiple of {micro} x {steps} (train_micro_batch_size_per_gpu x gradient_accumulation_steps)"
+            ),
+        )

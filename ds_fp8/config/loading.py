@@ -1,0 +1,62 @@
+"""The two doors: `load` for a job that is about to start, `check` for people who ask before.
+
+Both collect every problem of the file. `load` looks at our sections, their misspellings and what they conflict with,
+raises one `ConfigError` with all errors, and keeps warnings as `Settings.notes`. `check` judges DeepSpeed's own keys
+besides, by the generated schema, and raises nothing.
+"""
+
+from __future__ import annotations
+
+from ..errors import ConfigError, Problem
+from . import contract
+from .conflicts import CONFLICTS, REPLACED
+from .deepspeed_keys import judge_deepspeed, top_level_keys
+from .resolve import settings_of
+from .rules import ADVICE, RULES
+from .sections import judge
+from .settings import Settings
+from .source import Document, Source, read
+from .wording import word
+
+
+def load(source: Source, *, where: str | None = None) -> Settings:
+    """Read and validate a configuration; raise ConfigError with all problems of our sections at once.
+
+    source  a path, a dict, or URL-safe base64, as DeepSpeed takes
+    where   what to call it in messages; the file's name by default
+    A file without our sections gives settings with everything off.
+    """
+    document = read(source, where)
+    problems = [*document.problems, *_own_problems(document)]
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        errors.sort(key=lambda problem: (problem.line, problem.column))
+        raise ConfigError(document.name, errors)
+    return settings_of(document.data, document.name, notes=tuple(str(problem) for problem in problems))
+
+
+def check(source: Source, *, where: str | None = None) -> list[Problem]:
+    """Every problem and warning, ours and DeepSpeed's own keys, in the order of the file."""
+    document = read(source, where)
+    found = [*document.problems, *_own_problems(document), *judge_deepspeed(document)]
+    seen: dict[tuple[str, str], Problem] = {}
+    for problem in found:
+        seen.setdefault((problem.path, problem.message), problem)
+    return sorted(seen.values(), key=lambda problem: (problem.line, problem.column))
+
+
+def _own_problems(document: Document) -> list[Problem]:
+    data = document.data
+    problems = [document.problem((key,), message, severity) for key, message, severity in judge(data, top_level_keys())]
+    present = [section for section in contract.SECTIONS if section in data]
+    for section in present:
+        errors = sorted(
+            contract.validator(section).iter_errors(data[section]), key=lambda error: list(map(str, error.path))
+        )
+        for error in errors:
+            problems += [document.problem(path, message) for path, message in word(error, (section,))]
+    # Rules read values by their meaning, so they wait until every value has one.
+    if present and not any(problem.path.split("/")[0] in present for problem in problems):
+        for rules, severity in ((RULES + CONFLICTS, "error"), (ADVICE + REPLACED, "warning")):
+            problems += [document.problem(path, message, severity) for rule in rules for path, message in rule(data)]
+    return problems

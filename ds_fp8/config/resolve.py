@@ -1,0 +1,131 @@
+"""From validated JSON to `Settings`: "auto" and absent keys become the schema's defaults, the level its formats.
+
+Three keys stay undecided (None) until the plan knows model and device: `fp8.weight_cache`,
+`fp8.layers.min_features`, and `telemetry.path`, which without a folder means: no files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..levels import LEVELS
+from ..recipe import HighPrecision, Recipe
+from . import contract
+from .facts import read_facts
+from .settings import Fp8Settings, LayerSettings, MsampSettings, Settings, TelemetrySettings
+
+LEVEL_KEYS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "master",
+    "rounding",
+    "gradient_wire",
+    "gradient_wire_scope",
+    "weight_wire",
+    "block_size",
+)
+"""Keys of `msamp` that override one format of the level."""
+
+RECIPE_KEYS = ("fp8_format", "margin", "interval", "amax_history_len", "amax_compute_algo", "reduce_amax")
+
+
+def value_of(given: dict[str, Any], section: str, key: str) -> Any:
+    """The effective value of a key; None where the default itself is left to the plan."""
+    value = given.get(key, "auto")
+    if value == "auto":
+        value = contract.default(section, key)
+    return None if value == "auto" and "auto" not in contract.properties(section)[key].get("enum", ()) else value
+
+
+def is_enabled(given: Any) -> bool:
+    """A section is on: "enabled" is true or "auto"."""
+    return isinstance(given, dict) and given.get("enabled") in (True, "auto")
+
+
+def integer(value: Any) -> Any:
+    """5e8 is a float to JSON and a whole number to people."""
+    return int(value) if isinstance(value, float) else value
+
+
+def explicit_keys(given: dict[str, Any]) -> frozenset[str]:
+    """Keys that the user decided himself."""
+    return frozenset(key for key, value in given.items() if value != "auto")
+
+
+def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = ()) -> Settings:
+    """Build the typed view. `data` has passed the schema and the rules."""
+    fp8_given, msamp_given = data.get("fp8"), data.get("msamp")
+    msamp = _msamp(msamp_given) if is_enabled(msamp_given) else MsampSettings()
+    told = list(notes)
+    if is_enabled(fp8_given):
+        fp8 = _fp8(fp8_given, backend=_backend(fp8_given, msamp))
+    elif msamp.enabled and fp8_given is None:
+        fp8 = _fp8({}, backend=_backend({}, msamp), implied=True)
+        told.append(
+            'msamp turns FP8 matrix products on as well, as MS-AMP does; "fp8": {"enabled": false} keeps them off'
+        )
+    else:
+        fp8 = Fp8Settings()
+        if msamp.enabled:
+            told.append(
+                "fp8.enabled is false: matrix products stay in high precision, msamp covers states and wire only"
+            )
+    return Settings(fp8=fp8, msamp=msamp, deepspeed=read_facts(data), source=source, notes=tuple(told))
+
+
+def _backend(given: dict[str, Any], msamp: MsampSettings) -> str:
+    backend = value_of(given, "fp8", "backend")
+    return "transformer_engine" if msamp.use_te and backend == "auto" else backend
+
+
+def _fp8(given: dict[str, Any], backend: str, implied: bool = False) -> Fp8Settings:
+    recipe_values = {key: integer(value_of(given, "fp8", key)) for key in RECIPE_KEYS}
+    return Fp8Settings(
+        enabled=True,
+        implied=implied,
+        backend=backend,
+        recipe=Recipe(
+            kind=value_of(given, "fp8", "recipe"),
+            override_linear_precision=HighPrecision(*value_of(given, "fp8", "override_linear_precision")),
+            **recipe_values,
+        ),
+        layers=_layers(given.get("layers", "auto")),
+        fuse=value_of(given, "fp8", "fuse"),
+        weight_cache=value_of(given, "fp8", "weight_cache"),
+        eval=value_of(given, "fp8", "eval"),
+        start_step=integer(value_of(given, "fp8", "start_step")),
+        telemetry=_telemetry(given.get("telemetry", "auto")),
+    )
+
+
+def _layers(given: Any) -> LayerSettings:
+    given = {} if given == "auto" else given
+    return LayerSettings(
+        include=tuple(value_of(given, "layers", "include")),
+        exclude=tuple(value_of(given, "layers", "exclude")),
+        linear=value_of(given, "layers", "linear"),
+        norm=value_of(given, "layers", "norm"),
+        first_last_high_precision=value_of(given, "layers", "first_last_high_precision"),
+        min_features=integer(value_of(given, "layers", "min_features")),
+    )
+
+
+def _telemetry(given: Any) -> TelemetrySettings:
+    given = {} if given == "auto" else given
+    return TelemetrySettings(
+        enabled=is_enabled(given),
+        interval=integer(value_of(given, "telemetry", "interval")),
+        path=value_of(given, "telemetry", "path"),
+    )
+
+
+def _msamp(given: dict[str, Any]) -> MsampSettings:
+    level = LEVELS[value_of(given, "msamp", "opt_level")]
+    overrides = {key: integer(given[key]) for key in LEVEL_KEYS if key in given}
+    return MsampSettings(
+        enabled=True,
+        level=level.override(**overrides),
+        use_te=value_of(given, "msamp", "use_te"),
+        explicit=explicit_keys(given),
+        telemetry=_telemetry(given.get("telemetry", "auto")),
+    )

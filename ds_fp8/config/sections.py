@@ -1,0 +1,76 @@
+"""The top level of the file, where DeepSpeed itself accepts every key in silence.
+
+Three questions: is a key one of our sections misspelt (always an error: the job would train without FP8 and nobody
+would know); is it one of DeepSpeed's keys misspelt (an error when it is only a slip away, because the section would be
+ignored); or is it simply unknown (a warning: scripts may keep keys of their own, and `$schema` is for editors)?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from . import contract
+from .suggest import edit_distance, level_spelling
+
+OURS_MISSPELT = {
+    "float8": "fp8",
+    "fp8config": "fp8",
+    "fp8recipe": "fp8",
+    "msampconfig": "msamp",
+    "microsoftamp": "msamp",
+}
+"""Levelled spellings that are more than a slip away, and yet can only mean our sections."""
+
+FOREIGN = frozenset({"$schema", "$comment", "comment", "description"})
+"""Keys that are no setting of anyone."""
+
+
+def meant_section(key: str, known: frozenset[str]) -> str | None:
+    """Our section that `key` was meant to be, or None. DeepSpeed's own keys (`fp16`, `bf16`) are never meant so."""
+    if key in contract.SECTIONS or key in known:
+        return None
+    levelled = level_spelling(key)
+    if levelled in contract.SECTIONS:
+        return levelled
+    if levelled in OURS_MISSPELT:
+        return OURS_MISSPELT[levelled]
+    if edit_distance(levelled, "msamp") == 1:
+        return "msamp"
+    if edit_distance(levelled, "fp8") == 1 and "f" in levelled and "8" in levelled:
+        return "fp8"
+    return None
+
+
+def meant_key(key: str, known: frozenset[str]) -> str | None:
+    """DeepSpeed's top-level key that `key` is a slip of, or None.
+
+    A slip is one edit, or two in a word of ten letters or more; `level_spelling` costs nothing. Shorter words are too
+    close to one another (`fp16`, `bf16`) and must differ in case or separators only.
+    """
+    levelled = level_spelling(key)
+    allowed = 0 if len(levelled) < 6 else 1 if len(levelled) < 10 else 2
+    ranked = sorted((edit_distance(levelled, level_spelling(name)), name) for name in known)
+    return ranked[0][1] if ranked and ranked[0][0] <= allowed else None
+
+
+def judge(data: dict[str, Any], known: frozenset[str]) -> Iterator[tuple[str, str, str]]:
+    """(key, message, severity) for each top-level key that nobody knows.
+
+    Without a section of ours only a misspelt section of ours is told: a plain DeepSpeed job is none of our business.
+    """
+    ours = any(section in data for section in contract.SECTIONS)
+    for key in data:
+        if not isinstance(key, str) or key in known or key in contract.SECTIONS or key in FOREIGN:
+            continue
+        if section := meant_section(key, known):
+            yield (
+                key,
+                f"unknown section; did you mean '{section}'? As it stands, FP8 would stay off in silence",
+                "error",
+            )
+        elif name := meant_key(key, known):
+            message = f"unknown key; did you mean '{name}'? DeepSpeed ignores unknown top-level keys in silence"
+            yield key, message, "error" if ours else "warning"
+        elif ours:
+            yield key, "unknown key; DeepSpeed and ds_fp8 ignore it", "warning"

@@ -1,0 +1,101 @@
+"""What DeepSpeed takes as a configuration, read the way DeepSpeed reads it.
+
+A dict is used as it is. A string that names an existing file is read as hjson (JSON with comments, trailing commas and
+quoteless strings), in which a duplicate key is an error. Any other string must be URL-safe base64 of such text.
+Unreadable input becomes a `Problem`, so that `check` can tell everything in one form.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+from ..errors import Problem
+from .positions import Path as KeyPath
+from .positions import Positions, locate
+
+
+@dataclass
+class Document:
+    """A configuration as read.
+
+    name       the file's name, or what to call it in messages
+    data       the top-level keys; empty when it could not be read
+    positions  places of the keys; empty when the source has no text
+    problems   why it could not be read
+    """
+
+    name: str
+    data: dict[str, Any] = field(default_factory=dict)
+    positions: Positions = field(default_factory=Positions)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, path: KeyPath, message: str, severity: str = "error") -> Problem:
+        """A problem at a key, with the place of that key if the text is known."""
+        line, column = self.positions.find(path)
+        return Problem("/".join(str(part) for part in path), message, line, column, severity)
+
+
+Source = str | os.PathLike[str] | dict[str, Any]
+
+
+def read(source: Source, where: str | None = None) -> Document:
+    """Read a configuration; never raises for what the user wrote, see `Document.problems`."""
+    if isinstance(source, dict):
+        return Document(where or "config", data=source)
+    if not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        return _unreadable(where or "config", f"{kind} is no configuration; give a file, a dict or a base64 string")
+    try:
+        is_file, is_folder = Path(source).is_file(), Path(source).is_dir()
+    except (OSError, ValueError):  # longer than a file name may be, as base64 usually is; or a NUL byte
+        is_file = is_folder = False
+    if is_file:
+        name = where or os.fspath(source)
+        try:
+            text = Path(source).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            return _unreadable(name, f"cannot be read: {error}")
+        return _parse(text, name, unique=True)
+    if is_folder:
+        return _unreadable(where or os.fspath(source), "is a folder; give the JSON file in it")
+    return _read_base64(os.fspath(source), where)
+
+
+def _read_base64(text: str, where: str | None) -> Document:
+    named_like_a_file = text.endswith((".json", ".hjson"))
+    name = where or (text if named_like_a_file or len(text) < 40 else "base64 config")
+    refusal = "no such file, and not base64 of a configuration either; check the path"
+    try:
+        decoded = base64.urlsafe_b64decode(text).decode("utf-8")
+    except (binascii.Error, ValueError):
+        return _unreadable(name, refusal)
+    document = _parse(decoded, name, unique=False)
+    document.positions = Positions()  # lines of a text that the user never sees would mislead
+    return document
+
+
+def _parse(text: str, name: str, unique: bool) -> Document:
+    try:
+        data = hjson.loads(text)
+    except hjson.HjsonDecodeError as error:
+        problem = Problem("", f"not readable as JSON or hjson: {error.msg}", error.lineno, error.colno)
+        return Document(name, problems=[problem])
+    if not isinstance(data, dict):
+        return _unreadable(name, f"a configuration is an object of keys, this is {type(data).__name__}")
+    document = Document(name, data=data, positions=locate(text))
+    if unique:
+        for path, (line, column) in document.positions.duplicates:
+            message = "written twice; DeepSpeed refuses duplicate keys, remove one"
+            document.problems.append(Problem("/".join(map(str, path)), message, line, column))
+    return document
+
+
+def _unreadable(name: str, message: str) -> Document:
+    return Document(name, problems=[Problem("", message)])

@@ -1,0 +1,232 @@
+"""A violated schema in the user's words: what is wrong, what is allowed, and the way out.
+
+One tiny function per JSON Schema keyword, all of one signature: they take jsonschema's error and yield a path and a
+message. The errors come as objects with paths and are worded here, late, so that all of a file can be told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import contract
+from .positions import Path
+from .suggest import closest, did_you_mean
+
+Wording = Iterator[tuple[Path, str]]
+
+CURES = {
+    ("fp8_format", "E5M2"): "its two mantissa bits are too coarse for activations and "
+    "weights. Use HYBRID, which takes E5M2 for gradients only",
+    ("fp8_format", "FP8"): "FP8 is two formats; use HYBRID (E4M3 forward, E5M2 backward) or E4M3",
+}
+"""Values that people are known to try, each with the reason why not."""
+
+MOVED = {
+    ("fp8", "use_autocast_during_eval"): "unknown key; ds_fp8 calls it 'eval'",
+    ("fp8", "use_mxfp8_block_scaling"): 'unknown key; ds_fp8 writes it "recipe": "mxfp8"',
+    ("fp8", "amax_history_length"): "unknown key; did you mean 'amax_history_len'?",
+    ("fp8", "fp8_recipe"): "unknown key; did you mean 'recipe'?",
+    ("fp8", "format"): "unknown key; did you mean 'fp8_format'?",
+    ("msamp", "optimization_level"): "unknown key; did you mean 'opt_level'?",
+}
+"""Names that other tools use for our keys."""
+
+
+def word(error: Any, section: Path) -> Wording:
+    """All messages of one jsonschema error; paths start at the top of the file."""
+    path = (*section, *error.absolute_path)
+    yield from _WORDINGS.get(error.validator, _other)(error, path)
+
+
+def show(value: Any) -> str:
+    """A value as it stands in JSON, shortened; strings in single quotes, as in the text around it."""
+    if isinstance(value, str):
+        return f"'{value if len(value) <= 60 else value[:57] + '...'}'"
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _additional_properties(error: Any, path: Path) -> Wording:
+    known = error.schema.get("properties", {})
+    for key in error.instance:
+        if key not in known:
+            yield (*path, key), unknown_key(key, path, known)
+
+
+def unknown_key(key: str, path: Path, known: dict[str, Any]) -> str:
+    """Why `key` is refused below `path`, with the likeliest cure."""
+    section = str(path[0]) if path else ""
+    if (section, key) in MOVED:
+        return MOVED[section, key]
+    if guess := closest(key, known):
+        return f"unknown key; did you mean '{guess}'?"
+    for other in ("layers", "telemetry", *contract.SECTIONS):
+        home = f"{section}/{other}" if other in ("layers", "telemetry") else other
+        if (other in known or other in contract.SECTIONS) and key in contract.properties(other) and home != section:
+            return f"unknown key here; it belongs to {home}"
+    return f"unknown key; known are {', '.join(known)}"
+
+
+def _required(error: Any, path: Path) -> Wording:
+    for key in error.validator_value:
+        if key not in error.instance:
+            if key == "enabled":
+                yield (
+                    path,
+                    "'enabled' is missing; write \"enabled\": true, or false to keep the section and leave it off",
+                )
+            else:
+                yield path, f"'{key}' is missing"
+
+
+def _enum(error: Any, path: Path) -> Wording:
+    value, key = error.instance, str(path[-1]) if path else ""
+    cure = CURES.get((key, value)) if isinstance(value, str) else None
+    if cure:
+        yield path, f"{show(value)} is not one of {', '.join(_choices(error))}: {cure}"
+        return
+    allowed = _choices(error)
+    hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+    if not hint and isinstance(value, str) and "," in value:
+        hint = "; without quotes an hjson string runs to the end of the line: quote it"
+    yield path, f"{show(value)} is not one of {', '.join(allowed)}{hint}"
+
+
+def _choices(error: Any) -> list[str]:
+    """The values to choose from; "auto" goes everywhere and is not repeated in every message."""
+    return [
+        choice if isinstance(choice, str) else json.dumps(choice)
+        for choice in error.validator_value
+        if choice != "auto"
+    ]
+
+
+def _type(error: Any, path: Path) -> Wording:
+    wanted = _wanted(error.schema)
+    yield (
+        path,
+        f"{show(error.instance)} is {_kind(error.instance)}, expected {wanted}{_unquote(error.instance, error.schema)}",
+    )
+
+
+def _pattern(error: Any, path: Path) -> Wording:
+    if error.validator_value != "^auto$":
+        yield path, f"{show(error.instance)} does not match {error.validator_value}"
+        return
+    yield from _type(error, path)
+
+
+def _minimum(error: Any, path: Path) -> Wording:
+    yield path, f"{show(error.instance)} is less than the minimum of {error.validator_value}{_range(error.schema)}"
+
+
+def _maximum(error: Any, path: Path) -> Wording:
+    yield path, f"{show(error.instance)} is more than the maximum of {error.validator_value}{_range(error.schema)}"
+
+
+def _exclusive_minimum(error: Any, path: Path) -> Wording:
+    yield path, f"{show(error.instance)} must be more than {error.validator_value}"
+
+
+def _items_count(error: Any, path: Path) -> Wording:
+    if path and path[-1] == "override_linear_precision":
+        yield path, f"{show(error.instance)} has {len(error.instance)} of 3 items: [fprop, dgrad, wgrad]"
+    else:
+        yield path, f"{show(error.instance)} has {len(error.instance)} items, allowed: {error.validator_value}"
+
+
+def _min_length(error: Any, path: Path) -> Wording:
+    yield path, "is empty; write a value, or leave the key out"
+
+
+def _unique(error: Any, path: Path) -> Wording:
+    twice = sorted({str(item) for item in error.instance if error.instance.count(item) > 1})
+    yield path, f"{', '.join(show(item) for item in twice)} stands there twice; remove one"
+
+
+def _removed(error: Any, path: Path) -> Wording:
+    yield path, error.schema.get("x-removed", error.message)
+
+
+def _other(error: Any, path: Path) -> Wording:
+    yield path, error.message
+
+
+_WORDINGS: dict[str, Callable[[Any, Path], Wording]] = {
+    "additionalProperties": _additional_properties,
+    "required": _required,
+    "enum": _enum,
+    "type": _type,
+    "pattern": _pattern,
+    "minimum": _minimum,
+    "maximum": _maximum,
+    "exclusiveMinimum": _exclusive_minimum,
+    "minItems": _items_count,
+    "maxItems": _items_count,
+    "minLength": _min_length,
+    "uniqueItems": _unique,
+    "not": _removed,
+}
+
+
+def _types(schema: dict[str, Any]) -> list[str]:
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else list(types)
+    if schema.get("pattern") == "^auto$":
+        types.remove("string")
+    return types
+
+
+_NAMES = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "array": "a list",
+    "object": "an object {...}",
+    "null": "null",
+}
+
+
+def _wanted(schema: dict[str, Any]) -> str:
+    return " or ".join(_NAMES[name] for name in _types(schema) if name != "null") + _range(schema)
+
+
+def _range(schema: dict[str, Any]) -> str:
+    unit = f" {schema['x-unit']}" if "x-unit" in schema else ""
+    if "minimum" in schema and "maximum" in schema:
+        return f" (allowed: {schema['minimum']} to {schema['maximum']}{unit})"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if value is None:
+        return "null"
+    return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _unquote(value: Any, schema: dict[str, Any]) -> str:
+    """The cure for the commonest slip: a number or boolean in quotes."""
+    types = _types(schema)
+    if isinstance(value, str) and "boolean" in types and value.lower() in ("true", "false"):
+        return f"; write {value.lower()} without quotes"
+    if isinstance(value, str) and ("integer" in types or "number" in types):
+        try:
+            float(value)
+        except ValueError:
+            return ""
+        return f"; write {value} without quotes"
+    if value in (0, 1) and not isinstance(value, bool) and "boolean" in types:
+        return f"; write {'true' if value else 'false'}"
+    if isinstance(value, bool) and "object" in types:
+        return f'; write {{"enabled": {str(value).lower()}}}' if schema.get("required") == ["enabled"] else ""
+    return ""
