@@ -50,6 +50,9 @@ class BuildWithDoor(build_py):
     """build_py, plus the door in the wheel's root and the kernels beside their sources."""
 
     def run(self) -> None:
+        if not getattr(self, "editable_mode", False):
+            # A file that was deleted since the last build must not travel on.
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         if getattr(self, "editable_mode", False):
             build_kernels(ROOT / "ds_fp8" / "kernels" / "cpu")

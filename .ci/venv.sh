@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Make a virtual environment with ds_fp8 in it:   bash .ci/venv.sh FOLDER [EXTRAS]      e.g. .venv test,dev
+#
+# Assumes Python 3.10 or newer and pip's usual access to a package index. Variables, all optional:
+#   PYTHON            the Python to use (default: the first of python3, python3.11 ... that is new enough)
+#   TORCH_INDEX_URL   index to take torch from, e.g. PyTorch's own index of CPU builds
+#   EDITABLE=1        install the checkout itself instead of a copy
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=${1:?usage: bash .ci/venv.sh FOLDER [EXTRAS]}
+EXTRAS=${2:-example}
+
+say() { echo "[venv ${SECONDS}s] $*"; }
+
+new_enough() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+if [ -z "${PYTHON:-}" ]; then
+  for candidate in python3 python3.11 python3.12 python3.13 python3.10; do
+    if new_enough "$candidate"; then PYTHON=$candidate; break; fi
+  done
+fi
+[ -n "${PYTHON:-}" ] || { echo "no Python >= 3.10 found; set PYTHON" >&2; exit 1; }
+
+say "$("$PYTHON" --version) -> $VENV"
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+PIP=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+
+# torch first and alone: whatever comes later finds it there, and nothing pulls in another build of it.
+"${PIP[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' constraints.txt)"
+say "$("$VENV/bin/python" -c 'import torch; print("torch", torch.__version__)')"
+
+"${PIP[@]}" -c constraints.txt setuptools wheel
+"${PIP[@]}" -c constraints.txt "$(grep '^deepspeed==' constraints.txt)"
+say "deepspeed installed"
+
+# Without build isolation: the build needs only setuptools, which is there.
+if [ -n "${EDITABLE:-}" ]; then
+  "${PIP[@]}" -c constraints.txt --no-build-isolation -e ".[$EXTRAS]"
+else
+  "${PIP[@]}" -c constraints.txt --no-build-isolation --force-reinstall --no-deps .
+  "${PIP[@]}" -c constraints.txt --no-build-isolation ".[$EXTRAS]"
+fi
+say "ds_fp8 installed: $("$VENV/bin/python" -c 'import ds_fp8; print(ds_fp8.__version__, ds_fp8.__file__)')"

@@ -1,0 +1,29 @@
+# Short names for what the scripts do; `make` alone lists them.
+.PHONY: help main-job test fast lint format ci bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+main-job:        ## install, train the example in bf16 and in FP8, print the table, draw the curves
+	bash examples/main_job.sh
+
+test:            ## set up an environment and run all tests
+	bash tests/run.sh
+
+fast:            ## tests of one process, with the Python at hand
+	python -m pytest -q -m "not dist and not gpu"
+
+lint:            ## form only, with the Python at hand
+	ruff check . && ruff format --check . && codespell && mypy
+
+format:          ## rewrite the code in the house's form
+	ruff format . && ruff check --fix .
+
+ci:              ## tests and form, from a fresh environment
+	.ci/run
+
+bench:           ## the CPU benchmarks, one after another
+	bash benchmarks/run.sh
+
+clean:           ## what builds and runs leave behind
+	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
