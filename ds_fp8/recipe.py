@@ -44,7 +44,8 @@ class Recipe:
     amax_history_len           regions remembered (delayed)
     amax_compute_algo          `max` of the history or the `most_recent` entry (delayed)
     override_linear_precision  products kept in high precision
-    reduce_amax                amax is MAX-reduced over the data-parallel group (delayed, current)
+    reduce_amax                amax is MAX-reduced over the data-parallel group (delayed; current and block scale
+                               each rank's own tensor, as Transformer Engine does)
     """
 
     kind: str = "delayed"

@@ -1,0 +1,90 @@
+"""What this host can do, asked once and written down as facts.
+
+The plan decides from a `Host`, never from the machine itself, so a plan for another machine (`ds_fp8 explain` for an
+H100 written on a laptop) and the tests of every refusal need only another `Host`. torch and Transformer Engine are
+imported inside the functions: reading this module costs nothing.
+
+Which GPU multiplies FP8: Ada and Hopper (compute capability 8.9 and 9.0) per-tensor and block scaled; Blackwell
+(10.0 and later) also mxfp8 and nvfp4. Source: Transformer Engine's user guide, FP8 primer.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+FP8_SINCE = (8, 9)
+BLOCK_SINCE = (9, 0)
+BLACKWELL_SINCE = (10, 0)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The facts that a plan depends on.
+
+    device_type         `cpu`, `cuda`, ... where the model will run
+    device_name         as the vendor writes it; empty on CPU
+    compute_capability  (major, minor) of a CUDA device, else None
+    transformer_engine  version of Transformer Engine if it imports here, else None
+    transformer_engine_reason  why it does not
+    """
+
+    device_type: str = "cpu"
+    device_name: str = ""
+    compute_capability: tuple[int, int] | None = None
+    transformer_engine: str | None = None
+    transformer_engine_reason: str = "not installed"
+
+    def at_least(self, capability: tuple[int, int]) -> bool:
+        return self.compute_capability is not None and self.compute_capability >= capability
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """The device has FP8 matrix products with one scale per tensor."""
+        return self.at_least(FP8_SINCE)
+
+    @property
+    def is_blackwell(self) -> bool:
+        return self.at_least(BLACKWELL_SINCE)
+
+    def __str__(self) -> str:
+        if self.compute_capability is None:
+            return self.device_name or self.device_type
+        major, minor = self.compute_capability
+        return f"{self.device_name or self.device_type}, compute capability {major}.{minor}"
+
+
+def host(device: Any = "cpu") -> Host:
+    """Facts about this machine as seen from `device` (torch.device or its name)."""
+    import torch
+
+    device = torch.device(device)
+    version, reason = transformer_engine()
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Host(device.type, "", None, version, reason)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Host("cuda", torch.cuda.get_device_name(device), (major, minor), version, reason)
+
+
+@functools.lru_cache(maxsize=1)
+def transformer_engine() -> tuple[str | None, str]:
+    """(version, "") if Transformer Engine imports, else (None, why not).
+
+    On a machine without CUDA its metapackage installs and then raises RuntimeError on import; a library that does not
+    load raises OSError, an unfitting torch AssertionError. Without CUDA we do not even try.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, "needs a CUDA device"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+        return str(importlib.import_module("transformer_engine").__version__), ""
+    except ModuleNotFoundError as error:
+        return None, "not installed" if (error.name or "").startswith(
+            "transformer_engine"
+        ) else f"does not import: {error}"
+    except (ImportError, RuntimeError, OSError, AssertionError, AttributeError) as error:
+        return None, f"does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

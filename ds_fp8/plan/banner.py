@@ -1,0 +1,91 @@
+"""The plan in a few lines: what is converted, what is not and why, and which settings are really in force."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .decisions import ModuleDecision, Plan
+from .estimate import gemm_share
+from .obstacles import KINDS
+
+SHOWN = 4
+"""Names listed before a banner says `and N more`."""
+
+
+def banner(plan: Plan) -> str:
+    lines = [*_layer_lines(plan), *_setting_lines(plan), *plan.notes]
+    if plan.unmatched:
+        lines.append(f"patterns that match nothing in this pipeline stage: {', '.join(plan.unmatched)}")
+    lines.append(f"plan {plan.digest()[:12]}")
+    return "\n".join(f"ds_fp8: {line}" for line in lines)
+
+
+def _layer_lines(plan: Plan) -> list[str]:
+    if not plan.fp8.enabled:
+        return []
+    lines = []
+    for kind, _ in KINDS:
+        mine = [decision for decision in plan.modules if decision.kind == kind]
+        if not mine:
+            continue
+        swaps = [decision for decision in mine if decision.is_swap]
+        target = f" -> {swaps[0].target}" if swaps else ""
+        numerics = f" ({plan.fp8.recipe})" if kind == "Linear" else " (fp32 inside, high precision out)"
+        line = f"{len(swaps)} of {len(mine)} {kind}{target}{numerics if swaps else ''}"
+        lines.append(line + _kept([decision for decision in mine if not decision.is_swap]))
+    return lines
+
+
+def _kept(kept: Sequence[ModuleDecision]) -> str:
+    """`; kept 2: lm_head (not a multiple of 16: 50257), router (excluded ...)`; equal reasons are told once."""
+    if not kept:
+        return ""
+    groups: dict[str, list[str]] = {}
+    for decision in kept:
+        groups.setdefault(decision.reason, []).append(decision.fqn or "the model itself")
+    told = []
+    for reason, names in groups.items():
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        told.append(f"{shown} ({reason})")
+    return f"; kept {len(kept)}: {', '.join(told)}"
+
+
+def _setting_lines(plan: Plan) -> list[str]:
+    lines = []
+    if plan.fp8.enabled:
+        fp8, recipe = plan.fp8, plan.fp8.recipe
+        settings = [f"backend {fp8.backend} on {plan.device}{' (emulated)' if fp8.emulated else ''}"]
+        if recipe.is_delayed:
+            settings.append(f"interval {recipe.interval}")
+            settings.append(f"reduce_amax {_on(recipe.reduce_amax)}")
+        high = [name for name, is_high in recipe.override_linear_precision._asdict().items() if is_high]
+        if high:
+            settings.append(f"{', '.join(high)} in high precision")
+        settings.append(f"weight_cache {_on(fp8.weight_cache)}")
+        settings.append(f"eval {_on(fp8.eval)}")
+        if fp8.start_step:
+            settings.append(f"high precision until step {fp8.start_step}")
+        if fp8.fuse:
+            settings.append("fused")
+        settings.append(f"{gemm_share(plan):.0%} of the linear layers' FLOPs in FP8")
+        lines.append("; ".join(settings))
+    if plan.optim is not None:
+        level = plan.optim.level
+        states = f"exp_avg {level.exp_avg}, exp_avg_sq {level.exp_avg_sq}, master {level.master}"
+        parts = [
+            f"msamp {level.name}: {states} ({level.rounding} rounding, {plan.base_dtype} base)",
+            f"gradients on the wire {_wire(level.gradient_wire)}"
+            + (f" ({level.gradient_wire_scope})" if level.gradient_wire_scope != "all" else ""),
+            f"weights {_wire(level.weight_wire)}",
+            f"ZeRO stage {plan.zero_stage}, {plan.world_size} rank{'s' if plan.world_size != 1 else ''}",
+        ]
+        lines.append("; ".join(parts))
+    return lines
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def _wire(name: str) -> str:
+    return "in high precision" if name == "none" else name

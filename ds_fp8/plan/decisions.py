@@ -1,0 +1,171 @@
+"""The plan as data: frozen, printable, equal on all ranks.
+
+Nothing here decides; `make.py` fills these classes and the stations read them. A station gets its own part only:
+layers read `Fp8Plan` and the module decisions, optim reads `OptimPlan`, comm and zero read `CommPlan`.
+Everything is a plain value, so a plan survives JSON (`Plan.to_json`, `plan_from_json`) and hashes to one digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..levels import Level
+from ..recipe import HighPrecision, Recipe
+
+
+@dataclass(frozen=True)
+class ModuleDecision:
+    """What happens to one Linear, LayerNorm or RMSNorm.
+
+    fqn     full name in the model
+    kind    `Linear`, `LayerNorm` or `RMSNorm`: the torch class it is, or derives from
+    action  `swap` or `keep`
+    target  class that takes over, e.g. `Fp8Linear` or `te.Linear`; empty when kept
+    reason  why it is kept; for a swap empty, or what made an exception
+    shape   (out_features, in_features) of a Linear, normalized shape of a norm
+    """
+
+    fqn: str
+    kind: str
+    action: str
+    target: str = ""
+    reason: str = ""
+    shape: tuple[int, ...] = ()
+
+    @property
+    def is_swap(self) -> bool:
+        return self.action == "swap"
+
+
+@dataclass(frozen=True)
+class ParameterDecision:
+    """In which format everything that belongs to one parameter is kept and sent; `none` where nothing is.
+
+    owner  fqn of the FP8 layer whose codes stand for this weight (O3); empty for all others
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    numel: int
+    dtype: str
+    frozen: bool
+    exp_avg: str
+    exp_avg_sq: str
+    master: str
+    gradient_wire: str
+    weight_wire: str
+    owner: str = ""
+
+
+@dataclass(frozen=True)
+class Fp8Plan:
+    """The part of the layers: settings with every `auto` decided."""
+
+    enabled: bool = False
+    implied: bool = False
+    backend: str = "torch"
+    recipe: Recipe = field(default_factory=Recipe)
+    weight_cache: bool = True
+    eval: bool = False
+    start_step: int = 0
+    min_features: int = 0
+    fuse: bool = False
+    emulated: bool = True
+
+
+@dataclass(frozen=True)
+class OptimPlan:
+    """The part of the optimizer: the level that is in force on this base and stage.
+
+    base_dtype         dtype of the model's parameters: `bf16`, `fp16` or `fp32`
+    offload_optimizer  `cpu`, `nvme` or None
+    """
+
+    level: Level
+    base_dtype: str
+    zero_stage: int
+    offload_optimizer: str | None = None
+
+
+@dataclass(frozen=True)
+class CommPlan:
+    """The part of the wire.
+
+    fp8_weights  names of the parameters that travel as the codes of their FP8 layer (O3); all others in 16 bits
+    """
+
+    gradient_wire: str
+    gradient_wire_scope: str
+    weight_wire: str
+    block_size: int
+    fp8_weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything ds_fp8 will do to one job. `optim` and `comm` are None without an `msamp` section.
+
+    partial    the model is one stage of a pipeline
+    unmatched  patterns that match nothing *here*; only in a partial model, elsewhere they are an error
+    notes      one line each: what was adapted, and why
+    """
+
+    modules: tuple[ModuleDecision, ...]
+    parameters: tuple[ParameterDecision, ...]
+    fp8: Fp8Plan
+    optim: OptimPlan | None
+    comm: CommPlan | None
+    zero_stage: int
+    world_size: int
+    base_dtype: str
+    device: str
+    partial: bool = False
+    unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def swaps(self) -> tuple[ModuleDecision, ...]:
+        return tuple(decision for decision in self.modules if decision.is_swap)
+
+    def decision(self, fqn: str) -> ModuleDecision | None:
+        return next((decision for decision in self.modules if decision.fqn == fqn), None)
+
+    def banner(self) -> str:
+        """What rank 0 prints at start."""
+        from .banner import banner
+
+        return banner(self)
+
+    def digest(self) -> str:
+        """SHA-256 of all that is decided; the name of the device is left out, so an H100 and an H200 may share a job."""
+        decided = {key: value for key, value in asdict(self).items() if key != "device"}
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(asdict(self), indent=indent, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        return plan_from_json(text)
+
+
+def plan_from_json(text: str) -> Plan:
+    """The plan that `Plan.to_json` wrote."""
+    data: dict[str, Any] = json.loads(text)
+    recipe = dict(data["fp8"]["recipe"])
+    recipe["override_linear_precision"] = HighPrecision(*recipe["override_linear_precision"])
+    optim, comm = data["optim"], data["comm"]
+    data["modules"] = tuple(ModuleDecision(**_tuples(item)) for item in data["modules"])
+    data["parameters"] = tuple(ParameterDecision(**_tuples(item)) for item in data["parameters"])
+    data["fp8"] = Fp8Plan(**{**data["fp8"], "recipe": Recipe(**recipe)})
+    data["optim"] = None if optim is None else OptimPlan(**{**optim, "level": Level(**optim["level"])})
+    data["comm"] = None if comm is None else CommPlan(**_tuples(comm))
+    return Plan(**_tuples(data))
+
+
+def _tuples(item: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only; frozen classes hold tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}

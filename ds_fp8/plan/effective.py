@@ -1,0 +1,156 @@
+"""Every `auto` decided, and every wish checked against the device: what will really run.
+
+A value that the user wrote is obeyed or refused; a default that does not fit this job is replaced, and a note in the
+banner says so (`MsampSettings.explicit` tells the two apart).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..capabilities import BLACKWELL_SINCE, BLOCK_SINCE, FP8_SINCE, Host
+from ..config.settings import Settings
+from ..errors import PlanError
+from ..levels import Level
+from .decisions import Fp8Plan
+
+BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
+
+
+@dataclass(frozen=True)
+class Effective:
+    """The job's settings after all decisions that need no model."""
+
+    fp8: Fp8Plan
+    level: Level | None
+    notes: tuple[str, ...]
+
+
+def decide_settings(settings: Settings, host: Host) -> Effective:
+    """Raises PlanError when the device or DeepSpeed's sections cannot do what was asked for."""
+    notes: list[str] = list(settings.notes)
+    _refuse_broken_fp16(settings)
+    fp8 = _decide_fp8(settings, host, notes) if settings.fp8.enabled else Fp8Plan()
+    level = _decide_level(settings, fp8, notes) if settings.msamp.enabled else None
+    return Effective(fp8, level, tuple(notes))
+
+
+def _refuse_broken_fp16(settings: Settings) -> None:
+    """DeepSpeed 0.18.4 and later: at stage 0 fp16 does not scale the loss, but unscales the gradients.
+
+    Under `msamp` the optimizer wrapper of stage 0 is ours, and does both.
+    """
+    facts = settings.deepspeed
+    if facts.base_dtype == "fp16" and facts.zero_stage == 0 and not settings.msamp.enabled:
+        raise PlanError(
+            "fp16 with zero_optimization/stage 0: DeepSpeed (since 0.18.4) unscales the gradients there without having "
+            "scaled the loss, so training would be wrong with or without FP8.\n"
+            "  Set zero_optimization/stage to 1, 2 or 3, or use bf16."
+        )
+
+
+def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
+    asked = settings.fp8
+    backend = _decide_backend(settings, host, notes)
+    kind = asked.recipe.kind
+    if kind in BLACKWELL_RECIPES and not host.is_blackwell:
+        raise PlanError(
+            f"fp8/recipe {kind} needs a GPU of compute capability {_dotted(BLACKWELL_SINCE)} (Blackwell), but this is {host}.\n"
+            "  Use delayed, current or block."
+        )
+    if kind == "block" and backend == "transformer_engine" and not host.at_least(BLOCK_SINCE):
+        raise PlanError(
+            f"fp8/recipe block in Transformer Engine needs compute capability {_dotted(BLOCK_SINCE)}, but this is {host}.\n"
+            "  Use delayed or current, or backend torch."
+        )
+    if asked.fuse and backend != "transformer_engine":
+        raise PlanError(
+            "fp8/fuse joins norm and Linear into one Transformer Engine layer, but the backend is torch "
+            f"({host.transformer_engine_reason or 'chosen'}).\n  Set fp8/fuse to false or auto."
+        )
+    emulated = backend == "torch" and not host.multiplies_fp8
+    if emulated and host.device_type == "cuda":
+        notes.append(f"no FP8 matrix products on {host}: emulated exactly, slower than 16 bits")
+    return Fp8Plan(
+        enabled=True,
+        implied=asked.implied,
+        backend=backend,
+        recipe=asked.recipe,
+        weight_cache=True if asked.weight_cache is None else asked.weight_cache,
+        eval=asked.eval,
+        start_step=asked.start_step,
+        min_features=asked.layers.min_features or 0,
+        fuse=asked.fuse,
+        emulated=emulated,
+    )
+
+
+def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
+    asked, kind = settings.fp8.backend, settings.fp8.recipe.kind
+    runs = host.transformer_engine is not None and host.multiplies_fp8
+    why_not = host.transformer_engine_reason or (
+        f"needs a CUDA device of compute capability {_dotted(FP8_SINCE)} or later, this is {host}"
+    )
+    if asked == "torch":
+        if kind in BLACKWELL_RECIPES:
+            raise PlanError(f"fp8/recipe {kind} exists in Transformer Engine only, but fp8/backend is torch; use auto.")
+        return "torch"
+    if runs:
+        return "transformer_engine"
+    if kind in BLACKWELL_RECIPES:
+        raise PlanError(
+            f"fp8/recipe {kind} runs in Transformer Engine only, which does not run here: {why_not}.\n"
+            "  Use delayed, current or block."
+        )
+    if asked == "transformer_engine" and not settings.msamp.use_te:
+        raise PlanError(
+            f"fp8/backend transformer_engine does not run here: {why_not}.\n"
+            "  Use auto or torch: the same numerics without Transformer Engine."
+        )
+    if asked == "transformer_engine":
+        notes.append(
+            f"msamp/use_te: Transformer Engine does not run here ({why_not}); backend torch has the same numerics"
+        )
+    return "torch"
+
+
+def _decide_level(settings: Settings, fp8: Fp8Plan, notes: list[str]) -> Level:
+    facts, explicit, level = settings.deepspeed, settings.msamp.explicit, settings.msamp.level
+    assert level is not None, "an enabled msamp section has a level"
+    if facts.base_dtype == "fp32" and level.master != "fp32":
+        if "master" in explicit:
+            raise PlanError(
+                f"msamp/master {level.master} completes a 16-bit weight, but the parameters are fp32.\n"
+                "  Enable bf16 or fp16, or set msamp/master to fp32."
+            )
+        notes.append(f"msamp {level.name}: fp32 parameters are their own master, {level.master} does not apply")
+        level = replace(level, master="fp32", rounding=level.rounding if "rounding" in explicit else "nearest")
+    if level.weight_wire == "e4m3":
+        _check_weight_wire(settings, fp8, level)
+    return level
+
+
+def _check_weight_wire(settings: Settings, fp8: Fp8Plan, level: Level) -> None:
+    """FP8 weights on the wire: somebody must gather them, and somebody must be able to use the codes."""
+    asked = "opt_level O3" if level.name == "O3" else "msamp/weight_wire e4m3"
+    if settings.deepspeed.zero_stage == 0:
+        raise PlanError(
+            f"{asked} needs FP8 weights in ZeRO, but zero_optimization/stage is 0.\n"
+            "  Set stage to 1, 2 or 3, or use opt_level O2."
+        )
+    if not fp8.enabled:
+        raise PlanError(f"{asked} sends weights as the codes of FP8 layers, but fp8 is off.\n  Enable fp8, or use O2.")
+    if fp8.recipe.kind in BLACKWELL_RECIPES:
+        raise PlanError(
+            f"{asked} makes codes for the recipes delayed, current and block, but fp8/recipe is {fp8.recipe.kind}.\n"
+            "  Use one of the three, or opt_level O2."
+        )
+    if not fp8.weight_cache:
+        raise PlanError(
+            f"{asked} makes the codes of a weight once per optimizer step, but fp8/weight_cache is false.\n"
+            "  Remove fp8/weight_cache, or use opt_level O2."
+        )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

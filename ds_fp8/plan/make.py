@@ -1,0 +1,122 @@
+"""`make_plan`: the one place where settings, model, device and world meet.
+
+Settings that need no model are decided first (`effective.py`), then modules (`modules.py`), then parameters
+(`parameters.py`). The plan depends on nothing that differs between ranks of a data-parallel group, so all of them make
+the same one; `digest()` proves it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .. import capabilities
+from ..config.settings import Settings
+from ..errors import PlanError
+from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
+from .effective import Effective, decide_settings
+from .modules import Rules, decide_modules
+from .parameters import decide_parameters
+
+
+def make_plan(
+    model: nn.Module,
+    settings: Settings,
+    *,
+    device: Any = "cpu",
+    world_size: int = 1,
+    host: capabilities.Host | None = None,
+) -> Plan:
+    """Decide everything. The model is only looked at.
+
+    device      where the model will run (torch.device or its name)
+    world_size  ranks that share the data-parallel work
+    host        facts about the device; asked of this machine when None
+    Raises PlanError when something that was asked for cannot be done, or when nothing would be converted.
+    """
+    if world_size < 1:
+        raise PlanError(f"world_size is {world_size}; a job has at least one rank.")
+    host = capabilities.host(device) if host is None else host
+    effective = decide_settings(settings, host)
+    partial, first, last = _pipeline_place(model)
+    modules: tuple[ModuleDecision, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    if effective.fp8.enabled:
+        rules = Rules(
+            settings.fp8.layers,
+            effective.fp8.recipe.kind,
+            effective.fp8.backend,
+            effective.fp8.min_features,
+            partial,
+            first,
+            last,
+        )
+        modules, unmatched = decide_modules(model, rules)
+        _require_conversion(modules, settings, partial)
+    facts = settings.deepspeed
+    recipe = effective.fp8.recipe if effective.fp8.enabled else None
+    parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype)
+    return Plan(
+        modules=modules,
+        parameters=parameters,
+        fp8=effective.fp8,
+        optim=_optim(effective, settings),
+        comm=_comm(effective, parameters, partial),
+        zero_stage=facts.zero_stage,
+        world_size=world_size,
+        base_dtype=facts.base_dtype,
+        device=str(host),
+        partial=partial,
+        unmatched=unmatched,
+        notes=effective.notes,
+    )
+
+
+def _pipeline_place(model: nn.Module) -> tuple[bool, bool, bool]:
+    """(is one stage of a pipeline, holds the first layer, holds the last one), by DeepSpeed's public attributes."""
+    stage, stages = getattr(model, "stage_id", None), getattr(model, "num_stages", None)
+    if isinstance(stage, int) and isinstance(stages, int) and stages > 1:
+        return True, stage == 0, stage == stages - 1
+    return False, True, True
+
+
+def _require_conversion(modules: tuple[ModuleDecision, ...], settings: Settings, partial: bool) -> None:
+    """An opt-in that converts nothing is an error: the job would run, bill and report FP8 without any."""
+    if partial:
+        return
+    wanted = "Linear" if settings.fp8.layers.linear else "norm"
+    if any(decision.is_swap and (decision.kind == "Linear" or wanted == "norm") for decision in modules):
+        return
+    seen = [decision for decision in modules if (decision.kind == "Linear") == (wanted == "Linear")]
+    if not seen:
+        found = f"the model has no nn.{wanted if wanted == 'Linear' else 'LayerNorm or nn.RMSNorm'}"
+    else:
+        reasons = [f"{decision.fqn} ({decision.reason})" for decision in seen[:6]]
+        more = f" and {len(seen) - 6} more" if len(seen) > 6 else ""
+        found = f"all {len(seen)} {wanted} are kept: {', '.join(reasons)}{more}"
+    raise PlanError(
+        f"fp8 is enabled, but nothing would compute in FP8: {found}.\n"
+        "  Change fp8/layers or the model, or set fp8/enabled to false."
+    )
+
+
+def _optim(effective: Effective, settings: Settings) -> OptimPlan | None:
+    if effective.level is None:
+        return None
+    facts = settings.deepspeed
+    return OptimPlan(effective.level, facts.base_dtype, facts.zero_stage, facts.offload_optimizer)
+
+
+def _comm(effective: Effective, parameters: tuple[ParameterDecision, ...], partial: bool) -> CommPlan | None:
+    level = effective.level
+    if level is None:
+        return None
+    fp8_weights = tuple(parameter.fqn for parameter in parameters if parameter.weight_wire == "e4m3")
+    if level.weight_wire == "e4m3" and not fp8_weights and not partial:
+        raise PlanError(
+            f"{level.name} sends the weights of FP8 layers as their codes, but no weight qualifies: "
+            "each is frozen, shared with another module, or used in high precision (override_linear_precision).\n"
+            "  Use opt_level O2."
+        )
+    return CommPlan(level.gradient_wire, level.gradient_wire_scope, level.weight_wire, level.block_size, fp8_weights)

@@ -1,0 +1,65 @@
+"""For each parameter: how its states, master, gradient and weight are kept and sent.
+
+States and gradients follow the level whatever the parameter is, by blocks of the flat partition: nothing is skipped
+because it is small, a bias or a norm. Only the wire of weights (O3) asks who uses them: the codes of an FP8 layer are
+usable by that layer alone, so a weight travels as codes if every module that holds it is an FP8 Linear.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..levels import Level
+from ..recipe import Recipe
+from .decisions import ModuleDecision, ParameterDecision
+from .obstacles import numel_of, shape_of
+
+
+def decide_parameters(
+    model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe | None, level: Level | None, base_dtype: str
+) -> tuple[ParameterDecision, ...]:
+    """One decision for each Parameter object; a shared one appears once, under its first name."""
+    owners = _owners(model, modules, recipe)
+    decisions = []
+    for fqn, parameter in model.named_parameters():
+        frozen = not parameter.requires_grad
+        kept = level if level is not None and not frozen else None
+        owner = owners.get(id(parameter), "") if not frozen else ""
+        decisions.append(
+            ParameterDecision(
+                fqn=fqn,
+                shape=shape_of(parameter),
+                numel=numel_of(parameter),
+                dtype=base_dtype,
+                frozen=frozen,
+                exp_avg=kept.exp_avg if kept else _plain(frozen),
+                exp_avg_sq=kept.exp_avg_sq if kept else _plain(frozen),
+                master=kept.master if kept else _plain(frozen),
+                gradient_wire=kept.gradient_wire if kept else "none",
+                weight_wire=kept.weight_wire if kept and owner else "none",
+                owner=owner,
+            )
+        )
+    return tuple(decisions)
+
+
+def _plain(frozen: bool) -> str:
+    return "none" if frozen else "fp32"
+
+
+def _owners(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe | None) -> dict[int, str]:
+    """id of a weight -> the FP8 Linear that can use its codes for all that it computes."""
+    if recipe is None or recipe.override_linear_precision.fprop or recipe.override_linear_precision.dgrad:
+        # A product in high precision reads the 16-bit weight.
+        return {}
+    swapped = {decision.fqn for decision in modules if decision.is_swap and decision.kind == "Linear"}
+    holders: dict[int, list[tuple[str, str]]] = {}
+    for fqn, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((fqn, name))
+    return {
+        key: places[0][0]
+        for key, places in holders.items()
+        if len(places) == 1 and places[0][0] in swapped and places[0][1] == "weight"
+    }

@@ -1,0 +1,77 @@
+"""`fp8.layers.include` and `exclude`: globs over module names, each of which must match something.
+
+A filter that matches nothing is how a renamed head gets quantised without anybody noticing, so it is an error here,
+with the closest names. How explicit a pattern is decides what happens to a module that cannot be converted:
+
+    head             literal: the module itself was asked for, so any obstacle is an error
+    encoder.*.fc1    names it: an obstacle of shape is an error, other obstacles keep it with the reason
+    *                names nothing: obstacles keep modules with the reason
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..errors import PlanError
+
+WILDCARDS = "*?[]!"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One module that could be converted, as patterns see it."""
+
+    fqn: str
+    class_names: tuple[str, ...]
+
+
+def is_literal(pattern: str) -> bool:
+    return not any(sign in pattern for sign in WILDCARDS)
+
+
+def names_something(pattern: str) -> bool:
+    """False for `*`, `*.*` and the like: they ask for everything, so for nothing in particular."""
+    return bool(pattern.strip(WILDCARDS + ".-_"))
+
+
+def matches(pattern: str, candidate: Candidate) -> bool:
+    """By name, or by class: `Linear`-like names without a dot also select a class."""
+    return fnmatchcase(candidate.fqn, pattern) or pattern in candidate.class_names
+
+
+def find(patterns: Sequence[str], candidate: Candidate) -> str | None:
+    """The most explicit pattern that matches: literal before glob, class name last."""
+    found = [pattern for pattern in patterns if matches(pattern, candidate)]
+    found.sort(key=lambda pattern: (not is_literal(pattern), not names_something(pattern)))
+    return found[0] if found else None
+
+
+def unmatched(patterns: Iterable[str], candidates: Sequence[Candidate]) -> list[str]:
+    return [pattern for pattern in patterns if not any(matches(pattern, candidate) for candidate in candidates)]
+
+
+def no_match(key: str, pattern: str, candidates: Sequence[Candidate], others: Sequence[tuple[str, str]]) -> PlanError:
+    """The error for a pattern without a match.
+
+    others  (fqn, class name) of all other modules: containers, embeddings, ...
+    """
+    head = (
+        f"fp8/layers/{key}: {pattern!r} matches no Linear, LayerNorm or RMSNorm of this model, so it would do nothing."
+    )
+    for fqn, class_name in others:
+        if fqn and fnmatchcase(fqn, pattern):
+            inner = [candidate for candidate in candidates if candidate.fqn.startswith(f"{fqn}.")]
+            if inner:
+                return PlanError(
+                    f"{head}\n  {fqn} is a {class_name} that holds {len(inner)} of them; write '{pattern}.*'."
+                )
+            return PlanError(f"{head}\n  {fqn} is a {class_name}, which is never converted; remove the pattern.")
+    names = [candidate.fqn for candidate in candidates]
+    close = difflib.get_close_matches(pattern.strip(WILDCARDS), names, n=3, cutoff=0.3)
+    if not close:
+        stem = pattern.strip(WILDCARDS + ".").split(".")[-1]
+        close = [name for name in names if stem and stem in name][:3] or names[:3]
+    return PlanError(f"{head}\n  Closest names: {', '.join(close) if close else 'none, the model has no such layers'}.")
