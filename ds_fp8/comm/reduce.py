@@ -13,6 +13,7 @@ host, so all of this may run in DeepSpeed's reduction stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def reduce_to_owners(
     returns   this rank's slice, fp32
     """
     flat = tensor.view(-1)
-    slices = [flat[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    slices = [flat[start:stop] for start, stop in pairwise(bounds)]
     return reduce_slices(slices, group, wire=wire, average=average, out=out)
 
 
@@ -141,7 +142,7 @@ def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) 
     for ((start, stop),) in wire.chunks([flat.numel()], flat.device):
         chunk = flat[start:stop]
         bounds = owner_bounds(chunk.numel(), route.world_size)
-        parts = [chunk[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        parts = [chunk[a:b] for a, b in pairwise(bounds)]
         started = _start_exchange(parts, route.rank, route.group, wire)
         if reducing is not None:
             if gathering is not None:
@@ -208,7 +209,7 @@ def _all_reduce_two_level(tensor: Tensor, route: Route, *, wire: Wire, average: 
     for ((start, stop),) in wire.chunks([flat.numel()], flat.device):
         chunk = flat[start:stop]
         bounds = owner_bounds(chunk.numel(), places)
-        parts = [chunk[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        parts = [chunk[a:b] for a, b in pairwise(bounds)]
         own = reduce_slices(parts, route.inner, wire=Wire(None, wire.chunk_numel))
         all_reduce(own, route.outer, wire=wire, average=average)
         if places == 1:

@@ -126,3 +126,18 @@ def reduce_pieces(
     route = gradient_wire.route(group)
     counters.add("gradient", 0, all_reduce_bytes(numel, some.element_size(), route.world_size))
     return reduce_slices(slices, route, wire=gradient_wire.wire, average=average)
+
+
+def mixin_for(zero_optimizer: Any) -> type | None:
+    """The mixin for this kind of ZeRO optimizer; None where the engine's all-reduce is the place (stage 0, BF16)."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from .wire_stage3 import WireStage3
+    from .wire_stage12 import WireStage12
+
+    if isinstance(zero_optimizer, DeepSpeedZeroOptimizer):
+        return WireStage12
+    if isinstance(zero_optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return WireStage3
+    return None

@@ -22,13 +22,13 @@ class WireStage3:
 
     fp8_gradient_wire: GradientWire
 
-    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802  DeepSpeed's name
         self: Any, params_to_reduce: Sequence[Any], communication_data_type: torch.dtype
     ) -> list[Tensor]:
         """One chunk per parameter, without padding."""
         return self._fp8_scatter(params_to_reduce, [param.grad.view(-1) for param in params_to_reduce])
 
-    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(  # noqa: N802  DeepSpeed's name
         self: Any, buffer_to_reduce: Tensor, communication_data_type: torch.dtype
     ) -> list[Tensor]:
         """reduce_scatter: false. The same chunks, each padded with zeros to the partition's size."""

@@ -7,10 +7,12 @@ port can collide.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +36,11 @@ def init_comm(rank: int, world_size: int, rendezvous: str) -> None:
 def _rank_main(rank: int, world_size: int, rendezvous: str, results: Any, work: Callable[..., Any], args: Any) -> None:
     try:
         init_comm(rank, world_size, rendezvous)
-        results.put((rank, work(rank, world_size, *args), None))
-    except BaseException:
+        # By value: a tensor in shared memory would die with this process before the parent has read it.
+        saved = io.BytesIO()
+        torch.save(work(rank, world_size, *args), saved)
+        results.put((rank, saved.getvalue(), None))
+    except BaseException:  # noqa: BLE001  reported by the parent, whatever it is
         results.put((rank, None, traceback.format_exc()))
     finally:
         if torch.distributed.is_initialized():
@@ -47,7 +52,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: 
     context = mp.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = os.path.join(folder, "rendezvous")
+        rendezvous = str(Path(folder) / "rendezvous")
         processes = [
             context.Process(target=_rank_main, args=(rank, world_size, rendezvous, results, work, args), daemon=True)
             for rank in range(world_size)
@@ -60,7 +65,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: 
                 rank, value, error = results.get(timeout=timeout_s)
                 if error is not None:
                     raise RuntimeError(f"rank {rank} of {world_size} failed:\n{error}")
-                collected[rank] = value
+                collected[rank] = torch.load(io.BytesIO(value), weights_only=False)
         finally:
             for process in processes:
                 process.join(timeout=10)
