@@ -1,6 +1,6 @@
 """Activation: where JSON, plan and stations meet inside DeepSpeed's engine.
 
-`activate()` wraps seven methods of `DeepSpeedEngine` (`patches.py`); each wrapper asks at once whether this engine has
+`activate()` wraps two methods of `DeepSpeedEngine` (`patches.py`); each wrapper asks at once whether this engine has
 an `fp8` or `msamp` section and, if not, calls the original and nothing else. The first wrapper that meets a section
 reads it, plans, swaps (`attach.py`), compares with all ranks (`agreement.py`), and leaves an `Attachment` on the engine.
 

@@ -1,7 +1,7 @@
 """From JSON to stations, for one engine: read, plan, compare, swap; later step, save, load.
 
-    config.load -> Settings -> make_plan -> Plan -+-> layers.swap_layers    now, before DeepSpeed looks at the model
-                                                  +-> zero.specialize       when DeepSpeed has built its optimizer
+    config.load -> Settings -> make_plan -> Plan -+-> layers.swap_layers        now, before DeepSpeed looks at the model
+                                                  +-> zero.configure_optimizer  around DeepSpeed's _configure_optimizer
 
 Called at the head of `DeepSpeedEngine._configure_distributed_model`: after tensor and expert parallelism have changed
 the model, before the dtype cast, the broadcast, the parameter groups and ZeRO's hooks. The new layers hold the very
@@ -38,23 +38,13 @@ class Attachment:
     book: Any = None
     watchers: list[Callable[[], None]] = field(default_factory=list)
 
-    def configure_optimizer(self, original: Callable, client_optimizer: Any, model_parameters: Any) -> Any:
-        """A client's optimizer meets `msamp` here; without `msamp` DeepSpeed goes on as always."""
-        if self.settings.msamp.enabled and client_optimizer is not None:
-            client_optimizer = _zero().take_over(self.engine, client_optimizer, self.plan)
-        return original(self.engine, client_optimizer, model_parameters)
+    def configure_optimizer(self, original: Callable, client_optimizer: Any, model_parameters: Any) -> None:
+        """Under `msamp` ours takes the place of the JSON's or the client's Adam; else DeepSpeed goes on as always."""
+        if self.plan.optim is None:
+            return original(self.engine, client_optimizer, model_parameters)
+        from ..zero import configure_optimizer
 
-    def configure_basic_optimizer(self, original: Callable, model_parameters: Any) -> Any:
-        """The optimizer of the JSON: ours under `msamp`, DeepSpeed's otherwise."""
-        if self.settings.msamp.enabled:
-            return _zero().build_optimizer(self.engine, model_parameters, self.plan)
-        return original(self.engine, model_parameters)
-
-    def specialize(self, zero_optimizer: Any) -> Any:
-        """ZeRO's optimizer, with FP8 wire, states and weights grafted on under `msamp`."""
-        if self.settings.msamp.enabled and zero_optimizer is not None:
-            _zero().specialize(self.engine, zero_optimizer, self.plan)
-        return zero_optimizer
+        return configure_optimizer(original, self.engine, client_optimizer, model_parameters, self.plan, self.book)
 
     def hook(self) -> None:
         """Hang step and checkpoints on this engine; they outlive `deactivate()`, as the FP8 layers do."""
@@ -130,8 +120,11 @@ def _settings(engine: Any) -> Any:
 def _plan(engine: Any, model: Any, settings: Any) -> Any:
     from ..plan import make_plan
 
-    if settings.msamp.enabled:
-        _zero()
+    if settings.msamp.enabled and engine.client_optimizer is None and not engine.optimizer_name():
+        raise PlanError(
+            "msamp keeps the states of an optimizer, but this engine has none: neither the JSON nor initialize() names one.\n"
+            "  Add an `optimizer` section, or set msamp/enabled to false and fp8/enabled to true for FP8 layers alone."
+        )
     return make_plan(model, settings, device=engine.device, world_size=_data_parallel_size(engine))
 
 
@@ -147,15 +140,6 @@ def _part(engine: Any, model: Any) -> str:
     """Which piece of the model lives here: pipeline stages hold different layers and so make different plans."""
     stage = getattr(model, "stage_id", None)
     return "" if stage is None else f"pipeline stage {stage}"
-
-
-def _zero() -> Any:
-    """The package that meets ZeRO, refused by name as long as it does not know `msamp`."""
-    from .. import zero
-
-    if not all(hasattr(zero, name) for name in ("specialize", "build_optimizer", "take_over")):
-        raise PlanError("msamp: this build of ds_fp8 has no optimizer states; use the fp8 section alone.")
-    return zero
 
 
 def _tell(text: str) -> None:

@@ -2,11 +2,11 @@
 
 Methods of the class are replaced, not names of modules: whoever imported `DeepSpeedEngine` or `deepspeed.initialize`
 before us (Accelerate, the HF Trainer) meets the wrapper all the same, and PipelineEngine and the hybrid engine inherit
-it. All four run while an engine is being built. What an attached engine needs later (step, checkpoints) hangs on that
+it. Both run while an engine is being built. What an attached engine needs later (step, checkpoints) hangs on that
 one engine (`Attachment.hook`), so `deactivate()` never leaves a running engine half plugged, and an engine without our
 sections runs DeepSpeed's own code in every step.
 
-When DeepSpeed lacks one of the methods there is nothing to hang on to, so the constructor is guarded instead: a job
+When DeepSpeed lacks one of the two there is nothing to hang on to, so the constructor is guarded instead: a job
 that asks for FP8 is refused, every other job runs.
 """
 
@@ -38,29 +38,9 @@ def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any,
     return attachment.configure_optimizer(original, client_optimizer, model_parameters)
 
 
-def _configure_basic_optimizer(original: Callable, engine: Any, model_parameters: Any) -> Any:
-    from . import of
-
-    attachment = of(engine)
-    if attachment is None:
-        return original(engine, model_parameters)
-    return attachment.configure_basic_optimizer(original, model_parameters)
-
-
-def _configure_zero_optimizer(original: Callable, engine: Any, optimizer: Any) -> Any:
-    from . import of
-
-    attachment = of(engine)
-    if attachment is None:
-        return original(engine, optimizer)
-    return attachment.specialize(original(engine, optimizer))
-
-
 WRAPPERS: dict[str, Callable] = {
     "_configure_distributed_model": _configure_distributed_model,
     "_configure_optimizer": _configure_optimizer,
-    "_configure_basic_optimizer": _configure_basic_optimizer,
-    "_configure_zero_optimizer": _configure_zero_optimizer,
 }
 
 

@@ -1,0 +1,81 @@
+"""Readings, aggregates, alarms and the journal: from numbers to words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ds_fp8.formats import E4M3, E5M2
+from ds_fp8.telemetry import Journal, Reading, aggregate, find_alarms, read_journal
+from ds_fp8.telemetry.aggregate import events
+from ds_fp8.telemetry.alarms import new_alarms
+
+
+def reading(amax, scale=1.0, fmt=E4M3, fqn="up", role="input", **more):
+    return Reading(fqn, role, amax, scale, fmt, **more)
+
+
+def test_a_scale_from_its_own_amax_fills_the_range():
+    """used = amax * (448 / amax) / 448 = 1: no headroom, nothing clamped."""
+    full = reading(3.0, 448 / 3.0)
+    assert full.used == pytest.approx(1) and full.headroom_bits == pytest.approx(0, abs=1e-9)
+    assert not full.is_saturated
+
+
+def test_headroom_counts_powers_of_two():
+    """112 of 448 leaves two bits; 1792 lies two bits beyond."""
+    assert reading(112.0).headroom_bits == 2
+    assert reading(1792.0).headroom_bits == -2
+    assert reading(1792.0).is_saturated
+
+
+def test_aggregates_leave_out_what_was_not_seen():
+    """Two inputs and one gradient: no number for weights, and inf counts beside the medians, not in them."""
+    values = aggregate([reading(1.0), reading(3.0), reading(math.inf), reading(2.0, fmt=E5M2, role="grad_output")])
+    assert values["input/amax_max"] == 3.0 and values["input/amax_median"] == 2.0
+    assert values["nonfinite_tensors"] == 1
+    assert not any(name.startswith("weight/") for name in values)
+
+
+def test_monitor_events_are_finite_and_carry_the_sample_count():
+    """A plot has no place for inf."""
+    assert events({"a": 1.5, "b": math.inf}, samples=64) == [("Train/Samples/ds_fp8/a", 1.5, 64)]
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "key"),
+    [
+        (reading(math.inf), "nonfinite", "fp8/layers/exclude"),
+        (reading(448 * 4.0), "saturated", "fp8/margin"),
+        (reading(448 * 2.0**-13), "idle", "fp8/amax_history_len"),
+        (reading(448.0, underflow=0.3), "underflow", "fp8/recipe block"),
+    ],
+)
+def test_each_alarm_names_the_layer_and_the_key(found, kind, key):
+    """An alarm that does not say what to change is noise."""
+    (alarm,) = find_alarms([found])
+    assert alarm.kind == kind and alarm.text.startswith("up: input") and key in alarm.text
+
+
+def test_a_healthy_tensor_raises_no_alarm():
+    """Full range, half range, and a tensor of zeros (a layer that got no data) are all fine."""
+    assert find_alarms([reading(448.0), reading(224.0), reading(0.0)]) == []
+
+
+def test_an_alarm_is_told_once_until_it_has_gone():
+    """Step 1 told, step 2 silent, step 3 well, step 4 told again."""
+    bad, known = find_alarms([reading(448 * 4.0)]), set()
+    assert [len(new_alarms(now, known)) for now in (bad, bad, [], bad)] == [1, 0, 0, 1]
+
+
+def test_a_journal_cut_by_a_kill_is_still_readable(tmp_path):
+    """Half a line at the end is the crash; the lines before it are the run."""
+    journal = Journal(tmp_path / "logs" / "t.jsonl")
+    journal.write("plan", digest="ab")
+    journal.write("step", step=1, readings=[reading(math.inf).to_json()])
+    with journal.path.open("a") as file:
+        file.write('{"event": "st')
+    found = read_journal(journal.path)
+    assert [event["event"] for event in found] == ["plan", "step"]
+    assert found[1]["readings"][0]["amax"] == "inf"
