@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .facts import optimizer_type, section
+from .facts import base_dtype, optimizer_type, section, zero_stage
 from .rules import Found, Rule, fp8_of, level_of, msamp_of
 
 ONE_BIT_OPTIMIZERS = frozenset({"onebitadam", "zerooneadam", "onebitlamb"})
@@ -130,6 +130,18 @@ def secondary_partition(data: dict[str, Any]) -> Found:
         )
 
 
+def unscaled_fp16(data: dict[str, Any]) -> Found:
+    """DeepSpeed 0.18.4 and later unscale gradients at stage 0 without having scaled the loss; msamp's optimizer does both."""
+    if fp8_of(data) and not msamp_of(data) and base_dtype(data) == "fp16" and zero_stage(data) == 0:
+        yield (
+            ("fp16", "enabled"),
+            (
+                "fp16 at ZeRO stage 0 trains wrongly in DeepSpeed since 0.18.4: gradients are unscaled, the loss never was "
+                "scaled; set zero_optimization/stage to 1, 2 or 3, or use bf16"
+            ),
+        )
+
+
 def communication_dtype(data: dict[str, Any]) -> Found:
     """communication_data_type names the dtype of a reduction that FP8 codes replace."""
     level = level_of(data)
@@ -166,6 +178,7 @@ CONFLICTS: tuple[Rule, ...] = (
     quantized_gradients,
     quantized_weights,
     secondary_partition,
+    unscaled_fp16,
 )
 
 REPLACED: tuple[Rule, ...] = (communication_dtype, torch_adam_states)

@@ -78,7 +78,10 @@ def _contradictions(data: dict[str, Any]) -> Iterator[tuple[Path, str]]:
     if len(on) == 2:
         yield ("fp16", "enabled"), "fp16 and bf16 are both enabled; DeepSpeed takes one of them"
     if data and "train_batch_size" not in data and "train_micro_batch_size_per_gpu" not in data:
-        yield (), "neither train_batch_size nor train_micro_batch_size_per_gpu is set; DeepSpeed needs one of them"
+        yield (
+            ("train_batch_size",),
+            "neither train_batch_size nor train_micro_batch_size_per_gpu is set; DeepSpeed needs one of them",
+        )
     micro, total, steps = (
         data.get(key) for key in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
     )

@@ -38,16 +38,18 @@ def load(source: Source, *, where: str | None = None) -> Settings:
 def check(source: Source, *, where: str | None = None) -> list[Problem]:
     """Every problem and warning, ours and DeepSpeed's own keys, in the order of the file."""
     document = read(source, where)
-    found = [*document.problems, *_own_problems(document), *judge_deepspeed(document)]
+    found = [*document.problems, *_own_problems(document, asked=True), *judge_deepspeed(document)]
     seen: dict[tuple[str, str], Problem] = {}
     for problem in found:
         seen.setdefault((problem.path, problem.message), problem)
     return sorted(seen.values(), key=lambda problem: (problem.line, problem.column))
 
 
-def _own_problems(document: Document) -> list[Problem]:
+def _own_problems(document: Document, asked: bool = False) -> list[Problem]:
     data = document.data
-    problems = [document.problem((key,), message, severity) for key, message, severity in judge(data, top_level_keys())]
+    problems = [
+        document.problem((key,), message, severity) for key, message, severity in judge(data, top_level_keys(), asked)
+    ]
     present = [section for section in contract.SECTIONS if section in data]
     for section in present:
         errors = sorted(

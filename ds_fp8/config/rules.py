@@ -16,6 +16,8 @@ from .facts import base_dtype, section, zero_stage
 from .positions import Path
 from .resolve import LEVEL_KEYS, explicit_keys, is_enabled, value_of
 
+BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
+
 Found = Iterator[tuple[Path, str]]
 Rule = Callable[[dict[str, Any]], Found]
 
@@ -52,7 +54,7 @@ def blackwell_recipes_need_transformer_engine(data: dict[str, Any]) -> Found:
     """mxfp8 and nvfp4 exist in Transformer Engine only."""
     given = fp8_of(data) or {}
     recipe = value_of(given, "fp8", "recipe")
-    if recipe in ("mxfp8", "nvfp4") and given.get("backend") == "torch":
+    if recipe in BLACKWELL_RECIPES and given.get("backend") == "torch":
         message = (
             f"'{recipe}' needs backend transformer_engine, but fp8/backend is torch; use auto or transformer_engine"
         )
@@ -116,6 +118,21 @@ def fp8_weights_need_zero(data: dict[str, Any]) -> Found:
         )
 
 
+def fp8_weights_come_from_the_cache(data: dict[str, Any]) -> Found:
+    """Codes that travel are made once per optimizer step; a layer that casts anew each time would not use them."""
+    level, given = level_of(data), fp8_of(data) or {}
+    if level and level.weight_wire == "e4m3" and given.get("weight_cache") is False:
+        yield (
+            ("fp8", "weight_cache"),
+            "false, but FP8 weights are codes made once per optimizer step; remove it, or use O2",
+        )
+    if level and level.weight_wire == "e4m3" and value_of(given, "fp8", "recipe") in BLACKWELL_RECIPES:
+        message = (
+            f"FP8 weights have no codes for recipe '{given['recipe']}'; use delayed, current or block, or opt_level O2"
+        )
+        yield ("fp8", "recipe"), message
+
+
 def masters_fit_the_base(data: dict[str, Any]) -> Found:
     """Split and fp16 masters complete a 16-bit weight; an fp32 parameter is its own master."""
     master = (msamp_of(data) or {}).get("master", "auto")
@@ -165,6 +182,7 @@ RULES: tuple[Rule, ...] = (
     use_te_needs_fp8,
     fp8_weights_need_fp8_layers,
     fp8_weights_need_zero,
+    fp8_weights_come_from_the_cache,
     masters_fit_the_base,
     rounding_has_something_to_round,
     wire_scope_has_a_wire,

@@ -54,12 +54,13 @@ def meant_key(key: str, known: frozenset[str]) -> str | None:
     return ranked[0][1] if ranked and ranked[0][0] <= allowed else None
 
 
-def judge(data: dict[str, Any], known: frozenset[str]) -> Iterator[tuple[str, str, str]]:
+def judge(data: dict[str, Any], known: frozenset[str], asked: bool = False) -> Iterator[tuple[str, str, str]]:
     """(key, message, severity) for each top-level key that nobody knows.
 
-    Without a section of ours only a misspelt section of ours is told: a plain DeepSpeed job is none of our business.
+    Without a section of ours, and unless somebody has asked, only a misspelt section of ours is told: a plain DeepSpeed
+    job is none of our business.
     """
-    ours = any(section in data for section in contract.SECTIONS)
+    ours = asked or any(section in data for section in contract.SECTIONS)
     for key in data:
         if not isinstance(key, str) or key in known or key in contract.SECTIONS or key in FOREIGN:
             continue
@@ -69,8 +70,8 @@ def judge(data: dict[str, Any], known: frozenset[str]) -> Iterator[tuple[str, st
                 f"unknown section; did you mean '{section}'? As it stands, FP8 would stay off in silence",
                 "error",
             )
-        elif name := meant_key(key, known):
+        elif ours and (name := meant_key(key, known)):
             message = f"unknown key; did you mean '{name}'? DeepSpeed ignores unknown top-level keys in silence"
-            yield key, message, "error" if ours else "warning"
+            yield key, message, "error"
         elif ours:
             yield key, "unknown key; DeepSpeed and ds_fp8 ignore it", "warning"

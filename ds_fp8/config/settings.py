@@ -94,5 +94,10 @@ class Settings:
     notes: tuple[str, ...] = ()
 
     @property
+    def telemetry(self) -> TelemetrySettings:
+        """The job's telemetry: whichever section asks for it (two that differ are refused)."""
+        return self.fp8.telemetry if self.fp8.telemetry.enabled else self.msamp.telemetry
+
+    @property
     def enabled(self) -> bool:
         return self.fp8.enabled or self.msamp.enabled

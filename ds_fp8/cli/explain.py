@@ -1,0 +1,168 @@
+"""`ds_fp8 explain FILE [--model module:factory]`: what is in force, where each value comes from, and what it will do.
+
+Without a model: every key of both sections with its effective value and its origin (the file, the level, a default).
+With one: the plan, i.e. the banner a job prints, the decision for every module with its reason, and the bytes. The
+factory is called without arguments in the current folder, on the meta device when it can be, so that a model of any
+size fits. Exit code 1 when settings or plan are refused, 2 when file or model cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import config
+from ..config import contract
+from ..errors import ConfigError, DsFp8Error
+from ..levels import LEVELS
+from .estimate import human
+from .tables import print_table
+
+
+def main(argv: Sequence[str]) -> int:
+    """Explain one configuration."""
+    options = _options(argv)
+    try:
+        settings = config.load(options.file)
+    except ConfigError as error:
+        print(error)
+        return 2 if any(not problem.path for problem in error.problems) else 1
+    if options.model is None:
+        return _print_settings(settings, options.json)
+    try:
+        model = build_model(options.model, options.no_meta)
+    except Exception as error:  # noqa: BLE001  # the factory is the user's code: whatever it raises is told
+        print(f"--model {options.model}: {type(error).__name__}: {error}")
+        return 2
+    return _print_plan(model, settings, options)
+
+
+def effective_settings(settings: config.Settings) -> Iterator[tuple[str, str, str, str]]:
+    """(key, effective value, origin, unit) of every key of the sections that are on."""
+    fp8, msamp = settings.fp8, settings.msamp
+    given = {name: settings.deepspeed.raw.get(name) or {} for name in contract.SECTIONS}
+    if fp8.enabled:
+        recipe = {**asdict(fp8.recipe), "recipe": fp8.recipe.kind}
+        recipe["override_linear_precision"] = list(fp8.recipe.override_linear_precision)
+        own = {key: getattr(fp8, key) for key in ("enabled", "backend", "fuse", "weight_cache", "eval", "start_step")}
+        yield from _rows("fp8", "fp8", {**recipe, **own}, given["fp8"], "msamp" if fp8.implied or msamp.use_te else "")
+        yield from _rows("layers", "fp8/layers", asdict(fp8.layers), _sub(given["fp8"], "layers"), "")
+    if msamp.level is not None:
+        name = msamp.level.name
+        level = {**asdict(msamp.level), "enabled": True, "opt_level": name, "use_te": msamp.use_te}
+        yield from _rows("msamp", "msamp", level, given["msamp"], name)
+    if settings.enabled:
+        home = "fp8" if fp8.enabled else "msamp"
+        yield from _rows(
+            "telemetry", f"{home}/telemetry", asdict(settings.telemetry), _sub(given[home], "telemetry"), ""
+        )
+
+
+def _rows(
+    section: str, prefix: str, values: dict[str, Any], given: dict[str, Any], deciding: str
+) -> Iterator[tuple[str, str, str, str]]:
+    for key, entry in contract.properties(section).items():
+        if key not in values:
+            continue
+        value, written = values[key], given.get(key, "auto")
+        if written != "auto":
+            origin = "file"
+        elif deciding in LEVELS and hasattr(LEVELS[deciding], key):
+            origin = f"level {deciding}" if value == getattr(LEVELS[deciding], key) else "follows another key"
+        elif deciding and value is not None and value != entry.get("default"):
+            origin = "msamp"
+        else:
+            origin = "default"
+        undecided = "none: monitor only" if key == "path" else "decided by the plan"
+        shown = undecided if value is None else value if isinstance(value, str) else json.dumps(value)
+        yield f"{prefix}/{key}", shown, origin, entry.get("x-unit", "")
+
+
+def _sub(given: dict[str, Any], key: str) -> dict[str, Any]:
+    value = given.get(key, {})
+    return value if isinstance(value, dict) else {}
+
+
+def _print_settings(settings: config.Settings, as_json: bool) -> int:
+    rows = list(effective_settings(settings))
+    facts = asdict(settings.deepspeed)
+    facts.pop("raw")
+    if as_json:
+        keys = [{"key": key, "value": value, "origin": origin, "unit": unit} for key, value, origin, unit in rows]
+        print(json.dumps({"settings": keys, "deepspeed": facts, "notes": settings.notes}))
+        return 0
+    if rows:
+        print_table(f"{settings.source}: effective settings", ["key", "value", "from", "unit"], rows)
+    else:
+        print(f"{settings.source}: neither fp8 nor msamp is on; training is DeepSpeed's own")
+    told = [
+        [key, "client's" if key == "optimizer" and value is None else "-" if value is None else str(value)]
+        for key, value in facts.items()
+    ]
+    print_table("DeepSpeed's own sections", ["fact", "value"], told)
+    for note in settings.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def build_model(name: str, no_meta: bool) -> Any:
+    """Import `module:factory` and call the factory."""
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError("write it as module:factory")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    factory = getattr(importlib.import_module(module_name), attribute)
+    if no_meta:
+        return factory()
+    import torch
+
+    with torch.device("meta"):
+        return factory()
+
+
+def _print_plan(model: Any, settings: config.Settings, options: argparse.Namespace) -> int:
+    from ..plan import estimate, make_plan
+
+    try:
+        plan = make_plan(model, settings, device=options.device, world_size=options.world_size)
+    except DsFp8Error as error:
+        print(f"{type(error).__name__}: {error}")
+        return 1
+    cost = estimate(plan, micro_batches=settings.deepspeed.gradient_accumulation_steps or 1)
+    if options.json:
+        print(json.dumps({"plan": json.loads(plan.to_json()), "digest": plan.digest(), "estimate": asdict(cost)}))
+        return 0
+    print(plan.banner())
+    rows = [
+        [decision.fqn, decision.kind, "x".join(map(str, decision.shape)), decision.target or "kept", decision.reason]
+        for decision in plan.modules
+    ]
+    print_table("Modules", ["module", "kind", "shape", "becomes", "reason"], rows)
+    print(
+        f"{human(cost.resident_bytes)} per rank for weights, gradients, masters and states; "
+        f"{human(cost.wire_bytes)} sent per rank and step (ZeRO {cost.zero_stage}, {cost.world_size} ranks)"
+    )
+    return 0
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ds_fp8 explain", description=__doc__.split("\n")[0])
+    parser.add_argument("file", metavar="FILE", help="DeepSpeed configuration")
+    parser.add_argument(
+        "--model", metavar="MODULE:FACTORY", help="callable that returns the model, e.g. train:build_model"
+    )
+    parser.add_argument(
+        "--no-meta", action="store_true", help="build the model for real, if it cannot be built on meta"
+    )
+    parser.add_argument("--device", default="cpu", help="device to plan for (default: cpu)")
+    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks to plan for (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv)

@@ -1,0 +1,218 @@
+"""The doctor's probes: one small function per question, all of one signature, each yielding findings.
+
+A finding is `ok`, a `note` (works, but somebody may wonder) or a `fail` (a job cannot run), and a cure is something to
+type or to change. Only what really stops a job fails: no GPU, no Transformer Engine and no compiler are notes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import site
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from ..config import contract
+from ..door import DISABLE_VARIABLE, is_disabled
+
+REQUIRED = {
+    "torch": (2, 5),
+    "deepspeed": (0, 17, 2),
+    "jsonschema": (4, 20),
+    "hjson": (),
+    "rich": (13,),
+    "safetensors": (0, 4),
+}
+"""Distribution -> oldest version; the same as in setup.py."""
+
+TESTED_DEEPSPEED = (0, 19, 8)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer.
+
+    what    the question
+    found   the answer
+    status  `ok`, `note` or `fail`
+    cure    what to do about it; empty when nothing
+    """
+
+    what: str
+    found: str
+    status: str = "ok"
+    cure: str = ""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(2, 13, 0) from '2.13.0+cpu'; enough to compare releases."""
+    parts = []
+    for part in version.split("+")[0].split("."):
+        digits = "".join(character for character in part if character.isdigit())
+        if not digits or not part[0].isdigit():
+            break
+        parts.append(int(digits))
+    return tuple(parts)
+
+
+def installed(name: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> Iterator[Finding]:
+    """Python, ourselves, and what we need."""
+    from .. import __version__
+
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("ds_fp8", f"{__version__} in {Path(__file__).resolve().parents[1]}")
+    for name, oldest in REQUIRED.items():
+        version = installed(name)
+        wanted = ".".join(map(str, oldest))
+        if version is None:
+            yield Finding(name, "not installed", "fail", f"pip install '{name}{'>=' + wanted if wanted else ''}'")
+        elif numbers(version) < oldest:
+            yield Finding(name, f"{version}, older than {wanted}", "fail", f"pip install --upgrade '{name}>={wanted}'")
+        else:
+            yield Finding(name, version)
+
+
+def deepspeed_seams() -> Iterator[Finding]:
+    """The private names that we hook are as we know them."""
+    version = installed("deepspeed")
+    if version is None:
+        return
+    from ..zero import seams
+
+    found = [difference for name in seams.SEAMS if (difference := seams.difference(name)) is not None]
+    for difference in found:
+        cure = f"install DeepSpeed {'.'.join(map(str, TESTED_DEEPSPEED))}, or a newer ds_fp8"
+        yield Finding("deepspeed seam", difference, "fail", cure)
+    if not found:
+        newer = numbers(version) > TESTED_DEEPSPEED
+        tested = ".".join(map(str, TESTED_DEEPSPEED))
+        yield Finding(
+            "deepspeed seams",
+            f"all {len(seams.SEAMS)} as expected"
+            + (f"; newer than {tested}, which is the newest one tested" if newer else ""),
+            "note" if newer else "ok",
+        )
+    schema_version = contract.schema("deepspeed")["x-deepspeed-version"]
+    if schema_version != version:
+        yield Finding("config schema", f"made from DeepSpeed {schema_version}, {version} is installed", "note",
+                      "`ds_fp8 check` may misjudge DeepSpeed's newest keys; training is not concerned")  # fmt: skip
+
+
+def device() -> Iterator[Finding]:
+    """What computes here, and whether it multiplies FP8."""
+    if installed("torch") is None:
+        return
+    import torch
+
+    from .. import capabilities
+
+    if not torch.cuda.is_available():
+        yield Finding("device", "cpu: FP8 is emulated bit for bit, at the speed of 16-bit products", "note")
+        return
+    for index in range(torch.cuda.device_count()):
+        host = capabilities.host(f"cuda:{index}")
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        speaks = "delayed, current" if host.multiplies_fp8 else "no FP8 products: emulated"
+        speaks += ", block" if host.at_least(capabilities.BLOCK_SINCE) else ""
+        speaks += ", mxfp8, nvfp4" if host.is_blackwell else ""
+        yield Finding(f"device {index}", f"{host}, {memory:.0f} GiB; {speaks}", "ok" if host.multiplies_fp8 else "note")
+    yield Finding("cuda", f"{torch.version.cuda}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")
+
+
+def transformer_engine() -> Iterator[Finding]:
+    """Whether it imports, and why not."""
+    if installed("torch") is None:
+        return
+    from .. import capabilities
+
+    version, reason = capabilities.transformer_engine()
+    if version is not None:
+        yield Finding("transformer engine", version)
+        return
+    without = "backend torch computes the same numerics"
+    cure = "pip install 'ds-fp8[transformer-engine]'" if reason == "not installed" else ""
+    yield Finding("transformer engine", f"{reason}; {without}", "note", cure)
+
+
+def kernels() -> Iterator[Finding]:
+    """Which fast path casts and steps."""
+    if installed("torch") is None or util.find_spec("ds_fp8.kernels") is None:
+        return
+    import torch
+
+    from .. import kernels as fast
+
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    for name in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        path = fast.path(torch.device(name))
+        slow = path == "torch"
+        cure = (
+            "install a C++ compiler (g++ or clang++); the kernels are built at first use"
+            if slow and not compiler
+            else ""
+        )
+        yield Finding(
+            f"kernels on {name}", f"{path}{' (plain PyTorch: slow)' if slow else ''}", "note" if slow else "ok", cure
+        )
+    triton = installed("triton")
+    if torch.cuda.is_available():
+        yield Finding(
+            "triton", triton or "not installed", "ok" if triton else "note", "" if triton else "pip install triton"
+        )
+
+
+def door() -> Iterator[Finding]:
+    """What makes JSON alone enough: the .pth file in a site directory."""
+    folders = {*site.getsitepackages(), site.getusersitepackages(), *sys.path}
+    found = [Path(folder) / "ds_fp8.pth" for folder in sorted(folders) if (Path(folder) / "ds_fp8.pth").is_file()]
+    if is_disabled():
+        cure = f"unset {DISABLE_VARIABLE}, also on the other nodes"
+        yield Finding("door", f"{DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}: shut", "fail", cure)
+    elif found:
+        yield Finding("door", str(found[0]))
+    else:
+        cure = "pip install ds-fp8 (or -e .) into this environment; or `import ds_fp8` in the script; or `deepspeed --module ds_fp8.run train.py`"
+        yield Finding(
+            "door", "no ds_fp8.pth in the site directories: JSON alone does not activate the plugin", "note", cure
+        )
+
+
+def msamp_package() -> Iterator[Finding]:
+    """If Microsoft's package is there as well, which of the two works."""
+    spec = util.find_spec("msamp")
+    if spec is None:
+        yield Finding("msamp package", "not installed; the msamp section is served by ds_fp8")
+        return
+    if "ds_fp8" in (spec.origin or ""):
+        yield Finding("msamp package", f"ds_fp8's stand-in ({spec.origin})")
+        return
+    version = installed("ms-amp") or installed("msamp") or "of unknown version"
+    yield Finding(
+        "msamp package",
+        f"{version} in {spec.origin}; in use for the msamp section of the JSON: ds_fp8",
+        "note",
+        "scripts with `from msamp import deepspeed` get that package, not ds_fp8; plain `import deepspeed` gets ds_fp8",
+    )
+
+
+PROBES: tuple[Callable[[], Iterator[Finding]], ...] = (
+    versions,
+    deepspeed_seams,
+    device,
+    transformer_engine,
+    kernels,
+    door,
+    msamp_package,
+)
