@@ -6,27 +6,58 @@ changed on the network, shows everybody everything; so each rank raises, and the
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import DsFp8Error, PlanError
 
 
-def agree(digest: str | None, error: DsFp8Error | None, *, part: str = "") -> None:
-    """Compare with all ranks. Raises this rank's own error, or a PlanError that quotes the others.
+@dataclass(frozen=True)
+class Finding:
+    """What one rank brings.
 
-    part  the piece of the model that this rank holds (a pipeline stage): plans are compared within one part
+    digest     of its plan; None when the sections are disabled, or after an error
+    error      what stopped it, as text
+    part       the piece of the model that it holds, e.g. a pipeline stage: plans are compared within one part
+    partial    its model is only such a piece, so what counts is what all pieces convert together
+    converted  modules that it swaps
+    unmatched  patterns that match nothing in its piece
     """
-    rank, findings = _gather({"digest": digest, "part": part, "error": None if error is None else str(error)})
+
+    digest: str | None = None
+    error: str | None = None
+    part: str = ""
+    partial: bool = False
+    converted: int = 0
+    unmatched: tuple[str, ...] = ()
+
+
+def agree(own: Finding, error: DsFp8Error | None) -> None:
+    """Compare with all ranks. Raises this rank's own error, or a PlanError that quotes the others."""
+    rank, findings = _gather(own)
     if error is not None:
         raise error
-    failed = {other: found["error"] for other, found in enumerate(findings) if found["error"] is not None}
+    judge(rank, findings)
+
+
+def judge(rank: int, findings: list[Finding]) -> None:
+    """Raise PlanError if the findings of all ranks do not make one job."""
+    failed = {other: found.error for other, found in enumerate(findings) if found.error is not None}
     if failed:
         first = min(failed)
         raise PlanError(f"{_ranks(sorted(failed))} stopped, so rank {rank} stops too. Rank {first}: {failed[first]}")
-    for name in dict.fromkeys(found["part"] for found in findings):
-        digests = {other: found["digest"] for other, found in enumerate(findings) if found["part"] == name}
+    for part in dict.fromkeys(found.part for found in findings):
+        digests = {other: str(found.digest) for other, found in enumerate(findings) if found.part == part}
         if len(set(digests.values())) > 1:
             raise PlanError(difference(digests))
+    pieces = [found for found in findings if found.partial]
+    if not pieces:
+        return
+    missing = set.intersection(*(set(found.unmatched) for found in pieces))
+    if missing:
+        raise PlanError(f"fp8/layers: no module in any stage of the pipeline matches {', '.join(sorted(missing))}.")
+    if all(found.converted == 0 for found in pieces):
+        raise PlanError("fp8 is enabled, but no stage of the pipeline has a layer that would compute in FP8.")
 
 
 def difference(digests: dict[int, str]) -> str:
@@ -48,11 +79,11 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
-def _gather(finding: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+def _gather(own: Finding) -> tuple[int, list[Finding]]:
     import deepspeed.comm as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0, [finding]
-    findings: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(findings, finding)
-    return dist.get_rank(), findings
+        return 0, [own]
+    found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, asdict(own))
+    return dist.get_rank(), [Finding(**values) for values in found]

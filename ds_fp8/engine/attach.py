@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import DsFp8Error, PlanError
 from . import ATTRIBUTE, of
-from .agreement import agree
+from .agreement import Finding, agree
 from .keep import add_state, take_state
 from .sections import source_name
 
@@ -90,7 +90,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
             plan = _plan(engine, model, settings)
     except DsFp8Error as found:
         error = found
-    agree(plan.digest() if plan is not None else None, error, part=_part(engine, model))
+    agree(_finding(model, settings, plan, error), error)
     if plan is None:
         return None
 
@@ -136,10 +136,14 @@ def _data_parallel_size(engine: Any) -> int:
     return dist.get_world_size()
 
 
-def _part(engine: Any, model: Any) -> str:
-    """Which piece of the model lives here: pipeline stages hold different layers and so make different plans."""
+def _finding(model: Any, settings: Any, plan: Any, error: DsFp8Error | None) -> Finding:
+    """This rank's word for `agree`. Stages of a pipeline hold different layers, and so make different plans."""
     stage = getattr(model, "stage_id", None)
-    return "" if stage is None else f"pipeline stage {stage}"
+    part = "" if stage is None else f"pipeline stage {stage}"
+    if plan is None:
+        return Finding(error=None if error is None else str(error), part=part)
+    partial = plan.partial and settings.fp8.enabled
+    return Finding(plan.digest(), None, part, partial, len(plan.swaps), plan.unmatched)
 
 
 def _tell(text: str) -> None:
