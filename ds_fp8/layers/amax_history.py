@@ -1,0 +1,51 @@
+"""Delayed scaling: the scale of this step comes from the amaxes of earlier ones.
+
+Why: measuring a tensor and casting it in one pass needs the scale beforehand. Neighbouring steps look alike, so the
+largest amax of the last `amax_history_len` regions is a good guess, and what exceeds it saturates for one step.
+
+One `fold` per region, in Transformer Engine's order and layout (its golden vectors hold this file bit for bit):
+
+    slot 0 of the history  <- the amax of the region
+    amax                    = max over the history, or slot 0 (`most_recent`)
+    scale                   = (format.max / amax) / 2 ** margin; zero or non-finite amax keeps the previous scale
+    the history rolls by -1, slot 0 is zeroed
+
+A non-finite amax stays in the history like any other: under `max` it holds the scale still until it rolls out.
+Source: Transformer Engine 2.x, delayed scaling.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..formats import Format
+from ..numerics.scaling import scale_from_amax
+from ..recipe import Recipe
+
+
+class AmaxHistory:
+    """Histories and scales of many tensors of one format, updated together.
+
+    history  [amax_history_len, columns] fp32
+    scale    [columns] fp32, a view into the book's scales: updated in place, so its address never changes
+    folds    regions folded so far
+    """
+
+    def __init__(self, recipe: Recipe, fmt: Format, scale: torch.Tensor):
+        self.recipe = recipe
+        self.format = fmt
+        self.scale = scale
+        length = recipe.amax_history_len if recipe.is_delayed else 1
+        self.history = torch.zeros(length, scale.numel(), dtype=torch.float32, device=scale.device)
+        self.folds = 0
+
+    def fold(self, amax: torch.Tensor) -> None:
+        """Take the amaxes [columns] of one region; every `interval` folds (the first one too) renew the scales."""
+        self.history[0].copy_(amax)
+        if self.folds % self.recipe.interval == 0:
+            found = self.history[0] if self.recipe.amax_compute_algo == "most_recent" else self.history.amax(dim=0)
+            self.scale.copy_(scale_from_amax(found, self.format, margin=self.recipe.margin, previous=self.scale))
+        self.folds += 1
+        if self.history.shape[0] > 1:
+            self.history.copy_(torch.roll(self.history, -1, 0))
+        self.history[0].zero_()

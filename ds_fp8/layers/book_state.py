@@ -1,0 +1,81 @@
+"""Matching a saved scale book to the layers of today: by name, and all checks before anything is changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .scale_book import ScaleBook
+
+KEYS = ("names", "recipe", "steps", "forward_folds", "backward_folds", "scales", "forward_history", "backward_history")
+
+
+def match_state(state: dict[str, Any], book: ScaleBook) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(tensors in the layout of `book`, one note for each thing that did not fit).
+
+    Raises CheckpointError for a state that is foreign, newer, or damaged.
+    """
+    _check(state)
+    names = list(state["names"])
+    count = len(names)
+    notes: list[str] = []
+    missing = [name for name in book.names if name not in names]
+    if missing:
+        notes.append(f"{len(missing)} FP8 layers have no saved scales and start fresh: {', '.join(missing[:4])}")
+    unused = [name for name in names if name not in book.names]
+    if unused:
+        notes.append(f"saved scales of {len(unused)} layers that are not in FP8 now: {', '.join(unused[:4])}")
+
+    old_of = {name: index for index, name in enumerate(names)}
+    pairs = [(new, old_of[name]) for new, name in enumerate(book.names) if name in old_of]
+    new_forward = [2 * new + side for new, _ in pairs for side in (0, 1)]
+    old_forward = [2 * old + side for _, old in pairs for side in (0, 1)]
+    new_backward, old_backward = [new for new, _ in pairs], [old for _, old in pairs]
+
+    total = len(book.names)
+    scales = torch.ones(3 * total)
+    scales[new_forward] = state["scales"][old_forward]
+    scales[[2 * total + new for new in new_backward]] = state["scales"][[2 * count + old for old in old_backward]]
+    tensors = {"scales": scales}
+    length = book.forward.history.shape[0]
+    if state["forward_history"].shape[0] != length and book.recipe.is_delayed:
+        notes.append(
+            f"saved amax_history_len is {state['forward_history'].shape[0]}, now {length}: the newest are kept"
+        )
+    for key, columns, new, old in (
+        ("forward_history", 2 * total, new_forward, old_forward),
+        ("backward_history", total, new_backward, old_backward),
+    ):
+        tensors[key] = torch.zeros(length, columns)
+        tensors[key][:, new] = _newest(state[key][:, old], length)
+    return tensors, notes
+
+
+def _newest(history: torch.Tensor, length: int) -> torch.Tensor:
+    """A history of another length: row 0 is the open slot, the newest amax is the last row."""
+    kept = history[1:][-(length - 1) :] if length > 1 else history[:0]
+    return torch.cat([torch.zeros(length - kept.shape[0], history.shape[1]), kept])
+
+
+def _check(state: dict[str, Any]) -> None:
+    from .scale_book import VERSION
+
+    version = state.get("version") if isinstance(state, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError("the saved FP8 state has no version; it was not written by ds_fp8.")
+    if version > VERSION:
+        raise CheckpointError(f"the saved FP8 state has version {version}, this ds_fp8 reads up to {VERSION}. Upgrade.")
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise CheckpointError(f"the saved FP8 state is truncated: {', '.join(missing)} missing.")
+    count = len(state["names"])
+    for key, columns in (("scales", 3 * count), ("forward_history", 2 * count), ("backward_history", count)):
+        tensor = state[key]
+        if not isinstance(tensor, torch.Tensor) or tensor.shape[-1] != columns:
+            raise CheckpointError(f"the saved FP8 state is damaged: {key} does not fit its {count} layers.")
+        if not torch.isfinite(state["scales"]).all():
+            raise CheckpointError("the saved FP8 state is damaged: a scale is not finite.")

@@ -1,0 +1,88 @@
+"""`Fp8Linear`: nn.Linear that multiplies in FP8, in plain PyTorch, on any device.
+
+It *is* the old module: `adopt` changes the class of an nn.Linear in place, so its Parameters, hooks, buffers, flags
+and every reference to it (optimizers, PipelineModule.forward_funcs, tied modules) stay what they were, and
+`isinstance(m, nn.Linear)` holds. What FP8 needs besides lies in one `Page` of the scale book, outside parameters and
+buffers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import BackendError
+from .page import Call, Page, WeightCodes
+from .products import LinearProducts
+
+ORIGINAL = "_ds_fp8_original"
+"""Attribute that remembers the class a layer had."""
+
+
+class Fp8Linear(nn.Linear):
+    """y = x @ weight.T + bias with FP8 operands; shapes, dtypes and autocast as nn.Linear."""
+
+    page: Page
+
+    @property
+    def weight_codes(self) -> WeightCodes | None:
+        """Codes set from outside (O3). While set and FP8 is active, the layer never reads `weight`."""
+        return self.page.weight_codes
+
+    @weight_codes.setter
+    def weight_codes(self, codes: WeightCodes | None) -> None:
+        self.page.weight_codes = codes
+        self.page.forget_weight()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        call = self.page.call(training=self.training, device=input.device)
+        if call is None:
+            return F.linear(input, self.weight, self.bias)
+        return multiply(input, self.weight, self.bias, call)
+
+    def extra_repr(self) -> str:
+        recipe = self.page.book.recipe
+        numerics = f"{recipe.kind}, {recipe.forward_format.name} x {recipe.forward_format.name}, "
+        numerics += f"{recipe.backward_format.name} x {recipe.forward_format.name}"
+        return f"{super().extra_repr()}, {numerics}"
+
+
+def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
+    """The FP8 linear map for input [..., K] -> [..., N], in the dtype nn.Linear would return."""
+    device = input.device.type
+    dtype = input.dtype
+    if torch.is_autocast_enabled(device) and input.is_floating_point():
+        dtype = torch.get_autocast_dtype(device)
+    elif dtype != weight.dtype:
+        raise BackendError(
+            f"{call.page.fqn}: input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.\n"
+            "  Cast the input, or run the model under torch.autocast."
+        )
+    columns = weight_shape(weight)[1]
+    if input.dim() == 0 or input.shape[-1] != columns:
+        raise BackendError(f"{call.page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}.")
+    rows = input.reshape(-1, columns).to(dtype)
+    with torch.autocast(device, enabled=False):
+        output = LinearProducts.apply(rows, weight, bias, call, torch.is_grad_enabled())
+    return output.view(*input.shape[:-1], output.shape[-1])
+
+
+def weight_shape(weight: torch.Tensor) -> tuple[int, ...]:
+    """Shape of the whole weight, also while it is sharded or released."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def adopt(module: nn.Linear, page: Page) -> Fp8Linear:
+    """Turn `module` into an Fp8Linear, in place."""
+    module.__dict__[ORIGINAL] = type(module)
+    module.__class__ = Fp8Linear
+    module.__dict__["page"] = page
+    return module  # type: ignore[return-value]
+
+
+def release(module: Fp8Linear) -> nn.Linear:
+    """The plain layer again, in place."""
+    module.__class__ = module.__dict__.pop(ORIGINAL)
+    del module.__dict__["page"]
+    return module

@@ -1,0 +1,81 @@
+"""The product of two FP8 operands: `a [P, Q] @ b [R, Q].T -> [P, R]`, both summed over their last axis.
+
+On a GPU with FP8 products one scale per tensor goes to `torch._scaled_mm`. Everywhere else the codes are decoded and
+multiplied: every e4m3 and e5m2 value is exact in bf16, so with fp32 accumulation such a product is exact in its operands,
+and the scales are applied once to the sum. Block scales are applied on decoding; as powers of two they are exact in
+bf16 as well, up to bf16's range.
+
+    output dtype    decoded to    why
+    bf16            bf16          exact operands, and the product of bf16 is the fastest a CPU has
+    fp16, fp32      fp32          the sum keeps more bits than bf16 has
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..capabilities import FP8_SINCE
+from .operands import TENSOR, Operand
+
+STEP = 16
+"""`torch._scaled_mm` wants the summed axis, and the columns of the result, in multiples of this."""
+
+
+def matmul(
+    a: Operand, b: Operand, dtype: torch.dtype, *, bias: torch.Tensor | None = None, fast: bool = False
+) -> torch.Tensor:
+    """a [P, Q] @ b [R, Q].T (+ bias [R]) -> [P, R] in `dtype`, accumulated in fp32.
+
+    fast  let the tensor cores accumulate in fewer bits (Hopper), as Transformer Engine does for fprop only
+    """
+    rows, inner = a.data.shape
+    columns = b.data.shape[0]
+    if rows == 0 or inner == 0:
+        out = a.data.new_zeros((rows, columns), dtype=dtype)
+        return out if bias is None else out + bias.to(dtype)
+    if a.extent == b.extent == TENSOR and _multiplies_fp8(a.data.device):
+        return _scaled(a, b, dtype, bias, fast)
+    return _emulated(a, b, dtype, bias)
+
+
+def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
+    inside = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    out = a.decode(inside) @ b.decode(inside).t()
+    if a.extent == b.extent == TENSOR:
+        factor = a.scale_inv * b.scale_inv
+        if bias is not None and out.device.type == "cpu":
+            # bias + factor * out in fp32, rounded once.
+            return torch.add(bias.to(inside), out, alpha=float(factor)).to(dtype)
+        out = out.mul_(factor)
+    if bias is not None:
+        out = out.add_(bias.to(inside))
+    return out.to(dtype)
+
+
+def _scaled(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None, fast: bool) -> torch.Tensor:
+    """cuBLASLt's layout: `a` by rows, `b` by columns, so the codes [R, Q] of `b` lie by rows and go in transposed."""
+    rows, columns = a.data.shape[0], b.data.shape[0]
+    left, right = _padded(a.data, 1), _padded(b.data, STEP)
+    fused = bias.to(dtype) if bias is not None and dtype != torch.float32 and right.shape[0] == columns else None
+    out = torch._scaled_mm(
+        left, right.t(), scale_a=a.scale_inv, scale_b=b.scale_inv, bias=fused, out_dtype=dtype, use_fast_accum=fast
+    )
+    out = out[:rows, :columns]
+    return out if bias is None or fused is not None else out + bias.to(dtype)
+
+
+def _padded(codes: torch.Tensor, row_step: int) -> torch.Tensor:
+    """Contiguous codes with zeros up to the next multiple of 16 along the summed axis: a zero adds nothing."""
+    down, right = -codes.shape[0] % row_step, -codes.shape[1] % STEP
+    if not down and not right:
+        return codes.contiguous()
+    padded = codes.new_zeros((codes.shape[0] + down, codes.shape[1] + right))
+    padded[: codes.shape[0], : codes.shape[1]] = codes
+    return padded
+
+
+@functools.cache
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_SINCE

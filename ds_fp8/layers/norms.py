@@ -1,0 +1,53 @@
+"""Norms stay in high precision: statistics in fp32, the result in the dtype of the input.
+
+That is what Transformer Engine's te.LayerNorm and te.RMSNorm do, and where they differ from plain torch: under autocast
+nn.LayerNorm returns fp32, which the next linear layer casts down again; and a 16-bit input with fp32 weights is refused
+by some devices. Without autocast, and with one dtype, an Fp8LayerNorm computes exactly what nn.LayerNorm does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .fp8_linear import ORIGINAL
+
+
+class Fp8LayerNorm(nn.LayerNorm):
+    """LayerNorm beside FP8 layers."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            if input.dtype == self.weight.dtype:
+                return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+            bias = self.bias.float() if self.bias is not None else None
+            out = F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
+            return out.to(input.dtype)
+
+
+class Fp8RMSNorm(nn.RMSNorm):
+    """RMSNorm beside FP8 layers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            if x.dtype == self.weight.dtype:
+                return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), eps).to(x.dtype)
+
+
+CLASSES: dict[str, type[nn.Module]] = {"LayerNorm": Fp8LayerNorm, "RMSNorm": Fp8RMSNorm}
+
+
+def adopt(module: nn.Module, kind: str) -> nn.Module:
+    """Turn a norm into ours, in place."""
+    module.__dict__[ORIGINAL] = type(module)
+    module.__class__ = CLASSES[kind]
+    return module
+
+
+def release(module: nn.Module) -> nn.Module:
+    """The plain norm again, in place."""
+    module.__class__ = module.__dict__.pop(ORIGINAL)
+    return module

@@ -1,0 +1,154 @@
+"""One operand of a product: FP8 codes with their scales, made by the recipe that is in force.
+
+    delayed   one scale, known beforehand from the book; the amax is recorded for later
+    current   one scale from this tensor's own amax
+    block     1x128 groups along the summed axis for input and grad_output, 128x128 tiles for the weight
+
+With one scale per tensor, codes serve both orientations. 1x128 groups lie along the axis that the product sums over,
+so an operand that is used both ways (input in fprop and wgrad) is cast twice, each time from high precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..formats import E4M3, E5M2, Format
+from ..numerics.cast import amax as amax_of
+from ..numerics.cast import dequantize, quantize
+from ..numerics.dtypes import torch_dtype
+from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128, quantize_1x128, quantize_128x128
+from ..numerics.scaling import scale_from_amax, scale_inv_of
+
+if TYPE_CHECKING:
+    from .page import Call
+
+TENSOR, GROUPS, TILES = "tensor", "1x128", "128x128"
+"""Extent of one scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """`data` [rows, columns] float8; what it stands for is data * scale_inv.
+
+    scale_inv  0-d fp32 (TENSOR), [rows, columns / 128] (GROUPS) or [rows / 128, columns / 128] (TILES), rounded up
+    """
+
+    data: torch.Tensor
+    scale_inv: torch.Tensor
+    extent: str = TENSOR
+
+    def t(self) -> Operand:
+        """The transposed operand, as views. 1x128 groups do not transpose: such an operand is cast again."""
+        assert self.extent != GROUPS, "1x128 groups lie along one axis"
+        return Operand(self.data.t(), self.scale_inv.t() if self.extent == TILES else self.scale_inv, self.extent)
+
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """The bare codes in `dtype` for TENSOR (exact in bf16 and fp32), else codes times their block's scale_inv."""
+        if self.extent == TENSOR:
+            return dequantize(self.data, 1.0, dtype)
+        inflate = dequantize_1x128 if self.extent == GROUPS else dequantize_128x128
+        return inflate(self.data, self.scale_inv, dtype)
+
+    def to_dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the operand stands for, rounded once to `dtype`."""
+        return dequantize(self.data, self.scale_inv, dtype) if self.extent == TENSOR else self.decode(dtype)
+
+
+def cast(x: torch.Tensor, call: Call, column: int) -> Operand:
+    """Cast an input or grad_output `x` [rows, columns] for a product that sums over its columns.
+
+    Under delayed scaling the amax is recorded if the call records; `cast_transposed` then must not do so again.
+    """
+    fmt = call.format_of(column)
+    kind = call.recipe.kind
+    if kind == "block":
+        return Operand(*quantize_1x128(x, fmt), GROUPS)
+    if kind == "current":
+        return _cast_current(x, fmt)
+    if call.records:
+        call.record(column, amax_of(x))
+    scale, scale_inv = call.scale(column)
+    return Operand(quantize(x, scale, fmt), scale_inv)
+
+
+def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: int) -> Operand:
+    """The operand for a product that sums over the rows of `x`: `codes` transposed, or a cast of its own."""
+    if codes is not None and codes.extent == TENSOR:
+        return codes.t()
+    if call.recipe.kind == "block":
+        return Operand(*quantize_1x128(x.t(), call.format_of(column)), GROUPS)
+    return cast(x, call, column).t()
+
+
+def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
+    """The weight [N, K] as codes: set from outside (O3), cached since the last step, or cast now.
+
+    With `weight_cache` a weight is cast, and its amax recorded, once per optimizer step. Under ZeRO-3 the codes are not
+    kept (that would hold the whole model on every rank) but made again with the same scale, so they are the same codes.
+    """
+    page = call.page
+    if page.weight_codes is not None:
+        if call.records and page.staged_weight_amax is not None:
+            call.record(page.weight_column, page.staged_weight_amax)
+            page.staged_weight_amax = None
+        return Operand(*page.weight_codes, TILES if call.recipe.kind == "block" else TENSOR)
+    if not call.caches_weight:
+        operand, _ = _cast_weight_now(weight, call, record=call.records)
+        return operand
+    sharded = is_sharded(weight)
+    key = (page.book.weights_version, -1 if sharded else weight._version, -1 if sharded else weight.data_ptr())
+    if page.cached_key == key:
+        if page.cached_weight is not None:
+            return page.cached_weight
+        if call.recipe.is_delayed:
+            assert page.cached_scale is not None, "a cached key without codes has a scale"
+            return cast_weight_with(weight, page.cached_scale, call)
+    operand, scale = _cast_weight_now(weight, call, record=call.records)
+    if call.records or not call.recipe.is_delayed:
+        # A forward that does not record (eval) must not rob the next one of recording this weight's amax.
+        page.cached_key, page.cached_scale = key, scale
+        page.cached_weight = None if sharded else operand
+    return operand
+
+
+def cast_weight_with(weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor], call: Call) -> Operand:
+    """The weight as codes of a known (scale, scale_inv): what ZeRO-3 makes again in the backward."""
+    return Operand(quantize(weight.detach(), scale[0], call.recipe.forward_format), scale[1])
+
+
+def recast_weight(weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor] | None, call: Call) -> Operand:
+    """The codes of the forward, made again from a weight that was gathered anew."""
+    if scale is not None:
+        return cast_weight_with(weight, scale, call)
+    if call.recipe.kind == "block":
+        return Operand(*quantize_128x128(weight.detach(), call.recipe.forward_format), TILES)
+    return _cast_current(weight.detach(), call.recipe.forward_format)
+
+
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Under ZeRO-3 a weight exists only while its layer runs."""
+    return hasattr(weight, "ds_id")
+
+
+def _cast_weight_now(
+    weight: torch.Tensor, call: Call, *, record: bool
+) -> tuple[Operand, tuple[torch.Tensor, torch.Tensor] | None]:
+    weight = weight.detach()
+    if not call.recipe.is_delayed:
+        return recast_weight(weight, None, call), None
+    column = call.page.weight_column
+    if record:
+        call.record(column, amax_of(weight))
+    scale = call.scale(column)
+    return cast_weight_with(weight, scale, call), scale
+
+
+def _cast_current(x: torch.Tensor, fmt: Format) -> Operand:
+    scale = scale_from_amax(amax_of(x), fmt)
+    return Operand(quantize(x, scale, fmt), scale_inv_of(scale))
+
+
+FP8_DTYPES = (torch_dtype(E4M3), torch_dtype(E5M2))

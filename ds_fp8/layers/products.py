@@ -1,0 +1,140 @@
+"""The three products of a linear layer, as one autograd function.
+
+    fprop   output      [M, N] = input       [M, K] @ weight.T [K, N]     e4m3 x e4m3
+    dgrad   grad_input  [M, K] = grad_output [M, N] @ weight   [N, K]     e5m2 x e4m3   (HYBRID; e4m3 x e4m3 with E4M3)
+    wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input  [M, K]     e5m2 x e4m3   (HYBRID)
+
+What is kept for the backward is the codes: one byte per element of the input instead of two or four. A product that is
+overridden to high precision keeps, and uses, the operands as they came. The gradient of the bias is the sum of
+grad_output in high precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import BackendError
+from .gemm import matmul
+from .operands import (
+    GROUPS,
+    TENSOR,
+    TILES,
+    Operand,
+    amax_of,
+    cast,
+    cast_transposed,
+    cast_weight,
+    is_sharded,
+    recast_weight,
+)
+from .page import Call
+
+
+class LinearProducts(torch.autograd.Function):
+    """output = input @ weight.T + bias with FP8 operands.
+
+    input   [M, K] in the compute dtype
+    weight  [N, K] in its own dtype: codes are made from it directly
+    bias    [N] or None
+    call    scales, and what to do with them
+    grad    whether a backward may follow (inside `forward` autograd is always off)
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, grad: bool
+    ) -> torch.Tensor:
+        high, page, dtype = call.high, call.page, input.dtype
+        needs_dgrad, needs_wgrad = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
+        if call.warming:
+            call.record(page.input_column, amax_of(input))
+            call.record(page.weight_column, amax_of(weight))
+
+        input_codes = weight_codes = None
+        if not high.fprop or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
+            input_codes = cast(input, call, page.input_column)
+        if not (high.fprop and high.dgrad):
+            weight_codes = cast_weight(weight, call)
+
+        # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
+        if high.fprop:
+            output = F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+        else:
+            output = matmul(input_codes, weight_codes, dtype, bias=bias, fast=True)
+
+        kept: dict[str, torch.Tensor] = {}
+        if needs_dgrad:
+            if high.dgrad or (is_sharded(weight) and page.weight_codes is None):
+                # Sharded: gathered again before the backward; holding codes would hold the whole model.
+                kept["weight"] = weight
+                if call.recipe.is_delayed and not high.dgrad:
+                    kept["weight_scale"], kept["weight_scale_inv"] = _scale_of(call)
+            else:
+                kept["weight_data"], kept["weight_scale_inv"] = weight_codes.data, weight_codes.scale_inv
+        if needs_wgrad:
+            if high.wgrad:
+                kept["input"] = input
+            else:
+                codes = cast_transposed(input, input_codes, call, page.input_column)
+                kept["input_data"], kept["input_scale_inv"] = codes.data, codes.scale_inv
+        ctx.save_for_backward(*kept.values())
+        ctx.names, ctx.call, ctx.dtype = tuple(kept), call, dtype
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise BackendError(
+                f"{ctx.call.page.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
+                "  Exclude this layer in fp8/layers/exclude, or differentiate once."
+            )
+        call: Call = ctx.call
+        high, page = call.high, call.page
+        kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        grad_output = grad_output.to(ctx.dtype)
+        needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
+        grad_input = grad_weight = grad_bias = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            if call.warming:
+                call.record(page.grad_output_column, amax_of(grad_output))
+            codes = None
+            if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
+                codes = cast(grad_output, call, page.grad_output_column)
+
+            # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
+            if needs_dgrad and high.dgrad:
+                grad_input = grad_output @ kept["weight"].to(ctx.dtype)
+            elif needs_dgrad:
+                grad_input = matmul(codes, _weight_operand(kept, call).t(), ctx.dtype)
+
+            # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
+            if needs_wgrad and high.wgrad:
+                grad_weight = (grad_output.t() @ kept["input"]).to(ctx.weight_dtype)
+            elif needs_wgrad:
+                left = cast_transposed(grad_output, codes, call, page.grad_output_column)
+                extent = GROUPS if call.recipe.kind == "block" else TENSOR
+                right = Operand(kept["input_data"], kept["input_scale_inv"], extent)
+                grad_weight = matmul(left, right, ctx.weight_dtype)
+
+            if needs_bias:
+                grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+def _scale_of(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale with which this call's weight codes were made: the cached one outlives its region."""
+    if call.caches_weight and call.page.cached_scale is not None:
+        return call.page.cached_scale
+    return call.scale(call.page.weight_column)
+
+
+def _weight_operand(kept: dict[str, torch.Tensor], call: Call) -> Operand:
+    extent = TILES if call.recipe.kind == "block" else TENSOR
+    if "weight_data" in kept:
+        return Operand(kept["weight_data"], kept["weight_scale_inv"], extent)
+    scale = (kept["weight_scale"], kept["weight_scale_inv"]) if "weight_scale" in kept else None
+    return recast_weight(kept["weight"], scale, call)
