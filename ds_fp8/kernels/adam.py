@@ -1,0 +1,159 @@
+"""`AdamStep`: everything that one pass of Adam over a flat partition reads and writes.
+
+A pass reads codes, computes in fp32 (ds_fp8/numerics/adam.py has every operation) and writes codes back, 128 elements
+at a time, so no fp32 tensor of the partition's size exists. `reference_step` is that pass in PyTorch, in pieces of
+65,536 elements; the C++ and Triton passes are its twins, bit for bit with nearest and with stochastic rounding.
+
+    for each block of 128 elements
+        g = float(grad) * grad_scale
+        w = master (numerics/masters.py);  m, v = states (numerics/states.py)
+        update                             (numerics/adam.py);  r = sqrt(v) of the new v
+        store m, then v or r (a nonzero r never as code zero), then master and param
+        weight16 = RNE(float32 of what the master now holds); weight_codes from param or weight16
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import BLOCK_SIZE, E4M3, Format
+from ..numerics import cast, masters, states
+from ..numerics.adam import AdamScalars, update
+from ..numerics.masters import MasterCodes
+from ..numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM, Stochastic
+from ..numerics.states import ROOT_FORMATS, StateCodes
+
+PIECE_NUMEL = 512 * BLOCK_SIZE
+"""Elements that the reference handles at once: 256 KiB for each fp32 temporary."""
+
+
+@dataclass
+class WeightCodes:
+    """FP8 weights to make in the same pass, for parameters whose scale is known beforehand (delayed scaling).
+
+    codes     uint8 [n], as long as the partition; only the segments are written
+    segments  (start, stop) element ranges, one per parameter piece, ascending, not overlapping
+    scale     fp32 [segments]
+    amax      fp32 [segments], written: amax of the 16-bit weight of the segment (infinity if not finite)
+    fmt       format of the codes
+    """
+
+    codes: torch.Tensor
+    segments: tuple[tuple[int, int], ...]
+    scale: torch.Tensor
+    amax: torch.Tensor
+    fmt: Format = E4M3
+
+
+@dataclass
+class AdamStep:
+    """One step of one flat partition of n elements; all tensors on one device, contiguous, one-dimensional.
+
+    param          [n] fp32, bf16 or fp16, updated in place: the 16-bit weight, or an fp32 parameter that is its own master
+    grad           [n] fp32, bf16 or fp16, read only
+    exp_avg        StateCodes, updated in place
+    exp_avg_sq     StateCodes, updated in place; holds sqrt(v) if its format is in ROOT_FORMATS
+    master         MasterCodes, updated in place
+    lr ... eps     Python numbers, as torch.optim.Adam means them
+    decoupled      True: AdamW's decay; False: Adam's L2 term
+    step           number of this step, 1 is the first
+    bias_correction  False leaves both corrections out (an option of DeepSpeed's Adam)
+    grad_scale     multiplies the gradient in fp32: unscale and clip; a float, or a 0-d fp32 tensor on the same device
+    rounding       `nearest` | `stochastic`, for the codes of states and master (never for fp32, split32 and weights)
+    seed           of the stochastic rounding, with `step` and the element's number its whole state
+    weight16       optional bf16 or fp16 [n], written: RNE of the new master (for an fp32 `param`)
+    weight_codes   optional WeightCodes, written from weight16 if given, else from param
+
+    Stochastic streams: exp_avg 1, exp_avg_sq 2, master 3; index = element number in the partition.
+    """
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: StateCodes
+    exp_avg_sq: StateCodes
+    master: MasterCodes
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    step: int
+    bias_correction: bool = True
+    grad_scale: float | torch.Tensor = 1.0
+    rounding: str = "nearest"
+    seed: int = 0
+    weight16: torch.Tensor | None = None
+    weight_codes: WeightCodes | None = None
+
+    @property
+    def scalars(self) -> AdamScalars:
+        """The derived numbers, as doubles."""
+        return AdamScalars.at(
+            lr=self.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decoupled=self.decoupled,
+            step=self.step,
+            bias_correction=self.bias_correction,
+        )
+
+    def source(self, stream: int, first: int = 0) -> Stochastic | None:
+        """The random bits of one stream, None when rounding is to nearest."""
+        return Stochastic(self.seed, self.step, stream, first) if self.rounding == "stochastic" else None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the step, for a look at devices and strides."""
+        found = [self.param, self.grad, *self.exp_avg.tensors().values(), *self.exp_avg_sq.tensors().values()]
+        found += self.master.tensors().values()
+        if self.weight16 is not None:
+            found.append(self.weight16)
+        if self.weight_codes is not None:
+            found += [self.weight_codes.codes, self.weight_codes.scale, self.weight_codes.amax]
+        return found
+
+
+@torch.no_grad()
+def reference_step(step: AdamStep) -> None:
+    """The whole pass in PyTorch, piece by piece."""
+    scalars = step.scalars
+    numel = step.param.numel()
+    for start in range(0, numel, PIECE_NUMEL):
+        _step_piece(step, scalars, start, min(start + PIECE_NUMEL, numel))
+    if step.weight_codes is not None:
+        write_weight_codes(step)
+
+
+def _step_piece(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> None:
+    param, master = step.param[start:stop], step.master.piece(start, stop)
+    exp_avg, exp_avg_sq = step.exp_avg.piece(start, stop), step.exp_avg_sq.piece(start, stop)
+
+    grad = step.grad[start:stop].float() * step.grad_scale
+    weight = masters.read(master, param)
+    m, v = states.read_moments(exp_avg, exp_avg_sq)
+    root = update(weight, grad, m, v, scalars)
+
+    states.write(exp_avg, m, step.source(EXP_AVG_STREAM, start))
+    if exp_avg_sq.format in ROOT_FORMATS:
+        states.write_root(exp_avg_sq, root, step.source(EXP_AVG_SQ_STREAM, start))
+    else:
+        states.write(exp_avg_sq, v, step.source(EXP_AVG_SQ_STREAM, start))
+    masters.write(master, param, weight, step.source(MASTER_STREAM, start))
+    if step.weight16 is not None:
+        step.weight16[start:stop].copy_(masters.read(master, param))
+
+
+def write_weight_codes(step: AdamStep) -> None:
+    """FP8 codes and amaxes of the new 16-bit weight, segment by segment, as an FP8 layer would make them."""
+    wanted = step.weight_codes
+    assert wanted is not None
+    weight = step.param if step.weight16 is None else step.weight16
+    for number, (start, stop) in enumerate(wanted.segments):
+        piece = weight[start:stop]
+        wanted.amax[number] = cast.amax(piece)
+        codes = cast.quantize(piece, wanted.scale[number], wanted.fmt)
+        wanted.codes[start:stop].copy_(codes.view(torch.uint8))

@@ -1,0 +1,168 @@
+"""One name for each operation, whatever the device: C++ on the CPU, Triton on a GPU, PyTorch where neither can.
+
+The names and arguments are those of `ds_fp8.numerics`, which is also what runs when a fast path is missing. A fast path
+is a package, `kernels.cpu` or `kernels.triton`, with
+
+    library()   None when it cannot run here (after one warning, where one is due)
+    path()      what runs: `avx512`, `avx2`, `portable`, `triton`
+
+and (some of) these functions, which compute the same bits as numerics:
+
+    quantize(x, scale, fmt)   dequantize(codes, scale_inv, dtype)   amax(x)
+    quantize_1x128(x, fmt, power_of_two)   quantize_128x128(x, fmt, power_of_two)
+    flat_encode(x, fmt, rounding)   flat_decode(codes, scale_inv, fmt, out, dtype)
+    flat_sum(codes, scale_inv, fmt, factor, out)   flat_sum_encode(codes, scale_inv, fmt, factor, out_fmt)
+    adam_step(step)
+
+A function that it lacks, or that returns NotImplemented for these dtypes or strides, is done by PyTorch: same bits.
+Arguments are passed by position, with no default left out. On the CPU tensors must be contiguous (rows of `codes` and
+`scale_inv` in the sums may be strided); otherwise PyTorch takes them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import numerics
+from ..formats import Format
+from ..numerics import flat
+from ..numerics.random_bits import Stochastic
+from .adam import AdamStep, reference_step
+
+_PACKAGES = {"cpu": "cpu", "cuda": "triton"}
+_found: dict[str, ModuleType | None] = {}
+
+
+def library_for(device: torch.device | str) -> ModuleType | None:
+    """The package with the fast path of a device; None where PyTorch does the work."""
+    kind = torch.device(device).type
+    if kind not in _PACKAGES:
+        return None
+    if kind not in _found:
+        package = import_module(f".{_PACKAGES[kind]}", __package__)
+        _found[kind] = None if package.library() is None else package
+    return _found[kind]
+
+
+def path(device: torch.device | str = "cpu") -> str:
+    """What runs on `device`: `avx512`, `avx2`, `portable`, `triton` or `torch`."""
+    package = library_for(device)
+    return "torch" if package is None else package.path()
+
+
+def _fast(name: str, tensor: torch.Tensor, *arguments: Any) -> Any:
+    """The fast path's answer, or NotImplemented. `tensor` decides the device and must be contiguous."""
+    if not tensor.is_contiguous():
+        return NotImplemented
+    return _call(name, tensor.device, *arguments)
+
+
+def _call(name: str, device: torch.device, *arguments: Any) -> Any:
+    function = getattr(library_for(device), name, None)
+    return NotImplemented if function is None else function(*arguments)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> torch.Tensor:
+    """See numerics.cast.quantize: codes of `x` under one scale."""
+    result = _fast("quantize", x, x, scale, fmt)
+    return numerics.quantize(x, scale, fmt) if result is NotImplemented else result
+
+
+def dequantize(
+    codes: torch.Tensor, scale_inv: torch.Tensor | float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """See numerics.cast.dequantize: float8 codes times one scale_inv."""
+    result = _fast("dequantize", codes, codes, scale_inv, dtype)
+    return numerics.dequantize(codes, scale_inv, dtype) if result is NotImplemented else result
+
+
+def amax(x: torch.Tensor) -> torch.Tensor:
+    """See numerics.cast.amax: largest |x|, infinity for anything not finite."""
+    result = _fast("amax", x, x)
+    return numerics.amax(x) if result is NotImplemented else result
+
+
+def quantize_1x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """See numerics.gemm_blocks: a scale for each 1x128 group."""
+    result = _fast("quantize_1x128", x, x, fmt, power_of_two)
+    return numerics.quantize_1x128(x, fmt, power_of_two=power_of_two) if result is NotImplemented else result
+
+
+def quantize_128x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """See numerics.gemm_blocks: a scale for each 128x128 tile."""
+    result = _fast("quantize_128x128", x, x, fmt, power_of_two)
+    return numerics.quantize_128x128(x, fmt, power_of_two=power_of_two) if result is NotImplemented else result
+
+
+def flat_encode(
+    x: torch.Tensor, fmt: Format, *, rounding: Stochastic | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See numerics.flat.encode: codes (uint8 [n]) and scale_inv (fp32 [blocks])."""
+    result = _fast("flat_encode", x, x, fmt, rounding)
+    return flat.encode(x, fmt, rounding=rounding) if result is NotImplemented else result
+
+
+def flat_decode(
+    codes: torch.Tensor,
+    scale_inv: torch.Tensor,
+    fmt: Format,
+    *,
+    out: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """See numerics.flat.decode."""
+    if out is None or out.is_contiguous():
+        result = _fast("flat_decode", codes, codes, scale_inv, fmt, out, dtype)
+        if result is not NotImplemented:
+            return result
+    return flat.decode(codes, scale_inv, fmt, out=out, dtype=dtype)
+
+
+def flat_sum(
+    codes: torch.Tensor,
+    scale_inv: torch.Tensor,
+    fmt: Format,
+    *,
+    factor: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See numerics.flat.sum_contributions: fp32 sum over ranks in rank order, times `factor`."""
+    if _rows_contiguous(codes, scale_inv) and (out is None or out.is_contiguous()):
+        result = _call("flat_sum", codes.device, codes, scale_inv, fmt, factor, out)
+        if result is not NotImplemented:
+            return result
+    return flat.sum_contributions(codes, scale_inv, fmt, factor=factor, out=out)
+
+
+def flat_sum_encode(
+    codes: torch.Tensor,
+    scale_inv: torch.Tensor,
+    fmt: Format,
+    *,
+    factor: float = 1.0,
+    out_fmt: Format | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See numerics.flat.sum_and_encode: the sum, requantised."""
+    if _rows_contiguous(codes, scale_inv):
+        result = _call("flat_sum_encode", codes.device, codes, scale_inv, fmt, factor, out_fmt or fmt)
+        if result is not NotImplemented:
+            return result
+    return flat.sum_and_encode(codes, scale_inv, fmt, factor=factor, out_fmt=out_fmt)
+
+
+def adam_step(step: AdamStep) -> None:
+    """One pass of Adam over a flat partition; see kernels.adam."""
+    if step.param.numel() == 0:
+        return
+    is_dense = all(tensor.is_contiguous() for tensor in step.tensors())
+    if not is_dense or _call("adam_step", step.param.device, step) is NotImplemented:
+        reference_step(step)
+
+
+def _rows_contiguous(*tensors: torch.Tensor) -> bool:
+    """Whether the last axis of each is dense; rows may lie apart."""
+    return all(tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 for tensor in tensors)

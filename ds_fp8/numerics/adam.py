@@ -1,0 +1,95 @@
+"""The update of Adam and AdamW on fp32 tensors, operation by operation as torch's, so that fp32 states stay bit-equal.
+
+Scalars are Python doubles, made as torch makes them and rounded to fp32 once, when they meet a tensor:
+
+    decay = 1 - lr * weight_decay                   (AdamW)
+    bias_correction1 = 1 - beta1 ** step;  bias_correction2_sqrt = (1 - beta2 ** step) ** 0.5     (both 1 if switched off)
+    step_size = -(lr / bias_correction1)
+
+Elements, all fp32. `fma(a, b, c)` is a * b + c rounded once; every other operation is rounded by itself:
+
+    g = float(grad) * grad_scale
+    w = w * decay                                   AdamW, only if weight_decay != 0
+    g = fma(weight_decay, w, g)                     Adam,  only if weight_decay != 0
+    m = fma(1 - beta1, g - m, m)                    if float(1 - beta1) < 0.5;  else  fma((1 - beta1) - 1, g - m, g)
+    v = v * beta2
+    v = fma((1 - beta2) * g, g, v)
+    r = sqrt(v)
+    d = r / bias_correction2_sqrt
+    d = d + eps
+    w = w + (step_size * m) / d
+
+The fma's are what torch 2.13 does on an AVX2 or AVX-512 CPU, in vectors and tails alike (tests/numerics/test_adam.py);
+here torch's own operators are called, so that this file is torch wherever it runs. torch on CUDA multiplies by the
+reciprocal of bias_correction2_sqrt: there the results differ in the last bit.
+Source: torch.optim.adam, `_single_tensor_adam`; Adam (arXiv 1412.6980); AdamW (arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AdamScalars:
+    """The numbers of one step, as Python doubles; a kernel rounds each to fp32.
+
+    decay  factor on the weight (AdamW), 1.0 when unused;  l2  weight_decay of Adam, 0.0 when unused
+    """
+
+    decay: float
+    l2: float
+    beta2: float
+    one_minus_beta1: float
+    one_minus_beta2: float
+    bias_correction2_sqrt: float
+    eps: float
+    step_size: float
+
+    @classmethod
+    def at(
+        cls,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        step: int,
+        bias_correction: bool = True,
+    ) -> AdamScalars:
+        """The numbers of step `step` (1 is the first)."""
+        bias_correction1 = 1 - beta1**step if bias_correction else 1.0
+        bias_correction2_sqrt = (1 - beta2**step) ** 0.5 if bias_correction else 1.0
+        return cls(
+            decay=1 - lr * weight_decay if decoupled else 1.0,
+            l2=0.0 if decoupled else weight_decay,
+            beta2=beta2,
+            one_minus_beta1=1 - beta1,
+            one_minus_beta2=1 - beta2,
+            bias_correction2_sqrt=bias_correction2_sqrt,
+            eps=eps,
+            step_size=-(lr / bias_correction1),
+        )
+
+
+def update(
+    weight: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, scalars: AdamScalars
+) -> torch.Tensor:
+    """One step in place on `weight`, `exp_avg`, `exp_avg_sq`; returns sqrt(exp_avg_sq), fp32, for whoever stores it.
+
+    `grad` is fp32, scaled already, and may be overwritten.
+    """
+    if scalars.decay != 1.0:
+        weight.mul_(scalars.decay)
+    if scalars.l2 != 0.0:
+        grad = grad.add(weight, alpha=scalars.l2)
+    exp_avg.lerp_(grad, scalars.one_minus_beta1)
+    exp_avg_sq.mul_(scalars.beta2).addcmul_(grad, grad, value=scalars.one_minus_beta2)
+    root = exp_avg_sq.sqrt()
+    denominator = (root / scalars.bias_correction2_sqrt).add_(scalars.eps)
+    weight.addcdiv_(exp_avg, denominator, value=scalars.step_size)
+    return root

@@ -1,0 +1,180 @@
+"""Masters: the 16-bit weight that ZeRO holds anyway, plus the bits it lacks.
+
+A training step changes a weight by less than half a unit of bf16 most of the time, so somebody must remember the rest.
+An fp32 master keeps it twice: the upper half is the 16-bit weight again. Keeping only the *remainder* saves that half.
+
+    format     base   extra data      what is kept
+    fp32       any    fp32 [n]        the master itself; weight = RNE(master)
+    split32    bf16   int16 [n]       fp32, exactly
+    split24    bf16   int8  [n]       the upper 24 bits of fp32
+    split32    fp16   int16 [n]       weight + remainder * ulp(weight) * 2^-15: fp32 exactly from 2^-16 up
+    split24    fp16   int8  [n]       weight + remainder * ulp(weight) * 2^-7
+    fp16       any    fp16 [n] + scale_inv [blocks]     the master in scaled fp16 (blocks16); weight = RNE(its value)
+    own        fp32   -               an fp32 parameter is its own master, whatever the level says
+
+bf16 is the upper half of fp32, so with `bits` the pattern of the master (uint32, NaN made 0x7fc00000):
+
+    split32: weight = (bits + 0x8000) >> 16;                   remainder = bits - (weight << 16)     in [-32768, 32767]
+    split24: bits24 = RNE(bits / 256) = (bits + 0x7f + (bits >> 8 & 1)) >> 8      stochastic: (bits + (random >> 24)) >> 8
+             weight = (bits24 + 0x80) >> 8;                    remainder = bits24 - (weight << 8)    in [-128, 127]
+    join:    bits = (weight << 16) + remainder   or   ((weight << 8) + remainder) << 8
+
+all in wrapping 32-bit integers. The weight is rounded half up (away from zero): with ties to even a remainder would
+need 65537 values. It differs from RNE for one master in 2^17.
+For fp16, weight = RNE(master), q = (master - weight) / (ulp * 2^-k), exact in fp32, remainder = RNE(q) or
+floor(q + float(random >> 8) * 2^-24); join is weight + float(remainder) * unit, product exact, one fp32 sum.
+ulp(weight) = 2^(max(E, 1) - 25) with E the exponent field of the fp16 pattern. A weight that is not finite has
+remainder 0. split rounding is RNE unless `Stochastic` (then split24 and fp16 only; split32 is never rounded randomly).
+Source: split fp32 as in bf16 optimizers (Zamirai et al., arXiv 2010.06192, and TE's remainders); the fp16 form is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import BLOCK_SIZE
+from ..levels import MASTER_FORMATS
+from . import blocks16, flat
+from .random_bits import Stochastic, power_of_two
+
+OWN = "own"
+_REMAINDERS = {"split32": torch.int16, "split24": torch.int8}
+_FP16_SHIFT = {torch.int16: 15, torch.int8: 7}
+_CANONICAL_NAN = 0x7FC00000
+
+
+@dataclass
+class MasterCodes:
+    """What is kept beside the parameter of a flat partition, or a piece of it.
+
+    format     `own` or one of MASTER_FORMATS
+    data       [n] as in the table above; None for `own`
+    scale_inv  fp32 [ceil(n / 128)] for `fp16`, else None
+    """
+
+    format: str
+    data: torch.Tensor | None = None
+    scale_inv: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by field name, in a fixed order."""
+        fields = {"data": self.data, "scale_inv": self.scale_inv}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    def piece(self, start: int, stop: int) -> MasterCodes:
+        """Views of elements [start, stop); `start` is a multiple of 128."""
+        blocks = slice(start // BLOCK_SIZE, flat.blocks_of(stop))
+        return MasterCodes(
+            self.format,
+            None if self.data is None else self.data[start:stop],
+            None if self.scale_inv is None else self.scale_inv[blocks],
+        )
+
+
+def new_master(format: str, param: torch.Tensor) -> MasterCodes:  # noqa: A002 (the field's name)
+    """The master of a flat `param` [n], equal to it: a fresh remainder is zero."""
+    if format not in MASTER_FORMATS:
+        raise ValueError(f"master format {format!r} is not one of {', '.join(MASTER_FORMATS)}")
+    if param.dtype == torch.float32:
+        return MasterCodes(OWN)
+    if format == "fp32":
+        return MasterCodes(format, param.detach().float())
+    if format == "fp16":
+        return MasterCodes(format, *blocks16.encode(param.detach().float()))
+    return MasterCodes(format, torch.zeros(param.numel(), dtype=_REMAINDERS[format], device=param.device))
+
+
+def read(master: MasterCodes, param: torch.Tensor) -> torch.Tensor:
+    """The master as fp32 [n]; the parameter's or master's own storage for `own` and `fp32`, else fresh."""
+    if master.format == OWN:
+        return param.detach()
+    assert master.data is not None
+    if master.format == "fp32":
+        return master.data
+    if master.format == "fp16":
+        assert master.scale_inv is not None
+        return blocks16.decode(master.data, master.scale_inv)
+    return join(param.detach(), master.data)
+
+
+def write(master: MasterCodes, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
+    """Store fp32 `values` [n] in place: the master and, from what it now holds, the parameter."""
+    param = param.detach()
+    if master.format == OWN:
+        param.copy_(values)
+    elif master.format == "fp32":
+        assert master.data is not None
+        master.data.copy_(values)
+        param.copy_(values)
+    elif master.format == "fp16":
+        assert master.data is not None and master.scale_inv is not None
+        codes, scale_inv = blocks16.encode(values, rounding=rounding)
+        master.data.copy_(codes)
+        master.scale_inv.copy_(scale_inv)
+        param.copy_(blocks16.decode(codes, scale_inv))
+    else:
+        assert master.data is not None
+        weight, remainder = split(values, param.dtype, master.data.dtype, rounding)
+        param.copy_(weight)
+        master.data.copy_(remainder)
+
+
+def split(
+    master: torch.Tensor, base: torch.dtype, remainder_dtype: torch.dtype, rounding: Stochastic | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [n] as (weight in `base`, remainder in int16 or int8); `base` is bfloat16 or float16."""
+    if base == torch.bfloat16:
+        return _split_bf16(master, remainder_dtype, rounding)
+    if base == torch.float16:
+        return _split_fp16(master, remainder_dtype, rounding)
+    raise ValueError(f"a split master needs a bf16 or fp16 parameter, not {base}")
+
+
+def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split`: fp32 [n]."""
+    extra = remainder.to(torch.int32)
+    if weight.dtype == torch.bfloat16:
+        high = weight.view(torch.int16).to(torch.int32)
+        if remainder.dtype == torch.int16:
+            return ((high << 16) + extra).view(torch.float32)
+        return ((high << 8) + extra << 8).view(torch.float32)
+    if weight.dtype == torch.float16:
+        return weight.float() + extra.float() * _fp16_unit(weight, remainder.dtype)
+    raise ValueError(f"a split master needs a bf16 or fp16 parameter, not {weight.dtype}")
+
+
+def _split_bf16(
+    master: torch.Tensor, remainder_dtype: torch.dtype, rounding: Stochastic | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bits = master.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = torch.where(master.isnan(), torch.full_like(bits, _CANONICAL_NAN), bits)
+    if remainder_dtype == torch.int16:
+        high = bits + 0x8000 >> 16
+        remainder = bits - (high << 16)
+    else:
+        carry = 0x7F + (bits >> 8 & 1) if rounding is None else rounding.bits(bits.numel(), bits.device) >> 24
+        bits24 = bits + torch.where(master.isfinite(), carry, torch.zeros_like(bits)) >> 8
+        high = bits24 + 0x80 >> 8
+        remainder = bits24 - (high << 8)
+    return high.to(torch.int16).view(torch.bfloat16), remainder.to(remainder_dtype)
+
+
+def _split_fp16(
+    master: torch.Tensor, remainder_dtype: torch.dtype, rounding: Stochastic | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = master.to(torch.float16)
+    quotient = (master - weight.float()) * torch.reciprocal(_fp16_unit(weight, remainder_dtype))
+    if rounding is None or remainder_dtype == torch.int16:
+        remainder = torch.round(quotient)
+    else:
+        random = rounding.bits(master.numel(), master.device)
+        remainder = torch.floor(quotient + (random >> 8).float() * 2.0**-24)
+    return weight, torch.where(weight.isfinite(), remainder, torch.zeros_like(remainder)).to(remainder_dtype)
+
+
+def _fp16_unit(weight: torch.Tensor, remainder_dtype: torch.dtype) -> torch.Tensor:
+    """ulp(weight) * 2^-k: what one step of the remainder means."""
+    field = weight.view(torch.int16).to(torch.int32) >> 10 & 0x1F
+    return power_of_two(field.clamp(min=1) - 25 - _FP16_SHIFT[remainder_dtype])

@@ -1,0 +1,145 @@
+"""How exp_avg and exp_avg_sq lie in memory: one `StateCodes` holds either, in one of five formats.
+
+    format         data            scale_inv  expansion  exp_avg    exp_avg_sq    bytes per parameter
+    fp32           fp32 [n]        -          -          m          v             4
+    bf16           bf16 [n]        -          -          m          v             2
+    fp16           fp16 [n]        blocks     -          m          sqrt(v)       2.03     blocks16
+    e4m3           uint8 [n]       blocks     -          m          sqrt(v)       1.03     flat
+    e4m3_expanded  uint8 [n]       blocks     blocks     m          sqrt(v)       1.04     expansion
+
+sqrt(v) needs half the exponents of v: v itself underflows where gradients are small. The square root is computed
+anyway, and v is decoded as r * r. A *zero* code beside a nonzero sqrt(v) would divide by eps alone and blow the
+parameter up, so it becomes the smallest code (0x01, in fp16 its smallest subnormal): the update is then too small,
+never too large.
+
+The functions are elementwise over blocks; a piece that starts at a multiple of 128 gives the same codes as the whole.
+Rounding: RNE, or `Stochastic` for every format but fp32.
+Source: MS-AMP keeps v in tensor-scaled fp16; docs/numerics.md shows what that costs and why we keep the root.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import BLOCK_SIZE, E4M3
+from ..levels import STATE_FORMATS
+from . import blocks16, expansion, flat
+from .random_bits import Stochastic
+
+ROOT_FORMATS = frozenset({"fp16", "e4m3", "e4m3_expanded"})
+"""Formats in which exp_avg_sq is kept as its square root."""
+
+_DATA_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e4m3": torch.uint8,
+    "e4m3_expanded": torch.uint8,
+}
+
+
+@dataclass
+class StateCodes:
+    """One optimizer state of a flat partition, or a piece of it; the tensors belong to whoever made them.
+
+    format      one of STATE_FORMATS
+    data        [n], dtype as in the table above
+    scale_inv   fp32 [ceil(n / 128)] or None
+    expansion   uint8 [ceil(n / 128)], sixteenths of k, or None
+    """
+
+    format: str
+    data: torch.Tensor
+    scale_inv: torch.Tensor | None = None
+    expansion: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by field name, in a fixed order."""
+        fields = {"data": self.data, "scale_inv": self.scale_inv, "expansion": self.expansion}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    def piece(self, start: int, stop: int) -> StateCodes:
+        """Views of elements [start, stop); `start` is a multiple of 128."""
+        blocks = slice(start // BLOCK_SIZE, flat.blocks_of(stop))
+        return StateCodes(
+            self.format,
+            self.data[start:stop],
+            None if self.scale_inv is None else self.scale_inv[blocks],
+            None if self.expansion is None else self.expansion[blocks],
+        )
+
+
+def new_state(format: str, numel: int, device: torch.device | str) -> StateCodes:  # noqa: A002 (the field's name)
+    """Buffers of a state that decodes to zeros."""
+    if format not in STATE_FORMATS:
+        raise ValueError(f"state format {format!r} is not one of {', '.join(STATE_FORMATS)}")
+    blocks = flat.blocks_of(numel)
+    has_scales = format in ROOT_FORMATS
+    return StateCodes(
+        format,
+        torch.zeros(numel, dtype=_DATA_DTYPES[format], device=device),
+        torch.full((blocks,), flat.SMALLEST_SCALE_INV, device=device) if has_scales else None,
+        torch.full((blocks,), expansion.MAX_EXPANSION, dtype=torch.uint8, device=device)
+        if format == "e4m3_expanded"
+        else None,
+    )
+
+
+def read(state: StateCodes) -> torch.Tensor:
+    """What is stored, as fp32 [n]: m, v, or sqrt(v). The caller may overwrite the result unless the format is fp32."""
+    if state.format in ("fp32", "bf16"):
+        return state.data.float()
+    assert state.scale_inv is not None
+    if state.format == "fp16":
+        return blocks16.decode(state.data, state.scale_inv)
+    if state.format == "e4m3":
+        return flat.decode(state.data, state.scale_inv, E4M3)
+    assert state.expansion is not None
+    return expansion.decode(state.data, state.scale_inv, state.expansion)
+
+
+def write(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
+    """Store fp32 `values` [n] in place. Zero codes of nonzero values stay zero; see `write_root`."""
+    if state.format == "fp32":
+        state.data.copy_(values)
+    elif state.format == "bf16":
+        state.data.copy_(values if rounding is None else round_bf16(values, rounding))
+    else:
+        _write_codes(state, values, rounding)
+
+
+def write_root(state: StateCodes, root: torch.Tensor, rounding: Stochastic | None = None) -> None:
+    """Store sqrt(v) >= 0, fp32 [n], in place; a zero code of a nonzero root becomes the smallest code."""
+    _write_codes(state, root, rounding)
+    bits = state.data.view(torch.int16) if state.format == "fp16" else state.data
+    bits.masked_fill_((bits == 0) & (root > 0), 1)
+
+
+def _write_codes(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    assert state.scale_inv is not None
+    if state.format == "fp16":
+        codes, scale_inv = blocks16.encode(values, rounding=rounding)
+    elif state.format == "e4m3":
+        codes, scale_inv = flat.encode(values, E4M3, rounding=rounding)
+    else:
+        codes, scale_inv, exponents = expansion.encode(values, rounding=rounding)
+        assert state.expansion is not None
+        state.expansion.copy_(exponents)
+    state.data.copy_(codes)
+    state.scale_inv.copy_(scale_inv)
+
+
+def read_moments(exp_avg: StateCodes, exp_avg_sq: StateCodes) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and v as fp32 [n]; v = r * r where the root is stored."""
+    m, v = read(exp_avg), read(exp_avg_sq)
+    return m, (v * v if exp_avg_sq.format in ROOT_FORMATS else v)
+
+
+def round_bf16(x: torch.Tensor, rounding: Stochastic) -> torch.Tensor:
+    """`x` fp32 [n] rounded stochastically to bf16: add 16 random bits to the pattern, truncate; NaN stays NaN."""
+    random = rounding.bits(x.numel(), x.device) >> 16
+    bits = (x.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + random
+    rounded = (bits >> 16 << 16).to(torch.int32).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
