@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DsFp8Error, PlanError
@@ -27,16 +27,26 @@ class Attachment:
     """What ds_fp8 is to one DeepSpeed engine.
 
     engine    the DeepSpeedEngine
+    model     the module that it wraps
     settings  the validated JSON
     plan      the decision, equal on all ranks
     book      scales and amax histories of the FP8 layers; None when only `msamp`'s states were asked for
+    watch     telemetry; None when it is off
     """
 
     engine: Any
+    model: Any
     settings: Any
     plan: Any
     book: Any = None
-    watchers: list[Callable[[], None]] = field(default_factory=list)
+    watch: Any = None
+
+    def placed(self) -> None:
+        """DeepSpeed has put the model on its device and knows its groups: whoever shares data shares scales."""
+        if self.book is not None:
+            self.book.group = self.engine.seq_data_parallel_group
+        if self.watch is not None:
+            self.watch.begin()
 
     def configure_optimizer(self, original: Callable, client_optimizer: Any, model_parameters: Any) -> None:
         """Under `msamp` ours takes the place of the JSON's or the client's Adam; else DeepSpeed goes on as always."""
@@ -60,8 +70,8 @@ class Attachment:
         result = original(*args, **kwargs)
         if self.book is not None:
             self.book.weights_changed()
-        for watcher in self.watchers:
-            watcher()
+        if self.watch is not None:
+            self.watch.after_step()
         return result
 
     def _save_checkpoint(
@@ -94,7 +104,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
     if plan is None:
         return None
 
-    attachment = Attachment(engine, settings, plan)
+    attachment = Attachment(engine, model, settings, plan)
     if settings.fp8.enabled:
         from ..layers import swap_layers
 
@@ -103,6 +113,12 @@ def attach(engine: Any, model: Any) -> Attachment | None:
     engine.__dict__[ATTRIBUTE] = attachment
     attachment.hook()
     _tell(plan.banner())
+    if settings.telemetry.enabled:
+        import deepspeed.comm as dist
+
+        from .watch import Watch
+
+        attachment.watch = Watch(attachment, dist.get_rank() if dist.is_initialized() else 0)
     return attachment
 
 

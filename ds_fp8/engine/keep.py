@@ -47,11 +47,14 @@ def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None
     book = attachment.book
     if book is None:
         return
-    book.weights_changed()
     if kept is None:
+        # The weights are other ones: codes made from the old ones are stale. The steps are those of the checkpoint.
+        book.weights_changed()
+        book.steps = attachment.engine.global_steps
         _tell(f"ds_fp8: {path} has no FP8 scales (written without the plugin); amax histories start fresh")
         return
-    book.load_state_dict(_own_book(kept, path))
+    for note in book.load_state_dict(_own_book(kept, path)):
+        _tell(f"ds_fp8: {note}")
 
 
 def _own_book(kept: Any, path: str) -> Any:

@@ -22,11 +22,14 @@ _originals: dict[str, Callable] = {}
 def _configure_distributed_model(original: Callable, engine: Any, model: Any) -> Any:
     from .sections import sections_of
 
+    attachment = None
     if sections_of(engine.config):
         from .attach import attach
 
-        attach(engine, model)
-    return original(engine, model)
+        attachment = attach(engine, model)
+    original(engine, model)
+    if attachment is not None:
+        attachment.placed()
 
 
 def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:

@@ -1,0 +1,171 @@
+"""Telemetry at work: every `interval` optimizer steps one step is looked at, all others pay nothing.
+
+For that one step hooks lie on the FP8 layers. They see each operand as the layer sees it, measure its amax and the
+share of elements that the cast flushes to zero, and keep the results on the device; after the step they are taken off
+and the numbers are read, which is the only time that waits for the device. Nothing that is computed is changed.
+
+    step N * interval   hooks on -> forward, backward, step -> hooks off -> monitor (rank 0), journal (each rank), alarms
+
+The aggregates go to DeepSpeed's monitor under `Train/Samples/ds_fp8/...`; each rank writes its own journal, because
+without `reduce_amax` ranks differ, and a bad batch is one rank's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from ..formats import BLOCK_SIZE, Format
+from ..telemetry import Journal, Reading, aggregate, find_alarms
+from ..telemetry.aggregate import events
+from ..telemetry.alarms import new_alarms
+
+
+class Watch:
+    """Looks at one attached engine. `before_step` and `after_step` are called around each optimizer step."""
+
+    def __init__(self, attachment: Any, rank: int):
+        self.attachment = attachment
+        self.rank = rank
+        self.interval = attachment.settings.telemetry.interval
+        folder = attachment.settings.telemetry.path
+        self.journal = None if folder is None else Journal(f"{folder}/telemetry_rank{rank}.jsonl")
+        self._known_alarms: set[tuple[str, str, str]] = set()
+        self._is_looking = False
+        self._hooks: list[Any] = []
+        self._seen: dict[tuple[str, str], list[torch.Tensor]] = {}
+        self._formats: dict[tuple[str, str], Format] = {}
+
+    def begin(self) -> None:
+        """The engine is made: write down the plan, and look at the first step if it is due."""
+        from ..comm import counters
+
+        plan = self.attachment.plan
+        if self.journal is not None:
+            self.journal.write("plan", digest=plan.digest(), banner=plan.banner(), plan=json.loads(plan.to_json()))
+        counters.reset()
+        self._look_if_due()
+
+    def after_step(self) -> None:
+        """Report the step that was looked at, if it was; and get ready for the next one."""
+        if self._is_looking:
+            self._look_away()
+            self._report()
+        self._look_if_due()
+
+    def _look_if_due(self) -> None:
+        """Hooks on, if the step that comes is one to look at."""
+        if (self.attachment.engine.global_steps + 1) % self.interval:
+            return
+        self._is_looking = True
+        book = self.attachment.book
+        modules = dict(self.attachment.model.named_modules())
+        for page in () if book is None else book.pages:
+            module = modules.get(page.fqn)
+            if module is not None:
+                self._hooks.append(module.register_forward_pre_hook(self._operands(page)))
+                self._hooks.append(module.register_forward_hook(self._gradient(page)))
+
+    def _look_away(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._is_looking = False
+
+    def _operands(self, page: Any) -> Any:
+        def before(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            if not (module.training and torch.is_grad_enabled() and args) or _in_backward():
+                return
+            self._measure(page, "input", args[0], page.input_column)
+            if module.weight.numel() and (page.fqn, "weight") not in self._seen:
+                self._measure(page, "weight", module.weight, page.weight_column)
+
+        return before
+
+    def _gradient(self, page: Any) -> Any:
+        def after(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if isinstance(output, torch.Tensor) and output.requires_grad and not _in_backward():
+                output.register_hook(lambda grad: self._measure(page, "grad_output", grad, page.grad_output_column))
+
+        return after
+
+    @torch.no_grad()
+    def _measure(self, page: Any, role: str, tensor: torch.Tensor, column: int) -> None:
+        """Amax, scale and share flushed to zero, as one small tensor on the device."""
+        recipe = page.book.recipe
+        fmt = recipe.backward_format if role == "grad_output" else recipe.forward_format
+        values = tensor.detach().float().reshape(-1).abs()
+        if not values.numel():
+            return
+        amax = torch.nan_to_num(values.amax(), nan=math.inf, posinf=math.inf)
+        if recipe.is_delayed:
+            scale = page.book.scales[column].to(values.device)
+        else:
+            scale = fmt.max / amax.clamp_min(2.0**-126)
+        each = scale
+        if recipe.kind not in ("delayed", "current") and values.numel() % BLOCK_SIZE == 0:
+            # Blocks have scales of their own; rows of 128 stand for the tiles of a weight too.
+            values = values.view(-1, BLOCK_SIZE)
+            each = fmt.max / values.amax(dim=1, keepdim=True).clamp_min(2.0**-126)
+        # Half of the smallest code rounds to even, which is zero.
+        lost = ((values * each <= fmt.min_subnormal / 2) & (values > 0)).sum()
+        key = (page.fqn, role)
+        self._formats[key] = fmt
+        found = torch.stack([amax, scale.float(), lost.float(), (values > 0).sum().float()])
+        self._seen.setdefault(key, []).append(found)
+
+    def _readings(self) -> list[Reading]:
+        """One reading for each operand: the largest amax and the summed losses of its micro-batches."""
+        readings = []
+        for (fqn, role), found in self._seen.items():
+            rows = torch.stack([each.cpu() for each in found])
+            lost, nonzero = rows[:, 2].sum().item(), rows[:, 3].sum().item()
+            worst = int(rows[:, 0].argmax())
+            readings.append(
+                Reading(
+                    fqn,
+                    role,
+                    amax=rows[worst, 0].item(),
+                    scale=rows[worst, 1].item(),
+                    format=self._formats[fqn, role],
+                    underflow=lost / nonzero if nonzero else 0.0,
+                )
+            )
+        self._seen.clear()
+        return readings
+
+    def _report(self) -> None:
+        from ..comm import counters
+
+        engine = self.attachment.engine
+        readings = self._readings()
+        values = aggregate(readings)
+        sent = counters.to_json()
+        for kind, sent_bytes in counters.sent.items():
+            values[f"wire/{kind}_bytes"] = float(sent_bytes) / self.interval
+        values["wire/ratio"] = counters.ratio()
+        counters.reset()
+        if engine.monitor.enabled and self.rank == 0:
+            engine.monitor.write_events(events(values, engine.global_samples))
+        alarms = new_alarms(find_alarms(readings), self._known_alarms)
+        if self.journal is not None:
+            self.journal.write(
+                "step",
+                step=engine.global_steps,
+                samples=engine.global_samples,
+                values={name: value for name, value in values.items() if math.isfinite(value)},
+                wire=sent,
+                readings=[reading.to_json() for reading in readings],
+            )
+            for alarm in alarms:
+                self.journal.write("alarm", step=engine.global_steps, kind=alarm.kind, fqn=alarm.fqn, text=alarm.text)
+        for alarm in alarms if self.rank == 0 else ():
+            print(f"ds_fp8: step {engine.global_steps}: {alarm.text}", flush=True)
+
+
+def _in_backward() -> bool:
+    """Recompute under activation checkpointing runs the forward hooks again; its operands were seen already."""
+    return torch._C._current_graph_task_id() != -1
