@@ -1,0 +1,167 @@
+"""What the states mixins of all stages share: alias the master, fold the clip, keep the codes.
+
+*Master by aliasing.* DeepSpeed keeps two copies of a rank's own weights: its slice of the 16-bit weights, and a master
+partition in fp32. Our master is that 16-bit slice plus a remainder (`split32`, `split24`) or plus codes of its own, so
+DeepSpeed is told that masters have the base dtype, and each master partition is pointed at the slice. Its copy back
+after the step becomes a copy of a tensor onto itself, which torch skips.
+
+*Clip and unscale folded.* DeepSpeed multiplies every gradient by 1 / (loss scale x clip) in a pass of its own. The step
+reads the gradients anyway, so it gets the factor as `ScaledAdam.grad_scale`: one pass less, and no second rounding to
+16 bits. Norm, overflow check and loss scale stay DeepSpeed's, number for number.
+
+*Codes in the checkpoint.* `state_dict()` is DeepSpeed's own on plain fp32 flats (`states_view.py`), plus the exact codes
+under `ds_fp8`; a load with the same layout takes the codes, any other takes the flats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .states_view import PlainView
+
+KEY = "ds_fp8"
+VERSION = 1
+
+
+class ScaledStates(PlainView):
+    """Mixin over one of DeepSpeed's optimizer wrappers; `fp8_*` attributes are set by `specialize`."""
+
+    fp8_engine: Any
+    fp8_plan: Any
+    fp8_book: Any
+
+    def fp8_slices(self: Any) -> list[Tensor]:
+        """This rank's own slice of the 16-bit weights, one per master."""
+        raise TypeError(f"{type(self).__name__} has no 16-bit slices")
+
+    def fp8_shares_storage(self: Any) -> bool:
+        """Whether masters may be the slices themselves: not under offload (another device)."""
+        return True
+
+    def fp8_adopt_masters(self: Any) -> None:
+        """Point every master at its 16-bit slice; DeepSpeed's clone of it is freed."""
+        if self.fp8_shares_storage():
+            for master, own in zip(self.fp8_masters, self.fp8_slices(), strict=True):
+                if master.dtype == own.dtype and master.device == own.device and master.numel() == own.numel():
+                    master.data = own.data
+        self._fp8_relink()
+
+    def fp8_weights_changed(self: Any) -> None:
+        """Weights were written outside of a step. Nothing to do here: O3 gathers its codes again."""
+
+    def fp8_set_weight(self: Any, param: Any, value: Tensor) -> None:
+        """Write a whole 16-bit parameter on this rank (its upper half of the new master)."""
+        if param.data.numel() == value.numel() and param.untyped_storage().size():
+            param.data.copy_(value.reshape(param.shape))
+
+    def _fp8_set_grad_scale(self: Any, total_norm: Any) -> None:
+        """The factor that DeepSpeed would multiply gradients with, in the same arithmetic, handed to the step."""
+        combined: Any = self.loss_scale
+        if self.clip_grad > 0.0:
+            clip = ((total_norm / self.loss_scale) + 1e-6) / self.clip_grad
+            combined = torch.clamp(torch.as_tensor(clip), min=1.0) * self.loss_scale
+        self.optimizer.grad_scale = 1.0 / combined
+
+    def _lazy_init_hp_params_optimizer_state(self: Any) -> None:
+        """Coded fragments need no link to states: they decode when asked."""
+        self._hp_optimizer_states_linked = True
+
+    def fp8_layout(self: Any) -> dict[str, Any]:
+        """What must be equal for codes to be taken as they are: formats, sizes, and which part of the whole this is."""
+        masters = self.fp8_masters
+        return {
+            "stage": int(self.fp8_engine.zero_optimization_stage()),
+            "rank": dist.get_rank(group=self.dp_process_group),
+            "world_size": dist.get_world_size(group=self.dp_process_group),
+            "numel": [master.numel() for master in masters],
+            "base_dtype": str(masters[0].dtype).removeprefix("torch.") if masters else "",
+            "formats": self.optimizer.formats(),
+        }
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        """DeepSpeed's own, in fp32, plus our codes. Views of a plain copy: later steps do not change it."""
+        with self.fp8_plain_view(export=True):
+            state = super().state_dict()
+        state[KEY] = codes_state(self.optimizer, self.fp8_masters, self.fp8_layout())
+        return state
+
+    def load_state_dict(self: Any, state_dict_list: Any, *args: Any, **kwargs: Any) -> None:
+        """Any layout that DeepSpeed reads; exact codes if this rank's shard has them for this very layout."""
+        own = own_shard(state_dict_list, dist.get_rank(group=self.dp_process_group))
+        with self.fp8_plain_view(export=False) as (plain, flats):
+            super().load_state_dict(state_dict_list, *args, **kwargs)
+        self.fp8_import(plain, flats)
+        with_moments = any(plain.state.get(flat) for flat in flats)
+        if own is not None and with_moments and self._fp8_took_fp32(args, kwargs):
+            load_codes(self.optimizer, self.fp8_masters, own.get(KEY), self.fp8_layout())
+        self.fp8_gather_weights()
+
+    def _fp8_took_fp32(self: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether DeepSpeed restored masters from the shard, and not from the 16-bit weights."""
+        return bool(kwargs.get("load_from_fp32_weights", args[1] if len(args) > 1 else False))
+
+    def fp8_gather_weights(self: Any) -> None:
+        """Make every rank's 16-bit weights those of the owners, after a load."""
+        self.fp8_weights_changed()
+
+    def _restore_from_bit16_weights(self: Any) -> None:
+        """Masters from the 16-bit weights: the remainder of an older master must go, not be added to new weights."""
+        if self._fp8_viewing:
+            super()._restore_from_bit16_weights()
+            return
+        for master, own in zip(self.fp8_masters, self.fp8_slices(), strict=True):
+            self.optimizer.import_fp32(master, master=own.detach().float().to(master.device))
+
+    def refresh_fp32_params(self: Any) -> None:
+        self._restore_from_bit16_weights()
+
+
+def codes_state(optimizer: Any, masters: list[Tensor], layout: dict[str, Any]) -> dict[str, Any]:
+    """The exact state, as plain types and CPU tensors: safe under `torch.load(weights_only=True)`."""
+    return {
+        "version": VERSION,
+        "layout": layout,
+        "seed": int(optimizer.seed),
+        "codes": [optimizer.export_codes(master) for master in masters],
+    }
+
+
+def own_shard(state_dict_list: Any, rank: int) -> dict[str, Any] | None:
+    """This rank's shard among those that the engine has read; None for a universal checkpoint."""
+    if not state_dict_list:
+        return None
+    shard = state_dict_list[rank]
+    return shard if isinstance(shard, dict) else None
+
+
+def check_codes(state: Any, where: str) -> None:
+    """Raise CheckpointError if `state`, the entry `ds_fp8` of a shard, is not one that this version can read."""
+    if state is None:
+        return
+    if not isinstance(state, dict) or not {"version", "layout", "codes", "seed"} <= state.keys():
+        raise CheckpointError(f"{where}: the entry {KEY!r} of the optimizer shard was not written by ds_fp8.")
+    if state["version"] > VERSION:
+        raise CheckpointError(
+            f"{where}: optimizer state of version {state['version']}, this ds_fp8 reads up to {VERSION}."
+            " Upgrade ds_fp8, or load without the plugin: the fp32 flats beside it are plain DeepSpeed."
+        )
+    if len(state["codes"]) != len(state["layout"]["numel"]):
+        raise CheckpointError(
+            f"{where}: codes of {len(state['codes'])} partitions for a layout of {len(state['layout']['numel'])}."
+        )
+
+
+def load_codes(optimizer: Any, masters: list[Tensor], state: Any, layout: dict[str, Any]) -> bool:
+    """Take exact codes if they were written for this very layout; False if the fp32 flats have to do."""
+    check_codes(state, "checkpoint")
+    if state is None or state["layout"] != layout:
+        return False
+    for master, codes in zip(masters, state["codes"], strict=True):
+        optimizer.import_codes(master, codes)
+    optimizer.seed = state["seed"]
+    return True

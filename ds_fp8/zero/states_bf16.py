@@ -1,0 +1,82 @@
+"""BF16_Optimizer: states in codes where DeepSpeed accumulates gradients in fp32 (ZeRO 1) or pipelines (stage 0).
+
+DeepSpeed chooses this wrapper for bf16 with `data_types.grad_accum_dtype` fp32 in stage 1, and for bf16 under a pipeline
+without ZeRO. It partitions like ZeRO 1: `fp32_groups_flat_partition[i]` is this rank's master, a slice of
+`bf16_groups_flat[i]`. Gradients stay in its accumulation buffer; the step reads the rank's slice of it as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from .states import ScaledStates
+from .states_fragments import link_coded_fragments
+
+
+class StatesBF16(ScaledStates):
+    """Mixin over `BF16_Optimizer`."""
+
+    FP8_MASTERS = "fp32_groups_flat_partition"
+
+    def fp8_slices(self: Any) -> list[Tensor]:
+        return [
+            partitions[dist.get_rank(group=group)]
+            for partitions, group in zip(self.bf16_partitioned_groups, self.real_dp_process_group, strict=True)
+        ]
+
+    def fp8_shares_storage(self: Any) -> bool:
+        return self.fp8_plan.comm.weight_wire == "none" or not self.fp8_plan.comm.fp8_weights
+
+    def fp8_adopt_masters(self: Any) -> None:
+        # This wrapper knows no base-dtype master: its fp32 clone shrinks to the base dtype here, once.
+        for index, (master, own) in enumerate(zip(self.fp8_masters, self.fp8_slices(), strict=True)):
+            share = own.data if self.fp8_shares_storage() else own.detach().clone()
+            replacement = share.view_as(master).detach()
+            replacement.requires_grad = True
+            self.fp8_masters[index] = replacement
+            self.optimizer.param_groups[index]["params"] = [replacement]
+        self._fp8_relink()
+
+    def _fp8_relink(self: Any) -> None:
+        self._link_all_hp_params()
+
+    def _link_all_hp_params(self: Any) -> None:
+        super()._link_all_hp_params()
+        if not self._fp8_viewing:
+            link_coded_fragments(self, self.bf16_groups, self.fp8_masters)
+
+    def get_grads_for_norm(self: Any, for_clipping: bool = False) -> Any:
+        """For clipping, none: the factor goes into the step instead of over every gradient buffer."""
+        if not for_clipping:
+            return super().get_grads_for_norm(for_clipping)
+        coefficient = self.clip_grad / (self._global_grad_norm + 1e-6)
+        self.optimizer.grad_scale = torch.clamp(torch.as_tensor(coefficient), max=1.0)
+        return []
+
+    def step(self: Any, closure: Any = None) -> None:
+        self.optimizer.grad_scale = 1.0
+        grads = self.fp32_groups_gradient_flat_partition
+        stand_ins = []
+        for master, grad in zip(self.fp8_masters, grads, strict=True):
+            same = grad.dtype == master.dtype
+            if not same:
+                self.optimizer.gradients[master] = grad
+            stand_ins.append(
+                grad if same else torch.zeros((), dtype=master.dtype, device=grad.device).expand(grad.numel())
+            )
+        self.fp32_groups_gradient_flat_partition = stand_ins
+        try:
+            super().step(closure)
+        finally:
+            self.fp32_groups_gradient_flat_partition = grads
+            self.optimizer.gradients.clear()
+            for master in self.fp8_masters:
+                master.grad = None
+
+    def fp8_gather_weights(self: Any) -> None:
+        self.update_lp_params()
+        self.fp8_weights_changed()

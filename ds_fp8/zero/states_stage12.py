@@ -1,0 +1,75 @@
+"""ZeRO 1 and 2: states in codes over DeepSpeedZeroOptimizer.
+
+One flat per parameter group: `single_partition_of_fp32_groups[i]`, this rank's partition. It is the optimizer's
+parameter and, by aliasing, the rank's slice of the group's 16-bit weights; the all-gather after the step sends it out.
+Under offload it lies on the host with storage of its own, and DeepSpeed copies it to the device after the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from .states import ScaledStates
+from .states_fragments import link_coded_fragments
+
+
+class StatesStage12(ScaledStates):
+    """Mixin over `DeepSpeedZeroOptimizer`."""
+
+    FP8_MASTERS = "single_partition_of_fp32_groups"
+
+    def fp8_slices(self: Any) -> list[Tensor]:
+        return [
+            partitions[dist.get_rank(group=group)]
+            for partitions, group in zip(
+                self.parallel_partitioned_bit16_groups, self.real_dp_process_group, strict=True
+            )
+        ]
+
+    def fp8_shares_storage(self: Any) -> bool:
+        # At O3 the 16-bit weights are released between steps: the master then is the only 16-bit copy, W times smaller.
+        released = self.fp8_plan.comm.weight_wire != "none" and self.fp8_plan.comm.fp8_weights
+        return not self.cpu_offload and not released
+
+    def _fp8_relink(self: Any) -> None:
+        self._link_all_hp_params()
+
+    def _link_all_hp_params(self: Any) -> None:
+        super()._link_all_hp_params()
+        if not self._fp8_viewing:
+            link_coded_fragments(self, self.bit16_groups, self.fp8_masters)
+
+    def unscale_and_clip_grads(self: Any, grad_groups_flat: Any, total_norm: Any) -> None:
+        self._fp8_set_grad_scale(total_norm)
+
+    def _get_preflattened_grad_partition(self: Any, group_idx: int) -> Tensor | None:
+        """Keep fp32 gradients fp32: DeepSpeed would round them to the master's dtype to fit `.grad`.
+
+        It gets a stand-in of the right shape and dtype and no memory; the step reads the real ones.
+        """
+        grads = self.averaged_gradients[group_idx]
+        master = self.fp8_masters[group_idx]
+        if not grads or grads[0].dtype == master.dtype:
+            return super()._get_preflattened_grad_partition(group_idx)
+        flat = super()._get_preflattened_grad_partition(group_idx)
+        if flat is None:
+            flat = self.flatten_dense_tensors_aligned(grads, int(self.partition_size[group_idx]))
+        self.optimizer.gradients[master] = flat
+        return torch.zeros((), dtype=master.dtype, device=flat.device).expand(flat.numel())
+
+    def _optimizer_step(self: Any, group_no: int) -> None:
+        super()._optimizer_step(group_no)
+        self.optimizer.gradients.clear()
+
+    def fp8_gather_weights(self: Any) -> None:
+        self.update_lp_params()
+        self.fp8_weights_changed()
+
+    def load_hp_checkpoint_state_from_checkpoint_dir(self: Any, lp_groups_name: str, checkpoint_dir: str) -> None:
+        # Fragments are relinked to the plain view's flats before DeepSpeed fills them (`_fp8_relink`).
+        assert self._fp8_viewing, "universal checkpoints are loaded through load_state_dict"
+        super().load_hp_checkpoint_state_from_checkpoint_dir(lp_groups_name, checkpoint_dir)

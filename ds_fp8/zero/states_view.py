@@ -1,0 +1,143 @@
+"""The plain view: DeepSpeed's own checkpoint code, run on fp32 flats that exist only while it runs.
+
+DeepSpeed reads and writes optimizer shards in several layouts (rigid, elastic, universal, with and without padding), all
+in terms of three things: a list of master flats, `optimizer.state` with exp_avg and exp_avg_sq of the same shape, and
+`optimizer.param_groups`. Instead of teaching each layout what a code is, we put plain fp32 CPU tensors and a plain Adam
+in place of ours, let DeepSpeed do its work, and take the result back:
+
+    with self.fp8_plain_view(export=True):    sd = super().state_dict()       codes -> fp32 -> file
+    with self.fp8_plain_view(export=False):   super().load_state_dict(...)    file -> fp32
+    self.fp8_import(...)                                                      fp32 -> codes
+
+So a checkpoint has DeepSpeed's names and shapes: `zero_to_fp32.py`, universal conversion and a job without the plugin
+read it. Cost: 12 bytes per parameter of the partition in host memory, for the length of a save or a load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+PLAIN_GROUP_KEYS = {
+    "amsgrad": False,
+    "bias_correction": True,
+    "capturable": False,
+    "decoupled_weight_decay": False,
+    "differentiable": False,
+    "foreach": None,
+    "fused": None,
+    "maximize": False,
+}
+"""What torch's Adam, DeepSpeed's FusedAdam and its CPUAdam expect to find in a parameter group that they load."""
+
+
+class PlainAdam(torch.optim.Optimizer):
+    """An Adam that only holds: parameter groups and state as a plain optimizer would have them in a checkpoint."""
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        super().__init__(groups, {})
+
+
+def plain_groups(optimizer: torch.optim.Optimizer, params: list[list[Tensor]]) -> list[dict[str, Any]]:
+    """The hyper-parameters of `optimizer`, group by group, with the keys that any Adam asks for."""
+    groups = []
+    for group, tensors in zip(optimizer.param_groups, params, strict=True):
+        kept = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**PLAIN_GROUP_KEYS, **kept, "params": list(tensors)})
+    return groups
+
+
+def adopt_groups(optimizer: torch.optim.Optimizer, plain: PlainAdam) -> None:
+    """Hyper-parameters that a load has put into `plain`, into the groups of `optimizer`, in place.
+
+    In place, because learning-rate schedulers hold on to the very dicts.
+    """
+    for group, loaded in zip(optimizer.param_groups, plain.param_groups, strict=True):
+        for key, value in loaded.items():
+            if key not in ("params", "step") and (key in group or key not in PLAIN_GROUP_KEYS):
+                group[key] = value
+
+
+def plain_state(exported: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's state as a plain Adam keeps it: fp32 moments on the host and an integer step; {} before step 1."""
+    if not exported["step"]:
+        return {}
+    moments = {key: exported[key].to("cpu", torch.float32) for key in MOMENTS}
+    return {"step": int(exported["step"]), **moments}
+
+
+class PlainView:
+    """Mixin: `fp8_plain_view` for an optimizer wrapper whose masters lie in the list attribute `FP8_MASTERS`.
+
+    Subclasses say how flats belong to parameter groups (`_fp8_group_params`), and what else has to be pointed at the
+    flats while DeepSpeed works (`_fp8_relink`).
+    """
+
+    FP8_MASTERS = ""
+    _fp8_viewing = False
+
+    @property
+    def fp8_masters(self: Any) -> list[Tensor]:
+        """This rank's partitions, in the base dtype."""
+        return getattr(self, self.FP8_MASTERS)
+
+    def _fp8_group_params(self: Any, flats: list[Tensor]) -> list[list[Tensor]]:
+        """Which flats stand in which parameter group, as DeepSpeed expects to find them between two steps."""
+        return [[flat] for flat in flats]
+
+    def _fp8_relink(self: Any) -> None:
+        """Point tensor fragments at the current `fp8_masters`."""
+
+    @contextmanager
+    def fp8_plain_view(self: Any, *, export: bool) -> Iterator[tuple[PlainAdam, list[Tensor]]]:
+        """Plain Adam and fp32 flats in place of ours; `export` fills them, else they start at zero."""
+        ours, masters = self.optimizer, self.fp8_masters
+        flats: list[Tensor] = []
+        states: list[dict[str, Any]] = []
+        for master in masters:
+            if export:
+                exported = ours.export_fp32(master)
+                flats.append(exported["master"].to("cpu", torch.float32))
+                states.append(plain_state(exported))
+            else:
+                flats.append(torch.zeros(master.numel(), dtype=torch.float32))
+                states.append({})
+        plain = PlainAdam(plain_groups(ours, self._fp8_group_params(flats)))
+        steps = [state["step"] for state in states if state]
+        if steps:
+            # FusedAdam and elastic checkpoints look for the step in the group as well.
+            for group in plain.param_groups:
+                group["step"] = steps[0]
+        for flat, state in zip(flats, states, strict=True):
+            if state:
+                plain.state[flat] = state
+        self.optimizer = plain
+        setattr(self, self.FP8_MASTERS, flats)
+        self._fp8_viewing = True
+        try:
+            if not export:
+                self._fp8_relink()
+            yield plain, flats
+        finally:
+            self.optimizer = ours
+            setattr(self, self.FP8_MASTERS, masters)
+            self._fp8_viewing = False
+            if not export:
+                self._fp8_relink()
+
+    def fp8_import(self: Any, plain: PlainAdam, flats: list[Tensor]) -> None:
+        """Encode what a load has left in the plain view. Moments that were not loaded stay as they are."""
+        adopt_groups(self.optimizer, plain)
+        group_step = plain.param_groups[0].get("step")
+        for master, flat in zip(self.fp8_masters, flats, strict=True):
+            state = plain.state.get(flat, {})
+            moments = {key: state[key] for key in MOMENTS if key in state}
+            step = state.get("step", group_step) if moments else None
+            step = None if step is None else int(step)
+            self.optimizer.import_fp32(master, master=flat, step=step, **moments)
