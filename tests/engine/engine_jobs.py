@@ -127,3 +127,148 @@ def refused(rank: int, world_size: int, settings_by_rank: list[dict[str, Any]]) 
     except DsFp8Error as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def resumed(rank: int, world_size: int, settings: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Save in the middle; go on; load into a new engine; go on again. And both crossings with a plain run."""
+    import ds_fp8
+
+    ds_fp8.activate()
+    plain_settings = {key: value for key, value in settings.items() if key != "fp8"}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        first = make_engine(settings)
+        steps(first, settings, rank, 0, 3)
+        first.save_checkpoint(f"{folder}/ours", client_state={"note": 7})
+        uninterrupted = steps(first, settings, rank, 3, 6)
+
+        second = make_engine(settings)
+        _, client_state = second.load_checkpoint(f"{folder}/ours")
+        again = steps(second, settings, rank, 3, 6)
+
+        plain = make_engine(plain_settings)
+        plain.load_checkpoint(f"{folder}/ours")
+        plain_from_ours = steps(plain, settings, rank, 3, 5)
+        plain.save_checkpoint(f"{folder}/plain")
+
+        third = make_engine(settings)
+        third.load_checkpoint(f"{folder}/plain")
+        ours_from_plain = steps(third, settings, rank, 5, 7)
+    return {
+        "rank": rank,
+        "uninterrupted": uninterrupted,
+        "resumed": again,
+        "client_state": {key: value for key, value in client_state.items() if key in ("note", "ds_fp8")},
+        "plain_from_ours": plain_from_ours,
+        "ours_from_plain": ours_from_plain,
+        "module_keys": sorted(second.module.state_dict()),
+        "plain_keys": sorted(Net().state_dict()),
+        "said": said.getvalue(),
+    }
+
+
+def client_optimizer_job(rank: int, world_size: int, settings: dict[str, Any], form: str) -> dict[str, Any]:
+    """Parameters leave the model before `initialize` in the forms that scripts use; which ones did training change?"""
+    import ds_fp8
+
+    ds_fp8.activate()
+    torch.manual_seed(0)
+    model = Net()
+    settings = dict(settings)
+    half = list(model.parameters())
+    groups = [{"params": half[:4], "lr": 1e-2}, {"params": half[4:], "lr": 5e-3, "weight_decay": 0.0}]
+    handed: dict[str, Any] = {"model_parameters": model.parameters()}
+    if form == "groups":
+        handed = {"model_parameters": groups}
+    elif form == "optimizer":
+        del settings["optimizer"]
+        settings["zero_allow_untested_optimizer"] = True
+        handed = {"optimizer": torch.optim.AdamW(groups)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = make_engine(settings, model, **handed)
+    before = full_weights(engine)
+    steps(engine, settings, rank, 0, 3)
+    after = full_weights(engine)
+    return {
+        "changed": sorted(name for name in before if not torch.equal(before[name], after[name])),
+        "all": sorted(before),
+    }
+
+
+def zero_init_job(rank: int, world_size: int, settings: dict[str, Any]) -> dict[str, Any]:
+    import deepspeed
+
+    import ds_fp8
+    import ds_fp8.engine
+
+    ds_fp8.activate()
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        model = Net()
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = make_engine(settings, model)
+    attachment = ds_fp8.engine.of(engine)
+    swapped = sum(decision.kind == "Linear" for decision in attachment.plan.swaps)
+    return {"swapped": swapped, "losses": steps(engine, settings, rank, 0, 6)}
+
+
+class Recomputed(Net):
+    """The same net with its blocks under activation checkpointing."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import deepspeed
+        from torch.utils.checkpoint import checkpoint
+
+        x = x.requires_grad_()
+        for block in self.blocks:
+            if self.kind == "torch":
+                x = checkpoint(block, x, use_reentrant=False)
+            elif self.kind == "deepspeed":
+                x = deepspeed.checkpointing.checkpoint(block, x)
+            else:
+                x = block(x)
+        return self.head(x).float().pow(2).mean()
+
+
+def recompute_job(rank: int, world_size: int, settings: dict[str, Any], kind: str) -> dict[str, Any]:
+    import ds_fp8
+    import ds_fp8.engine
+
+    ds_fp8.activate()
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = make_engine(settings, Recomputed(kind))
+        losses = steps(engine, settings, rank, 0, 4)
+    book = ds_fp8.engine.of(engine).book
+    book.fold()
+    return {"losses": losses, "scales": book.scales.clone()}
+
+
+def pipeline_job(rank: int, world_size: int, settings: dict[str, Any], count: int) -> dict[str, Any]:
+    """Two pipeline stages of plain Linear layers, trained by `train_batch`."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    import ds_fp8
+    import ds_fp8.engine
+
+    ds_fp8.activate()
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)]
+    model = PipelineModule(layers=layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+    data = [(batch(0, number).to(torch.bfloat16),) * 2 for number in range(3)]
+    attachment = ds_fp8.engine.of(engine)
+    before = attachment.book.scales.clone()
+    losses = [engine.train_batch(iter(data)).item() for _ in range(count)]
+    attachment.book.fold()
+    return {
+        "swapped": len(attachment.plan.swaps),
+        "losses": losses,
+        "scales_moved": not torch.equal(before, attachment.book.scales),
+    }
