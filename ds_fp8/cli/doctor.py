@@ -7,7 +7,9 @@ activates the plugin, and the `msamp` package if one is installed. Exit code 0: 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -22,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ds_fp8 doctor", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    findings = [finding for probe in PROBES for finding in _run(probe)]
+    # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        findings = [finding for probe in PROBES for finding in _run(probe)]
     failed = [finding for finding in findings if finding.status == "fail"]
     if options.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))

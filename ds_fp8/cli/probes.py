@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import site
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -51,7 +50,7 @@ class Finding:
 def numbers(version: str) -> tuple[int, ...]:
     """(2, 13, 0) from '2.13.0+cpu'; enough to compare releases."""
     parts = []
-    for part in version.split("+")[0].split("."):
+    for part in version.partition("+")[0].split("."):
         digits = "".join(character for character in part if character.isdigit())
         if not digits or not part[0].isdigit():
             break
@@ -175,7 +174,8 @@ def kernels() -> Iterator[Finding]:
 
 def door() -> Iterator[Finding]:
     """What makes JSON alone enough: the .pth file in a site directory."""
-    folders = {*site.getsitepackages(), site.getusersitepackages(), *sys.path}
+    # Only site directories count: Python reads no .pth file elsewhere, not even on sys.path.
+    folders = {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
     found = [Path(folder) / "ds_fp8.pth" for folder in sorted(folders) if (Path(folder) / "ds_fp8.pth").is_file()]
     if is_disabled():
         cure = f"unset {DISABLE_VARIABLE}, also on the other nodes"

@@ -31,11 +31,14 @@ def judge_deepspeed(document: Document) -> Iterator[Problem]:
         severity = "warning" if _is_tolerated(error) else "error"
         for path, message in word(error, ()):
             yield document.problem(path, message, severity)
-    yield from (
-        document.problem(path, message, "warning")
-        for path, message in _deprecated(document.data, contract.schema("deepspeed"))
-    )
+    yield from deprecated_keys(document)
     yield from (document.problem(path, message) for path, message in _contradictions(document.data))
+
+
+def deprecated_keys(document: Document) -> Iterator[Problem]:
+    """A warning for each of DeepSpeed's deprecated keys that is in use, naming what replaces it."""
+    for path, message in _deprecated(document.data, contract.schema("deepspeed")):
+        yield document.problem(path, message, "warning")
 
 
 def _is_tolerated(error: Any) -> bool:

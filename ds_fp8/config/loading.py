@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..errors import ConfigError, Problem
 from . import contract
 from .conflicts import CONFLICTS, REPLACED
-from .deepspeed_keys import judge_deepspeed, top_level_keys
+from .deepspeed_keys import deprecated_keys, judge_deepspeed, top_level_keys
 from .resolve import settings_of
 from .rules import ADVICE, RULES
 from .sections import judge
@@ -28,9 +28,11 @@ def load(source: Source, *, where: str | None = None) -> Settings:
     """
     document = read(source, where)
     problems = [*document.problems, *_own_problems(document)]
+    if any(section in document.data for section in contract.SECTIONS):
+        problems += deprecated_keys(document)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
-        errors.sort(key=lambda problem: (problem.line, problem.column))
+        errors.sort(key=_place)
         raise ConfigError(document.name, errors)
     return settings_of(document.data, document.name, notes=tuple(str(problem) for problem in problems))
 
@@ -42,7 +44,12 @@ def check(source: Source, *, where: str | None = None) -> list[Problem]:
     seen: dict[tuple[str, str], Problem] = {}
     for problem in found:
         seen.setdefault((problem.path, problem.message), problem)
-    return sorted(seen.values(), key=lambda problem: (problem.line, problem.column))
+    return sorted(seen.values(), key=_place)
+
+
+def _place(problem: Problem) -> tuple[bool, int, int]:
+    """In the order of the file; what has no place in it comes last."""
+    return not problem.line, problem.line, problem.column
 
 
 def _own_problems(document: Document, asked: bool = False) -> list[Problem]:

@@ -12,6 +12,8 @@ import contextlib
 import re
 from dataclasses import dataclass, field
 
+import hjson
+
 Path = tuple[str | int, ...]
 
 _BLANK = re.compile(r"(?:[ \t\r\n\f\v\ufeff]+|#[^\n]*|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
@@ -46,6 +48,11 @@ def locate(text: str) -> Positions:
     with contextlib.suppress(_LostError, IndexError, RecursionError):
         scanner.read_root()
     return scanner.found
+
+
+def unquote(text: str) -> str:
+    """A quoted key without its quotes, escapes resolved as hjson does."""
+    return hjson.loads(f"[{text}]")[0] if "\\" in text else text[1:-1]
 
 
 class _Scanner:
@@ -88,7 +95,7 @@ class _Scanner:
                 return
             place = self.place()
             if self.text[self.at] in "\"'":
-                name = self.match(_STRING)[1:-1]
+                name = unquote(self.match(_STRING))
             else:
                 name = self.match(_BARE_KEY)
             member = (*path, name)

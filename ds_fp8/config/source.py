@@ -73,10 +73,13 @@ def _read_base64(text: str, where: str | None) -> Document:
     name = where or (text if named_like_a_file or len(text) < 40 else "base64 config")
     refusal = "no such file, and not base64 of a configuration either; check the path"
     try:
-        decoded = base64.urlsafe_b64decode(text).decode("utf-8")
+        # Strictly: the lenient decoder drops foreign letters, and a mistyped path would become an empty configuration.
+        decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")
     except (binascii.Error, ValueError):
         return _unreadable(name, refusal)
     document = _parse(decoded, name, unique=False)
+    if not document.data:
+        return _unreadable(name, refusal)
     document.positions = Positions()  # lines of a text that the user never sees would mislead
     return document
 

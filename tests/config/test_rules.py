@@ -1,0 +1,158 @@
+"""Cross-field rules: each refusal, and beside it the neighbouring configuration that must pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from ds_fp8 import config
+from ds_fp8.config import conflicts, rules
+from ds_fp8.errors import ConfigError
+
+BF16 = {"bf16": {"enabled": True}}
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+def fp8(**keys):
+    return {"fp8": {"enabled": True, **keys}}
+
+
+def msamp(level="O2", **keys):
+    return {"msamp": {"enabled": True, "opt_level": level, **keys}, **BF16, **ZERO2}
+
+
+def zero(**keys):
+    return {"zero_optimization": {"stage": 2, **keys}}
+
+
+REFUSED = [
+    (fp8(recipe="current", margin=1), "fp8/margin", fp8(recipe="current", margin=0)),
+    (fp8(recipe="block", amax_history_len=16), "fp8/amax_history_len", fp8(amax_history_len=16)),
+    (fp8(recipe="current", amax_compute_algo="most_recent"), "fp8/amax_compute_algo", fp8(recipe="current")),
+    (fp8(recipe="mxfp8", backend="torch"), "fp8/recipe", fp8(recipe="mxfp8")),
+    (fp8(layers={"linear": False, "norm": False}), "fp8/layers", fp8(layers={"linear": False})),
+    ({**msamp(use_te=True), **fp8(backend="torch")}, "msamp/use_te", {**msamp(use_te=True), **fp8()}),
+    (
+        {**msamp(use_te=False), **fp8(backend="transformer_engine")},
+        "msamp/use_te",
+        {**msamp(), **fp8(backend="transformer_engine")},
+    ),
+    ({**msamp(use_te=True), "fp8": {"enabled": False}}, "msamp/use_te", {**msamp(), "fp8": {"enabled": False}}),
+    ({**msamp("O3"), "fp8": {"enabled": False}}, "msamp/opt_level", msamp("O3")),
+    ({**msamp(weight_wire="e4m3"), "fp8": {"enabled": False}}, "msamp/weight_wire", msamp(weight_wire="e4m3")),
+    (
+        {**msamp("O3"), "zero_optimization": {"stage": 0}},
+        "msamp/opt_level",
+        {**msamp("O3"), "zero_optimization": {"stage": 1}},
+    ),
+    ({**msamp("O3"), **fp8(weight_cache=False)}, "fp8/weight_cache", {**msamp("O2"), **fp8(weight_cache=False)}),
+    ({**msamp("O3"), **fp8(recipe="mxfp8")}, "fp8/recipe", {**msamp("O3"), **fp8(recipe="block")}),
+    ({**msamp(master="split24"), "bf16": {"enabled": False}}, "msamp/master", {**msamp(), "bf16": {"enabled": False}}),
+    (msamp("O1", rounding="stochastic"), "msamp/rounding", msamp("O2", rounding="stochastic")),
+    (
+        msamp(gradient_wire="none", gradient_wire_scope="inter_node"),
+        "msamp/gradient_wire_scope",
+        msamp(gradient_wire_scope="inter_node"),
+    ),
+    (
+        {**msamp(telemetry={"enabled": True}), **fp8(telemetry={"enabled": False})},
+        "msamp/telemetry",
+        {**msamp(telemetry={"enabled": True}), **fp8(telemetry={"enabled": True})},
+    ),
+    ({**fp8(), "compile": {"deepcompile": True}}, "compile/deepcompile", {**fp8(), "compile": {"deepcompile": False}}),
+    ({**msamp(), **zero(zenflow={})}, "zero_optimization/zenflow", {**fp8(), **zero(zenflow={})}),
+    (
+        {**msamp(), **zero(offload_optimizer={"device": "cpu", "super_offload": True})},
+        "zero_optimization/offload_optimizer/super_offload",
+        {**msamp(), **zero(offload_optimizer={"device": "cpu"})},
+    ),
+    (
+        {**msamp(), **zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5})},
+        "zero_optimization/offload_optimizer/ratio",
+        {**msamp(), **zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 1.0})},
+    ),
+    ({**msamp(), "optimizer": {"type": "OneBitAdam"}}, "optimizer/type", {**msamp(), "optimizer": {"type": "adamw"}}),
+    ({**msamp(), "optimizer": {"type": "Lamb"}}, "optimizer/type", {**fp8(), "optimizer": {"type": "Lamb"}}),
+    (
+        {**msamp(), "optimizer": {"type": "Adam", "params": {"amsgrad": True}}},
+        "optimizer/params/amsgrad",
+        {**msamp(), "optimizer": {"type": "Adam", "params": {"amsgrad": False}}},
+    ),
+    (
+        {**msamp(), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "bf16/bf16_master_weights_and_grads",
+        {**fp8(), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+    ),
+    (
+        {**msamp(), "bf16": {"enabled": True, "bf16_optimizer_states": True}},
+        "bf16/bf16_optimizer_states",
+        {**msamp(), "bf16": {"enabled": True, "bf16_optimizer_states": False}},
+    ),
+    (
+        {**msamp(), "bf16": {}, "fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+        "fp16/fp16_master_weights_and_grads",
+        {**msamp(), "bf16": {}, "fp16": {"enabled": True, "fp16_master_weights_and_grads": False}},
+    ),
+    (
+        {**msamp(), **zero(zero_quantized_gradients=True)},
+        "zero_optimization/zero_quantized_gradients",
+        {**msamp(gradient_wire="none"), **zero(zero_quantized_gradients=True)},
+    ),
+    (
+        {**msamp("O3"), **zero(stage=3, zero_quantized_weights=True)},
+        "zero_optimization/zero_quantized_weights",
+        {**msamp("O2"), **zero(stage=3, zero_quantized_weights=True)},
+    ),
+    (
+        {**msamp("O3"), **zero(stage=3, zero_quantized_nontrainable_weights=True)},
+        "zero_optimization/zero_quantized_nontrainable_weights",
+        {**msamp("O3", weight_wire="none"), **zero(stage=3, zero_quantized_nontrainable_weights=True)},
+    ),
+    (
+        {**msamp("O3"), **zero(stage=3, zero_hpz_partition_size=8)},
+        "zero_optimization/zero_hpz_partition_size",
+        {**msamp("O3"), **zero(stage=3, zero_hpz_partition_size=1)},
+    ),
+    (
+        {**fp8(), "fp16": {"enabled": True}},
+        "fp16/enabled",
+        {**fp8(), "fp16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "path", "neighbour"), REFUSED, ids=[f"{path}-{i}" for i, (_, path, _) in enumerate(REFUSED)]
+)
+def test_refused_by_name_and_the_neighbour_passes(data, path, neighbour):
+    with pytest.raises(ConfigError) as caught:
+        config.load(data)
+    assert [problem.path for problem in caught.value.problems] == [path]
+    config.load(neighbour)
+
+
+def test_every_rule_refuses_something():
+    """A rule that no example trips is dead, or wrong."""
+    silent = [
+        rule.__name__
+        for rule in (*rules.RULES, *conflicts.CONFLICTS)
+        if not any(list(rule(data)) for data, _, _ in REFUSED)
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (fp8(override_linear_precision=[True, True, True]), "no linear layer will compute in FP8"),
+        ({**msamp(), "communication_data_type": "fp32"}, "replaced by msamp's gradient wire"),
+        ({**msamp(), "optimizer": {"type": "Adam", "params": {"torch_adam": True}}}, "msamp brings its own Adam"),
+    ],
+)
+def test_what_loses_its_effect_is_noted(data, words):
+    assert any(words in note for note in config.load(data).notes)
+
+
+def test_disabled_sections_conflict_with_nothing():
+    config.load(
+        {"fp8": {"enabled": False}, "msamp": {"enabled": False}, "compile": {"deepcompile": True}, **zero(zenflow={})}
+    )

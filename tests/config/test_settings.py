@@ -1,0 +1,91 @@
+"""JSON Schema is the truth, the frozen dataclasses are its typed view: here the two are compared."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from ds_fp8 import levels, recipe
+from ds_fp8.config import Fp8Settings, LayerSettings, TelemetrySettings, contract
+from ds_fp8.levels import LEVELS
+from ds_fp8.recipe import Recipe
+
+SECTIONS = ("fp8", "layers", "msamp", "telemetry")
+
+
+def undecided(value):
+    """None in a dataclass is "auto" in JSON."""
+    return "auto" if value is None else list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize(
+    ("section", "instance", "renamed"),
+    [
+        ("fp8", Fp8Settings(), {"recipe", "layers", "telemetry", "implied"}),
+        ("fp8", Recipe(), {"kind"}),
+        ("layers", LayerSettings(), set()),
+        ("telemetry", TelemetrySettings(), set()),
+    ],
+    ids=["fp8", "recipe", "layers", "telemetry"],
+)
+def test_defaults_agree(section, instance, renamed):
+    """A default that stands in two places stands there once."""
+    for field in fields(instance):
+        if field.name not in renamed:
+            assert undecided(getattr(instance, field.name)) == contract.default(section, field.name), field.name
+    assert contract.default("fp8", "recipe") == Recipe().kind
+
+
+def test_every_key_has_a_home():
+    """Each key of the schema is a field of the typed view, and the other way round."""
+    recipe_fields = {field.name for field in fields(Recipe)} - {"kind"} | {"recipe"}
+    fp8_fields = {field.name for field in fields(Fp8Settings)} - {"implied"}
+    assert contract.properties("fp8").keys() == recipe_fields | fp8_fields
+    assert contract.properties("layers").keys() == {field.name for field in fields(LayerSettings)}
+    assert contract.properties("telemetry").keys() == {field.name for field in fields(TelemetrySettings)}
+    level_fields = {field.name for field in fields(LEVELS["O1"])} - {"name"}
+    assert contract.properties("msamp").keys() == level_fields | {"enabled", "opt_level", "use_te", "telemetry"}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "words"),
+    [
+        ("fp8", "recipe", recipe.RECIPES),
+        ("fp8", "fp8_format", recipe.FP8_FORMATS),
+        ("fp8", "amax_compute_algo", recipe.AMAX_ALGORITHMS),
+        ("msamp", "opt_level", levels.OPT_LEVELS),
+        ("msamp", "exp_avg", levels.STATE_FORMATS),
+        ("msamp", "exp_avg_sq", levels.STATE_FORMATS),
+        ("msamp", "master", levels.MASTER_FORMATS),
+        ("msamp", "rounding", levels.ROUNDINGS),
+        ("msamp", "gradient_wire", levels.GRADIENT_WIRES),
+        ("msamp", "gradient_wire_scope", levels.GRADIENT_WIRE_SCOPES),
+        ("msamp", "weight_wire", levels.WEIGHT_WIRES),
+        ("msamp", "block_size", (levels.BLOCK_SIZE,)),
+    ],
+)
+def test_allowed_words_agree_with_the_facts_below(section, key, words):
+    assert [word for word in contract.properties(section)[key]["enum"] if word != "auto"] == list(words)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_key_explains_itself(section):
+    """Description and default stand beside the key; a number has a range and a unit."""
+    for key, entry in contract.properties(section).items():
+        entry = contract.definition(key) if "$ref" in entry else entry
+        assert len(entry["description"]) > 10, key
+        assert "default" in entry, key
+        if "integer" in entry.get("type", ()):
+            assert {"minimum", "maximum", "x-unit"} <= entry.keys(), key
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_default_is_allowed(section):
+    from jsonschema import Draft7Validator
+
+    for key, entry in contract.properties(section).items():
+        if "$ref" not in entry:
+            Draft7Validator(entry).validate(entry["default"])
+            Draft7Validator(entry).validate("auto")
+            assert key
