@@ -7,10 +7,11 @@ One `fold` per region, in Transformer Engine's order and layout (its golden vect
 
     slot 0 of the history  <- the amax of the region
     amax                    = max over the history, or slot 0 (`most_recent`)
-    scale                   = (format.max / amax) / 2 ** margin; zero or non-finite amax keeps the previous scale
+    scale                   = (format.max / amax) / 2 ** margin; a non-finite amax keeps the previous scale
     the history rolls by -1, slot 0 is zeroed
 
-A non-finite amax stays in the history like any other: under `max` it holds the scale still until it rolls out.
+A column whose amax of the region is zero is left alone, history and scale: its layer did not run, its weight codes were
+cached, or the tensor was all zeros. So a region without a backward does not age the gradients' histories. A non-finite amax stays in the history like any other: under `max` it holds the scale still until it rolls out.
 Source: Transformer Engine 2.x, delayed scaling.
 """
 
@@ -41,11 +42,13 @@ class AmaxHistory:
 
     def fold(self, amax: torch.Tensor) -> None:
         """Take the amaxes [columns] of one region; every `interval` folds (the first one too) renew the scales."""
-        self.history[0].copy_(amax)
+        seen = amax > 0
+        history = torch.cat([amax.unsqueeze(0), self.history[1:]])
         if self.folds % self.recipe.interval == 0:
-            found = self.history[0] if self.recipe.amax_compute_algo == "most_recent" else self.history.amax(dim=0)
-            self.scale.copy_(scale_from_amax(found, self.format, margin=self.recipe.margin, previous=self.scale))
+            found = amax if self.recipe.amax_compute_algo == "most_recent" else history.amax(dim=0)
+            scale = scale_from_amax(found, self.format, margin=self.recipe.margin, previous=self.scale)
+            self.scale.copy_(torch.where(seen, scale, self.scale))
         self.folds += 1
-        if self.history.shape[0] > 1:
-            self.history.copy_(torch.roll(self.history, -1, 0))
-        self.history[0].zero_()
+        rolled = torch.roll(history, -1, 0)
+        rolled[0].zero_()
+        self.history.copy_(torch.where(seen, rolled, self.history))

@@ -42,16 +42,18 @@ def matmul(
 
 def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
     inside = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    out = a.decode(inside) @ b.decode(inside).t()
-    if a.extent == b.extent == TENSOR:
-        factor = a.scale_inv * b.scale_inv
-        if bias is not None and out.device.type == "cpu":
-            # bias + factor * out in fp32, rounded once.
-            return torch.add(bias.to(inside), out, alpha=float(factor)).to(dtype)
+    left, right = a.decode(inside), b.decode(inside).t()
+    factor = a.scale_inv * b.scale_inv if a.extent == b.extent == TENSOR else None
+    if left.device.type == "cpu":
+        # bias + factor * sum in fp32, rounded to `inside` once (tests/layers/test_gemm.py).
+        alpha = 1.0 if factor is None else float(factor)
+        if bias is None:
+            return torch.addmm(left.new_empty(right.shape[1]), left, right, beta=0, alpha=alpha).to(dtype)
+        return torch.addmm(bias.to(inside), left, right, alpha=alpha).to(dtype)
+    out = left @ right
+    if factor is not None:
         out = out.mul_(factor)
-    if bias is not None:
-        out = out.add_(bias.to(inside))
-    return out.to(dtype)
+    return (out if bias is None else out.add_(bias.to(inside))).to(dtype)
 
 
 def _scaled(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None, fast: bool) -> torch.Tensor:
