@@ -1,0 +1,93 @@
+"""`ds_fp8 doctor`: looks, changes nothing, survives a broken probe, and every failure brings its cure."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from ds_fp8.cli import doctor, probes
+from ds_fp8.cli.main import main
+
+
+def test_answers_in_json_on_a_clean_stdout(capsys):
+    """DeepSpeed logs to stdout when imported; a machine must still be able to read the answer."""
+    code = main(["doctor", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] == (code == 0)
+    found = {finding["what"]: finding for finding in answer["findings"]}
+    assert found["torch"]["status"] == "ok"
+    assert {"python", "ds_fp8", "transformer engine", "door", "msamp package"} <= found.keys()
+
+
+def test_a_broken_probe_is_a_finding(monkeypatch, capsys):
+    def broken_probe():
+        raise OSError("no such driver")
+        yield
+
+    monkeypatch.setattr(doctor, "PROBES", (broken_probe,))
+    assert main(["doctor"]) == 1
+    assert "no such driver" in capsys.readouterr().out
+
+
+def test_old_and_missing_packages_fail_with_the_command(monkeypatch):
+    monkeypatch.setattr(probes, "installed", lambda name: {"torch": "2.1.0", "deepspeed": None}.get(name, "99.0"))
+    found = {finding.what: finding for finding in probes.versions()}
+    assert (found["torch"].status, found["torch"].cure) == ("fail", "pip install --upgrade 'torch>=2.5'")
+    assert (found["deepspeed"].status, found["deepspeed"].cure) == ("fail", "pip install 'deepspeed>=0.17.2'")
+    assert found["rich"].status == "ok"
+
+
+def test_a_different_deepspeed_fails(monkeypatch):
+    from ds_fp8.zero import seams
+
+    monkeypatch.setattr(seams, "difference", lambda name: f"{name}: takes (self), expected (self, model)")
+    assert {finding.status for finding in probes.deepspeed_seams() if finding.what == "deepspeed seam"} == {"fail"}
+
+
+def test_the_door_is_found_in_a_site_directory_only(monkeypatch, tmp_path):
+    """Python reads no .pth file elsewhere, not even in the current folder."""
+    monkeypatch.setattr(probes.site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
+    monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
+    (finding,) = probes.door()
+    assert (finding.status, "pip install" in finding.cure) == ("note", True)
+    (tmp_path / "ds_fp8.pth").write_text("import ds_fp8.door\n")
+    (finding,) = probes.door()
+    assert finding.status == "ok"
+
+
+def test_a_shut_door_fails(monkeypatch):
+    monkeypatch.setenv("DS_FP8_DISABLE", "1")
+    (finding,) = probes.door()
+    assert (finding.status, finding.cure) == ("fail", "unset DS_FP8_DISABLE, also on the other nodes")
+
+
+def test_microsofts_package_is_named_beside_ours(monkeypatch, tmp_path):
+    (tmp_path / "msamp").mkdir()
+    (tmp_path / "msamp" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "msamp", raising=False)
+    (finding,) = probes.msamp_package()
+    assert finding.status == "note"
+    assert "in use for the msamp section of the JSON: ds_fp8" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("version", "parts"),
+    [("2.13.0+cpu", (2, 13, 0)), ("0.17.2", (0, 17, 2)), ("2.5rc1", (2, 51)), ("2.6.0a0", (2, 6, 0))],
+)
+def test_version_numbers(version, parts):
+    assert probes.numbers(version)[:2] >= (parts[0],)
+    assert probes.numbers(version)[0] == parts[0]
+
+
+def test_the_versions_are_those_of_the_package():
+    """What doctor asks for and what the installer asks for must not drift apart."""
+    from pathlib import Path
+
+    text = (Path(probes.__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8")
+    for name, oldest in probes.REQUIRED.items():
+        wanted = f'"{name}>={".".join(map(str, oldest))}"' if oldest else f'"{name}"'
+        assert wanted in text, wanted
