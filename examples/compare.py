@@ -2,48 +2,71 @@
 
     python examples/compare.py runs/main_job/bf16 runs/main_job/fp8 --plot runs/main_job/loss.png
 
-Reads metrics.json of each run and, where the plugin wrote one, telemetry.jsonl: the plan that was in effect.
+Reads metrics.json of each run and, where its JSON asked for telemetry, the plan that ds_fp8 wrote into its journal.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+
+import hjson
+
+from ds_fp8.plan import Estimate, Fp8Plan, Plan, estimate
+from ds_fp8.telemetry import read_journal
 
 
 def read(run: Path) -> dict:
-    """Metrics of one run, with the plan that ds_fp8 reported for it (empty without the plugin)."""
+    """Metrics of one run, with the plan that was in effect (None without the plugin)."""
     metrics = json.loads((run / "metrics.json").read_text())
-    metrics["name"] = run.name
-    metrics["telemetry"] = {}
-    log = run / "telemetry.jsonl"
-    if log.exists():
-        for line in log.read_text().splitlines():
-            event = json.loads(line)
-            metrics["telemetry"][event["event"]] = event
-    return metrics
+    config = hjson.loads(Path(metrics["config"]).read_text())
+    folder = config.get("fp8", {}).get("telemetry", {}).get("path")
+    journal = Path(folder or run) / "telemetry_rank0.jsonl"
+    plans = [event["plan"] for event in read_journal(journal) if event["event"] == "plan"] if journal.exists() else []
+    return {**metrics, "name": run.name, "plan": Plan.from_json(json.dumps(plans[-1])) if plans else None}
+
+
+def converted(plan: Plan | None) -> str:
+    """`17 of 17 Linear, 9 of 9 LayerNorm`."""
+    if plan is None:
+        return "none"
+    seen, swapped = (Counter(module.kind for module in modules) for modules in (plan.modules, plan.swaps))
+    return ", ".join(f"{swapped[kind]} of {seen[kind]} {kind}" for kind in seen)
+
+
+def cost(plan: Plan | None, model: Plan | None) -> Estimate | None:
+    """Bytes of a run; those of one without the plugin are counted on the same model with every section off."""
+    if plan is None:
+        plan = None if model is None else replace(model, fp8=Fp8Plan(), optim=None, comm=None)
+    return None if plan is None else estimate(plan)
 
 
 def rows(runs: list[dict]) -> list[list[str]]:
     """The table, one column for each run."""
     first = runs[0]
+    model = next((run["plan"] for run in runs if run["plan"]), None)
+    costs = [cost(run["plan"], model) for run in runs]
 
     def row(title: str, cell) -> list[str]:
         return [title, *(cell(run) for run in runs)]
 
-    def told(run: dict, key: str, otherwise: str) -> str:
-        return run["telemetry"].get("plan", {}).get(key, otherwise)
+    def megabytes(title: str, value) -> list[str]:
+        return [title, *(f"{value(each) / 1e6:.1f} MB" if each else "-" for each in costs)]
 
     return [
-        row("configuration", lambda run: Path(run["config"]).name),
+        row("", lambda run: Path(run["config"]).name),
         row("eval loss", lambda run: f"{run['eval_loss']:.4f}"),
-        row("  beside the first", lambda run: f"{run['eval_loss'] - first['eval_loss']:+.4f}"),
+        row("  against the first", lambda run: f"{run['eval_loss'] - first['eval_loss']:+.4f}"),
+        row("layers in FP8", lambda run: converted(run["plan"])),
         row("steps/s", lambda run: f"{run['steps_per_s']:.2f}"),
         row("tokens/s", lambda run: f"{run['tokens_per_s']:.0f}"),
-        row("layers in FP8", lambda run: told(run, "converted", "none")),
-        row("bytes per rank", lambda run: told(run, "bytes", "as DeepSpeed")),
-        row("wire per step", lambda run: told(run, "wire", "as DeepSpeed")),
+        megabytes("model and optimizer, per rank", lambda each: each.resident_bytes - each.codes_bytes),
+        megabytes("cached FP8 weights, per rank", lambda each: each.codes_bytes),
+        megabytes("gradients sent per step", lambda each: each.gradient_wire_bytes),
+        megabytes("weights sent per step", lambda each: each.weight_wire_bytes),
     ]
 
 

@@ -116,6 +116,11 @@ def train(rank: int, world_size: int, settings: dict[str, Any], plugin: bool, co
     }
 
 
+def several(rank: int, world_size: int, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+    """Some of the jobs of this file, one after the other in the same processes: starting those is what takes time."""
+    return [globals()[name](rank, world_size, *arguments) for name, arguments in calls]
+
+
 def refused(rank: int, world_size: int, settings_by_rank: list[dict[str, Any]]) -> str:
     """The error that this rank gets; the empty string if the engine was made."""
     import ds_fp8
