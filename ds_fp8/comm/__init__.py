@@ -5,6 +5,7 @@ Read in this order: `wire` (what a message holds), `reduce` (who sums what), `ro
 """
 
 from .counters import WireCounters, counters
+from .gather import all_gather_shares
 from .reduce import all_reduce, reduce_slices, reduce_to_owners
 from .route import Route, flat_route, two_level_routes
 from .wire import Wire
@@ -13,6 +14,7 @@ __all__ = [
     "Route",
     "Wire",
     "WireCounters",
+    "all_gather_shares",
     "all_reduce",
     "counters",
     "flat_route",

@@ -23,7 +23,6 @@ from torch import Tensor
 from ..comm import Route, Wire, counters, flat_route, reduce_slices, two_level_routes
 from ..comm.counters import all_reduce_bytes
 from ..errors import PlanError
-from ..levels import Level
 
 
 @dataclass
@@ -40,16 +39,17 @@ class GradientWire:
         return self.routes[group]
 
 
-def make_gradient_wire(level: Level, groups: Sequence[Any], *, node_name: str | None = None) -> GradientWire | None:
-    """The gradient wire of `level`, or None when gradients stay with DeepSpeed. Collective for `inter_node`.
+def make_gradient_wire(comm: Any, groups: Sequence[Any], *, node_name: str | None = None) -> GradientWire | None:
+    """The gradient wire of this plan, or None when gradients stay with DeepSpeed. Collective for `inter_node`.
 
+    comm       `Plan.comm`, or a `Level`: whatever has `gradient_wire` and `gradient_wire_scope`
     groups     every data-parallel group that this rank reduces over (experts have their own)
     node_name  what tells this node from others; the host name by default
     """
-    if level.gradient_wire == "none":
+    if comm.gradient_wire == "none":
         return None
-    result = GradientWire(Wire.named(level.gradient_wire))
-    if level.gradient_wire_scope == "inter_node":
+    result = GradientWire(Wire.named(comm.gradient_wire))
+    if comm.gradient_wire_scope == "inter_node":
         distinct = list(dict.fromkeys(groups))
         result.routes = dict(zip(distinct, two_level_routes(distinct, node_name=node_name), strict=True))
     return result
@@ -71,15 +71,15 @@ def data_parallel_groups(engine: Any, zero_optimizer: Any | None = None) -> list
     return [group for group in dict.fromkeys(found) if group is not None]
 
 
-def refuse_conflicts(zero_config: Any, level: Level) -> None:
+def refuse_conflicts(zero_config: Any, comm: Any) -> None:
     """DeepSpeed's own quantised collectives and ours cannot both own the same bytes: say so before training."""
-    if level.gradient_wire != "none" and getattr(zero_config, "zero_quantized_gradients", False):
+    if comm.gradient_wire != "none" and getattr(zero_config, "zero_quantized_gradients", False):
         raise PlanError(
-            f"msamp/gradient_wire is {level.gradient_wire} and zero_optimization/zero_quantized_gradients is true: both"
+            f"msamp/gradient_wire is {comm.gradient_wire} and zero_optimization/zero_quantized_gradients is true: both"
             " cast the same gradients, int4 (qgZ) on top of FP8.\n  Set zero_quantized_gradients to false, or"
             " gradient_wire to none."
         )
-    if level.weight_wire == "none":
+    if comm.weight_wire == "none":
         return
     for key, reason in (
         ("zero_quantized_weights", "both cast the gathered weights, int8 (qwZ) on top of FP8"),
@@ -87,12 +87,12 @@ def refuse_conflicts(zero_config: Any, level: Level) -> None:
     ):
         if getattr(zero_config, key, False):
             raise PlanError(
-                f"msamp/weight_wire is {level.weight_wire} and zero_optimization/{key} is true: {reason}.\n"
+                f"msamp/weight_wire is {comm.weight_wire} and zero_optimization/{key} is true: {reason}.\n"
                 f"  Set {key} to false, or weight_wire to none."
             )
     if getattr(zero_config, "zero_hpz_partition_size", 1) > 1:
         raise PlanError(
-            f"msamp/weight_wire is {level.weight_wire} and zero_optimization/zero_hpz_partition_size is"
+            f"msamp/weight_wire is {comm.weight_wire} and zero_optimization/zero_hpz_partition_size is"
             f" {zero_config.zero_hpz_partition_size}: hpZ gathers from secondary 16-bit partitions inside the node,"
             " where codes would save nothing and need a third copy.\n"
             "  Set zero_hpz_partition_size to 1, or weight_wire to none."
@@ -128,8 +128,8 @@ def reduce_pieces(
     return reduce_slices(slices, route, wire=gradient_wire.wire, average=average)
 
 
-def mixin_for(zero_optimizer: Any) -> type | None:
-    """The mixin for this kind of ZeRO optimizer; None where the engine's all-reduce is the place (stage 0, BF16)."""
+def stage_mixin(zero_optimizer: Any) -> type | None:
+    """The gradient mixin for this kind of optimizer; None where the engine's all-reduce is the place (0, BF16)."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -141,3 +141,35 @@ def mixin_for(zero_optimizer: Any) -> type | None:
     if isinstance(zero_optimizer, DeepSpeedZeroOptimizer_Stage3):
         return WireStage3
     return None
+
+
+def mixins(zero_optimizer: Any, plan: Any) -> tuple[type, ...]:
+    """What `specialize` puts in front of DeepSpeed's class for this plan; may be empty."""
+    if plan.comm is None:
+        return ()
+    found = []
+    if plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
+        from .weights import weights_mixin
+
+        found.append(weights_mixin(zero_optimizer))
+    if plan.comm.gradient_wire != "none":
+        found.append(stage_mixin(zero_optimizer))
+    return tuple(mixin for mixin in found if mixin is not None)
+
+
+def attach(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
+    """Give the specialised instance what its mixins need. Collective when routes or weights are laid out."""
+    if plan.comm is None:
+        return
+    zero_config = engine.zero_optimization_config() if hasattr(engine, "zero_optimization_config") else None
+    refuse_conflicts(zero_config if zero_config is not None else engine._config.zero_config, plan.comm)
+    gradient_wire = make_gradient_wire(plan.comm, data_parallel_groups(engine, zero_optimizer))
+    if gradient_wire is not None:
+        from . import wire_engine
+
+        wire_engine.install(engine, gradient_wire)
+        zero_optimizer.fp8_gradient_wire = gradient_wire
+    if plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
+        from .weights import attach_weights
+
+        attach_weights(engine, zero_optimizer, plan, book)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_fp8.comm import Wire
 from ds_fp8.zero import wire_engine
-from ds_fp8.zero.wire import GradientWire, mixin_for
+from ds_fp8.zero.wire import GradientWire, stage_mixin
 
 STEPS = 3
 
@@ -53,7 +53,7 @@ def put_on_wire(engine: Any, wire: Wire | None) -> None:
         return
     gradient_wire = GradientWire(wire)
     wire_engine.install(engine, gradient_wire)
-    mixin = mixin_for(engine.optimizer)
+    mixin = stage_mixin(engine.optimizer)
     if mixin is not None:
         kind = type(engine.optimizer)
         engine.optimizer.__class__ = type("Fp8" + kind.__name__, (mixin, kind), {})

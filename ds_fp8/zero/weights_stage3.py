@@ -1,0 +1,180 @@
+"""O3 in ZeRO 3: every gather of a weight for an FP8 product carries codes.
+
+ZeRO 3 gathers each weight twice per micro-batch, in the forward and in the backward, and lets it go in between. The
+owner's chunk of codes is made once per step and kept beside its 16-bit chunk; the gather that the coordinator asks for
+(`all_gather_coalesced`) then fetches bytes, the layer gets them, and the parameter itself stays a stand-in of its
+shape. All other gathers (GatheredParameters, checkpoints, export: `param.all_gather`) fetch 16 bits as before.
+
+Small parameters that DeepSpeed keeps resident (`stage3_param_persistence_threshold`) are not gathered at all, and their
+layers cast for themselves: the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus
+from torch import Tensor
+
+from ..comm.counters import all_gather_bytes, counters
+from ..errors import PlanError
+from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, is_stand_in, set_codes, stand_in
+
+
+class CodedWeight:
+    """One partitioned weight: its chunk of codes on this rank, and the scale that goes with the whole."""
+
+    def __init__(self, weight: OwnedWeight):
+        self.weight = weight
+        self.chunk = torch.zeros(
+            weight.param.ds_tensor.ds_numel, dtype=torch.uint8, device=weight.param.ds_tensor.device
+        )
+        self.scale_inv: Tensor | None = None
+
+    def segment(self) -> Segment | None:
+        """The elements of this rank's chunk that are not padding."""
+        param = self.weight.param
+        start = dist.get_rank(group=param.ds_process_group) * param.ds_tensor.ds_numel
+        numel = min(param.ds_tensor.ds_numel, param.ds_numel - start)
+        if numel <= 0:
+            return None
+        source = param.ds_tensor.data[:numel].to(get_accelerator().current_device_name())
+        return Segment(self.weight, start, source, self.chunk[:numel])
+
+
+class CodesHandle:
+    """What the coordinator waits on: the bytes of some weights on their way."""
+
+    def __init__(self, coded: list[CodedWeight], group: Any):
+        self.coded = coded
+        self.world_size = dist.get_world_size(group=group)
+        device = get_accelerator().current_device_name()
+        self.sizes = [one.chunk.numel() for one in coded]
+        self.own = torch.cat([one.chunk.to(device) for one in coded])
+        self.gathered = torch.empty(self.world_size * self.own.numel(), dtype=torch.uint8, device=device)
+        self.handle = dist.all_gather_into_tensor(self.gathered, self.own, group=group, async_op=True)
+        sent = all_gather_bytes(self.own.numel(), self.world_size)
+        counters.add("weight", sent, sent * coded[0].weight.param.ds_tensor.element_size())
+        self.complete = False
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        if self.complete:
+            return
+        if self.handle is not None:
+            self.handle.wait()
+        rows = self.gathered.view(self.world_size, -1)
+        start = 0
+        for one, size in zip(self.coded, self.sizes, strict=True):
+            weight = one.weight
+            whole = rows[:, start : start + size].reshape(-1)[: weight.numel]
+            set_codes(weight, whole, one.scale_inv)
+            weight.param.data = stand_in(weight.param.ds_tensor, weight.shape).to(whole.device)
+            weight.param.ds_status = ZeroParamStatus.AVAILABLE
+            if not get_accelerator().is_synchronized_device() and handle_dependency:
+                whole.record_stream(get_accelerator().current_stream())
+            start += size
+        self.complete = True
+
+
+class WeightsStage3:
+    """Mixin over `DeepSpeedZeroOptimizer_Stage3`: codes are made after each step and gathered when layers need them."""
+
+    def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, book: Any) -> None:
+        self.fp8_weight_plan, self.fp8_weight_book = plan, book
+        kept = [weight for weight in weights if not weight.param.ds_persist]
+        for weight in kept:
+            if weight.param.nvme_swapper is not None:
+                raise PlanError(
+                    "msamp/weight_wire is e4m3 and zero_optimization/offload_param/device is nvme: the partitions that"
+                    " codes are made from are not in memory after a step.\n  Set weight_wire to none, or offload"
+                    " parameters to cpu."
+                )
+        self.fp8_coded = {id(weight.param): CodedWeight(weight) for weight in kept}
+        self.fp8_codes_fresh = False
+        self.fp8_cast_event = None
+        by_group: dict[Any, list[OwnedWeight]] = {}
+        for weight in kept:
+            by_group.setdefault(weight.param.ds_process_group, []).append(weight)
+        device = torch.device(get_accelerator().current_device_name())
+        self.fp8_casters = [WeightCaster(of_group, book, plan, group, device) for group, of_group in by_group.items()]
+        self.fp8_root = engine.module
+        for param in engine.module.parameters():
+            param.all_gather_coalesced = self._fp8_gather_instead(param.all_gather_coalesced)
+            param.all_gather = self._fp8_bring_16bit(param, param.all_gather)
+            param.partition = self._fp8_partition_instead(param, param.partition)
+
+    def _fp8_wants_codes(self: Any) -> bool:
+        return self.fp8_codes_fresh and (self.fp8_root.training or self.fp8_weight_plan.fp8.eval)
+
+    def _fp8_gather_instead(self: Any, original: Any) -> Any:
+        def all_gather_coalesced(params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
+            params = list(params)
+            coded = [p for p in params if id(p) in self.fp8_coded] if self._fp8_wants_codes() else []
+            if not coded:
+                return original(params, safe_mode=safe_mode, quantize=quantize)
+            chosen = {id(param) for param in coded}
+            others = [param for param in params if id(param) not in chosen]
+            handles = [original(others, safe_mode=safe_mode, quantize=quantize)] if others else []
+            if self.fp8_cast_event is not None:
+                get_accelerator().current_stream().wait_event(self.fp8_cast_event)
+            by_group: dict[Any, list[Any]] = {}
+            for param in sorted(coded, key=lambda p: p.ds_id):
+                if param.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+                    raise RuntimeError(param.ds_summary())
+                param.ds_status = ZeroParamStatus.INFLIGHT
+                by_group.setdefault(param.ds_process_group, []).append(self.fp8_coded[id(param)])
+            handles.extend(CodesHandle(of_group, group) for group, of_group in by_group.items())
+            return MultipleAllGatherHandles(handles)
+
+        return all_gather_coalesced
+
+    def _fp8_bring_16bit(self: Any, param: Any, original: Any) -> Any:
+        """GatheredParameters and its kind: 16 bits, also for a weight whose codes are here at this moment."""
+
+        def all_gather(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+            for one in [param] if param_list is None else param_list:
+                if id(one) in self.fp8_coded and is_stand_in(one.data):
+                    one.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            return original(param_list, *args, **kwargs)
+
+        return all_gather
+
+    def _fp8_partition_instead(self: Any, param: Any, original: Any) -> Any:
+        """Codes go when the parameter goes."""
+
+        def partition(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+            result = original(param_list, *args, **kwargs)
+            for one in [param] if param_list is None else param_list:
+                if id(one) in self.fp8_coded:
+                    drop_codes(self.fp8_coded[id(one)].weight)
+            return result
+
+        return partition
+
+    def step(self: Any, closure: Any = None) -> None:
+        super().step(closure)
+        if not self.overflow:
+            self.fp8_make_codes()
+
+    def fp8_make_codes(self: Any) -> None:
+        """Cast this rank's chunks from its new 16-bit partitions; collective for the amaxes only."""
+        book = self.fp8_weight_book
+        self.fp8_codes_fresh = book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step
+        if not self.fp8_codes_fresh:
+            return
+        for caster in self.fp8_casters:
+            segments = [s for w in caster.weights if (s := self.fp8_coded[id(w.param)].segment()) is not None]
+            for weight, scale_inv in zip(caster.weights, caster.cast(segments), strict=True):
+                self.fp8_coded[id(weight.param)].scale_inv = scale_inv
+        if not get_accelerator().is_synchronized_device():
+            self.fp8_cast_event = get_accelerator().Event()
+            self.fp8_cast_event.record()
+
+    def fp8_weights_changed(self: Any) -> None:
+        """New masters (a load, a setter): gathers are 16-bit until the next step."""
+        self.fp8_codes_fresh = False
+        super().fp8_weights_changed()
