@@ -15,6 +15,8 @@ from .dispatch import (
     adam_step,
     amax,
     dequantize,
+    dequantize_1x128,
+    dequantize_128x128,
     flat_decode,
     flat_encode,
     flat_sum,
@@ -23,6 +25,7 @@ from .dispatch import (
     quantize,
     quantize_1x128,
     quantize_128x128,
+    quantize_with_amax,
 )
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "adam_step",
     "amax",
     "dequantize",
+    "dequantize_1x128",
+    "dequantize_128x128",
     "flat_decode",
     "flat_encode",
     "flat_sum",
@@ -39,4 +44,5 @@ __all__ = [
     "quantize",
     "quantize_1x128",
     "quantize_128x128",
+    "quantize_with_amax",
 ]

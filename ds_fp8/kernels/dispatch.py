@@ -1,14 +1,11 @@
 """One name for each operation, whatever the device: C++ on the CPU, Triton on a GPU, PyTorch where neither can.
 
 The names and arguments are those of `ds_fp8.numerics`, which is also what runs when a fast path is missing. A fast path
-is a package, `kernels.cpu` or `kernels.triton`, with
-
-    library()   None when it cannot run here (after one warning, where one is due)
-    path()      what runs: `avx512`, `avx2`, `portable`, `triton`
-
-and (some of) these functions, which compute the same bits as numerics:
+is what `kernels.cpu.library()` or `kernels.triton.library()` gives: None when it cannot run here (after one warning), or
+an object with a string `path` and (some of) these functions, which compute the same bits as numerics:
 
     quantize(x, scale, fmt)   dequantize(codes, scale_inv, dtype)   amax(x)
+    quantize_with_amax(x, scale, fmt)   dequantize_1x128(codes, scale_inv, dtype)   dequantize_128x128(...)
     quantize_1x128(x, fmt, power_of_two)   quantize_128x128(x, fmt, power_of_two)
     flat_encode(x, fmt, rounding)   flat_decode(codes, scale_inv, fmt, out, dtype)
     flat_sum(codes, scale_inv, fmt, factor, out)   flat_sum_encode(codes, scale_inv, fmt, factor, out_fmt)
@@ -22,7 +19,6 @@ Arguments are passed by position, with no default left out. On the CPU tensors m
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,25 +29,23 @@ from ..numerics import flat
 from ..numerics.random_bits import Stochastic
 from .adam import AdamStep, reference_step
 
-_PACKAGES = {"cpu": "cpu", "cuda": "triton"}
-_found: dict[str, ModuleType | None] = {}
+_PACKAGES = {"cpu": ".cpu", "cuda": ".triton"}
+_libraries: dict[str, Any | None] = {}
 
 
-def library_for(device: torch.device | str) -> ModuleType | None:
-    """The package with the fast path of a device; None where PyTorch does the work."""
+def library_for(device: torch.device | str) -> Any | None:
+    """The fast path of a device, looked for once; None where PyTorch does the work."""
     kind = torch.device(device).type
-    if kind not in _PACKAGES:
-        return None
-    if kind not in _found:
-        package = import_module(f".{_PACKAGES[kind]}", __package__)
-        _found[kind] = None if package.library() is None else package
-    return _found[kind]
+    if kind not in _libraries:
+        package = _PACKAGES.get(kind)
+        _libraries[kind] = None if package is None else import_module(package, __package__).library()
+    return _libraries[kind]
 
 
 def path(device: torch.device | str = "cpu") -> str:
     """What runs on `device`: `avx512`, `avx2`, `portable`, `triton` or `torch`."""
-    package = library_for(device)
-    return "torch" if package is None else package.path()
+    library = library_for(device)
+    return "torch" if library is None else library.path
 
 
 def _fast(name: str, tensor: torch.Tensor, *arguments: Any) -> Any:
@@ -86,6 +80,12 @@ def amax(x: torch.Tensor) -> torch.Tensor:
     return numerics.amax(x) if result is NotImplemented else result
 
 
+def quantize_with_amax(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize` and `amax` of the same tensor, in one pass where a fast path can."""
+    result = _fast("quantize_with_amax", x, x, scale, fmt)
+    return (quantize(x, scale, fmt), amax(x)) if result is NotImplemented else result
+
+
 def quantize_1x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """See numerics.gemm_blocks: a scale for each 1x128 group."""
     result = _fast("quantize_1x128", x, x, fmt, power_of_two)
@@ -96,6 +96,20 @@ def quantize_128x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True)
     """See numerics.gemm_blocks: a scale for each 128x128 tile."""
     result = _fast("quantize_128x128", x, x, fmt, power_of_two)
     return numerics.quantize_128x128(x, fmt, power_of_two=power_of_two) if result is NotImplemented else result
+
+
+def dequantize_1x128(codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """See numerics.gemm_blocks: the way back of quantize_1x128."""
+    result = _fast("dequantize_1x128", codes, codes, scale_inv, dtype)
+    return numerics.dequantize_1x128(codes, scale_inv, dtype) if result is NotImplemented else result
+
+
+def dequantize_128x128(
+    codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """See numerics.gemm_blocks: the way back of quantize_128x128."""
+    result = _fast("dequantize_128x128", codes, codes, scale_inv, dtype)
+    return numerics.dequantize_128x128(codes, scale_inv, dtype) if result is NotImplemented else result
 
 
 def flat_encode(

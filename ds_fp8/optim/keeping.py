@@ -1,0 +1,249 @@
+"""Exact codes in a checkpoint, and a load that either happens whole or not at all.
+
+Two containers, both of plain types and tensors, safe under `torch.load(weights_only=True)`:
+
+`export_codes(optimizer, param)`    one parameter, self-contained
+    version, formats {exp_avg, exp_avg_sq, master, rounding}, dtype, step, partition, tensors {key: [..]}, weight [n]
+
+`state_dict(optimizer)`             all of them in torch's layout, the parameters themselves saved elsewhere
+    state {index: {step, partition, key: tensor}}, param_groups, ds_fp8 {version, algorithm, formats, seed, dtypes}
+
+Equal formats: the bits are copied. Other formats of ours: decoded and encoded anew, which is how a job changes its
+level. A plain Adam's state_dict (exp_avg, exp_avg_sq, step): encoded. Everything else is a CheckpointError, raised
+after a look at every entry and before the first one is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..levels import MASTER_FORMATS, STATE_FORMATS
+from ..numerics.dtypes import BASE_DTYPES
+from . import codecs, masters
+from .algorithm import REFUSED
+from .codecs import MOMENTS
+
+if TYPE_CHECKING:
+    from .scaled_adam import ScaledAdam
+
+KEY = "ds_fp8"
+VERSION = 1
+_FORMAT_NAMES = {"exp_avg": STATE_FORMATS, "exp_avg_sq": STATE_FORMATS, "master": MASTER_FORMATS}
+_NOT_OURS = {*REFUSED, "foreach", "fused", "decoupled_weight_decay", "params"}
+"""Keys of a foreign parameter group that mean nothing here."""
+
+
+@dataclass
+class Saved:
+    """One parameter's state as found in a checkpoint, ours or a plain Adam's."""
+
+    formats: dict[str, str]
+    dtype: torch.dtype
+    step: int
+    partition: int | None
+    tensors: dict[str, torch.Tensor]
+    weight: torch.Tensor | None
+    has_master: bool = True
+
+
+@torch.no_grad()
+def export_codes(optimizer: ScaledAdam, param: torch.Tensor) -> dict[str, Any]:
+    """The exact state of one parameter; CPU copies that later steps do not change."""
+    state = optimizer.state_of(param)
+    return {
+        "version": VERSION,
+        "formats": optimizer.formats(),
+        "dtype": _dtype_name(param.dtype),
+        "step": state["step"],
+        "partition": state["partition"],
+        "tensors": {key: _copy(value) for key, value in state.items() if isinstance(value, torch.Tensor)},
+        "weight": _copy(param.detach().reshape(-1)),
+    }
+
+
+@torch.no_grad()
+def import_codes(optimizer: ScaledAdam, param: torch.Tensor, codes: dict[str, Any]) -> None:
+    """The way back; raises CheckpointError with everything unchanged."""
+    where = "codes of a partition"
+    _check_header(codes, where, ("formats", "dtype", "step", "partition", "tensors", "weight"))
+    saved = Saved(
+        _checked_formats(codes["formats"], where),
+        _checked_dtype(codes["dtype"], where),
+        int(codes["step"]),
+        int(codes["partition"]),
+        codes["tensors"],
+        codes["weight"],
+    )
+    _check_tensors(saved, param, where)
+    _apply(optimizer, param, saved)
+
+
+def state_dict(optimizer: ScaledAdam, plain: dict[str, Any]) -> dict[str, Any]:
+    """`plain`, torch's own state_dict of `optimizer`, with what a load needs to know."""
+    plain[KEY] = {
+        "version": VERSION,
+        "algorithm": "adamw" if optimizer.decoupled else "adam",
+        "formats": optimizer.formats(),
+        "seed": optimizer.seed,
+        "dtypes": [_dtype_name(param.dtype) for param in optimizer.parameters()],
+    }
+    return plain
+
+
+@torch.no_grad()
+def load_state_dict(optimizer: ScaledAdam, loaded: dict[str, Any]) -> None:
+    """Check everything, then groups (in place: schedulers hold the dicts), then states."""
+    if not isinstance(loaded, dict) or not {"state", "param_groups"} <= loaded.keys():
+        raise CheckpointError("optimizer state: neither 'state' nor 'param_groups' of an optimizer are there.")
+    _check_groups(optimizer, loaded["param_groups"])
+    ids = [index for group in loaded["param_groups"] for index in group["params"]]
+    params = list(optimizer.parameters())
+    header = loaded.get(KEY)
+    if header is not None:
+        _check_header(header, "optimizer state", ("algorithm", "formats", "seed", "dtypes"))
+        if len(header["dtypes"]) != len(params):
+            raise CheckpointError(f"optimizer state: {len(header['dtypes'])} dtypes for {len(params)} parameters.")
+    found: list[tuple[torch.Tensor, Saved]] = []
+    for number, (index, param) in enumerate(zip(ids, params, strict=True)):
+        entry = loaded["state"].get(index)
+        if not entry:
+            continue
+        where = f"optimizer state of parameter {number}"
+        saved = _plain_entry(entry, where) if header is None else _own_entry(entry, header, number, where)
+        if saved.has_master and saved.dtype != param.dtype:
+            raise CheckpointError(
+                f"{where}: saved beside a {saved.dtype} parameter, this one is {param.dtype}; the master cannot be"
+                " put together again. Load the fp32 export instead."
+            )
+        _check_tensors(saved, param, where)
+        found.append((param, saved))
+    for group, values in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+        group.update({key: value for key, value in values.items() if key not in _NOT_OURS})
+    for param, saved in found:
+        _apply(optimizer, param, saved)
+    if header is not None:
+        optimizer.seed = int(header["seed"])
+
+
+def _own_entry(entry: dict[str, Any], header: dict[str, Any], number: int, where: str) -> Saved:
+    if not {"step", "partition"} <= entry.keys():
+        raise CheckpointError(f"{where}: no 'step' or no 'partition'.")
+    return Saved(
+        _checked_formats(header["formats"], where),
+        _checked_dtype(header["dtypes"][number], where),
+        int(entry["step"]),
+        int(entry["partition"]),
+        {key: value for key, value in entry.items() if isinstance(value, torch.Tensor)},
+        None,
+    )
+
+
+def _plain_entry(entry: dict[str, Any], where: str) -> Saved:
+    """What torch's Adam, DeepSpeed's FusedAdam and its CPUAdam keep: moments of the parameter's shape."""
+    missing = {"step", *MOMENTS} - entry.keys()
+    if missing:
+        raise CheckpointError(f"{where}: no {', '.join(sorted(missing))}; this is not the state of an Adam.")
+    if "max_exp_avg_sq" in entry:
+        raise CheckpointError(f"{where}: saved with amsgrad, which FP8 states do not have.")
+    moments = {name: entry[name].detach().float().reshape(-1) for name in MOMENTS}
+    formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32", "master": "fp32"}
+    return Saved(formats, torch.float32, int(entry["step"]), None, moments, None, has_master=False)
+
+
+def _check_groups(optimizer: ScaledAdam, groups: list[dict[str, Any]]) -> None:
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    found = [len(group["params"]) for group in groups]
+    if sizes != found:
+        raise CheckpointError(f"optimizer state: groups of {found} parameters, this optimizer has groups of {sizes}.")
+    for group in groups:
+        for name, reason in REFUSED.items():
+            if group.get(name):
+                raise CheckpointError(f"optimizer state: saved with {name}, which is not available here ({reason}).")
+
+
+def _check_header(header: Any, where: str, names: tuple[str, ...]) -> None:
+    if not isinstance(header, dict) or not {"version", *names} <= header.keys():
+        raise CheckpointError(f"{where}: not written by ds_fp8, or truncated.")
+    if header["version"] > VERSION:
+        raise CheckpointError(
+            f"{where}: version {header['version']}, this ds_fp8 reads up to {VERSION}. Upgrade ds_fp8, or load the"
+            " fp32 export."
+        )
+
+
+def _checked_formats(formats: dict[str, str], where: str) -> dict[str, str]:
+    for name, allowed in _FORMAT_NAMES.items():
+        if formats.get(name) not in allowed:
+            raise CheckpointError(f"{where}: {name} format {formats.get(name)!r} is not one of {', '.join(allowed)}.")
+    return formats
+
+
+def _checked_dtype(name: str, where: str) -> torch.dtype:
+    if name not in BASE_DTYPES:
+        raise CheckpointError(f"{where}: dtype {name!r} is not one of {', '.join(BASE_DTYPES)}.")
+    return BASE_DTYPES[name]
+
+
+def _check_tensors(saved: Saved, param: torch.Tensor, where: str) -> None:
+    """Names, sizes and dtypes against what the saved formats say they must be."""
+    numel = param.numel()
+    expected: dict[str, torch.Tensor] = {}
+    for moment in MOMENTS:
+        expected |= codecs.new_moment(moment, saved.formats[moment], numel, "meta")
+    flat = torch.empty(numel, dtype=saved.dtype, device="meta")
+    if saved.has_master:
+        expected |= masters.new_master(saved.formats["master"], flat)
+    tensors = dict(saved.tensors)
+    if saved.weight is not None:
+        expected["weight"], tensors["weight"] = flat, saved.weight
+    if expected.keys() != tensors.keys():
+        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise CheckpointError(f"{where}: tensors missing: {missing or 'none'}; not expected: {extra or 'none'}.")
+    for key, like in expected.items():
+        tensor = tensors[key]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise CheckpointError(
+                f"{where}: {key} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(like.shape)} {like.dtype}."
+            )
+
+
+def _apply(optimizer: ScaledAdam, param: torch.Tensor, saved: Saved) -> None:
+    """Write a checked entry: bits where formats agree, else by way of fp32."""
+    formats = optimizer.formats()
+    state = optimizer.state_of(param)
+    state["step"] = saved.step
+    if saved.partition is not None:
+        state["partition"] = saved.partition
+    for moment in MOMENTS:
+        if saved.formats[moment] == formats[moment]:
+            _copy_into(state, saved.tensors, codecs.keys_of(moment, formats[moment]))
+        else:
+            values = codecs.export_moment(saved.tensors, moment, saved.formats[moment])
+            codecs.import_moment(state, moment, formats[moment], values)
+    if not saved.has_master:
+        return
+    if saved.formats["master"] == formats["master"] and saved.dtype == param.dtype:
+        _copy_into(state, saved.tensors, masters.keys_of(masters.format_for(formats["master"], param)))
+        if saved.weight is not None:
+            param.copy_(saved.weight.to(param.device).view(param.shape))
+        return
+    weight = param.detach().reshape(-1) if saved.weight is None else saved.weight
+    tensors = {key: value.to(weight.device) for key, value in saved.tensors.items()}
+    optimizer.import_fp32(param, master=masters.export_master(tensors, saved.formats["master"], weight))
+
+
+def _copy_into(state: dict[str, Any], tensors: dict[str, torch.Tensor], keys: dict[str, str]) -> None:
+    for key in keys.values():
+        state[key].copy_(tensors[key])
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in BASE_DTYPES.items() if known == dtype)

@@ -1,0 +1,65 @@
+"""How the master lies in `optimizer.state[p]`, and its way to fp32 and back.
+
+Keys: none when the parameter is its own master (fp32); `master` for an fp32 master, which is the value itself;
+`master.data` (a remainder, or fp16 codes) and `master.scale_inv` otherwise. The parameter is always the other half: whoever writes
+it from outside must import the master again, or the remainder of the old weight is added to the new one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..numerics import masters
+from ..numerics.masters import OWN, MasterCodes
+from .codecs import pieces
+
+
+def format_for(fmt: str, param: torch.Tensor) -> str:
+    """The format that `param` really has: an fp32 parameter is its own master."""
+    return OWN if param.dtype == torch.float32 else fmt
+
+
+def keys_of(fmt: str) -> dict[str, str]:
+    """Field of MasterCodes -> key in `optimizer.state[p]`."""
+    if fmt == OWN:
+        return {}
+    if fmt == "fp32":
+        return {"data": "master"}
+    fields = ("data", "scale_inv") if fmt == "fp16" else ("data",)
+    return {field: f"master.{field}" for field in fields}
+
+
+def new_master(fmt: str, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of a master that equals the flat `param` [n], by key."""
+    keys = keys_of(format_for(fmt, param))
+    return {keys[field]: tensor for field, tensor in masters.new_master(fmt, param).tensors().items()}
+
+
+def master_codes(state: dict[str, Any], fmt: str, param: torch.Tensor) -> MasterCodes:
+    """The master as the kernels take it: the same tensors."""
+    real = format_for(fmt, param)
+    return MasterCodes(real, **{field: state[key] for field, key in keys_of(real).items()})
+
+
+def export_master(
+    state: dict[str, Any], fmt: str, param: torch.Tensor, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """Elements [start, stop) of the master of the flat `param` as a fresh fp32 tensor."""
+    codes = master_codes(state, fmt, param)
+    stop = param.numel() if stop is None else stop
+    out = torch.empty(stop - start, dtype=torch.float32, device=param.device)
+    for first, last in pieces(start, stop):
+        skipped = max(start - first, 0)
+        values = masters.read(codes.piece(first, last), param[first:last])
+        out[first + skipped - start : last - start].copy_(values[skipped:])
+    return out
+
+
+def import_master(state: dict[str, Any], fmt: str, param: torch.Tensor, values: torch.Tensor) -> None:
+    """Encode fp32 `values` [n] in place, to nearest: the master, and the flat `param` with it."""
+    codes = master_codes(state, fmt, param)
+    for first, last in pieces(0, param.numel()):
+        piece = values[first:last].detach().to(param.device, torch.float32)
+        masters.write(codes.piece(first, last), param[first:last], piece)
