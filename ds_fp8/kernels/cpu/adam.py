@@ -1,0 +1,102 @@
+"""The fused optimizer step on the CPU: one pass over memory for every combination of formats.
+
+Twin of `ds_fp8.kernels.adam.reference_step`, bit for bit, stochastic rounding included.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...numerics import expansion
+from ...numerics.masters import MasterCodes
+from ...numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM
+from ...numerics.states import StateCodes
+from . import jobs
+from .casts import blocks_of, run
+
+if TYPE_CHECKING:
+    from ..adam import AdamStep, WeightCodes
+
+GRAIN_BLOCKS = 128
+"""Blocks that are worth a thread: 16K parameters, some ten microseconds of a step."""
+
+
+def adam_step(step: AdamStep) -> Any:
+    """Update param, states and master in place; NotImplemented for dtypes that only PyTorch handles."""
+    gradient_dtype = jobs.DTYPES.get(step.grad.dtype)
+    if gradient_dtype is None or step.param.dtype not in jobs.DTYPES:
+        return NotImplemented
+    scale = step.grad_scale
+    scale = scale.detach().float() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
+    segments, kept = _segments(step.weight_codes)
+    scalars = step.scalars
+    weight16 = step.weight16
+    job = jobs.AdamJob(
+        step.param.data_ptr(),
+        step.grad.data_ptr(),
+        None,
+        scale.data_ptr(),
+        _state(step.exp_avg, _key(step, EXP_AVG_STREAM)),
+        _state(step.exp_avg_sq, _key(step, EXP_AVG_SQ_STREAM)),
+        _master(step.master, _key(step, MASTER_STREAM)),
+        jobs.address(weight16),
+        segments,
+        _table().data_ptr() if "e4m3_expanded" in (step.exp_avg.format, step.exp_avg_sq.format) else None,
+        step.param.numel(),
+        jobs.DTYPES[step.param.dtype],
+        gradient_dtype,
+        0 if weight16 is None else jobs.DTYPES[weight16.dtype],
+        step.rounding == "stochastic",
+        *(getattr(scalars, name) for name in jobs.ADAM_SCALARS),
+    )
+    run(jobs.ADAM, job, blocks_of(step.param.numel()), GRAIN_BLOCKS)
+    del kept
+    return None
+
+
+def _key(step: AdamStep, stream: int) -> int:
+    source = step.source(stream)
+    return 0 if source is None else source.key
+
+
+def _state(state: StateCodes, key: int) -> jobs.State:
+    return jobs.State(
+        state.data.data_ptr(),
+        jobs.address(state.scale_inv),
+        jobs.address(state.expansion),
+        jobs.STATE_FORMATS[state.format],
+        key,
+    )
+
+
+def _master(master: MasterCodes, key: int) -> jobs.State:
+    number = jobs.MASTER_FORMATS[master.format]
+    return jobs.State(jobs.address(master.data), jobs.address(master.scale_inv), None, number, key)
+
+
+def _segments(wanted: WeightCodes | None) -> tuple[jobs.SegmentCodes, Tensor | None]:
+    """The segments for C++, and the tensor of their bounds, which the caller keeps alive."""
+    if wanted is None or not wanted.segments:
+        return jobs.SegmentCodes(), None
+    wanted.amax.zero_()
+    bounds = torch.tensor(wanted.segments, dtype=torch.int64)
+    segments = jobs.SegmentCodes(
+        wanted.codes.data_ptr(),
+        bounds.data_ptr(),
+        wanted.scale.data_ptr(),
+        wanted.amax.data_ptr(),
+        len(wanted.segments),
+        jobs.format_number(wanted.fmt),
+        0,
+    )
+    return segments, bounds
+
+
+@lru_cache(maxsize=1)
+def _table() -> Tensor:
+    """What each code of an expanded block decodes to, made once by the reference."""
+    return expansion.table("cpu").contiguous()

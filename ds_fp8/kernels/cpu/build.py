@@ -1,0 +1,193 @@
+"""Compile the C++ kernels: into the wheel by setup.py, or at first use into a cache of the user.
+
+Three builds of the same sources (AVX-512, AVX2, portable) go into one shared library, which picks one at run time;
+so a library built on one machine runs on every other of its architecture. No header of torch is included: that makes
+it a matter of seconds, and one library serves every version of torch.
+
+The cache must survive 64 ranks that start together on one NFS home, and a job that is killed in the middle. So a build
+happens in a private directory and appears by an atomic rename; two builds at once are wasteful, never wrong. To save
+the waste one rank builds and the others wait for its result, but only for a while: a lock left behind by a dead rank
+costs `PATIENCE_S`, it cannot hang a job.
+
+This file imports nothing of the package: setup.py loads it by path, in an environment without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PATIENCE_S = 60.0
+COMPILE_LIMIT_S = 300.0
+
+# Nothing may be fused or reassociated: the kernels promise the bits of the PyTorch reference.
+COMMON_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",
+    "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas",
+)  # fmt: skip
+PATH_FLAGS = {
+    "avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "portable": (),
+}
+
+
+class BuildError(RuntimeError):
+    """No compiler, or it refused; the message holds what it said."""
+
+
+def machine() -> str:
+    """The architecture, as it stands in file names: x86_64, aarch64."""
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def library_name() -> str:
+    return f"ds_fp8_cpu_{machine()}.so"
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Hash of everything that decides the machine code except the compiler; the library carries it."""
+    digest = hashlib.sha256()
+    for file in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    digest.update(repr((COMMON_FLAGS, PATH_FLAGS)).encode())
+    return digest.hexdigest()[:20]
+
+
+@lru_cache(maxsize=1)
+def find_compiler() -> str:
+    """$CXX, or the first C++ compiler on PATH. Raises BuildError if there is none."""
+    for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
+
+
+def compiler_version(compiler: str) -> str:
+    result = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    return result.stdout.splitlines()[0] if result.stdout else compiler
+
+
+def _objects() -> list[tuple[str, str, tuple[str, ...]]]:
+    """(object name, source, flags) for every translation unit."""
+    paths = ["avx512", "avx2", "portable"] if machine() == "x86_64" else ["portable"]
+    objects = [("abi", "abi.cpp", (f'-DDS_FP8_SOURCES="{source_hash()}"',)), ("threads", "threads.cpp", ())]
+    for path in paths:
+        defines = (f"-DPATH={path}", f"-DPATH_TABLE=path_{path}", f"-DADAM_RANGE=adam_{path}")
+        # The longest first, so that two cores finish together.
+        objects.insert(0, (f"adam_{path}", "adam.cpp", defines + PATH_FLAGS[path]))
+        objects.append((f"casts_{path}", "paths.cpp", defines + PATH_FLAGS[path]))
+    return objects
+
+
+def _call(command: list[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{result.stderr[-2000:]}")
+
+
+def build(target_dir: Path | str) -> Path:
+    """Compile into `target_dir`; returns the library. Raises BuildError; leaves nothing half-written behind."""
+    compiler = find_compiler()
+    target_dir = Path(target_dir)
+    target_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ds_fp8_build_") as private:
+
+        def compile_one(unit: tuple[str, str, tuple[str, ...]]) -> str:
+            name, source, flags = unit
+            output = str(Path(private) / f"{name}.o")
+            _call([compiler, *COMMON_FLAGS, *flags, "-c", str(HERE / source), "-o", output])
+            return output
+
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_one, _objects()))
+        linked = Path(private) / library_name()
+        _call([compiler, "-shared", "-pthread", "-Wl,--as-needed", *objects, "-o", str(linked)])
+        # The private directory may be on another file system: copy beside the target first, then rename.
+        handle, beside = tempfile.mkstemp(prefix=".", suffix=".so", dir=target_dir)
+        os.close(handle)
+        try:
+            shutil.copyfile(linked, beside)
+            Path(beside).chmod(0o755)
+            Path(beside).replace(target_dir / library_name())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(beside).unlink()
+            raise
+    return target_dir / library_name()
+
+
+def cache_dir() -> Path:
+    """Where this user's build of these sources belongs; a private directory, since code is loaded from it."""
+    key = hashlib.sha256(f"{source_hash()}|{compiler_version(find_compiler())}|{machine()}".encode()).hexdigest()[:16]
+    root = os.environ.get("XDG_CACHE_HOME")
+    home = Path(root) if root else Path.home() / ".cache"
+    private = home / "ds_fp8" / f"cpu-{key}"
+    try:
+        private.mkdir(parents=True, exist_ok=True)
+        if os.access(private, os.W_OK):
+            return private
+    except OSError:
+        pass  # no home, or a read-only one
+    fallback = Path(tempfile.gettempdir()) / f"ds_fp8-{os.getuid()}"
+    fallback.mkdir(mode=0o700, exist_ok=True)
+    state = fallback.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise BuildError(f"{fallback} belongs to, or is writable by, somebody else; set XDG_CACHE_HOME")
+    return fallback / f"cpu-{key}"
+
+
+def build_cached() -> Path:
+    """The library in the user's cache, compiled if it is not there yet. Raises BuildError."""
+    directory = cache_dir()
+    directory.mkdir(parents=True, exist_ok=True)
+    library, lock = directory / library_name(), directory / "building"
+    if library.exists():
+        return library
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        mine = True
+    except FileExistsError:
+        mine = False
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline and lock.exists():
+            if library.exists():
+                return library
+            time.sleep(0.1)
+        if library.exists():
+            return library
+    try:
+        return build(directory)
+    finally:
+        if mine or library.exists():
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+if __name__ == "__main__":
+    begun = time.perf_counter()
+    print(build(sys.argv[1] if len(sys.argv) > 1 else HERE), f"{time.perf_counter() - begun:.1f} s")

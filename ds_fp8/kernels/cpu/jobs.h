@@ -1,0 +1,109 @@
+// What Python and C++ say to each other: one plain struct of pointers and sizes for each operation (a job), and one
+// function that runs it over a range of its units (blocks of 128 elements, rows, or tiles).
+//
+// The same structs are spelled in jobs.py as ctypes.Structure; `ds_fp8_job_bytes` lets the two be compared at load.
+// All fields are 8 bytes wide, or come in pairs of 4, so that no compiler pads them differently.
+#pragma once
+
+#include <stdint.h>
+
+constexpr int BLOCK = 128;
+
+enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, GRADIENT_CODES = 3 };
+enum Fp8 : int32_t { E4M3 = 0, E5M2 = 1 };
+
+// Per tensor: codes = sat(x * scale), amax of x on the way. Unit: block of 128.
+struct QuantizeJob {
+    const void* x;
+    uint8_t* codes;      // null: amax only
+    const float* scale;  // null: 1
+    uint32_t* amax;      // bits of |x|'s maximum, NaN on top; null: not wanted
+    int64_t numel;
+    int32_t dtype, fmt;
+};
+
+// out = codes * scale_inv, rounded to dtype. Unit: block of 128.
+struct DequantizeJob {
+    const uint8_t* codes;
+    const float* scale_inv;  // one for all, or one per block (flat)
+    void* out;
+    int64_t numel;
+    int32_t dtype, fmt;
+    int32_t per_block, streaming;
+};
+
+// Flat partition: codes and one scale_inv per block of 128. Unit: block.
+struct FlatEncodeJob {
+    const void* x;
+    uint8_t* codes;
+    float* scale_inv;
+    int64_t numel;
+    int32_t dtype, fmt;
+    int32_t stochastic;
+    uint32_t key;    // mix(seed ^ mix(step ^ mix(stream))), see rounding.h
+    uint32_t first;  // number of the first element, for the random bits
+    int32_t unused;
+};
+
+// out = factor * sum over contributions, in order; and/or the same encoded again. Unit: block.
+struct FlatSumJob {
+    const uint8_t* codes;    // [contributions, numel], rows `codes_stride` apart
+    const float* scale_inv;  // [contributions, blocks], rows `scale_stride` apart
+    void* out;               // null: not wanted
+    uint8_t* out_codes;      // null: not wanted
+    float* out_scale_inv;
+    int64_t codes_stride, scale_stride;
+    int64_t numel, contributions;
+    int32_t dtype, fmt;
+    float factor;
+    int32_t out_fmt;
+};
+
+// GEMM operands: tiles of `tile_rows` x 128 elements share a scale; 1 row for activations, 128 for weights.
+// Unit: one row of tiles.
+struct TileJob {
+    void* x;  // read by quantize, written by dequantize
+    uint8_t* codes;
+    float* scale_inv;  // [ceil(rows / tile_rows), ceil(columns / 128)]
+    int64_t rows, columns;
+    int64_t tile_rows;
+    int32_t dtype, fmt;
+    int32_t power_of_two, unused;
+};
+
+enum StateFormat : int32_t { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_EXPANDED };
+enum MasterFormat : int32_t { MASTER_OWN, MASTER_FP32, MASTER_SPLIT32, MASTER_SPLIT24, MASTER_FP16 };
+
+struct State {
+    void* data;
+    float* scale_inv;    // one per block; fp16, e4m3, expanded
+    uint8_t* expansion;  // one per block; expanded
+    int32_t format;
+    uint32_t key;  // of its random bits
+};
+
+// FP8 weights of segments, made while the weights are in the cache.
+struct SegmentCodes {
+    uint8_t* codes;  // [numel]
+    const int64_t* bounds;  // start, stop for each segment, ascending
+    const float* scale;
+    uint32_t* amax;  // zeros before
+    int64_t count;
+    int32_t fmt, unused;
+};
+
+// One step of Adam on a flat partition. Unit: block.
+struct AdamJob {
+    void* param;
+    const void* grad;
+    const float* grad_scale_inv;  // one per block, when grad holds e4m3 codes
+    const float* grad_scale;      // one number
+    State exp_avg, exp_avg_sq, master;  // master: expansion unused
+    void* weight16;                     // null: not wanted
+    SegmentCodes segments;
+    const float* expansion_table;  // [256, 128]
+    int64_t numel;
+    int32_t param_dtype, grad_dtype;  // grad_dtype may be GRADIENT_CODES: e4m3
+    int32_t weight16_dtype, stochastic;
+    float decay, l2, beta2, one_minus_beta1, one_minus_beta2, bias_correction2_sqrt, eps, step_size;
+};

@@ -1,0 +1,61 @@
+// exp_avg and exp_avg_sq of one block, in any of the five formats. Twin: ds_fp8/numerics/states.py.
+//
+// The format is looked at once per block, in a branch that always goes the same way: 5 x 5 x 5 x 4 combinations of
+// formats need no 500 copies of the code.
+#pragma once
+
+#include "blocks16.h"
+#include "expansion.h"
+
+namespace {
+
+INLINE void read_state(Block& x, const State& state, const float* table, int64_t b, int count) {
+    switch (state.format) {
+        case STATE_FP32: return read_block<Fp32>(x, static_cast<const float*>(state.data) + b * BLOCK, count);
+        case STATE_BF16: return read_block<Bf16>(x, static_cast<const uint16_t*>(state.data) + b * BLOCK, count);
+        case STATE_FP16:
+            return decode_half_block(x, static_cast<const uint16_t*>(state.data) + b * BLOCK, state.scale_inv[b], count);
+        case STATE_E4M3:
+            decode_block<E4m3>(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, count);
+            return scale_block(x, state.scale_inv[b]);
+        case STATE_EXPANDED:
+            return decode_expanded_block(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, state.scale_inv[b],
+                                         table + state.expansion[b] * BLOCK, count);
+    }
+}
+
+INLINE Floats round_bf16_stochastic(Floats x, Words random) {
+    Words bits = bits_of(x);
+    Words rounded = (bits + (random >> 16)) & 0xffff0000u;
+    return floats_of((Ints)(bits & MAGNITUDE) < (Ints)splat(INFINITE) ? rounded : bits);
+}
+
+// `keep_positive` for sqrt(v). May change x.
+INLINE void write_state(const State& state, Block& x, int64_t b, int count, bool stochastic, bool keep_positive) {
+    uint32_t first = uint32_t(b * BLOCK);
+    switch (state.format) {
+        case STATE_FP32: return write_block<Fp32>(static_cast<float*>(state.data) + b * BLOCK, x, count);
+        case STATE_BF16:
+            if (stochastic)
+                each_vector([&](int i) {
+                    x.v[i] = round_bf16_stochastic(x.v[i], random_bits(first + i * LANES, state.key));
+                });
+            return write_block<Bf16>(static_cast<uint16_t*>(state.data) + b * BLOCK, x, count);
+        case STATE_FP16:
+            state.scale_inv[b] = encode_half_block(static_cast<uint16_t*>(state.data) + b * BLOCK, x, count, stochastic,
+                                                   first, state.key, keep_positive);
+            return;
+        case STATE_E4M3:
+            state.scale_inv[b] = encode_flat_block<E4m3>(static_cast<uint8_t*>(state.data) + b * BLOCK, x, count,
+                                                         stochastic, first, state.key, keep_positive);
+            return;
+        case STATE_EXPANDED: {
+            ExpandedScale scale = encode_expanded_block(static_cast<uint8_t*>(state.data) + b * BLOCK, x, count,
+                                                        stochastic, first, state.key, keep_positive);
+            state.scale_inv[b] = scale.scale_inv;
+            state.expansion[b] = scale.expansion;
+        }
+    }
+}
+
+}  // namespace
