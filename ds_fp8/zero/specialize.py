@@ -44,7 +44,7 @@ def configure_optimizer(
     client = None if client_optimizer is None else take_over(engine, client_optimizer, plan)
     if client is not None and not isinstance(client, torch.optim.Optimizer):
         client = client(model_parameters)
-    layout = stage0_layout(engine, client_optimizer)
+    layout = plain_layout(engine, client_optimizer)
 
     def basic(parameters: Any) -> Any:
         return build_optimizer(engine, parameters, plan) if client is None else client
@@ -56,8 +56,8 @@ def configure_optimizer(
     hooks = {
         "_configure_basic_optimizer": basic,
         "_configure_fp16_optimizer": fp16,
-        "_configure_zero_optimizer": lambda optimizer: specialize(engine, zero(optimizer), plan, book),
-        "_configure_bf16_optimizer": lambda optimizer: specialize(engine, bf16(optimizer), plan, book),
+        "_configure_zero_optimizer": lambda optimizer: specialize(engine, zero(optimizer), plan, book, layout=layout),
+        "_configure_bf16_optimizer": lambda optimizer: specialize(engine, bf16(optimizer), plan, book, layout=layout),
     }
     register_optimizers()
     with _on_this_engine(engine, hooks), base_dtype_masters():
@@ -69,8 +69,11 @@ def configure_optimizer(
         _attach_wire(engine, engine.optimizer, plan, book)
 
 
-def specialize(engine: Any, zero_optimizer: Any, plan: Any, book: Any = None) -> Any:
-    """Graft states and wire onto an optimizer wrapper of DeepSpeed; the same object comes back. Twice is once."""
+def specialize(engine: Any, zero_optimizer: Any, plan: Any, book: Any = None, *, layout: str = "fused") -> Any:
+    """Graft states and wire onto an optimizer wrapper of DeepSpeed; the same object comes back. Twice is once.
+
+    layout  of checkpoints, as `plain_layout` tells it
+    """
     if isinstance(zero_optimizer, (ScaledStates, Stage0Optimizer)):
         return zero_optimizer
     base = type(zero_optimizer)
@@ -81,6 +84,7 @@ def specialize(engine: Any, zero_optimizer: Any, plan: Any, book: Any = None) ->
             f"{', '.join(known.__name__ for known in STATES)}.\n  Remove the msamp section, or what brings this wrapper."
         )
     zero_optimizer.fp8_engine, zero_optimizer.fp8_plan, zero_optimizer.fp8_book = engine, plan, book
+    zero_optimizer.fp8_torch_step = layout == "unfused"
     mixins = (*wire.mixins(zero_optimizer, plan), states)
     zero_optimizer.__class__ = type("Fp8" + base.__name__, (*mixins, base), {"__module__": __name__})
     zero_optimizer.fp8_adopt_masters()
@@ -99,8 +103,8 @@ def register_optimizers() -> None:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
 
 
-def stage0_layout(engine: Any, client_optimizer: Any) -> str:
-    """Which form a stage 0 checkpoint would have without us: flats with FusedAdam, single tensors with torch's Adam."""
+def plain_layout(engine: Any, client_optimizer: Any) -> str:
+    """Whose form a checkpoint would have without us: `unfused` with torch's Adam, `fused` with DeepSpeed's own."""
     if client_optimizer is not None:
         return "fused" if type(client_optimizer).__name__ == "FusedAdam" else "unfused"
     return "unfused" if (engine.optimizer_params() or {}).get("torch_adam", False) else "fused"

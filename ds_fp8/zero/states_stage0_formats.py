@@ -69,7 +69,7 @@ def write_state(wrapper: Any) -> dict[str, Any]:
             for group, of_group in zip(groups, shapes, strict=True)
         ]
         states = [
-            [_shaped(plain_state(each), shape) for each, shape in zip(group, of_group, strict=True)]
+            [_shaped(plain_state(each, torch_step=True), shape) for each, shape in zip(group, of_group, strict=True)]
             for group, of_group in zip(groups, shapes, strict=True)
         ]
     plain = PlainAdam(plain_groups(optimizer, masters))

@@ -64,12 +64,17 @@ def adopt_groups(optimizer: torch.optim.Optimizer, plain: PlainAdam) -> None:
                 group[key] = value
 
 
-def plain_state(exported: dict[str, Any]) -> dict[str, Any]:
-    """One parameter's state as a plain Adam keeps it: fp32 moments on the host and an integer step; {} before step 1."""
+def plain_state(exported: dict[str, Any], *, torch_step: bool) -> dict[str, Any]:
+    """One parameter's state as a plain Adam keeps it: fp32 moments on the host and the step; {} before step 1.
+
+    torch_step  the step as torch's Adam keeps it (a tensor), else as FusedAdam and CPUAdam do (an integer). DeepSpeed's
+                universal load hands it on unconverted, so it must be that of the optimizer the job would have without us
+    """
     if not exported["step"]:
         return {}
     moments = {key: exported[key].to("cpu", torch.float32) for key in MOMENTS}
-    return {"step": int(exported["step"]), **moments}
+    step = int(exported["step"])
+    return {"step": torch.tensor(float(step)) if torch_step else step, **moments}
 
 
 class PlainView:
@@ -80,6 +85,7 @@ class PlainView:
     """
 
     FP8_MASTERS = ""
+    fp8_torch_step = False
     _fp8_viewing = False
 
     @property
@@ -104,7 +110,7 @@ class PlainView:
             if export:
                 exported = ours.export_fp32(master)
                 flats.append(exported["master"].to("cpu", torch.float32))
-                states.append(plain_state(exported))
+                states.append(plain_state(exported, torch_step=self.fp8_torch_step))
             else:
                 flats.append(torch.zeros(master.numel(), dtype=torch.float32))
                 states.append({})
@@ -113,7 +119,7 @@ class PlainView:
         if steps:
             # FusedAdam and elastic checkpoints look for the step in the group as well.
             for group in plain.param_groups:
-                group["step"] = steps[0]
+                group["step"] = int(steps[0])
         for flat, state in zip(flats, states, strict=True):
             if state:
                 plain.state[flat] = state
