@@ -1,0 +1,34 @@
+"""Triton kernels: the GPU's twins of `numerics`, one pass over memory each, without a host synchronisation.
+
+    codec.py     FP8 codes by integer arithmetic or by the hardware's cast; random bits; block scales
+    cast.py      one scale per tensor: codes, transposed codes and amax from one read
+    blocks.py    1x128 groups and 128x128 tiles of matrix operands
+    flat.py      flat partitions: encode, decode, sum over ranks
+    states.py, masters.py, adam.py      the fused optimizer step
+    entry.py     the names that `kernels.dispatch` calls
+
+With TRITON_INTERPRET=1 they run on CPU tensors too and give the same bits: that is how CI checks them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from types import ModuleType
+
+
+@functools.cache
+def library() -> ModuleType | None:
+    """The kernels for `kernels.dispatch`; None, after one warning, where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "ds_fp8: Triton is not installed, so FP8 casts and optimizer steps on this GPU run in plain PyTorch, many "
+            "times slower. Install triton (pip install ds-fp8[triton]).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    from . import entry
+
+    return entry

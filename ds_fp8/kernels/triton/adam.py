@@ -1,0 +1,129 @@
+"""The fused step of Adam on a GPU: one pass over memory, nothing on the host, the twin of `kernels.adam.reference_step`.
+
+A program takes ROWS blocks of 128 elements, reads gradient, states and master, computes in fp32 exactly as
+`numerics.adam` spells it, and writes states, master and weights. What it moves is what is stored: 11 bytes per parameter
+of a split24 O2 step with a bf16 gradient, so it runs at the speed of a copy.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float
+
+import torch
+import triton
+import triton.language as tl
+
+from ...numerics import expansion
+from ...numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM, Stochastic
+from ...numerics.states import ROOT_FORMATS
+from ..adam import AdamStep
+from . import cast, codec, masters, states
+from .flat import signed
+from .launch import LAUNCH, hardware_casts, on_device
+
+ROWS = 8
+"""Blocks per program: 1024 elements, eight per thread with four warps."""
+
+
+@triton.jit(do_not_specialize=["key_m", "key_v", "key_w"])
+def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr,
+                 master_ptr, master_scale_ptr, weight16_ptr, table_ptr, grad_scale_ptr, grad_scale, decay, l2, beta2,
+                 lerp_weight, one_minus_beta2, bias_correction2_sqrt, eps, step_size, n, key_m, key_v, key_w,
+                 M_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr,
+                 HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr,
+                 LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
+                 HARDWARE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = index < n
+    if SCALE_TENSOR:
+        g = codec.load(grad_ptr + index, inside) * tl.load(grad_scale_ptr)
+    else:
+        g = codec.load(grad_ptr + index, inside) * grad_scale
+    w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, MASTER, HALF)
+    m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, M_FORMAT)
+    v = states.read(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, index, row, inside, V_FORMAT)
+    if V_ROOT:
+        v = v * v
+
+    one = tl.full(g.shape, 1.0, tl.float32)
+    if DECAY:
+        w = w * decay
+    if L2:
+        g = codec.fma(one * l2, w, g)
+    if LERP_SMALL:
+        m = codec.fma(one * lerp_weight, g - m, m)
+    else:
+        m = codec.fma(one * lerp_weight, g - m, g)
+    v = v * beta2
+    v = codec.fma(g * one_minus_beta2, g, v)
+    root = tl.sqrt_rn(v)
+    denominator = tl.div_rn(root, one * bias_correction2_sqrt) + eps
+    w = w + tl.div_rn(m * step_size, denominator)
+    # A tile may reach beyond the end: there nothing may count in a block's amax.
+    w, m = tl.where(inside, w, 0.0), tl.where(inside, m, 0.0)
+    v, root = tl.where(inside, v, 0.0), tl.where(inside, root, 0.0)
+
+    word_m, word_v, word_w = index, index, index  # not used when rounding to nearest
+    if STOCHASTIC:
+        word_m = codec.random_words(index, key_m)
+        word_v = codec.random_words(index, key_v)
+        word_w = codec.random_words(index, key_w)
+    states.write(
+        m_ptr, m_scale_ptr, m_expansion_ptr, m, index, row, inside, word_m, M_FORMAT, False, STOCHASTIC, HARDWARE
+    )
+    stored = root if V_ROOT else v
+    states.write(v_ptr, v_scale_ptr, v_expansion_ptr, stored, index, row, inside, word_v, V_FORMAT, V_ROOT, STOCHASTIC,
+                 HARDWARE)  # fmt: skip
+    held = masters.write(
+        param_ptr, master_ptr, master_scale_ptr, w, index, row, inside, word_w, MASTER, HALF, STOCHASTIC
+    )
+    if WEIGHT16:
+        codec.store(weight16_ptr + index, held, inside)
+
+
+def adam_step(step: AdamStep) -> None:
+    """One step of one flat partition on the device; see `AdamStep` for every buffer. Waits for nothing."""
+    n = step.param.numel()
+    scalars, param = step.scalars, step.param
+    keys = [0, 0, 0]
+    if step.rounding == "stochastic":
+        streams = (EXP_AVG_STREAM, EXP_AVG_SQ_STREAM, MASTER_STREAM)
+        keys = [signed(Stochastic(step.seed, step.step, stream).key) for stream in streams]
+    m, v, master = step.exp_avg, step.exp_avg_sq, step.master
+    expanded = "e4m3_expanded" in (m.format, v.format)
+    table = expansion.table(param.device) if expanded else param
+    from_m = scalars.one_minus_beta1 < 0.5
+    # One fp32 subtraction, made here: c_float rounds a double to fp32.
+    lerp_weight = scalars.one_minus_beta1 if from_m else c_float(scalars.one_minus_beta1).value - 1.0
+    by_tensor = isinstance(step.grad_scale, torch.Tensor)
+
+    def pointer(tensor: torch.Tensor | None) -> torch.Tensor:
+        return param if tensor is None else tensor  # never read: its branch is compiled away
+
+    with on_device(param):
+        _adam_kernel[(triton.cdiv(n, ROWS * 128),)](
+            param, step.grad, m.data, pointer(m.scale_inv), pointer(m.expansion),
+            v.data, pointer(v.scale_inv), pointer(v.expansion),
+            pointer(master.data), pointer(master.scale_inv), pointer(step.weight16), table,
+            step.grad_scale if by_tensor else param, 1.0 if by_tensor else float(step.grad_scale),
+            scalars.decay, scalars.l2, scalars.beta2, lerp_weight, scalars.one_minus_beta2,
+            scalars.bias_correction2_sqrt, scalars.eps, scalars.step_size, n, *keys,
+            states.FORMATS[m.format], states.FORMATS[v.format], v.format in ROOT_FORMATS, masters.KINDS[master.format],
+            param.dtype == torch.float16, by_tensor, scalars.decay != 1.0, scalars.l2 != 0.0,
+            from_m, step.weight16 is not None, step.rounding == "stochastic", ROWS,
+            hardware_casts(param), **LAUNCH,
+        )  # fmt: skip
+    if step.weight_codes is not None:
+        _write_weight_codes(step)
+
+
+def _write_weight_codes(step: AdamStep) -> None:
+    """FP8 codes and amaxes of the new 16-bit weight, one launch per segment."""
+    wanted = step.weight_codes
+    assert wanted is not None
+    weight = step.param if step.weight16 is None else step.weight16
+    wanted.amax.zero_()
+    for number, (start, stop) in enumerate(wanted.segments):
+        scale, amax = wanted.scale[number : number + 1], wanted.amax[number : number + 1]
+        cast.quantize(weight[start:stop], scale, wanted.fmt, wanted.codes[start:stop], amax)

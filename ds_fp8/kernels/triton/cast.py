@@ -1,0 +1,96 @@
+"""Casts of activations, weights and gradients on a GPU: one pass reads the tensor, measures it and writes the codes.
+
+Hopper multiplies FP8 only as row-major by column-major, so dgrad wants the weight's codes transposed and wgrad those of
+grad_output and input: `quantize_transpose` writes both from one read. The amax is left in the caller's slot by an
+atomic maximum of the magnitude's bits, which order like the magnitudes: no second pass, nothing on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...formats import Format
+from . import codec
+from .launch import LAUNCH, hardware_casts, on_device
+
+ELEMENTS = 2048
+TILE = 64
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, scale_ptr, codes_ptr, amax_ptr, n, FMT: tl.constexpr, MEASURE: tl.constexpr,
+                     ELEMENTS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = index < n
+    x = codec.load(x_ptr + index, inside)
+    tl.store(codes_ptr + index, codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE), mask=inside)
+    if MEASURE:
+        # NaN is carried as inf: an all-reduce with MAX ignores NaN.
+        tl.atomic_max(amax_ptr, tl.minimum(tl.max(codec.magnitude_bits(x), axis=0), 0x7F800000))
+
+
+@triton.jit
+def _transpose_kernel(x_ptr, scale_ptr, codes_ptr, transposed_ptr, amax_ptr, rows, columns, FMT: tl.constexpr,
+                      MEASURE: tl.constexpr, TILE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    index = row[:, None] * columns + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    x = codec.load(x_ptr + index, inside)
+    codes = codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE)
+    tl.store(codes_ptr + index, codes, mask=inside)
+    turned = column[:, None] * rows + row[None, :]
+    tl.store(transposed_ptr + turned, tl.trans(codes), mask=(column[:, None] < columns) & (row[None, :] < rows))
+    if MEASURE:
+        largest = tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0)
+        tl.atomic_max(amax_ptr, tl.minimum(largest, 0x7F800000))
+
+
+@triton.jit
+def _amax_kernel(x_ptr, amax_ptr, n, ELEMENTS: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    x = codec.load(x_ptr + index, index < n)
+    tl.atomic_max(amax_ptr, tl.minimum(tl.max(codec.magnitude_bits(x), axis=0), 0x7F800000))
+
+
+def _slot(amax: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    """The amax slot as int32, whose order is that of non-negative floats; any pointer when nothing is measured."""
+    return scale if amax is None else amax.view(torch.int32)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format, codes: torch.Tensor,
+             amax: torch.Tensor | None = None) -> None:  # fmt: skip
+    """Fill `codes` (uint8 or float8, the shape of contiguous `x`) with sat(x * scale); raise `amax` to the amax of x.
+
+    scale   fp32, one element, on the device
+    amax    fp32, one element: becomes max(amax, amax of x); None measures nothing
+    """
+    n = x.numel()
+    if n:
+        with on_device(x):
+            _quantize_kernel[(triton.cdiv(n, ELEMENTS),)](
+                x, scale, codes.view(torch.uint8), _slot(amax, scale), n,
+                codec.MODES[fmt.name], amax is not None, ELEMENTS, hardware_casts(x), **LAUNCH,
+            )  # fmt: skip
+
+
+def quantize_transpose(x: torch.Tensor, scale: torch.Tensor, fmt: Format, codes: torch.Tensor,
+                       transposed: torch.Tensor, amax: torch.Tensor | None = None) -> None:  # fmt: skip
+    """Fill `codes` [M, K] and `transposed` [K, M] with sat(x * scale) of contiguous `x` [M, K]; raise `amax`."""
+    rows, columns = x.shape
+    if x.numel():
+        with on_device(x):
+            _transpose_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
+                x, scale, codes.view(torch.uint8), transposed.view(torch.uint8), _slot(amax, scale), rows, columns,
+                codec.MODES[fmt.name], amax is not None, TILE, hardware_casts(x), **LAUNCH,
+            )  # fmt: skip
+
+
+def raise_amax(x: torch.Tensor, amax: torch.Tensor) -> None:
+    """`amax` [1] fp32 becomes max(amax, largest |x|); inf and NaN count as inf."""
+    n = x.numel()
+    if n:
+        with on_device(x):
+            _amax_kernel[(triton.cdiv(n, ELEMENTS),)](x, amax.view(torch.int32), n, ELEMENTS, **LAUNCH)

@@ -1,0 +1,118 @@
+"""The kernels under the names and arguments that `kernels.dispatch` calls; results are allocated here.
+
+A dtype or shape that a kernel does not take gives NotImplemented, and PyTorch does that call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...formats import Format
+from ...numerics.dtypes import torch_dtype
+from ...numerics.flat import blocks_of
+from ...numerics.random_bits import Stochastic
+from ..adam import AdamStep
+from . import adam, blocks, cast, flat
+
+path = "triton"
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FORMATS = ("e4m3", "e5m2")
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> Any:
+    """Codes of `x` under one scale."""
+    if x.dtype not in FLOATS or fmt.name not in _FORMATS:
+        return NotImplemented
+    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    cast.quantize(x, _one(scale, x.device), fmt, codes)
+    return codes
+
+
+def amax(x: torch.Tensor) -> Any:
+    """Largest |x|, 0-d fp32."""
+    if x.dtype not in FLOATS:
+        return NotImplemented
+    found = torch.zeros(1, dtype=torch.float32, device=x.device)
+    cast.raise_amax(x, found)
+    return found[0]
+
+
+def quantize_1x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
+    """Codes [..., K] and scale_inv [..., ceil(K / 128)]."""
+    if x.dtype not in FLOATS or x.dim() == 0 or fmt.name not in _FORMATS:
+        return NotImplemented
+    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    scale_inv = torch.empty(rows.shape[0], blocks_of(x.shape[-1]), device=x.device)
+    blocks.quantize_groups(rows, fmt, (codes.view(rows.shape), scale_inv), None, power_of_two)
+    return codes, scale_inv.view(*x.shape[:-1], -1)
+
+
+def quantize_128x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
+    """Codes [N, K] and scale_inv [ceil(N / 128), ceil(K / 128)]."""
+    if x.dtype not in FLOATS or x.dim() != 2 or fmt.name not in _FORMATS:
+        return NotImplemented
+    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    scale_inv = torch.empty(blocks_of(x.shape[0]), blocks_of(x.shape[1]), device=x.device)
+    blocks.quantize_tiles(x, fmt, (codes, scale_inv), None, power_of_two)
+    return codes, scale_inv
+
+
+def flat_encode(x: torch.Tensor, fmt: Format, rounding: Stochastic | None) -> Any:
+    """Codes uint8 [n] and scale_inv fp32 [blocks] of a flat partition."""
+    if x.dtype not in FLOATS or x.dim() != 1:
+        return NotImplemented
+    codes = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
+    scale_inv = torch.empty(blocks_of(x.numel()), device=x.device)
+    flat.encode(x, fmt, codes, scale_inv, rounding)
+    return codes, scale_inv
+
+
+def flat_decode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: torch.Tensor | None,
+                dtype: torch.dtype) -> Any:  # fmt: skip
+    """The values of a flat partition."""
+    out = torch.empty(codes.numel(), dtype=dtype, device=codes.device) if out is None else out
+    if out.dtype not in FLOATS or codes.dtype != torch.uint8 or not scale_inv.is_contiguous():
+        return NotImplemented
+    flat.decode(codes, scale_inv, fmt, out)
+    return out
+
+
+def flat_sum(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor | None) -> Any:
+    """Sum of the ranks' contributions."""
+    out = torch.empty(codes.shape[1], dtype=torch.float32, device=codes.device) if out is None else out
+    if out.dtype not in FLOATS or codes.dtype != torch.uint8:
+        return NotImplemented
+    flat.sum_contributions(codes, scale_inv, fmt, factor, out)
+    return out
+
+
+def flat_sum_encode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format) -> Any:
+    """The same sum, requantised."""
+    if codes.dtype != torch.uint8:
+        return NotImplemented
+    n = codes.shape[1]
+    out = torch.empty(n, dtype=torch.uint8, device=codes.device)
+    out_scale_inv = torch.empty(blocks_of(n), device=codes.device)
+    flat.sum_and_encode(codes, scale_inv, fmt, factor, out_fmt, out, out_scale_inv)
+    return out, out_scale_inv
+
+
+def adam_step(step: AdamStep) -> Any:
+    """One fused step in place."""
+    tensors = [step.param, step.grad] + ([] if step.weight16 is None else [step.weight16])
+    if any(tensor.dtype not in FLOATS for tensor in tensors):
+        return NotImplemented
+    adam.adam_step(step)
+    return None
+
+
+def _one(scale: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """A scale as one fp32 element on the device; a tensor there already is taken as it is."""
+    if isinstance(scale, torch.Tensor):
+        return scale.to(device=device, dtype=torch.float32)
+    return torch.full((1,), scale, dtype=torch.float32, device=device)

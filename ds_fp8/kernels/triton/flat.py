@@ -1,0 +1,129 @@
+"""Block codecs of flat partitions on a GPU: the Triton twins of `numerics.flat`.
+
+A program takes ROWS blocks of 128 consecutive elements as one [ROWS, 128] tile, so that a block's amax is a reduction
+along the last axis and nothing is read twice. All arithmetic is fp32 with IEEE division and without fused multiply-add
+(`enable_fp_fusion=False`): the codes equal those of the CPU bit for bit. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...formats import BLOCK_SIZE, Format
+from ...numerics.random_bits import Stochastic
+from . import codec
+from .launch import LAUNCH, hardware_casts, on_device
+
+ROWS = 16
+"""Blocks per program: 2048 elements, eight per thread and four warps; the best of 4 to 64 is a matter of benchmarks."""
+
+
+@triton.jit(do_not_specialize=["key", "first"])
+def _encode_kernel(x_ptr, codes_ptr, scale_inv_ptr, n, key, first, FMT: tl.constexpr, FMAX: tl.constexpr,
+                   STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = index < n
+    x = codec.load(x_ptr + index, inside)
+    scale, scale_inv = codec.block_scale(x, FMAX, 1)
+    scaled = x * scale[:, None]
+    if STOCHASTIC:
+        codes = codec.encode_stochastic(scaled, codec.random_words(index + first, key), FMT)
+    else:
+        codes = codec.encode(scaled, FMT, HARDWARE)
+    tl.store(codes_ptr + index, codes, mask=inside)
+    tl.store(scale_inv_ptr + row, scale_inv, mask=row * 128 < n)
+
+
+@triton.jit
+def _decode_kernel(codes_ptr, scale_inv_ptr, out_ptr, n, FMT: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = index < n
+    scale_inv = tl.load(scale_inv_ptr + row, mask=row * 128 < n, other=1.0)
+    value = codec.decode(tl.load(codes_ptr + index, mask=inside, other=0), FMT) * scale_inv[:, None]
+    codec.store(out_ptr + index, value, inside)
+
+
+@triton.jit
+def _sum_kernel(codes_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, code_stride, scale_stride,
+                WORLD: tl.constexpr, FMT: tl.constexpr, OUT_FMT: tl.constexpr, FMAX: tl.constexpr, REQUANTISE: tl.constexpr,
+                ROWS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = index < n
+    element, block = index, row
+    codes = tl.load(codes_ptr + element, mask=inside, other=0)
+    scale_inv = tl.load(scale_inv_ptr + block, mask=row * 128 < n, other=0.0)
+    total = codec.decode(codes, FMT) * scale_inv[:, None]
+    # In rank order, so that every owner and every device gets the same sum.
+    for _ in range(1, WORLD):
+        element += code_stride
+        block += scale_stride
+        codes = tl.load(codes_ptr + element, mask=inside, other=0)
+        scale_inv = tl.load(scale_inv_ptr + block, mask=row * 128 < n, other=0.0)
+        total = total + codec.decode(codes, FMT) * scale_inv[:, None]
+    total = total * factor
+    if REQUANTISE:
+        scale, scale_inv = codec.block_scale(total, FMAX, 1)
+        tl.store(out_ptr + index, codec.encode(total * scale[:, None], OUT_FMT, HARDWARE), mask=inside)
+        tl.store(out_scale_ptr + row, scale_inv, mask=row * 128 < n)
+    else:
+        codec.store(out_ptr + index, total, inside)
+
+
+def _grid(n: int) -> tuple[int]:
+    return (triton.cdiv(n, ROWS * BLOCK_SIZE),)
+
+
+def signed(word: int) -> int:
+    """A 32-bit word as the signed integer that Triton passes in 32 bits."""
+    return (word + 2**31) % 2**32 - 2**31
+
+
+def encode(x: torch.Tensor, fmt: Format, codes: torch.Tensor, scale_inv: torch.Tensor,
+           rounding: Stochastic | None = None) -> None:  # fmt: skip
+    """Fill `codes` [n] uint8 and `scale_inv` [ceil(n / 128)] fp32 from contiguous `x` [n] in fp32, bf16 or fp16."""
+    n = x.numel()
+    key, first = (signed(rounding.key), rounding.first) if rounding else (0, 0)
+    if n:
+        with on_device(x):
+            _encode_kernel[_grid(n)](
+                x, codes, scale_inv, n, key, first,
+                codec.MODES[fmt.name], fmt.max, rounding is not None, ROWS, hardware_casts(x), **LAUNCH,
+            )  # fmt: skip
+
+
+def decode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """Fill `out` [n] (fp32, bf16 or fp16) with codes * scale_inv, rounded to nearest even."""
+    n = codes.numel()
+    if n:
+        with on_device(codes):
+            _decode_kernel[_grid(n)](codes, scale_inv, out, n, codec.MODES[fmt.name], ROWS, **LAUNCH)
+
+
+def sum_contributions(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float,
+                      out: torch.Tensor) -> None:  # fmt: skip
+    """Fill `out` [n] with factor * sum over ranks of codes [W, n] * scale_inv [W, blocks]; rows may be strided."""
+    _sum(codes, scale_inv, fmt, factor, out, scale_inv, None)
+
+
+def sum_and_encode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format,
+                   out_codes: torch.Tensor, out_scale_inv: torch.Tensor) -> None:  # fmt: skip
+    """The same sum, encoded again: `out_codes` [n] uint8 in `out_fmt` and `out_scale_inv` [blocks]."""
+    _sum(codes, scale_inv, fmt, factor, out_codes, out_scale_inv, out_fmt)
+
+
+def _sum(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor,
+         out_scale_inv: torch.Tensor, out_fmt: Format | None) -> None:  # fmt: skip
+    world, n = codes.shape
+    target = out_fmt or fmt
+    if n:
+        with on_device(codes):
+            _sum_kernel[_grid(n)](
+                codes, scale_inv, out, out_scale_inv, factor, n, codes.stride(0), scale_inv.stride(0), world,
+                codec.MODES[fmt.name], codec.MODES[target.name], target.max, out_fmt is not None, ROWS,
+                hardware_casts(codes), **LAUNCH,
+            )  # fmt: skip

@@ -1,0 +1,40 @@
+"""How every kernel of this package is started.
+
+Fused multiply-add is switched off: `a * b + c` rounded once differs from the CPU, which rounds twice, and the promise is
+equality bit for bit. It costs nothing here, because these kernels wait for memory.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
+"""Launch options of all kernels; the interpreter ignores them."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton reads this variable when a kernel is decorated; the interpreter runs kernels on CPU tensors."""
+
+_hardware = True
+
+
+def use_hardware_casts(wanted: bool) -> bool:
+    """Choose between the device's FP8 casts and integer arithmetic (equal results; for tests); returns the old choice."""
+    global _hardware
+    before, _hardware = _hardware, wanted
+    return before
+
+
+def hardware_casts(tensor: torch.Tensor) -> bool:
+    """Whether kernels on this tensor's device may use FP8 conversion instructions (Ada, Hopper and later)."""
+    if INTERPRETED or not _hardware or not tensor.is_cuda:
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (8, 9)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device current: Triton launches on the current one, whatever the pointers say."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

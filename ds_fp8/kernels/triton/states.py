@@ -1,0 +1,157 @@
+"""Reading and writing an optimizer state inside a kernel: the Triton twin of `numerics.states` and its codecs.
+
+A state is a [ROWS, 128] tile, so each row is one block with one scale. FORMAT is a constexpr: the compiler keeps one
+branch, and the pointers of the others are never touched.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...levels import STATE_FORMATS
+from ...numerics import expansion as _expansion
+from . import codec
+
+FORMATS = {name: number for number, name in enumerate(STATE_FORMATS)}
+FP32, BF16, FP16, E4M3, EXPANDED = (tl.constexpr(FORMATS[name]) for name in STATE_FORMATS)
+
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (tl.constexpr(value) for value in _expansion.LOG2_COEFFICIENTS)
+_X0, _X1, _X2, _X3, _X4 = (tl.constexpr(value) for value in _expansion.EXP2_COEFFICIENTS)
+_SPAN = tl.constexpr(16 * _expansion.E4M3_SPAN)
+
+
+@triton.jit
+def round_fp16(x, word, STOCHASTIC: tl.constexpr):
+    """Bits (int16) of fp32 `x` as fp16, nearest even or stochastic; NaN is 0x7e00."""
+    bits = x.to(tl.int32, bitcast=True)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if STOCHASTIC:
+        random = (word >> 19).to(tl.int32)
+        u = bits & 0x7FFFFFFF
+        normal = ((u + random) & -8192).to(tl.float32, bitcast=True)
+        whole = u.to(tl.float32, bitcast=True) * 16777216.0  # grid 2^-24
+        small = tl.floor(whole + random.to(tl.float32) * 0.0001220703125) * 5.960464477539063e-08
+        value = tl.where(u < 0x38800000, small, normal)
+        rounded = value.to(tl.float16).to(tl.int16, bitcast=True) | ((bits >> 16) & 0x8000).to(tl.int16)
+    else:
+        rounded = x.to(tl.float16).to(tl.int16, bitcast=True)
+    return tl.where(nan, 0x7E00, rounded.to(tl.int32)).to(tl.int16)
+
+
+@triton.jit
+def fp16_value(bits):
+    """fp32 of int16 `bits` of fp16."""
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def log2(u):
+    """log2 of positive normal fp32, by the operations of numerics.expansion."""
+    bits = u.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    high = mantissa > 1.4142135381698608
+    mantissa = tl.where(high, mantissa * 0.5, mantissa)
+    f = mantissa - 1.0
+    p = f * _L6 + _L5
+    p = p * f + _L4
+    p = p * f + _L3
+    p = p * f + _L2
+    p = p * f + _L1
+    p = p * f + _L0
+    return ((bits >> 23) - 127 + high.to(tl.int32)).to(tl.float32) + f * p
+
+
+@triton.jit
+def exp2(y):
+    """2 ** y for y <= 0, by the operations of numerics.expansion."""
+    y = tl.maximum(y, -126.0)
+    whole = tl.floor(y + 0.5)
+    f = y - whole
+    p = f * _X4 + _X3
+    p = p * f + _X2
+    p = p * f + _X1
+    p = p * f + _X0
+    return ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True) * (f * p + 1.0)
+
+
+@triton.jit
+def read(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, index, row, inside, FORMAT: tl.constexpr):
+    """fp32 values of a state; `row` are the block numbers, their mask is `row` having an element inside."""
+    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 - the compiler knows no `in` for constants
+        value = codec.load(data_ptr + index, inside)
+    else:
+        rows_inside = tl.max(inside.to(tl.int32), axis=1) > 0
+        scale_inv = tl.load(scale_inv_ptr + row, mask=rows_inside, other=1.0)[:, None]
+        if FORMAT == FP16:
+            raw = tl.load(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=inside, other=0)
+            value = fp16_value(raw) * scale_inv
+        else:
+            codes = tl.load(data_ptr + index, mask=inside, other=0)
+            if FORMAT == E4M3:
+                value = codec.decode(codes, 0) * scale_inv
+            else:
+                expansion = tl.load(expansion_ptr + row, mask=rows_inside, other=255).to(tl.int32)
+                entry = expansion[:, None] * 128 + (codes & 0x7F).to(tl.int32)
+                magnitude = tl.load(table_ptr + entry, mask=inside, other=0.0) * scale_inv
+                sign = (codes & 0x80).to(tl.int32) << 24
+                value = (magnitude.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def _expanded(x, scale, scale_inv, inside):
+    """(magnitudes to be coded in e4m3, expansion per block) of `x`; see numerics.expansion."""
+    finite = scale_inv == scale_inv
+    a = tl.minimum(tl.abs(x) * scale[:, None], 448.0)
+    u = tl.div_rn(a, tl.full(a.shape, 448.0, tl.float32))
+    zero = u < 1.1754943508222875e-38
+    logs = log2(tl.maximum(u, 1.1754943508222875e-38))
+    span = -tl.min(tl.where(zero | (inside == 0), 0.0, logs), axis=1)
+    wanted = tl.div_rn(tl.full(span.shape, _SPAN, tl.float32), span)
+    wanted = tl.where(finite, tl.where(span == 0.0, 255.0, wanted), 16.0)
+    expansion = tl.floor(tl.minimum(tl.maximum(wanted, 16.0), 255.0))
+    magnitude = exp2(logs * (expansion * 0.0625)[:, None]) * 448.0
+    magnitude = tl.where(zero, 0.0, magnitude)
+    return tl.where(finite[:, None], magnitude, float("nan")), expansion.to(tl.uint8)
+
+
+@triton.jit
+def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, word, FORMAT: tl.constexpr, ROOT: tl.constexpr,
+          STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """Store fp32 `x`; ROOT: a zero code of a nonzero value becomes the smallest code."""
+    if FORMAT == FP32:
+        tl.store(data_ptr + index, x, mask=inside)
+    elif FORMAT == BF16:
+        bits = x.to(tl.int32, bitcast=True)
+        if STOCHASTIC:
+            # Not finite stays; the added bits would turn an infinity into NaN.
+            finite = (bits & 0x7FFFFFFF) < 0x7F800000
+            bits = tl.where(finite, bits + (word >> 16).to(tl.int32), bits) & -65536
+            bits = tl.where(finite, bits, x.to(tl.int32, bitcast=True))
+        codec.store(data_ptr + index, bits.to(tl.float32, bitcast=True), inside)
+    else:
+        rows_inside = tl.max(inside.to(tl.int32), axis=1) > 0
+        if FORMAT == FP16:
+            scale, scale_inv = codec.block_scale(x, 32768.0, 1)
+            bits = round_fp16(x * scale[:, None], word, STOCHASTIC)
+            if ROOT:
+                bits = tl.where((bits == 0) & (x > 0.0), 1, bits.to(tl.int32)).to(tl.int16)
+            tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, bits, mask=inside)
+        else:
+            scale, scale_inv = codec.block_scale(x, 448.0, 1)
+            if FORMAT == EXPANDED:
+                magnitude, expansion = _expanded(x, scale, scale_inv, inside)
+                tl.store(expansion_ptr + row, expansion, mask=rows_inside)
+                sign = x.to(tl.int32, bitcast=True) & -2147483648
+                scaled = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+            else:
+                scaled = x * scale[:, None]
+            if STOCHASTIC:
+                codes = codec.encode_stochastic(scaled, word, 0)
+            else:
+                codes = codec.encode(scaled, 0, HARDWARE)
+            if ROOT:
+                codes = tl.where((codes == 0) & (x > 0.0), 1, codes.to(tl.int32)).to(tl.uint8)
+            tl.store(data_ptr + index, codes, mask=inside)
+        tl.store(scale_inv_ptr + row, scale_inv, mask=rows_inside)

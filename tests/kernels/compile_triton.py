@@ -1,0 +1,76 @@
+"""Compile every Triton kernel for sm_90, with both kinds of casts, and look for fused multiply-add in the PTX."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ds_fp8.kernels.triton import adam, blocks, cast, flat, masters, states
+from ds_fp8.kernels.triton.launch import LAUNCH
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def build(kernel: Any, types: list[str], constants: dict[str, Any], *, fused: int = 0) -> None:
+    """One kernel: `types` of its arguments that are not constants, in order; `fused` multiply-adds that it spells out."""
+    given = iter(types)
+    signature = {name: "constexpr" if name in constants else next(given) for name in kernel.arg_names}
+    assert next(given, None) is None, f"{kernel.__name__}: too many types"
+    where = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    built = triton.compile(ASTSource(kernel, signature, constexprs=where), target=HOPPER, options=LAUNCH)
+    ptx = built.asm["ptx"]
+    found = ptx.count("fma.rn.f32") > 0
+    assert found == (fused > 0), (
+        f"{kernel.__name__} {constants}: fused multiply-add where none is written, or none at all"
+    )
+    assert "div.full" not in ptx, f"{kernel.__name__} {constants}: approximate division"
+    assert "sqrt.approx" not in ptx, f"{kernel.__name__} {constants}: approximate square root"
+
+
+def main() -> None:
+    for hardware in (False, True):
+        for fmt, fmax in ((0, 448.0), (1, 57344.0)):
+            same = {"FMT": fmt, "HARDWARE": hardware}
+            more = same | {"FMAX": fmax, "ROWS": flat.ROWS}
+            for stochastic in (False, True):
+                build(
+                    flat._encode_kernel,
+                    ["*fp32", "*u8", "*fp32", "i32", "i32", "i32"],
+                    more | {"STOCHASTIC": stochastic},
+                )
+            for again, out in ((True, "*u8"), (False, "*bf16")):
+                total = more | {"OUT_FMT": fmt, "WORLD": 4, "REQUANTISE": again}
+                build(flat._sum_kernel, ["*u8", "*fp32", out, "*fp32", "fp32", "i32", "i32", "i32"], total)
+            measured = same | {"MEASURE": True}
+            build(
+                cast._quantize_kernel, ["*bf16", "*fp32", "*u8", "*i32", "i32"], measured | {"ELEMENTS": cast.ELEMENTS}
+            )
+            pointers = ["*bf16", "*fp32", "*u8", "*u8", "*i32", "i32", "i32"]
+            build(cast._transpose_kernel, pointers, measured | {"TILE": cast.TILE})
+            for tiles in (False, True):
+                wanted = {"FMAX": fmax, "TILES": tiles, "PLAIN": True, "TURNED": True, "POWER_OF_TWO": True}
+                build(blocks._block_kernel, ["*bf16", "*u8", "*fp32", "*u8", "*fp32"] + ["i32"] * 6, same | wanted)
+    build(flat._decode_kernel, ["*u8", "*fp32", "*bf16", "i32"], {"FMT": 0, "ROWS": flat.ROWS})
+    data = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "e4m3": "*u8", "e4m3_expanded": "*u8"}
+    remainder = {"own": "*fp32", "fp32": "*fp32", "split32": "*i16", "split24": "*i8", "fp16": "*fp16"}
+    cases = [("bf16", name, name, "split24") for name in data]
+    cases += [(base, "e4m3", "fp16", kind) for base in ("bf16", "fp16") for kind in remainder if kind != "own"]
+    cases.append(("fp32", "e4m3", "fp16", "own"))
+    for number, (base, m, v, master) in enumerate(cases):
+        state = [data[m], "*fp32", "*u8", data[v], "*fp32", "*u8"]
+        pointers = [f"*{base}", "*bf16", *state, remainder[master], "*fp32", "*bf16", "*fp32", "*fp32"]
+        constants = {"M_FORMAT": states.FORMATS[m], "V_FORMAT": states.FORMATS[v], "V_ROOT": v not in ("fp32", "bf16")}
+        constants |= {"MASTER": masters.KINDS[master], "HALF": base == "fp16", "SCALE_TENSOR": number % 2 == 0}
+        constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True, "WEIGHT16": number % 3 == 0}
+        constants |= {"STOCHASTIC": number % 2 == 1, "ROWS": adam.ROWS, "HARDWARE": True}
+        build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 4, constants, fused=2)
+    build(cast._amax_kernel, ["*bf16", "*i32", "i32"], {"ELEMENTS": cast.ELEMENTS})
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

@@ -1,0 +1,162 @@
+"""Triton kernels in the interpreter against `numerics`, bit for bit.
+
+The interpreter's own FP8 and bf16 casts are wrong, so what is compared here is the integer arithmetic that also runs on
+the GPU; `tests/gpu/test_triton_device.py` compares the compiled kernels and the hardware casts there. Triton reads
+TRITON_INTERPRET when it is imported, so `test_triton.py` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_fp8.formats import E4M3, E5M2, Format
+from ds_fp8.kernels.triton import blocks, cast, flat, launch
+from ds_fp8.numerics import cast as reference_cast
+from ds_fp8.numerics import flat as reference
+from ds_fp8.numerics import gemm_blocks
+from ds_fp8.numerics.dtypes import torch_dtype
+from ds_fp8.numerics.random_bits import Stochastic
+
+assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
+
+FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def wide(numel: int, seed: int = 0) -> torch.Tensor:
+    """Values over 24 binades, with zeros, negative zeros and a block of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(numel, generator=generator)
+    x = x * torch.exp2(torch.randint(-12, 12, (numel,), generator=generator).float())
+    x[:128] = 0
+    x[130], x[131] = 0.0, -0.0
+    return x
+
+
+def hazards(fmt: Format) -> torch.Tensor:
+    """All bf16 values, all codes of `fmt`, the middles between them and their fp32 neighbours."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    codes = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt)).float()
+    codes = codes[codes.isfinite()].sort().values
+    middle = (codes[1:] + codes[:-1]) / 2
+    return torch.cat([every, codes, middle, middle.nextafter(codes[1:]), middle.nextafter(codes[:-1])])
+
+
+def same_codes(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Equal bits, except that a NaN may have either sign."""
+    nan = wanted.float().isnan()
+    found, wanted = found.view(torch.uint8), wanted.view(torch.uint8)
+    return bool(((found == wanted) | (nan & ((found & 0x7F) == 0x7F))).all())
+
+
+@FORMATS
+def test_every_hazardous_value_gets_the_reference_code(fmt):
+    """Ties to even, subnormals, saturation of finite and infinite values, NaN: the integer encoder is the cast."""
+    x = hazards(fmt)
+    for scale in (1.0, 3.7):
+        codes = torch.empty(x.numel(), dtype=torch_dtype(fmt))
+        amax = torch.zeros(1)
+        cast.quantize(x, torch.tensor([scale]), fmt, codes, amax)
+        assert same_codes(codes, reference_cast.quantize(x, scale, fmt))
+        assert amax.item() == float("inf")
+
+
+@FORMATS
+@DTYPES
+def test_flat_codes_scales_and_values_are_the_references(fmt, dtype):
+    """5001 elements: 39 full blocks and a short one."""
+    x = wide(5001).to(dtype)
+    codes, scale_inv = torch.empty(5001, dtype=torch.uint8), torch.empty(40)
+    flat.encode(x, fmt, codes, scale_inv)
+    wanted, wanted_scale_inv = reference.encode(x, fmt)
+    assert torch.equal(codes, wanted) and torch.equal(scale_inv, wanted_scale_inv)
+    out = torch.empty(5001, dtype=dtype)
+    flat.decode(codes, scale_inv, fmt, out)
+    assert torch.equal(out, reference.decode(codes, scale_inv, fmt, dtype=dtype))
+
+
+@FORMATS
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf")])
+def test_a_block_that_is_not_finite_is_nan_and_its_neighbours_are_not(fmt, bad):
+    """An overflow on one rank must be seen on all, and must not spread to other blocks."""
+    x = wide(512)
+    x[300] = bad
+    codes, scale_inv = torch.empty(512, dtype=torch.uint8), torch.empty(4)
+    flat.encode(x, fmt, codes, scale_inv)
+    wanted, wanted_scale_inv = reference.encode(x, fmt)
+    assert torch.equal(codes, wanted)
+    assert torch.equal(scale_inv, wanted_scale_inv) or scale_inv.isnan().tolist() == [False, False, True, False]
+    out = torch.empty(512)
+    flat.decode(codes, scale_inv, fmt, out)
+    assert out[256:384].isnan().all() and not out[:256].isnan().any() and not out[384:].isnan().any()
+
+
+@FORMATS
+def test_stochastic_codes_draw_the_references_bits(fmt):
+    """The bits are a function of (index, seed, step, stream), so all three implementations round alike."""
+    x = wide(3000)
+    for rounding in (Stochastic(7, 3, 1), Stochastic(2**31 + 5, 1, 2, first=2**31 - 1000)):
+        codes, scale_inv = torch.empty(3000, dtype=torch.uint8), torch.empty(24)
+        flat.encode(x, fmt, codes, scale_inv, rounding)
+        wanted, _ = reference.encode(x, fmt, rounding=rounding)
+        assert torch.equal(codes, wanted)
+
+
+@FORMATS
+@pytest.mark.parametrize("world", [1, 3])
+def test_sum_over_ranks_is_in_rank_order_and_unfused(fmt, world):
+    """The owner's sum: one product and one addition per rank, each rounded; then the factor; then codes again."""
+    contributions = torch.stack([wide(1000, seed) for seed in range(world)])
+    message = torch.empty(world, 2000, dtype=torch.uint8)  # rows of a longer message: strided
+    codes, scale_inv = message[:, :1000], torch.empty(world, 8)
+    for rank in range(world):
+        one, scales = reference.encode(contributions[rank], fmt)
+        codes[rank], scale_inv[rank] = one, scales
+    out = torch.empty(1000)
+    flat.sum_contributions(codes, scale_inv, fmt, 1 / 3, out)
+    assert torch.equal(out, reference.sum_contributions(codes, scale_inv, fmt, factor=1 / 3))
+    again, again_scale_inv = torch.empty(1000, dtype=torch.uint8), torch.empty(8)
+    flat.sum_and_encode(codes, scale_inv, fmt, 1 / 3, E4M3, again, again_scale_inv)
+    wanted, wanted_scale_inv = reference.sum_and_encode(codes, scale_inv, fmt, factor=1 / 3, out_fmt=E4M3)
+    assert torch.equal(again, wanted) and torch.equal(again_scale_inv, wanted_scale_inv)
+
+
+@FORMATS
+@DTYPES
+def test_one_read_gives_codes_transposed_codes_and_amax(fmt, dtype):
+    """100 x 72 is no multiple of the tile; the amax slot keeps what is larger."""
+    x = wide(7200).view(100, 72).to(dtype).clamp(-6e4, 6e4)
+    codes = torch.empty(100, 72, dtype=torch_dtype(fmt))
+    turned = torch.empty(72, 100, dtype=torch_dtype(fmt))
+    amax = torch.tensor([1.0])
+    cast.quantize_transpose(x, torch.tensor([3.7]), fmt, codes, turned, amax)
+    wanted = reference_cast.quantize(x, 3.7, fmt)
+    assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
+    assert amax.item() == reference_cast.amax(x).item()
+    slot = torch.tensor([1e30])
+    cast.raise_amax(x, slot)
+    assert slot.item() == torch.tensor(1e30).item()
+
+
+@FORMATS
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_block_scales_along_both_axes_from_one_read(fmt, power_of_two):
+    """Groups along the features for fprop, along the tokens for wgrad, tiles for the weight; edges are short."""
+    x = wide(200 * 300).view(200, 300).bfloat16()
+    x[3, :128] = float("inf")
+    x[150] *= 1e-38
+
+    def made(rows, columns, groups):
+        return torch.empty(rows, columns, dtype=torch_dtype(fmt)), torch.empty(groups)
+
+    plain, turned = made(200, 300, (200, 3)), made(300, 200, (300, 2))
+    blocks.quantize_groups(x, fmt, plain, turned, power_of_two)
+    for found, source in ((plain, x), (turned, x.t().contiguous())):
+        wanted = gemm_blocks.quantize_1x128(source, fmt, power_of_two=power_of_two)
+        assert same_codes(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    tile, tile_turned = made(200, 300, (2, 3)), torch.empty(300, 200, dtype=torch_dtype(fmt))
+    blocks.quantize_tiles(x, fmt, tile, tile_turned, power_of_two)
+    wanted = gemm_blocks.quantize_128x128(x, fmt, power_of_two=power_of_two)
+    assert same_codes(tile[0], wanted[0]) and torch.equal(tile[1], wanted[1])
+    assert same_codes(tile_turned, wanted[0].t().contiguous())

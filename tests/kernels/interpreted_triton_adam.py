@@ -1,0 +1,120 @@
+"""The fused Triton step of Adam, interpreted, against `reference_step`, bit for bit: every state, master and gradient.
+
+Run by `test_triton.py` with TRITON_INTERPRET=1. Three steps with changing gradients, 1000 elements (a short last block),
+so that states decode, change and encode again; zeros, a tiny and a huge block among them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
+from ds_fp8.kernels.triton import adam, launch
+from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
+from ds_fp8.numerics import masters, states
+
+assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
+
+NUMEL = 1000
+
+
+def gradient(seed: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(NUMEL, generator=generator) * 1e-3
+    grad[:128] = 0
+    grad[128:256] *= 1e-7
+    grad[256:384] *= 1e4
+    return grad.to(dtype)
+
+
+def make_step(dtype: torch.dtype, m: str, v: str, master: str, **changes: Any) -> AdamStep:
+    generator = torch.Generator().manual_seed(1)
+    param = (torch.randn(NUMEL, generator=generator) * 0.02).to(dtype)
+    arguments: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    arguments |= {"decoupled": True, "step": 1, "grad_scale": 0.7, "seed": 11} | changes
+    return AdamStep(
+        param=param,
+        grad=torch.zeros(NUMEL),
+        exp_avg=states.new_state(m, NUMEL, "cpu"),
+        exp_avg_sq=states.new_state(v, NUMEL, "cpu"),
+        master=masters.new_master(master, param),
+        **arguments,
+    )
+
+
+def compare(step: AdamStep, grad_dtype: torch.dtype = torch.bfloat16, steps: int = 3) -> None:
+    """`steps` steps by the kernel and by the reference; every tensor must have the same bits."""
+    twin = copy.deepcopy(step)
+    for number in range(1, steps + 1):
+        for one in (step, twin):
+            one.step, one.grad = number, gradient(number, grad_dtype)
+        adam.adam_step(step)
+        reference_step(twin)
+        for position, (found, wanted) in enumerate(zip(step.tensors(), twin.tensors(), strict=True)):
+            same = found.contiguous().view(torch.uint8) == wanted.contiguous().view(torch.uint8)
+            assert same.all(), f"step {number}, tensor {position} ({found.dtype}): {int((~same).sum())} bytes differ"
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", STATE_FORMATS)
+def test_every_state_format(name, rounding):
+    """Both moments in each format, over a split24 bf16 master."""
+    compare(make_step(torch.bfloat16, name, name, "split24", rounding=rounding))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("master", MASTER_FORMATS)
+def test_every_master_format(master, dtype, rounding):
+    """Every master on every base; an fp32 parameter is its own master."""
+    compare(make_step(dtype, "e4m3", "fp16", master, rounding=rounding), steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_gradient_dtype(dtype):
+    compare(make_step(torch.bfloat16, "e4m3", "fp16", "split32"), dtype, steps=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoupled": False},
+        {"weight_decay": 0.0},
+        {"beta1": 0.4},
+        {"bias_correction": False},
+        {"grad_scale": torch.tensor(0.3)},
+    ],
+    ids=["L2", "no decay", "beta1 below half", "no bias correction", "grad_scale on the device"],
+)
+def test_every_variant_of_the_update(changes):
+    compare(make_step(torch.bfloat16, "fp32", "fp32", "split32", **changes))
+
+
+def test_an_infinite_gradient_spoils_its_block_alone():
+    """It decodes to NaN, where a check can find it, and the other blocks go on."""
+    step = make_step(torch.bfloat16, "e4m3", "fp16", "split24")
+    twin = copy.deepcopy(step)
+    for one in (step, twin):
+        one.grad = gradient(1, torch.float32)
+        one.grad[700] = float("inf")
+    adam.adam_step(step)
+    reference_step(twin)
+    assert torch.equal(step.exp_avg.data, twin.exp_avg.data)
+    assert torch.equal(step.exp_avg.scale_inv.isnan(), twin.exp_avg.scale_inv.isnan())
+    assert torch.equal(step.param.isnan(), twin.param.isnan())
+
+
+@pytest.mark.parametrize("weight16", [None, torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_written_in_the_same_call(weight16):
+    """A 16-bit weight from the new master, and FP8 codes with amaxes for two segments of the partition."""
+    step = make_step(torch.float32 if weight16 else torch.bfloat16, "e4m3", "e4m3", "split24")
+    if weight16 is not None:
+        step.weight16 = torch.zeros(NUMEL, dtype=weight16)
+    step.weight_codes = WeightCodes(
+        torch.zeros(NUMEL, dtype=torch.uint8), ((0, 300), (500, NUMEL)), torch.tensor([1000.0, 4000.0]), torch.ones(2)
+    )
+    compare(step, steps=2)
