@@ -63,6 +63,8 @@ class AdamStep:
     grad_scale     multiplies the gradient in fp32: unscale and clip; a float, or a 0-d fp32 tensor on the same device
     rounding       `nearest` | `stochastic`, for the codes of states and master (never for fp32, split32 and weights)
     seed           of the stochastic rounding, with `step` and the element's number its whole state
+    torch_sqrt     True: the very square root of torch.optim.Adam, see numerics/adam.py; PyTorch does such a step on a CPU
+                   where the two differ
     weight16       optional bf16 or fp16 [n], written: RNE of the new master (for an fp32 `param`)
     weight_codes   optional WeightCodes, written from weight16 if given, else from param
 
@@ -85,6 +87,7 @@ class AdamStep:
     grad_scale: float | torch.Tensor = 1.0
     rounding: str = "nearest"
     seed: int = 0
+    torch_sqrt: bool = False
     weight16: torch.Tensor | None = None
     weight_codes: WeightCodes | None = None
 
@@ -135,7 +138,7 @@ def _step_piece(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> 
     grad = step.grad[start:stop].float() * step.grad_scale
     weight = masters.read(master, param)
     m, v = states.read_moments(exp_avg, exp_avg_sq)
-    root = update(weight, grad, m, v, scalars)
+    root = update(weight, grad, m, v, scalars, torch_sqrt=step.torch_sqrt)
 
     states.write(exp_avg, m, step.source(EXP_AVG_STREAM, start))
     if exp_avg_sq.format in ROOT_FORMATS:

@@ -13,7 +13,8 @@ an object with a string `path` and (some of) these functions, which compute the 
 
 A function that it lacks, or that returns NotImplemented for these dtypes or strides, is done by PyTorch: same bits.
 Arguments are passed by position, with no default left out. On the CPU tensors must be contiguous (rows of `codes` and
-`scale_inv` in the sums may be strided); otherwise PyTorch takes them.
+`scale_inv` in the sums may be strided); otherwise PyTorch takes them. An Adam step with `torch_sqrt` on a CPU whose torch has
+a square root of its own goes to PyTorch, unless the fast path says `has_torch_sqrt`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from .. import numerics
 from ..formats import Format
 from ..numerics import flat
+from ..numerics.adam import torch_sqrt_is_ieee
 from ..numerics.random_bits import Stochastic
 from .adam import AdamStep, reference_step
 
@@ -172,9 +174,17 @@ def adam_step(step: AdamStep) -> None:
     """One pass of Adam over a flat partition; see kernels.adam."""
     if step.param.numel() == 0:
         return
-    is_dense = all(tensor.is_contiguous() for tensor in step.tensors())
-    if not is_dense or _call("adam_step", step.param.device, step) is NotImplemented:
+    if not _is_fast(step) or _call("adam_step", step.param.device, step) is NotImplemented:
         reference_step(step)
+
+
+def _is_fast(step: AdamStep) -> bool:
+    """Whether a fast path may take the step."""
+    if not all(tensor.is_contiguous() for tensor in step.tensors()):
+        return False
+    if step.param.device.type != "cpu" or not step.torch_sqrt or torch_sqrt_is_ieee():
+        return True
+    return getattr(library_for("cpu"), "has_torch_sqrt", False)
 
 
 def _rows_contiguous(*tensors: torch.Tensor) -> bool:

@@ -23,8 +23,8 @@ The fma's are what torch 2.13 does on an AVX2 or AVX-512 CPU, in vectors and tai
 here torch's own operators are called, so that this file is torch wherever it runs. Two operators differ by place:
 
 - torch's CPU builds take sqrt from MKL, which is wrong in the last bit for a fifth of all numbers on some processors
-  (seen with torch 2.13 on an AMD EPYC; torch's own fused Adam uses the processor's sqrt). A step whose promise is
-  equality with torch.optim.Adam, states in fp32 and a master that is fp32, takes torch's; every other step takes the
+  (seen with torch 2.13 on an AMD EPYC; torch's own fused Adam uses the processor's sqrt). An optimizer that promises
+  equality with torch.optim.Adam, states in fp32 and a master that is fp32, asks for torch's; every other step takes the
   correctly rounded one, which is the same in C++ and Triton. `torch_sqrt_is_ieee` tells whether there is a difference.
 - torch on CUDA multiplies by the reciprocal of bias_correction2_sqrt: there results differ in the last bit.
 

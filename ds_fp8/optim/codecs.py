@@ -17,6 +17,7 @@ import torch
 from ..formats import BLOCK_SIZE
 from ..kernels.adam import PIECE_NUMEL
 from ..numerics import states
+from ..numerics.adam import ieee_sqrt
 from ..numerics.states import ROOT_FORMATS, StateCodes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,7 +65,7 @@ def import_moment(state: dict[str, Any], moment: str, fmt: str, values: torch.Te
     for first, last in pieces(0, codes.data.numel()):
         piece = values[first:last].detach().to(codes.data.device, torch.float32)
         if moment == "exp_avg_sq" and fmt in ROOT_FORMATS:
-            states.write_root(codes.piece(first, last), piece.sqrt())
+            states.write_root(codes.piece(first, last), ieee_sqrt(piece))
         else:
             states.write(codes.piece(first, last), piece)
 

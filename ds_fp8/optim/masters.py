@@ -15,6 +15,9 @@ from ..numerics import masters
 from ..numerics.masters import OWN, MasterCodes
 from .codecs import pieces
 
+EXACT_FORMATS = frozenset({OWN, "fp32", "split32"})
+"""Masters that are fp32 (with an fp16 parameter split32 is, from 2^-16 up)."""
+
 
 def format_for(fmt: str, param: torch.Tensor) -> str:
     """The format that `param` really has: an fp32 parameter is its own master."""

@@ -129,12 +129,18 @@ class ScaledAdam(torch.optim.Optimizer):
                 step=state["step"],
                 grad_scale=self.grad_scale,
                 rounding=self.level.rounding,
+                torch_sqrt=self._promises_torch(flat),
                 seed=mix(self.seed + mix(state["partition"])),
                 **options,
             )
         )
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
+
+    def _promises_torch(self, flat: torch.Tensor) -> bool:
+        """States and master are fp32 to the last bit: then the step equals torch.optim.Adam's, to the last bit."""
+        exact_states = self.level.exp_avg == self.level.exp_avg_sq == "fp32"
+        return exact_states and masters.format_for(self.level.master, flat) in masters.EXACT_FORMATS
 
     def state_of(self, param: torch.Tensor) -> dict[str, Any]:
         """The state of `param`, made (zero moments, master equal to the parameter) if there is none yet."""
