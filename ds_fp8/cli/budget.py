@@ -78,7 +78,7 @@ def sent_bytes(level: Level, stage: int, job: Job) -> tuple[float, float]:
     share = job.params * (job.world_size - 1) / job.world_size
     micro = job.gas if stage >= 2 else 1  # stages 0 and 1 reduce at the boundary only
     if level.gradient_wire == "none":
-        gradient = job.base_bytes * (1 if stage == 3 else 2)
+        gradient = job.base_bytes * (1.0 if stage == 3 else 2.0)
     else:
         gradient = CODE_BYTES * (2 if stage == 0 else 1)
     weight = (1 if level.weight_wire != "none" else job.base_bytes) * {0: 0, 1: 1, 2: 1, 3: 2 * job.gas}[stage]

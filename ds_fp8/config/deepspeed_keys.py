@@ -85,13 +85,10 @@ def _contradictions(data: dict[str, Any]) -> Iterator[tuple[Path, str]]:
             ("train_batch_size",),
             "neither train_batch_size nor train_micro_batch_size_per_gpu is set; DeepSpeed needs one of them",
         )
-    micro, total, steps = (
-        data.get(key) for key in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-    )
-    if all(isinstance(number, int) and number > 0 for number in (micro, total, steps)) and total % (micro * steps):
-        yield (
-            ("train_batch_size",),
-            (
-                f"{total} is not a multiple of {micro} x {steps} (train_micro_batch_size_per_gpu x gradient_accumulation_steps)"
-            ),
-        )
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    numbers: list[Any] = [data.get(name) for name in names]
+    if all(isinstance(number, int) and number > 0 for number in numbers):
+        micro, steps, total = numbers
+        if total % (micro * steps):
+            message = f"{total} is not a multiple of {micro} x {steps} ({names[0]} x {names[1]})"
+            yield ("train_batch_size",), message

@@ -116,8 +116,9 @@ class _Scanner:
             if self.text[self.at] == "]":
                 self.at += 1
                 return
-            self.found.keys[(*path, index)] = self.place()
-            self.read_value((*path, index))
+            item = (*path, index)
+            self.found.keys[item] = self.place()
+            self.read_value(item)
             index += 1
 
     def skip_blank(self, commas: bool = False) -> None:

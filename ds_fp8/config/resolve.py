@@ -54,7 +54,8 @@ def explicit_keys(given: dict[str, Any]) -> frozenset[str]:
 
 def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = ()) -> Settings:
     """Build the typed view. `data` has passed the schema and the rules."""
-    fp8_given, msamp_given = data.get("fp8"), data.get("msamp")
+    fp8_given: Any = data.get("fp8")
+    msamp_given: Any = data.get("msamp")
     msamp = _msamp(msamp_given) if is_enabled(msamp_given) else MsampSettings()
     told = list(notes)
     if is_enabled(fp8_given):

@@ -211,7 +211,10 @@ def _kind(value: Any) -> str:
         return "a number"
     if value is None:
         return "null"
-    return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+    for kind, name in ((str, "text"), (list, "a list"), (dict, "an object")):
+        if isinstance(value, kind):
+            return name
+    return f"a {type(value).__name__}"
 
 
 def _unquote(value: Any, schema: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 
 def run(code: str) -> str:
@@ -26,13 +26,17 @@ def test_a_plain_job_does_not_even_import_jsonschema():
     assert run(code) == "False"
 
 
-def test_the_whole_command_answers_in_half_a_second(tmp_path):
-    """The best of five on a busy machine; benchmarks/bench_check.py has the figures of a quiet one."""
+def test_the_whole_command_takes_less_than_half_a_second(tmp_path):
+    """Processor time, start of Python included: a busy machine does not stretch it as it stretches the clock.
+
+    benchmarks/bench_check.py has the clock: 0.18 s on a quiet machine.
+    """
     file = tmp_path / "ds.json"
     file.write_text('{"train_batch_size": 1, "fp8": {"enabled": true}, "msamp": {"enabled": true, "opt_level": "O2"}}')
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "ds_fp8.cli.main", "check", str(file)], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert min(seconds) < 0.5, seconds

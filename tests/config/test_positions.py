@@ -22,7 +22,7 @@ def paths(value, path=()):
     "text",
     [
         '{"a": 1, "b": {"c": [1, {"d": 2}]}}',
-        '{a: 1 # c\n b: 5e8, c:true, d: tru\n e: "x",}',
+        '{a: 1 # c\n b: 5e8, c:true, d: trueish\n e: "x",}',
         "a: 1\nb: [1,2\n3]",
         "{a: '''x\n y: 1''', b: 2}",
         "{'a b': 'x', \"c\": -0.5e-3 // y: 1\n d: null /* z: 2 */ e: false}",
