@@ -182,7 +182,9 @@ def set_codes(weight: OwnedWeight, codes: Tensor, scale_inv: Tensor) -> None:
 
 
 def drop_codes(weight: OwnedWeight) -> None:
-    weight.layer.weight_codes = None
+    # Setting it makes the layer forget what it cached itself, so only when there is something to drop.
+    if weight.layer.weight_codes is not None:
+        weight.layer.weight_codes = None
 
 
 def stand_in(like: Tensor, shape: Sequence[int]) -> Tensor:

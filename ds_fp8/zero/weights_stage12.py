@@ -168,18 +168,28 @@ class WeightsStage12:
         module = engine.module
         module.register_forward_pre_hook(lambda root, args: self._fp8_before_forward(root), prepend=True)
         module.register_state_dict_pre_hook(lambda *args: self.fp8_restore_weights())
-        for name in ("save_checkpoint", "load_checkpoint", "save_16bit_model"):
-            setattr(engine, name, self._fp8_with_weights(getattr(engine, name)))
+        module.register_load_state_dict_pre_hook(lambda *args: self.fp8_weights_replaced())
+        for name in ("save_checkpoint", "save_16bit_model", "load_checkpoint"):
+            setattr(engine, name, self._fp8_with_weights(getattr(engine, name), name == "load_checkpoint"))
 
-    def _fp8_with_weights(self: Any, method: Any) -> Any:
+    def _fp8_with_weights(self: Any, method: Any, is_load: bool) -> Any:
         """DeepSpeed's savers call state_dict() on some ranks only: gather before, on all of them."""
 
         @functools.wraps(method)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self.fp8_high_precision_weights():
-                return method(*args, **kwargs)
+                result = method(*args, **kwargs)
+                if is_load:
+                    self.fp8_weights_replaced()
+                return result
 
         return wrapped
+
+    def fp8_weights_replaced(self: Any) -> None:
+        """Weights are written from outside: 16-bit ones everywhere, and no codes until the next step."""
+        for store in self.fp8_stores:
+            store.forget_codes()
+        self.fp8_restore_weights()
 
     @contextmanager
     def fp8_high_precision_weights(self: Any) -> Iterator[None]:
@@ -251,14 +261,9 @@ class WeightsStage12:
 
     def update_lp_params(self: Any) -> None:
         """New masters (a load, a setter): 16-bit weights of all ranks again, and no codes until the next step."""
-        for index, store in enumerate(self.fp8_stores):
-            store.forget_codes()
-            if store.is_released:
-                store.restore(self._fp8_own16(index))
+        self.fp8_weights_replaced()
         super().update_lp_params()
 
     def _restore_from_bit16_weights(self: Any) -> None:
-        for store in self.fp8_stores:
-            store.forget_codes()
-        self.fp8_restore_weights()
+        self.fp8_weights_replaced()
         super()._restore_from_bit16_weights()

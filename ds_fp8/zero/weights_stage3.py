@@ -11,6 +11,7 @@ layers cast for themselves: the same codes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,10 +103,22 @@ class WeightsStage3:
         device = torch.device(get_accelerator().current_device_name())
         self.fp8_casters = [WeightCaster(of_group, book, plan, group, device) for group, of_group in by_group.items()]
         self.fp8_root = engine.module
+        for name in ("load_checkpoint", "load_module_state_dict"):
+            setattr(engine, name, self._fp8_forgetting(getattr(engine, name)))
         for param in engine.module.parameters():
             param.all_gather_coalesced = self._fp8_gather_instead(param.all_gather_coalesced)
             param.all_gather = self._fp8_bring_16bit(param, param.all_gather)
             param.partition = self._fp8_partition_instead(param, param.partition)
+
+    def _fp8_forgetting(self: Any, method: Any) -> Any:
+        """A load replaces the weights that the codes stand for: 16-bit gathers until the next step."""
+
+        @functools.wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.fp8_codes_fresh = False
+            return method(*args, **kwargs)
+
+        return wrapped
 
     def _fp8_wants_codes(self: Any) -> bool:
         return self.fp8_codes_fresh and (self.fp8_root.training or self.fp8_weight_plan.fp8.eval)
@@ -177,4 +190,6 @@ class WeightsStage3:
     def fp8_weights_changed(self: Any) -> None:
         """New masters (a load, a setter): gathers are 16-bit until the next step."""
         self.fp8_codes_fresh = False
-        super().fp8_weights_changed()
+        changed = getattr(super(), "fp8_weights_changed", None)
+        if changed is not None:
+            changed()

@@ -1,0 +1,104 @@
+"""Small jobs for O3: the same model trained with weights gathered in 16 bits and as codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, MsampSettings, Settings
+from ds_fp8.layers import swap_layers
+from ds_fp8.levels import LEVELS
+from ds_fp8.plan import make_plan
+from ds_fp8.recipe import Recipe
+from ds_fp8.zero import wire
+
+WIDTHS = (32, 144, 48)
+
+
+class Mixed(nn.Module):
+    """FP8 weights between parameters that no FP8 layer owns, so that every partition holds some of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(21, WIDTHS[0])
+        self.up = nn.Linear(WIDTHS[0], WIDTHS[1])
+        self.norm = nn.LayerNorm(WIDTHS[1])
+        self.down = nn.Linear(WIDTHS[1], WIDTHS[2], bias=False)
+        self.head = nn.Linear(WIDTHS[2], 7)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.down(self.norm(torch.relu(self.up(self.table(tokens)))))))
+
+
+def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(0, 21, (4, 16), generator=generator), torch.randint(0, 7, (4, 16), generator=generator)
+
+
+def start(
+    stage: int,
+    level: str,
+    *,
+    gas: int = 1,
+    kind: str = "delayed",
+    evaluates: bool = False,
+    start_step: int = 0,
+    **zero: Any,
+) -> tuple[Any, Any]:
+    """An engine whose layers and wire are those of `level`; its optimizer states stay DeepSpeed's."""
+    torch.manual_seed(0)
+    model = Mixed()
+    settings = Settings(
+        fp8=Fp8Settings(enabled=True, backend="torch", recipe=Recipe(kind=kind), eval=evaluates, start_step=start_step),
+        msamp=MsampSettings(enabled=True, level=LEVELS[level]),
+        deepspeed=DeepSpeedFacts(zero_stage=stage, base_dtype="bf16", optimizer="AdamW"),
+    )
+    plan = make_plan(model, settings, device=torch.device("cpu"), world_size=dist.get_world_size())
+    book = swap_layers(model, plan)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": gas,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100, **zero},
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    optimizer = engine.optimizer
+    kinds = (*wire.mixins(optimizer, plan), type(optimizer))
+    optimizer.__class__ = type("Fp8" + kinds[-1].__name__, kinds, {})
+    wire.attach(engine, optimizer, plan, book)
+    return engine, book
+
+
+def forward_loss(engine: Any, step: int) -> torch.Tensor:
+    tokens, targets = batch(step, dist.get_rank())
+    return torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), targets.flatten())
+
+
+def take_steps(engine: Any, book: Any, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        for micro in range(engine.gradient_accumulation_steps()):
+            loss = forward_loss(engine, 10 * step + micro)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        book.weights_changed()
+    return losses
+
+
+def full_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Every parameter in 16 bits, as an export would write it."""
+    if engine.zero_optimization_stage() < 3:
+        return {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+    found = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            found[name] = param.detach().clone()
+    return found
