@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import contract
+from .contract import SECTIONS
 from .suggest import edit_distance, level_spelling
 
 OURS_MISSPELT = {
@@ -26,12 +26,12 @@ FOREIGN = frozenset({"$schema", "$comment", "comment", "description"})
 """Keys that are no setting of anyone."""
 
 
-def meant_section(key: str, known: frozenset[str]) -> str | None:
+def meant_section(key: str, known: frozenset[str] = frozenset()) -> str | None:
     """Our section that `key` was meant to be, or None. DeepSpeed's own keys (`fp16`, `bf16`) are never meant so."""
-    if key in contract.SECTIONS or key in known:
+    if key in SECTIONS or key in known:
         return None
     levelled = level_spelling(key)
-    if levelled in contract.SECTIONS:
+    if levelled in SECTIONS:
         return levelled
     if levelled in OURS_MISSPELT:
         return OURS_MISSPELT[levelled]
@@ -60,9 +60,9 @@ def judge(data: dict[str, Any], known: frozenset[str], asked: bool = False) -> I
     Without a section of ours, and unless somebody has asked, only a misspelt section of ours is told: a plain DeepSpeed
     job is none of our business.
     """
-    ours = asked or any(section in data for section in contract.SECTIONS)
+    ours = asked or any(section in data for section in SECTIONS)
     for key in data:
-        if not isinstance(key, str) or key in known or key in contract.SECTIONS or key in FOREIGN:
+        if not isinstance(key, str) or key in known or key in SECTIONS or key in FOREIGN:
             continue
         if section := meant_section(key, known):
             yield (

@@ -8,13 +8,10 @@ unknown key at the top in silence, which is how FP8 jobs come to train in bf16.
 from __future__ import annotations
 
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("fp8", "msamp")
-OTHERS = frozenset({"fp16", "bf16", "amp", "fp6", "fp32"})
-"""Names of DeepSpeed, or of other plans, that are close to ours and are not ours."""
+from ..config.sections import SECTIONS, meant_section
 
 
 def sections_of(config: Any) -> list[str]:
@@ -25,12 +22,7 @@ def sections_of(config: Any) -> list[str]:
 
 
 def _is_ours(key: str) -> bool:
-    plain = "".join(filter(str.isalnum, key)).lower()
-    if plain in SECTIONS:
-        return True
-    if plain in OTHERS or not 2 < len(plain) < 8:
-        return False
-    return bool(get_close_matches(plain, SECTIONS, n=1, cutoff=0.85))
+    return key in SECTIONS or meant_section(key) is not None
 
 
 def source_name(arguments: list[str] | None = None) -> str:
