@@ -62,7 +62,7 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     columns = weight_shape(weight)[1]
     if input.dim() == 0 or input.shape[-1] != columns:
         raise BackendError(f"{call.page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}.")
-    rows = input.reshape(-1, columns).to(dtype)
+    rows = input.reshape(-1, columns).to(dtype).contiguous()
     with torch.autocast(device, enabled=False):
         output = LinearProducts.apply(rows, weight, bias, call, torch.is_grad_enabled())
     return output.view(*input.shape[:-1], output.shape[-1])

@@ -44,12 +44,13 @@ def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | N
     inside = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     left, right = a.decode(inside), b.decode(inside).t()
     factor = a.scale_inv * b.scale_inv if a.extent == b.extent == TENSOR else None
-    if left.device.type == "cpu":
-        # bias + factor * sum in fp32, rounded to `inside` once (tests/layers/test_gemm.py).
+    if inside == torch.bfloat16 and left.device.type == "cpu":
+        # bias + factor * sum in fp32, rounded to bf16 once (tests/layers/test_gemm.py). Not for fp32: MKL's sgemm drops
+        # an alpha of NaN, which says here that the operand was not finite.
         alpha = 1.0 if factor is None else float(factor)
         if bias is None:
-            return torch.addmm(left.new_empty(right.shape[1]), left, right, beta=0, alpha=alpha).to(dtype)
-        return torch.addmm(bias.to(inside), left, right, alpha=alpha).to(dtype)
+            return torch.addmm(left.new_empty(right.shape[1]), left, right, beta=0, alpha=alpha)
+        return torch.addmm(bias.to(inside), left, right, alpha=alpha)
     out = left @ right
     if factor is not None:
         out = out.mul_(factor)

@@ -10,16 +10,15 @@ so an operand that is used both ways (input in fprop and wgrad) is cast twice, e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..formats import E4M3, E5M2, Format
-from ..numerics.cast import amax as amax_of
-from ..numerics.cast import dequantize, quantize
-from ..numerics.dtypes import torch_dtype
-from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128, quantize_1x128, quantize_128x128
+from ..formats import Format
+from ..kernels import amax as amax_of
+from ..kernels import dequantize, quantize, quantize_1x128, quantize_128x128
+from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
 from ..numerics.scaling import scale_from_amax, scale_inv_of
 
 if TYPE_CHECKING:
@@ -34,33 +33,40 @@ class Operand:
     """`data` [rows, columns] float8; what it stands for is data * scale_inv.
 
     scale_inv  0-d fp32 (TENSOR), [rows, columns / 128] (GROUPS) or [rows / 128, columns / 128] (TILES), rounded up
+    scale      what was multiplied on the way in, where it was known beforehand (delayed)
+    amax       0-d fp32, where it was measured
     """
 
     data: torch.Tensor
     scale_inv: torch.Tensor
     extent: str = TENSOR
+    scale: torch.Tensor | None = None
+    amax: torch.Tensor | None = None
 
     def t(self) -> Operand:
         """The transposed operand, as views. 1x128 groups do not transpose: such an operand is cast again."""
         assert self.extent != GROUPS, "1x128 groups lie along one axis"
-        return Operand(self.data.t(), self.scale_inv.t() if self.extent == TILES else self.scale_inv, self.extent)
+        scale_inv = self.scale_inv.t() if self.extent == TILES else self.scale_inv
+        return replace(self, data=self.data.t(), scale_inv=scale_inv)
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         """The bare codes in `dtype` for TENSOR (exact in bf16 and fp32), else codes times their block's scale_inv."""
         if self.extent == TENSOR:
-            return dequantize(self.data, 1.0, dtype)
+            return self._inflate(1.0, dtype)
         inflate = dequantize_1x128 if self.extent == GROUPS else dequantize_128x128
         return inflate(self.data, self.scale_inv, dtype)
 
-    def to_dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """What the operand stands for, rounded once to `dtype`."""
-        return dequantize(self.data, self.scale_inv, dtype) if self.extent == TENSOR else self.decode(dtype)
+    def _inflate(self, factor: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
+        """Transposed views are decoded as they lie in memory, and transposed again: fast paths want dense codes."""
+        if self.data.is_contiguous():
+            return dequantize(self.data, factor, dtype)
+        return dequantize(self.data.t().contiguous(), factor, dtype).t()
 
 
 def cast(x: torch.Tensor, call: Call, column: int) -> Operand:
     """Cast an input or grad_output `x` [rows, columns] for a product that sums over its columns.
 
-    Under delayed scaling the amax is recorded if the call records; `cast_transposed` then must not do so again.
+    Under delayed scaling the amax is recorded if it counts; `cast_transposed` then must not do so again.
     """
     fmt = call.format_of(column)
     kind = call.recipe.kind
@@ -68,10 +74,11 @@ def cast(x: torch.Tensor, call: Call, column: int) -> Operand:
         return Operand(*quantize_1x128(x, fmt), GROUPS)
     if kind == "current":
         return _cast_current(x, fmt)
-    if call.records:
-        call.record(column, amax_of(x))
+    amax = amax_of(x) if call.records_column(column) else None
+    if amax is not None:
+        call.record(column, amax)
     scale, scale_inv = call.scale(column)
-    return Operand(quantize(x, scale, fmt), scale_inv)
+    return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale, amax)
 
 
 def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: int) -> Operand:
@@ -79,7 +86,7 @@ def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: 
     if codes is not None and codes.extent == TENSOR:
         return codes.t()
     if call.recipe.kind == "block":
-        return Operand(*quantize_1x128(x.t(), call.format_of(column)), GROUPS)
+        return Operand(*quantize_1x128(x.t().contiguous(), call.format_of(column)), GROUPS)
     return cast(x, call, column).t()
 
 
@@ -96,36 +103,35 @@ def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
             page.staged_weight_amax = None
         return Operand(*page.weight_codes, TILES if call.recipe.kind == "block" else TENSOR)
     if not call.caches_weight:
-        operand, _ = _cast_weight_now(weight, call, record=call.records)
-        return operand
+        return _cast_weight_now(weight, call)
     sharded = is_sharded(weight)
     key = (page.book.weights_version, -1 if sharded else weight._version, -1 if sharded else weight.data_ptr())
     if page.cached_key == key:
         if page.cached_weight is not None:
             return page.cached_weight
-        if call.recipe.is_delayed:
-            assert page.cached_scale is not None, "a cached key without codes has a scale"
-            return cast_weight_with(weight, page.cached_scale, call)
-    operand, scale = _cast_weight_now(weight, call, record=call.records)
-    if call.records or not call.recipe.is_delayed:
-        # A forward that does not record (eval) must not rob the next one of recording this weight's amax.
-        page.cached_key, page.cached_scale = key, scale
+        return recast_weight(weight, page.cached_scale, call)
+    operand = _cast_weight_now(weight, call)
+    if (call.records or not call.recipe.is_delayed) and not torch.is_inference_mode_enabled():
+        # A forward that does not record (eval) must not rob the next one of recording this weight's amax; and what was
+        # made in inference mode cannot be kept for a backward.
+        page.cached_key, page.cached_scale = key, scale_of(operand)
         page.cached_weight = None if sharded else operand
     return operand
 
 
-def cast_weight_with(weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor], call: Call) -> Operand:
-    """The weight as codes of a known (scale, scale_inv): what ZeRO-3 makes again in the backward."""
-    return Operand(quantize(weight.detach(), scale[0], call.recipe.forward_format), scale[1])
+def scale_of(operand: Operand) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(scale, scale_inv) with which the same codes can be made again; None where they follow from the tensor itself."""
+    return None if operand.scale is None else (operand.scale, operand.scale_inv)
 
 
 def recast_weight(weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor] | None, call: Call) -> Operand:
-    """The codes of the forward, made again from a weight that was gathered anew."""
+    """The codes of an earlier cast, made again from a weight that was gathered anew; see `scale_of`."""
+    weight, fmt = weight.detach(), call.recipe.forward_format
     if scale is not None:
-        return cast_weight_with(weight, scale, call)
+        return Operand(quantize(weight, scale[0], fmt), scale[1], TENSOR, scale[0])
     if call.recipe.kind == "block":
-        return Operand(*quantize_128x128(weight.detach(), call.recipe.forward_format), TILES)
-    return _cast_current(weight.detach(), call.recipe.forward_format)
+        return Operand(*quantize_128x128(weight, fmt), TILES)
+    return _cast_current(weight, fmt)
 
 
 def is_sharded(weight: torch.Tensor) -> bool:
@@ -133,22 +139,21 @@ def is_sharded(weight: torch.Tensor) -> bool:
     return hasattr(weight, "ds_id")
 
 
-def _cast_weight_now(
-    weight: torch.Tensor, call: Call, *, record: bool
-) -> tuple[Operand, tuple[torch.Tensor, torch.Tensor] | None]:
-    weight = weight.detach()
+def measure(x: torch.Tensor, operand: Operand | None) -> torch.Tensor:
+    """The amax of `x`, taken from its operand where that measured it already."""
+    return amax_of(x) if operand is None or operand.amax is None else operand.amax
+
+
+def _cast_weight_now(weight: torch.Tensor, call: Call) -> Operand:
     if not call.recipe.is_delayed:
-        return recast_weight(weight, None, call), None
+        return recast_weight(weight, None, call)
     column = call.page.weight_column
-    if record:
-        call.record(column, amax_of(weight))
-    scale = call.scale(column)
-    return cast_weight_with(weight, scale, call), scale
+    if call.records:
+        call.record(column, amax_of(weight.detach()))
+    return recast_weight(weight, call.scale(column), call)
 
 
 def _cast_current(x: torch.Tensor, fmt: Format) -> Operand:
-    scale = scale_from_amax(amax_of(x), fmt)
-    return Operand(quantize(x, scale, fmt), scale_inv_of(scale))
-
-
-FP8_DTYPES = (torch_dtype(E4M3), torch_dtype(E5M2))
+    amax = amax_of(x)
+    scale = scale_from_amax(amax, fmt)
+    return Operand(quantize(x, scale, fmt), scale_inv_of(scale), amax=amax)

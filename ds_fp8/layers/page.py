@@ -76,7 +76,8 @@ class Call:
     """One forward of one layer, and its backward.
 
     region   scales to cast with; None unless the scaling is delayed
-    records  amaxes count
+    records  amaxes of input and weight count: not in a recompute. That of grad_output counts in a recompute too, whose
+             graph is the one that reentrant checkpointing differentiates (`records_gradient`).
     warming  before `start_step`: compute in high precision, record all the same
     """
 
@@ -102,6 +103,13 @@ class Call:
         """(scale, scale_inv), 0-d fp32, frozen since the region opened."""
         assert self.region is not None, "only delayed scaling knows a scale before the tensor"
         return self.region.scale[column], self.region.scale_inv[column]
+
+    @property
+    def records_gradient(self) -> bool:
+        return self.region is not None and self.region.records
+
+    def records_column(self, column: int) -> bool:
+        return self.records_gradient if column == self.page.grad_output_column else self.records
 
     def record(self, column: int, amax: torch.Tensor) -> None:
         assert self.region is not None, "only delayed scaling records"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import amax as amax_of
 from ..recipe import HighPrecision
 from .page import Call, Page
 
@@ -27,7 +28,8 @@ class PageState:
         self.scaling = scaling
         self._call: Call | None = None
         self._training = True
-        self._quantized_version = -1
+        self._quantized: tuple[int, ...] | None = None
+        self._records = False
 
     @property
     def high(self) -> HighPrecision:
@@ -40,14 +42,32 @@ class PageState:
         return book.steps >= book.plan.start_step and (training or book.plan.eval)
 
     def begin(self) -> bool:
-        """Enter the region of this call; whether it records its amaxes."""
+        """Enter the region of this call; whether its input and weight record their amaxes."""
         self._call = self.page.call(training=self._training, device=self.weight.device)
         call = self._call
-        if call is None or call.region is None or not call.records:
+        self._records = call is not None and call.records
+        if call is None or call.region is None:
             return False
-        # The casts write into the slots by themselves, in the backward too: expect both.
-        self.page.book.expect(call.region, backward=torch.is_grad_enabled())
-        return True
+        # The casts write into the slots by themselves, in the backward too: the book is told what to expect.
+        backward = call.records_gradient and torch.is_grad_enabled()
+        self.page.book.expect(call.region, forward=call.records, backward=backward)
+        return call.records
+
+    def records_backward(self) -> bool:
+        """Whether the amax of grad_output counts: after a recompute too, whose graph may be the one differentiated."""
+        return self._call is not None and self._call.records_gradient
+
+    def observe(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Before `start_step`: record the amaxes of a call in high precision; returns `output`."""
+        call = self.page.call(training=self._training, device=self.weight.device)
+        if call is None or not call.warming:
+            return output
+        if call.records:
+            call.record(self.page.input_column, amax_of(input))
+            call.record(self.page.weight_column, amax_of(self.weight.detach()))
+        if output.requires_grad and call.records_gradient:
+            output.register_hook(lambda gradient: call.record(self.page.grad_output_column, amax_of(gradient)))
+        return output
 
     def scale(self, role: str) -> torch.Tensor | None:
         """fp32 [1], frozen for the region; None when the recipe keeps no scales."""
@@ -68,8 +88,11 @@ class PageState:
         book = self.page.book
         if not book.plan.weight_cache or hasattr(self.weight, "ds_id"):
             return None
-        fresh = self._quantized_version != book.weights_version
-        self._quantized_version = book.weights_version
+        key = (book.weights_version, self.weight._version, self.weight.data_ptr())
+        fresh = self._quantized != key
+        if self._records or not book.recipe.is_delayed:
+            # A forward that does not record (eval) must not rob the next one of recording this weight's amax.
+            self._quantized = key
         return fresh
 
     def _column(self, role: str) -> int:

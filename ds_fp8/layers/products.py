@@ -11,6 +11,7 @@ grad_output in high precision.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .operands import (
     cast_transposed,
     cast_weight,
     is_sharded,
+    measure,
     recast_weight,
 )
 from .page import Call
@@ -49,13 +51,16 @@ class LinearProducts(torch.autograd.Function):
     ) -> torch.Tensor:
         high, page, dtype = call.high, call.page, input.dtype
         needs_dgrad, needs_wgrad = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
-        if call.warming:
+        if call.warming and call.records:
             call.record(page.input_column, amax_of(input))
             call.record(page.weight_column, amax_of(weight))
 
         input_codes = weight_codes = None
         if not high.fprop or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
             input_codes = cast(input, call, page.input_column)
+        elif call.records and not high.wgrad and call.recipe.is_delayed:
+            # Under a checkpoint this forward has no gradient, and the recompute that casts for wgrad does not record.
+            call.record(page.input_column, amax_of(input))
         if not (high.fprop and high.dgrad):
             weight_codes = cast_weight(weight, call)
 
@@ -67,11 +72,11 @@ class LinearProducts(torch.autograd.Function):
 
         kept: dict[str, torch.Tensor] = {}
         if needs_dgrad:
-            if high.dgrad or (is_sharded(weight) and page.weight_codes is None):
-                # Sharded: gathered again before the backward; holding codes would hold the whole model.
+            if high.dgrad or is_sharded(weight):
+                # Sharded: gathered again before the backward, as codes at O3; holding codes would hold the whole model.
                 kept["weight"] = weight
-                if call.recipe.is_delayed and not high.dgrad:
-                    kept["weight_scale"], kept["weight_scale_inv"] = _scale_of(call)
+                if weight_codes is not None and weight_codes.scale is not None:
+                    kept["weight_scale"], kept["weight_scale_inv"] = weight_codes.scale, weight_codes.scale_inv
             else:
                 kept["weight_data"], kept["weight_scale_inv"] = weight_codes.data, weight_codes.scale_inv
         if needs_wgrad:
@@ -95,20 +100,22 @@ class LinearProducts(torch.autograd.Function):
         call: Call = ctx.call
         high, page = call.high, call.page
         kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        grad_output = grad_output.to(ctx.dtype)
+        grad_output = grad_output.to(ctx.dtype).contiguous()
         needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
-            if call.warming:
+            if call.warming and call.records_gradient:
                 call.record(page.grad_output_column, amax_of(grad_output))
             codes = None
             if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
                 codes = cast(grad_output, call, page.grad_output_column)
+            hidden = not needs_bias and not (needs_dgrad and high.dgrad) and not (needs_wgrad and high.wgrad)
 
             # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
             if needs_dgrad and high.dgrad:
                 grad_input = grad_output @ kept["weight"].to(ctx.dtype)
             elif needs_dgrad:
+                codes = _poison(codes, grad_output) if hidden and not needs_wgrad else codes
                 grad_input = matmul(codes, _weight_operand(kept, call).t(), ctx.dtype)
 
             # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
@@ -116,6 +123,7 @@ class LinearProducts(torch.autograd.Function):
                 grad_weight = (grad_output.t() @ kept["input"]).to(ctx.weight_dtype)
             elif needs_wgrad:
                 left = cast_transposed(grad_output, codes, call, page.grad_output_column)
+                left = _poison(left, grad_output) if hidden else left
                 extent = GROUPS if call.recipe.kind == "block" else TENSOR
                 right = Operand(kept["input_data"], kept["input_scale_inv"], extent)
                 grad_weight = matmul(left, right, ctx.weight_dtype)
@@ -125,15 +133,19 @@ class LinearProducts(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None
 
 
-def _scale_of(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale with which this call's weight codes were made: the cached one outlives its region."""
-    if call.caches_weight and call.page.cached_scale is not None:
-        return call.page.cached_scale
-    return call.scale(call.page.weight_column)
+def _poison(operand: Operand, x: torch.Tensor) -> Operand:
+    """NaN as scale_inv if `x` is not finite, else the operand as it is; no host sync.
+
+    A cast saturates infinities, so an overflow would vanish in the codes, and with it the loss scaler's reason to skip
+    the step. Needed only where no product in high precision, and no gradient of a bias, shows it.
+    """
+    return replace(operand, scale_inv=operand.scale_inv + measure(x, operand) * 0.0)
 
 
 def _weight_operand(kept: dict[str, torch.Tensor], call: Call) -> Operand:
     extent = TILES if call.recipe.kind == "block" else TENSOR
+    if call.page.weight_codes is not None and "weight" in kept:
+        return Operand(*call.page.weight_codes, extent)
     if "weight_data" in kept:
         return Operand(kept["weight_data"], kept["weight_scale_inv"], extent)
     scale = (kept["weight_scale"], kept["weight_scale_inv"]) if "weight_scale" in kept else None

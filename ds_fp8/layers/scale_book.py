@@ -157,7 +157,7 @@ class ScaleBook:
         if self.scales.device != device and device.type != "meta":
             self._move(device)
         region, records = self._region_of(page, training)
-        if warming and not records:
+        if warming and not region.records:
             return None
         return Call(page, region, records, warming)
 
@@ -170,11 +170,12 @@ class ScaleBook:
             self._backward_pending = True
             region.saw_backward = True
 
-    def expect(self, region: Region, *, backward: bool) -> None:
+    def expect(self, region: Region, *, forward: bool, backward: bool) -> None:
         """Somebody will write amaxes into the slots by himself (Transformer Engine's casts)."""
-        self._forward_pending = True
-        self._backward_pending = self._backward_pending or backward
-        region.saw_backward = region.saw_backward or (backward and region.implicit)
+        self._forward_pending |= forward
+        self._backward_pending |= backward
+        # The write itself is not seen; an implicit region ends with the pass that may write.
+        region.saw_backward |= backward and in_backward()
 
     def slot(self, column: int) -> torch.Tensor:
         """fp32 [1], a view into the pending amaxes."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.layers.small_models import columns, golden, swapped
 from torch import nn
 
 from ds_fp8.recipe import Recipe
+from tests.layers.small_models import columns, golden, swapped
 
 CASES = golden("data/golden/te_linear_steps.pt.xz") + golden("golden/te_linear.pt.xz")
 EPS = {"torch.float32": 2.0**-23, "torch.bfloat16": 2.0**-8, "torch.float16": 2.0**-11}

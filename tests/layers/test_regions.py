@@ -1,0 +1,272 @@
+"""Which amax counts, and which scales a cast uses: recompute, accumulation, eval, shared and lonely modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_fp8.layers import ScaleBook
+from ds_fp8.recipe import Recipe
+from tests.layers.small_models import Block, columns, swapped
+
+RECIPE = Recipe(amax_history_len=4, amax_compute_algo="most_recent")
+
+
+class Stack(nn.Module):
+    """Three blocks; each may run under activation checkpointing."""
+
+    def __init__(self, run: Callable | None = None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x) if self.run is None else self.run(block, x)
+        return x
+
+
+def reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=True)
+
+
+def non_reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def deepspeeds(block, x):
+    checkpointing = pytest.importorskip("deepspeed").checkpointing
+    return checkpointing.checkpoint(block, x)
+
+
+def train(run: Callable | None, recipe: Recipe, steps: int = 3, **fp8) -> tuple:
+    """Losses, gradients of the last step, state of the book."""
+    torch.manual_seed(0)
+    model = Stack(run)
+    book = swapped(model, recipe, **fp8)
+    losses = []
+    for step in range(steps):
+        model.zero_grad()
+        for _ in range(2):
+            x = (torch.randn(16, 32) * (1 + step)).requires_grad_()
+            loss = model(x).pow(2).mean()
+            loss.backward()
+            losses.append(loss.detach())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+        book.weights_changed()
+    return torch.stack(losses), [parameter.grad for parameter in model.parameters()], book.state_dict()
+
+
+@pytest.mark.parametrize("weight_cache", [False, True], ids=["no cache", "cache"])
+@pytest.mark.parametrize("kind", ["delayed", "current", "block"])
+@pytest.mark.parametrize("run", [reentrant, non_reentrant, deepspeeds], ids=lambda run: run.__name__)
+def test_recompute_changes_nothing(run, kind, weight_cache):
+    """Losses, gradients, scales and histories are those of the plain run, bit for bit: amax is recorded once."""
+    recipe = Recipe(kind=kind, amax_history_len=4 if kind == "delayed" else 1024)
+    plain = train(None, recipe, weight_cache=weight_cache)
+    again = train(run, recipe, weight_cache=weight_cache)
+    assert torch.equal(plain[0], again[0])
+    assert all(torch.equal(*both) for both in zip(plain[1], again[1], strict=True))
+    for key in ("scales", "forward_history", "backward_history"):
+        assert torch.equal(plain[2][key], again[2][key]), key
+
+
+@pytest.mark.parametrize("run", [reentrant, non_reentrant], ids=lambda run: run.__name__)
+def test_forwards_in_flight_recompute_with_their_own_scales(run):
+    """A pipeline runs forward 1, forward 2, backward 1, backward 2: each recompute meets the scales of its forward."""
+    results = []
+    for use in (None, run):
+        torch.manual_seed(0)
+        model = Stack(use)
+        book = swapped(model, RECIPE, weight_cache=False)
+        model(torch.randn(16, 32, requires_grad=True)).sum().backward()
+        small, large = torch.randn(16, 32).requires_grad_(), (100 * torch.randn(16, 32)).requires_grad_()
+        first, second = model(large), model(small)  # between them the input's scale falls by two powers of ten
+        first.pow(2).mean().backward()
+        second.pow(2).mean().backward()
+        results.append((large.grad, small.grad, book.state_dict()["scales"]))
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+
+
+def test_scales_hold_still_within_a_region_and_move_with_the_next():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    book = swapped(model, RECIPE)
+    model(torch.full((16, 32), 2.0)).sum().backward()
+    assert book.scales[0] == 1, "not before the next region opens"
+    model(torch.full((16, 32), 4.0)).sum().backward()
+    assert book.scales[0] == 448 / 2
+    assert columns(book, "0")["forward_scale"][0] == 448 / 4
+
+
+def test_every_micro_batch_is_a_region():
+    """Gradient accumulation: as many history entries as forwards; the weight, cast once per step, has one per step."""
+    model = nn.Sequential(nn.Linear(32, 32))
+    book = swapped(model, Recipe(amax_history_len=8))
+    for micro in range(4):
+        model(torch.full((16, 32), 1.0 + micro)).sum().backward()
+    found = columns(book, "0")
+    assert found["forward_history"][1:, 0].tolist() == [0, 0, 0, 1, 2, 3, 4]
+    assert (found["forward_history"][:, 1] > 0).sum() == 1
+    assert (found["backward_history"] > 0).sum() == 4
+    book.weights_changed()
+    model(torch.ones(16, 32)).sum().backward()
+    assert (columns(book, "0")["forward_history"][:, 1] > 0).sum() == 2
+
+
+def test_weight_cache_casts_once_per_step(monkeypatch):
+    from ds_fp8.layers import operands
+
+    casts = []
+    plain = operands.quantize
+    monkeypatch.setattr(operands, "quantize", lambda x, *rest: casts.append(tuple(x.shape)) or plain(x, *rest))
+    for cache, expected in ((True, 1), (False, 3)):
+        model = nn.Sequential(nn.Linear(32, 48))
+        book = swapped(model, RECIPE, weight_cache=cache)
+        book.weights_changed()
+        casts.clear()
+        for _ in range(3):
+            model(torch.randn(16, 32)).sum().backward()
+        assert casts.count((48, 32)) == expected
+    casts.clear()
+    with torch.no_grad():
+        model[0].weight.add_(1)  # changed without a word: seen by its version
+    model(torch.randn(16, 32))
+    assert casts.count((48, 32)) == 1
+
+
+def test_eval_is_plain_unless_asked_for():
+    """Eval in high precision is bit for bit nn.Linear's; neither way does it touch the scales."""
+    x = torch.randn(16, 32)
+    for in_fp8 in (False, True):
+        torch.manual_seed(0)
+        model = Stack()
+        twin = copy.deepcopy(model)
+        book = swapped(model, RECIPE, eval=in_fp8)
+        model(x.clone().requires_grad_()).sum().backward()
+        book.fold()
+        before = book.state_dict()
+        model.eval()
+        for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with context():
+                assert torch.equal(model(x), twin(x)) != in_fp8
+        model.train()
+        with torch.no_grad():
+            model(x)  # training mode, but no gradients: nothing of it belongs into the histories
+        after = book.state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in ("scales", "forward_history", "backward_history"))
+        model(x.clone().requires_grad_()).sum().backward()
+
+
+def test_a_module_called_twice_records_the_larger_amax():
+    """A shared layer has one page: MAX over its calls in the region."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.shared(torch.full_like(x, 3.0)) + self.shared(torch.full_like(x, 7.0))
+
+    model = Twice()
+    book = swapped(model, RECIPE)
+    model(torch.ones(16, 32)).sum().backward()
+    found = columns(book, "shared")
+    assert found["forward_history"][-1, 0] == 7
+    assert found["backward_history"][-1] == 1
+    assert book.forward.folds == book.backward.folds == 1
+
+
+def test_a_submodule_called_by_itself_is_a_region_of_its_own():
+    """No root forward, no engine: each pass over the submodule is one region, whatever its number of layers."""
+    torch.manual_seed(0)
+    model = Stack()
+    book = swapped(model, RECIPE)
+    for _ in range(3):
+        model.blocks[1](torch.randn(16, 32).requires_grad_()).sum().backward()
+    book.fold()
+    assert book.forward.folds == book.backward.folds == 3
+    assert columns(book, "blocks.0.up")["forward_history"].sum() == 0
+    assert (columns(book, "blocks.1.up")["forward_history"][1:, 0] > 0).all()
+
+
+def test_a_failed_forward_closes_its_region():
+    model = Stack()
+    book = swapped(model, RECIPE)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(16, 31))
+    assert book._depth == 0
+    model(torch.randn(16, 32)).sum().backward()
+    book.fold()
+    assert book.forward.folds >= 1
+
+
+def test_start_step_computes_in_high_precision_and_warms_the_scales():
+    """Two steps equal the plain model's; then FP8 starts with scales that fit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    plain = copy.deepcopy(model)
+    book = swapped(model, Recipe(amax_history_len=4), start_step=2)
+    for step in range(3):
+        x = torch.randn(16, 32).requires_grad_()
+        twin = x.detach().clone().requires_grad_()
+        y, wanted = model(x), plain(twin)
+        y.sum().backward(), wanted.sum().backward()
+        assert torch.equal(y, wanted) == torch.equal(x.grad, twin.grad) == (step < 2)
+        if step == 2:
+            assert book.scales[0] > 50 and float((y - wanted).detach().norm() / wanted.detach().norm()) < 2.0**-3
+        book.weights_changed()
+
+
+def test_interval_renews_the_scale_every_third_region():
+    model = nn.Sequential(nn.Linear(32, 32))
+    book = swapped(model, Recipe(amax_history_len=4, amax_compute_algo="most_recent", interval=3))
+    scales = []
+    for number in range(7):
+        model(torch.full((16, 32), 2.0**number)).sum().backward()
+        scales.append(float(columns(book, "0")["forward_scale"][0]))
+    assert scales == [448, 448, 448, 448 / 8, 448 / 8, 448 / 8, 448 / 64]
+
+
+@pytest.mark.parametrize(
+    "algorithm, wanted", [("max", [448, 56, 56, 56, 56, 112]), ("most_recent", [448, 56, 224, 112, 448, 448])]
+)
+def test_golden_values_of_delayed_scaling(algorithm, wanted):
+    """History 4, amax 1, 8, 2, 4, 1, 1 (Transformer Engine)."""
+    model = nn.Sequential(nn.Linear(32, 32))
+    book = swapped(model, Recipe(amax_history_len=4, amax_compute_algo=algorithm))
+    found = []
+    for amax in (1, 8, 2, 4, 1, 1):
+        model(torch.full((16, 32), float(amax)))
+        found.append(float(columns(book, "0")["forward_scale"][0]))
+    assert found == wanted
+
+
+def test_margin_halves_the_scale():
+    """448 / 2 fills the range; margin 1 keeps one bit of headroom: 112."""
+    model = nn.Sequential(nn.Linear(32, 32))
+    book = swapped(model, Recipe(amax_history_len=4, margin=1))
+    model(torch.full((16, 32), 2.0))
+    assert columns(book, "0")["forward_scale"][0] == 112
+
+
+def test_a_copied_model_has_a_book_of_its_own():
+    """deepcopy (an EMA model) and the original go separate ways."""
+    model = Stack()
+    book = swapped(model, RECIPE)
+    model(torch.randn(16, 32)).sum().backward()
+    twin = copy.deepcopy(model)
+    twins = twin.blocks[0].up.page.book
+    assert isinstance(twins, ScaleBook) and twins is not book
+    twin(100 * torch.randn(16, 32)).sum().backward()
+    twins.fold(), book.fold()
+    assert twins.forward.folds == 2 and book.forward.folds == 1
+    assert not torch.equal(twins.scales, book.scales)
