@@ -49,9 +49,10 @@ def load_checkpoint(
     names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     with_optimizer = given.get("load_optimizer_states", True) and not given.get("load_module_only", False)
-    files = inspect(engine, load_dir, tag, with_optimizer=with_optimizer, check_client_state=check_client_state)
-    with _already_read(engine, files):
-        return original(load_dir, tag, *args, **kwargs)
+    with _model_files_of_any_stage(engine):
+        files = inspect(engine, load_dir, tag, with_optimizer=with_optimizer, check_client_state=check_client_state)
+        with _already_read(engine, files):
+            return original(load_dir, tag, *args, **kwargs)
 
 
 def inspect(
@@ -207,6 +208,31 @@ def _raise_together(problem: str | None) -> None:
     for rank, other in enumerate(problems):
         if other is not None:
             raise CheckpointError(f"rank {rank}: {other}")
+
+
+@contextmanager
+def _model_files_of_any_stage(engine: Any) -> Iterator[None]:
+    """Let a universal checkpoint load in another stage than it was converted from.
+
+    Stage 3 names its model files `zero_pp_rank_0_mp_rank_00...`, stages 1 and 2 `mp_rank_00...`, and each looks for its own
+    name only. For a universal checkpoint the file holds counters and schedulers, no weights: either will do.
+    """
+    if not engine.load_universal_checkpoint():
+        yield
+        return
+    original = engine._get_all_ckpt_names
+
+    def names(checkpoints_path: Any, tag: Any) -> list[str]:
+        found = original(checkpoints_path, tag)
+        folder = Path(checkpoints_path) / str(tag)
+        patterns = ("mp_rank_*_model_states.pt", "zero_pp_rank_0_mp_rank_*_model_states.pt")
+        return found or next((sorted(map(str, folder.glob(p))) for p in patterns if any(folder.glob(p))), [])
+
+    engine.__dict__["_get_all_ckpt_names"] = names
+    try:
+        yield
+    finally:
+        del engine.__dict__["_get_all_ckpt_names"]
 
 
 @contextmanager

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .states_view import PlainView
+from .states_view import PlainAdam, PlainView
 
 KEY = "ds_fp8"
 VERSION = 1
@@ -85,10 +87,23 @@ class ScaledStates(PlainView):
 
     def state_dict(self: Any) -> dict[str, Any]:
         """DeepSpeed's own, in fp32, plus our codes. Views of a plain copy: later steps do not change it."""
-        with self.fp8_plain_view(export=True):
+        with self.fp8_plain_view(export=True) as (plain, _):
             state = super().state_dict()
+            self._fp8_serve_other_stages(state, plain)
         state[KEY] = codes_state(self.optimizer, self.fp8_masters, self.fp8_layout())
         return state
+
+    def _fp8_serve_other_stages(self: Any, state: dict[str, Any], plain: PlainAdam) -> None:
+        """What universal conversion passes on unread, and what a job in another stage looks for in it.
+
+        Stages 1 and 2 ask for DeepSpeed's version, which stage 3 does not write; stage 3 asks for a step where stages 1
+        and 2 have none.
+        """
+        state.setdefault(DS_VERSION, deepspeed.__version__)
+        if OPTIMIZER_STATE_DICT not in state:
+            groups = [{key: value for key, value in group.items() if key != "params"} for group in plain.param_groups]
+            step = next((int(entry["step"]) for entry in plain.state.values()), 0)
+            state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, "param_groups": groups}
 
     def load_state_dict(self: Any, state_dict_list: Any, *args: Any, **kwargs: Any) -> None:
         """Any layout that DeepSpeed reads; exact codes if this rank's shard has them for this very layout."""

@@ -43,6 +43,11 @@ class StatesStage12(ScaledStates):
         if not self._fp8_viewing:
             link_coded_fragments(self, self.bit16_groups, self.fp8_masters)
 
+    def _get_offload_gradient_dict(self: Any) -> None:
+        # Host gradients hang on the masters; the flats of a plain view have none.
+        if not self._fp8_viewing:
+            super()._get_offload_gradient_dict()
+
     def unscale_and_clip_grads(self: Any, grad_groups_flat: Any, total_norm: Any) -> None:
         self._fp8_set_grad_scale(total_norm)
 

@@ -127,3 +127,45 @@ def full_weights(engine: Any) -> torch.Tensor:
 def storages(tensors: Any) -> dict[int, int]:
     """Bytes of every distinct storage, by address."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+
+
+def run_case(case: dict[str, Any], ours: bool, steps: int = 4, *, poison: int | None = None) -> dict[str, Any]:
+    """One job of `case` (stage, dtype, level, overrides, config): losses, norms, weights, and what it was wrapped in."""
+    engine = make_engine(
+        ds_config(case["stage"], case.get("dtype", "bf16"), **case.get("config", {})),
+        plan_of(case) if ours else None,
+        **case.get("arguments", {}),
+    )
+    result = train(engine, range(steps), poison=poison)
+    result["weights"] = full_weights(engine)
+    result["wrapper"] = type(engine.optimizer).__name__
+    engine.destroy()
+    return result
+
+
+def plan_of(case: dict[str, Any]) -> Any:
+    return make_plan(
+        case.get("level", "O1"),
+        dtype=case.get("dtype", "bf16"),
+        stage=case["stage"],
+        **case.get("overrides", {}),
+    )
+
+
+def job(case: dict[str, Any], *, ours: bool = True, universal: bool = False) -> Any:
+    """An engine of `case`, with our states or plain."""
+    config = ds_config(case["stage"], case.get("dtype", "bf16"), **case.get("config", {}))
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
+    return make_engine(config, plan_of(case) if ours else None)
+
+
+def load(engine: Any, folder: str, tag: str | None = None, **options: Any) -> Any:
+    """Load as an attached engine does: look first."""
+    from ds_fp8 import checkpoint
+
+    return checkpoint.load_checkpoint(engine.load_checkpoint, engine, folder, tag, **options)
+
+
+def batch_barrier() -> None:
+    dist.barrier()
