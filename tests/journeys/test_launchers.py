@@ -1,0 +1,113 @@
+"""From JSON to losses through the real launchers, by each of the doors, with a script that knows nothing of FP8."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.journeys.launching import PACKAGE_PARENT, command_of, door_folder, free_port, launch
+
+pytestmark = pytest.mark.dist
+
+SCRIPT = Path(__file__).with_name("train_small.py")
+BANNER = "ds_fp8: 2 of 3 Linear -> Fp8Linear"
+
+PLAIN = {
+    "train_micro_batch_size_per_gpu": 8,
+    "steps_per_print": 1000000,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+}
+FP8 = {**PLAIN, "fp8": {"enabled": True}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The user's folder: his script and his JSON."""
+    shutil.copy(SCRIPT, tmp_path / "train.py")
+    (tmp_path / "ds.json").write_text(json.dumps(FP8))
+    return tmp_path
+
+
+def door(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{door_folder(folder / 'door')}:{PACKAGE_PARENT}"}
+
+
+def deepspeed_command(*script: str, ranks: int = 2) -> list[str]:
+    program = command_of("deepspeed")
+    return [program, "--num_accelerators", str(ranks), "--master_port", str(free_port()), *script]
+
+
+def losses(said: str) -> list[str]:
+    (line,) = [line for line in said.splitlines() if line.startswith("LOSSES")]
+    return line.split()[1:]
+
+
+CONFIG = ("--deepspeed_config", "ds.json")
+
+
+def test_deepspeed_launcher_by_the_installed_door_and_by_the_explicit_one(folder):
+    """`deepspeed train.py` with the .pth, `deepspeed --module ds_fp8.run train.py` without: the same losses."""
+    code, by_door = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
+    assert code == 0, by_door
+    assert by_door.count(BANNER) == 1, "one banner, from rank 0"
+    code, explicit = launch(deepspeed_command("--module", "ds_fp8.run", "train.py", *CONFIG), folder)
+    assert code == 0, explicit
+    assert explicit.count(BANNER) == 1 and losses(by_door) == losses(explicit)
+    assert losses(by_door)[0] == "2"
+
+
+def test_disable_gives_deepspeed_alone(folder):
+    """DS_FP8_DISABLE=1 with the door installed: no banner, and the losses of a JSON without our section."""
+    code, disabled = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder), DS_FP8_DISABLE="1")
+    assert code == 0 and "ds_fp8" not in disabled, disabled
+    (folder / "ds.json").write_text(json.dumps(PLAIN))
+    code, plain = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
+    assert code == 0 and losses(disabled) == losses(plain)
+
+
+def test_torchrun(folder):
+    """The same job under torch's own launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    code, said = launch([*command, "train.py", *CONFIG], folder, **door(folder))
+    assert code == 0 and said.count(BANNER) == 1 and losses(said)[0] == "2", said
+
+
+def test_mpirun(folder):
+    """Ranks found through mpi4py; neither RANK nor MASTER_ADDR is set by anybody."""
+    pytest.importorskip("mpi4py", reason="needs mpi4py")
+    program = command_of("mpirun")
+    if program is None:
+        pytest.skip("needs mpirun (Open MPI or MPICH)")
+    command = [program, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
+    port = str(free_port())
+    code, said = launch([*command, "train.py", *CONFIG], folder, **door(folder), MASTER_PORT=port)
+    assert code == 0 and said.count(BANNER) == 1 and losses(said)[0] == "2", said
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"enabled": True, "margn": 1}, "did you mean 'margin'"),
+        ({"enabled": True, "layers": {"exclude": ["no_such_layer"]}}, "no_such_layer"),
+    ],
+)
+def test_bad_input_ends_the_launcher_with_an_error(folder, section, told):
+    """The reason is in the log of every rank, no step was taken, and the exit code is not 0."""
+    (folder / "ds.json").write_text(json.dumps({**PLAIN, "fp8": section}))
+    code, said = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
+    assert code != 0 and "LOSSES" not in said
+    assert said.count(told) >= 2, said
+
+
+def test_a_script_that_imports_the_package_needs_no_door(folder):
+    """`import ds_fp8`, one line, for sites that read no .pth files."""
+    script = (folder / "train.py").read_text()
+    (folder / "train.py").write_text(script.replace("import deepspeed\n", "import deepspeed\nimport ds_fp8\n", 1))
+    code, said = launch(deepspeed_command("train.py", *CONFIG, ranks=1), folder)
+    assert code == 0 and said.count(BANNER) == 1, said
