@@ -90,6 +90,9 @@ def _parse(text: str, name: str, unique: bool) -> Document:
     except hjson.HjsonDecodeError as error:
         problem = Problem("", f"not readable as JSON or hjson: {error.msg}", error.lineno, error.colno)
         return Document(name, problems=[problem])
+    except (IndexError, ValueError, RecursionError) as error:
+        # hjson 3.1.0 runs over the end of an unclosed comment, and out of the stack in 1000 brackets.
+        return _unreadable(name, f"not readable as JSON or hjson: {type(error).__name__}: {error}")
     if not isinstance(data, dict):
         return _unreadable(name, f"a configuration is an object of keys, this is {type(data).__name__}")
     document = Document(name, data=data, positions=locate(text))

@@ -54,7 +54,9 @@ def show(value: Any) -> str:
 def _additional_properties(error: Any, path: Path) -> Wording:
     known = error.schema.get("properties", {})
     for key in error.instance:
-        if key not in known:
+        if not isinstance(key, str):
+            yield (*path, key), "is no text, and JSON keys are text"
+        elif key not in known:
             yield (*path, key), unknown_key(key, path, known)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,6 +148,29 @@ json_values = st.recursive(
 keys = st.sampled_from(["enabled", "recipe", "margin", "layers", "telemetry", "opt_level", "master", "use_te", "x"])
 sections = st.dictionaries(keys, json_values | st.just("auto") | st.just(True), max_size=6)
 tops = st.sampled_from(["fp8", "msamp", "zero_optimization", "bf16", "optimizer", "compile", "ms-amp"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.sampled_from("{}[]:,'\"#/*\n \\afp8msamp01true.-eE\t\r\ufeff"), max_size=40))
+def test_any_text_is_read_or_refused(text):
+    """hjson 3.1.0 itself fails on `/*` with an IndexError; the user must not see that."""
+    encoded = base64.urlsafe_b64encode(text.encode()).decode()
+    try:
+        config.load(encoded)
+    except ConfigError as error:
+        assert error.problems
+
+
+def test_too_deep_to_read(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text("[" * 100_000)
+    (problem,) = config.check(file)
+    assert "RecursionError" in problem.message
+
+
+def test_a_dict_from_a_script_may_have_any_keys():
+    assert messages({"fp8": {"enabled": True, 8: 1}})["fp8/8"] == "is no text, and JSON keys are text"
+    config.load({8: 1, "fp8": {"enabled": True}})
 
 
 @settings(max_examples=300, deadline=None)
