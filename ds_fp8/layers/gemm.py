@@ -52,6 +52,8 @@ def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | N
             return torch.addmm(left.new_empty(right.shape[1]), left, right, beta=0, alpha=alpha)
         return torch.addmm(bias.to(inside), left, right, alpha=alpha)
     out = left @ right
+    if factor is not None and bias is not None and out.device.type == "cpu":
+        return torch.add(bias.to(inside), out, alpha=float(factor)).to(dtype)
     if factor is not None:
         out = out.mul_(factor)
     return (out if bias is None else out.add_(bias.to(inside))).to(dtype)

@@ -65,10 +65,8 @@ def no_match(key: str, pattern: str, candidates: Sequence[Candidate], others: Se
         if fqn and fnmatchcase(fqn, pattern):
             inner = [candidate for candidate in candidates if candidate.fqn.startswith(f"{fqn}.")]
             if inner:
-                return PlanError(
-                    f"{head}\n  {fqn} is a {class_name} that holds {len(inner)} of them; write '{pattern}.*'."
-                )
-            return PlanError(f"{head}\n  {fqn} is a {class_name}, which is never converted; remove the pattern.")
+                return PlanError(f"{head}\n  {fqn} ({class_name}) holds {len(inner)} of them; write '{pattern}.*'.")
+            return PlanError(f"{head}\n  {fqn} ({class_name}) is never converted; remove the pattern.")
     names = [candidate.fqn for candidate in candidates]
     close = difflib.get_close_matches(pattern.strip(WILDCARDS), names, n=3, cutoff=0.3)
     if not close:

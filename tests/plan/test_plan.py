@@ -1,0 +1,123 @@
+"""The plan as data: frozen, printable, through JSON and back, one digest; and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from torch import nn
+
+from ds_fp8.capabilities import Host
+from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, LayerSettings, MsampSettings, Settings
+from ds_fp8.levels import LEVELS
+from ds_fp8.plan import Plan, estimate, gemm_share, make_plan
+from ds_fp8.recipe import HighPrecision, Recipe
+from tests.layers.small_models import TinyModel, settings
+
+
+def plan_at(level: str | None, stage: int = 2, world_size: int = 2, model: nn.Module | None = None, **fp8) -> Plan:
+    msamp = MsampSettings(True, LEVELS[level]) if level else MsampSettings()
+    facts = DeepSpeedFacts(zero_stage=stage, base_dtype="bf16")
+    job = Settings(Fp8Settings(**({"enabled": True} | fp8)), msamp, facts)
+    return make_plan(model or TinyModel(), job, host=Host(), world_size=world_size)
+
+
+def test_the_plan_is_frozen_and_survives_json():
+    plan = plan_at("O3", recipe=Recipe(override_linear_precision=HighPrecision(wgrad=True)))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json()).digest() == plan.digest()
+    with pytest.raises(FrozenInstanceError):
+        plan.world_size = 3
+
+
+def test_the_digest_follows_decisions_and_not_the_name_of_the_device():
+    plan = plan_at("O2")
+    assert plan.digest() == plan_at("O2").digest()
+    assert plan.digest() == replace(plan, device="H200").digest()
+    assert (
+        len({plan.digest(), plan_at("O1").digest(), plan_at("O2", world_size=4).digest(), plan_at(None).digest()}) == 4
+    )
+
+
+def test_without_msamp_stations_get_nothing():
+    plan = plan_at(None)
+    assert plan.optim is None and plan.comm is None
+    assert plan_at("O2", enabled=False).modules == ()
+
+
+def test_banner():
+    """Counts, target, numerics and reasons in one line; effective settings; the level."""
+    text = plan_at("O3").banner()
+    assert text.splitlines() == [
+        "ds_fp8: 4 of 5 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: head (tied to embed (Embedding))",
+        "ds_fp8: 2 of 2 LayerNorm -> Fp8LayerNorm (fp32 inside, high precision out)",
+        "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache on; eval off; "
+        "75% of the linear layers' FLOPs in FP8",
+        "ds_fp8: msamp O3: exp_avg e4m3, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
+        "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks",
+        f"ds_fp8: plan {plan_at('O3').digest()[:12]}",
+    ]
+
+
+def test_the_banner_tells_equal_reasons_once():
+    model = nn.Sequential(*[nn.Linear(17, 17) for _ in range(7)], nn.Linear(32, 32))
+    text = make_plan(model, settings(), host=Host()).banner()
+    assert "1 of 8 Linear" in text and "kept 7: 0, 1, 2, 3 and 3 more (not a multiple of 16: 17, 17)" in text
+
+
+def test_parameters_name_formats_and_owner():
+    plan = plan_at("O3")
+    found = {parameter.fqn: parameter for parameter in plan.parameters}
+    up, embed = found["blocks.0.up.weight"], found["embed.weight"]
+    assert (up.exp_avg, up.exp_avg_sq, up.master, up.gradient_wire) == ("e4m3", "fp16", "split24", "e4m3")
+    assert (up.weight_wire, up.owner) == ("e4m3", "blocks.0.up")
+    assert (embed.weight_wire, embed.owner, embed.exp_avg) == ("none", "", "e4m3")
+    assert "head.weight" not in found, "a shared parameter appears once"
+    assert plan.comm.fp8_weights == tuple(f"blocks.{n}.{name}.weight" for n in (0, 1) for name in ("up", "down"))
+
+
+def test_frozen_parameters_keep_nothing():
+    model = TinyModel()
+    model.blocks[0].up.requires_grad_(False)
+    frozen = next(p for p in plan_at("O3", model=model).parameters if p.fqn == "blocks.0.up.weight")
+    assert (frozen.exp_avg, frozen.master, frozen.gradient_wire, frozen.weight_wire) == ("none",) * 4
+
+
+def test_gemm_share():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 96))
+    everything = make_plan(model, settings(), host=Host())
+    assert gemm_share(everything) == 1
+    part = make_plan(model, settings(layers=LayerSettings(exclude=("1",))), host=Host())
+    assert gemm_share(part) == 1 / 4
+    two_thirds = make_plan(model, settings(Recipe(override_linear_precision=HighPrecision(wgrad=True))), host=Host())
+    assert gemm_share(two_thirds) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_resident_bytes_of_the_table(world_size):
+    """docs/numerics.md: AMP 2 + 14/W, O2 2 + 6.1/W, O3 1 + 8.1/W bytes per parameter under ZeRO-2."""
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    count = 256 * 256
+    options = {"world_size": world_size, "model": model, "weight_cache": False}
+    amp = estimate(plan_at(None, **options))
+    assert amp.resident_bytes / count == pytest.approx(2 + 14 / world_size)
+    assert estimate(plan_at("O2", **options)).resident_bytes / count == pytest.approx(2 + 6.1 / world_size, abs=0.05)
+    o3 = estimate(plan_at("O3", **(options | {"weight_cache": True})))
+    assert o3.resident_bytes / count == pytest.approx(1 + 8.1 / world_size, abs=0.05)
+
+
+def test_wire_bytes():
+    """ZeRO-2, 4 ranks: DeepSpeed all-reduces bf16 buckets (2 x 2 x 3/4), we send codes to their owners (1.03 x 3/4)."""
+    count = 256 * 256
+    options = {"world_size": 4, "model": nn.Sequential(nn.Linear(256, 256, bias=False))}
+    plain, o3 = estimate(plan_at(None, **options)), estimate(plan_at("O3", **options))
+    assert plain.gradient_wire_bytes / count == 3.0
+    assert o3.gradient_wire_bytes / count == pytest.approx(0.75 * (1 + 4 / 128))
+    assert (plain.weight_wire_bytes / count, o3.weight_wire_bytes / count) == (1.5, 0.75)
+    assert estimate(plan_at("O2", **options), zero_stage=0).weight_wire_bytes == 0
+
+
+def test_weight_cache_is_counted():
+    plan = plan_at("O2")
+    assert estimate(plan).codes_bytes == 2 * (32 * 48 + 48 * 32)
+    assert estimate(plan, zero_stage=3).codes_bytes == 0
