@@ -19,6 +19,9 @@ from .scale_book import ScaleBook
 BOOK = "_ds_fp8_book"
 """Attribute of the root that holds its book."""
 
+OWN = "_ds_fp8_own"
+"""Attribute of a replacement that names the attributes it was built with."""
+
 CARRIED = (
     "_buffers",
     "_non_persistent_buffers_set",
@@ -108,6 +111,7 @@ def _make_foreign(module: nn.Module, decision: ModuleDecision, book: ScaleBook) 
         new = make_linear(module, PageState(book.page(decision.fqn), module.weight, scaling))  # type: ignore[arg-type]
         new.__dict__["page"] = book.page(decision.fqn)
     new.__dict__[fp8_linear.ORIGINAL] = type(module)
+    new.__dict__[OWN] = frozenset(vars(new)) | {OWN}
     return new
 
 
@@ -123,8 +127,9 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for name in CARRIED:
         if name in old.__dict__:
             new.__dict__[name] = old.__dict__[name]
+    own = vars(old).get(OWN, frozenset())  # what a Transformer Engine layer has for itself stays with it
     for name, value in vars(old).items():
-        if name not in new.__dict__ and name not in (fp8_linear.ORIGINAL, "page", "fp8_state"):
+        if name not in new.__dict__ and name not in own:
             new.__dict__[name] = value
     new.training = old.training
     for parent in list(model.modules()):

@@ -19,7 +19,6 @@ from . import adam, blocks, cast, flat
 path = "triton"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FORMATS = ("e4m3", "e5m2")
 
 
@@ -39,6 +38,16 @@ def amax(x: torch.Tensor) -> Any:
     found = torch.zeros(1, dtype=torch.float32, device=x.device)
     cast.raise_amax(x, found)
     return found[0]
+
+
+def quantize_with_amax(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> Any:
+    """Codes of `x` under one scale, and its amax, 0-d fp32, from one read."""
+    if x.dtype not in FLOATS or fmt.name not in _FORMATS:
+        return NotImplemented
+    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    found = torch.zeros(1, dtype=torch.float32, device=x.device)
+    cast.quantize(x, _one(scale, x.device), fmt, codes, found)
+    return codes, found[0]
 
 
 def quantize_1x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:

@@ -1,0 +1,10 @@
+"""The Transformer Engine backend: te.Linear, te.LayerNorm and te.RMSNorm around the model's own Parameters.
+
+    names.py      the library, resolved and compared with what we count on
+    scaling.py    our recipe as one of its recipes
+    linear.py     te.Linear with its own region in each call, and scales from the scale book
+    products.py   override_linear_precision, which it dropped
+    norms.py      its norms
+
+Importing this package does not import Transformer Engine.
+"""

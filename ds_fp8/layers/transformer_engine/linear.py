@@ -1,0 +1,171 @@
+"""te.Linear as a stand-in for nn.Linear: the same Parameters, our scales, and a region of its own in every call.
+
+Three habits of Transformer Engine do not fit a plug-in, and are turned here:
+
+1. *Ambient autocast.* FP8 is on inside `te.autocast`, which a script would open around the model. A plug-in cannot, and
+   recompute in activation checkpointing or `engine.module(x)` would be outside of it. So each call opens its own.
+2. *The global update.* On leaving the outermost autocast TE rolls the histories of **all** layers that ever ran, and in the
+   backward the first layer of each autocast does it again: with one autocast per layer, N times a step. A layer takes
+   part when it has no entry under `buffer_key` in `fp8_meta`; ours have one from the start, so TE's buffers stay empty.
+3. *State.* Instead the quantisers read their scale from, and leave their amax in, slots of the scale book, which folds
+   all layers of all backends at once, with the group that it was given. TE's casts raise the slot to a running maximum
+   (seen on an H200 with 2.20.2), so several calls in a region, and a recompute, count once.
+
+A call that must not record (eval, recompute) gets a scratch slot for the amax. Tokens are padded to a multiple of 16 with
+zeros, which change no amax, output or gradient of the others. Without FP8 a call is `F.linear`, bit for bit nn.Linear.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import BackendError
+from ...recipe import HighPrecision
+from .names import TransformerEngine, load
+from .products import attach
+
+TOKEN_MULTIPLE = 16
+"""FP8 GEMMs on Hopper take operands of multiples of 16 only; 8 or 24 tokens pass the forward and fail in the backward."""
+
+ROLES = (("scaling_fwd", 0, "input"), ("scaling_fwd", 1, "weight"), ("scaling_bwd", 0, "grad_output"))
+"""Where te.Linear keeps the quantiser of each operand; its output and grad_input stay in high precision."""
+
+
+class LayerState(Protocol):
+    """What a layer asks of whoever keeps its FP8 state."""
+
+    high: HighPrecision
+    scaling: Any
+
+    def is_active(self, training: bool) -> bool:
+        """FP8 in this call: `start_step` is reached, and it is training or `eval` is on."""
+
+    def begin(self) -> bool:
+        """Open a region if none is open; whether this call records its amaxes."""
+
+    def scale(self, role: str) -> torch.Tensor | None:
+        """fp32 [1] on the layer's device; None when the recipe keeps no scales."""
+
+    def amax(self, role: str) -> torch.Tensor:
+        """fp32 [1]: the slot of the open region."""
+
+    def scratch(self) -> torch.Tensor:
+        """fp32 [1] that nobody reads."""
+
+    def records_backward(self) -> bool:
+        """Whether the backward of this call records: it does after a recompute, whose forward does not."""
+
+    def observe(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Before `start_step`: record the amaxes of a call in high precision; returns `output`."""
+
+    def microbatch(self) -> bool | None:
+        """True: quantise the weight and keep its codes; False: the kept ones are good; None: do not keep any."""
+
+
+@functools.cache
+def linear_class() -> type[nn.Module]:
+    """Our subclass of the installed te.Linear; made on first use, because Transformer Engine is optional."""
+    engine = load()
+
+    class TELinear(engine.pytorch.Linear):  # type: ignore[name-defined,misc]
+        """nn.Linear in FP8 by Transformer Engine; FP8 state lives in the scale book, not in `state_dict`."""
+
+        # nn.Module saves `_extra_state` when a class overrides these; TE's is pickled, and refused on load since 2.16.
+        get_extra_state = nn.Module.get_extra_state
+        set_extra_state = nn.Module.set_extra_state
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            state: LayerState = self.__dict__["fp8_state"]
+            bias = self.bias if self.use_bias else None
+            if not state.is_active(self.training) or input.numel() == 0:
+                return state.observe(input, F.linear(input, self.weight, bias))
+            tokens = input.numel() // self.in_features
+            short = -tokens % TOKEN_MULTIPLE
+            operand = F.pad(input.reshape(tokens, self.in_features), (0, 0, 0, short)) if short else input
+            records = state.begin()
+            operand = operand.detach() if state.high.dgrad else operand
+            with engine.autocast(state.scaling):
+                bind_slots(self, engine, state, records)
+                output = self._multiply(operand, state)
+            if short:
+                output = output[:tokens].reshape(*input.shape[:-1], self.out_features)
+            return attach(output, input, self.weight, bias, state.high) if any(state.high) else output
+
+        def _multiply(self, operand: torch.Tensor, state: LayerState) -> torch.Tensor:
+            """The FP8 products; wgrad is left out by a weight that asks for no gradient while TE looks at it."""
+            forward = super().forward
+            if not (state.high.wgrad and self.weight.requires_grad):
+                return forward(operand, is_first_microbatch=state.microbatch())
+            self.weight.requires_grad_(False)
+            try:
+                return forward(operand, is_first_microbatch=state.microbatch())
+            finally:
+                self.weight.requires_grad_(True)
+
+        def extra_repr(self) -> str:
+            return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.use_bias}, fp8=te"
+
+    TELinear.__module__, TELinear.__qualname__ = __name__, "TELinear"
+    return TELinear
+
+
+def bind_slots(layer: Any, engine: TransformerEngine, state: LayerState, records: bool) -> None:
+    """Put the book's scale and amax slots into the layer's quantisers; call inside autocast.
+
+    Raises BackendError when the layer has no quantiser where we expect one: an unknown Transformer Engine.
+    """
+    layer.fp8_meta.setdefault(engine.buffer_key, [])
+    if state.scale("input") is None:
+        return
+    layer.init_fp8_metadata(num_gemms=1)
+    for direction, index, role in ROLES:
+        try:
+            quantizer = layer.quantizers[direction][index]
+        except (KeyError, IndexError) as error:
+            raise BackendError(
+                f"Transformer Engine {engine.version}: te.Linear has no quantizer {direction}[{index}] ({role}).\n"
+                "  Set fp8/backend to torch."
+            ) from error
+        if direction == "scaling_bwd":
+            # The backward reads it later, and a pipeline has several forwards in flight: each keeps its own.
+            records = state.records_backward()
+            quantizer = layer.quantizers[direction][index] = quantizer.copy()
+        quantizer.scale = state.scale(role)
+        quantizer.amax = state.amax(role) if records else state.scratch()
+
+
+def make_linear(source: nn.Linear, state: LayerState) -> nn.Module:
+    """A TELinear with the very Parameters of `source` (which may be empty, under zero.Init), mode and device."""
+    weight = source.weight
+    layer = linear_class()(
+        source.in_features, source.out_features, bias=source.bias is not None, params_dtype=weight.dtype, device="meta"
+    )
+    # Into the dictionary, not by attribute: TE's register_parameter wants an initialiser for each.
+    layer._parameters["weight"] = weight
+    if source.bias is not None:
+        layer._parameters["bias"] = source.bias
+    else:
+        layer.__dict__["bias"] = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    layer.__dict__["fp8_state"] = state
+    return layer.train(source.training)
+
+
+def restore_linear(layer: Any) -> nn.Linear:
+    """The plain nn.Linear again, with the same Parameters."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.use_bias, device="meta")
+    plain._parameters["weight"] = layer._parameters["weight"]
+    if layer.use_bias:
+        plain._parameters["bias"] = layer._parameters["bias"]
+    return plain.train(layer.training)
+
+
+def __getattr__(name: str) -> Any:
+    """`TELinear` by name, for copy and pickle, without importing Transformer Engine before it is wanted."""
+    if name == "TELinear":
+        return linear_class()
+    raise AttributeError(name)

@@ -1,0 +1,246 @@
+"""The Transformer Engine backend against the torch backend, which golden vectors hold to the real thing.
+
+Both run the same model on the same data; scales and histories must agree bit for bit, whatever happens around: gradient
+accumulation, recompute, eval, overrides, padding. The stand-in keeps Transformer Engine's habits (see `stand_in.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from layers.small_models import settings
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_fp8.errors import BackendError
+from ds_fp8.layers import restore_layers, swap_layers
+from ds_fp8.layers.transformer_engine import names
+from ds_fp8.layers.transformer_engine.scaling import make_recipe
+from ds_fp8.plan import make_plan
+from ds_fp8.recipe import HighPrecision, Recipe
+
+
+class Pair(nn.Module):
+    """norm, two linear layers, one of them without bias; the block in between may be recomputed."""
+
+    def __init__(self, recompute: bool | None = None):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(32), nn.Linear(32, 48)
+        self.rms, self.down = nn.RMSNorm(48, eps=1e-6), nn.Linear(48, 32, bias=False)
+        self.recompute = recompute
+
+    def forward(self, x):
+        if self.recompute is None:
+            return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.recompute)
+
+    def block(self, x):
+        return x + self.down(self.rms(torch.relu(self.up(self.norm(x)))))
+
+
+def twins(recipe: Recipe | None = None, recompute: bool | None = None, **fp8):
+    """The same model under both backends, with their books."""
+    torch.manual_seed(0)
+    ours = Pair(recompute)
+    theirs = copy.deepcopy(ours)
+    found = []
+    for model, backend in ((ours, "torch"), (theirs, "transformer_engine")):
+        plan = make_plan(model, settings(recipe, **fp8))
+        book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)))
+        found.append((model, book))
+    return found
+
+
+def run(model, steps=3, tokens=16, train=True):
+    """A few passes with growing inputs; outputs and gradients of the last."""
+    generator = torch.Generator().manual_seed(5)
+    model.train(train)
+    for index in range(steps):
+        x = (torch.randn(2, tokens // 2, 32, generator=generator) * (index + 1)).requires_grad_()
+        model.zero_grad()
+        output = model(x)
+        (output * torch.linspace(-1, 1, 32)).sum().backward()
+    return [output.detach(), x.grad] + [parameter.grad for parameter in model.parameters()]
+
+
+def assert_same_state(ours, theirs):
+    for book in (ours, theirs):
+        book.fold()
+    for name, tensor in ours.state_dict().items():
+        other = theirs.state_dict()[name]
+        if isinstance(tensor, torch.Tensor):
+            # An amax behind the first layer is a sum of 48 products in another order; the rest is equal to the bit.
+            torch.testing.assert_close(
+                other, tensor, rtol=48 * 2**-24, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            assert tensor == other, name
+
+
+def assert_close(found, wanted):
+    """fp32 sums of the same products in another order: 64 terms, each off by half an ulp at most."""
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=64 * 2**-24, atol=64 * 2**-24 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+@pytest.mark.parametrize("fp8_format", ["HYBRID", "E4M3"])
+def test_scales_histories_and_results_are_the_torch_backends(te, fp8_format, algorithm):
+    """Delayed scaling with all its arguments: what Transformer Engine ignores is done by the book for both."""
+    recipe = Recipe(fp8_format=fp8_format, amax_history_len=3, amax_compute_algo=algorithm, margin=1, interval=2)
+    (ours, book), (theirs, their_book) = twins(recipe)
+    assert type(theirs.up).__name__ == "TELinear" and isinstance(theirs.norm, te.LayerNorm)
+    assert_close(run(theirs, 5), run(ours, 5))
+    assert_same_state(book, their_book)
+    assert book.scales.unique().numel() > 3, "the scales must have moved for this to mean anything"
+
+
+def test_the_global_update_of_transformer_engine_never_touches_us(te):
+    """One autocast per layer would roll all histories once per layer, forward and backward."""
+    from te_stand_in import Manager
+
+    _, (theirs, _) = twins()
+    run(theirs, 2)
+    assert Manager.updates == 0 and Manager.depth == 0
+    assert Manager.buffers == {"scaling_fwd": [], "scaling_bwd": []}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recompute_records_once_and_the_backward_still_records(te, reentrant):
+    """Activation checkpointing runs the forward twice; its histories must equal those without."""
+    (plain, book), _ = twins()
+    _, (theirs, their_book) = twins(recompute=reentrant)
+    assert_close(run(theirs, 4), run(plain, 4))
+    assert_same_state(book, their_book)
+
+
+@pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad"])
+def test_override_linear_precision_takes_each_product(te, name):
+    """Transformer Engine dropped this argument; the product in question must be the torch backend's high-precision one."""
+    recipe = Recipe(amax_history_len=4, override_linear_precision=HighPrecision(**{name: True}))
+    (ours, _), (theirs, _) = twins(recipe)
+    assert_close(run(theirs, 1), run(ours, 1))
+
+
+@pytest.mark.parametrize("tokens", [2, 10, 22])
+def test_tokens_are_padded_to_sixteen(te, tokens):
+    """8 or 24 tokens fail in the backward on Hopper; rows of zeros change nothing for the others."""
+    (ours, book), (theirs, their_book) = twins()
+    assert_close(run(theirs, 3, tokens), run(ours, 3, tokens))
+    assert_same_state(book, their_book)
+
+
+def test_current_scaling(te):
+    """No history, no slots: the quantisers are left alone."""
+    (ours, _), (theirs, _) = twins(Recipe(kind="current"))
+    assert_close(run(theirs, 2), run(ours, 2))
+
+
+def test_weight_cache_quantises_once_per_optimizer_step(te):
+    """Four micro-batches, one cast of the weight; after `weights_changed` one more."""
+    _, (theirs, book) = twins(weight_cache=True)
+    run(theirs, 4)
+    assert theirs.up.quantizers["scaling_fwd"][1].calls == 1
+    book.weights_changed()
+    run(theirs, 2)
+    assert theirs.up.quantizers["scaling_fwd"][1].calls == 2
+    _, (theirs, _) = twins(weight_cache=False)
+    run(theirs, 4)
+    assert theirs.up.quantizers["scaling_fwd"][1].calls == 4
+
+
+def test_eval_is_plain_unless_asked_and_never_records(te):
+    """`eval: false` computes nn.Linear's bits; `eval: true` computes in FP8 and leaves the histories alone."""
+    _, (theirs, book) = twins()
+    run(theirs, 2)
+    x = torch.randn(4, 8, 32)
+    theirs.eval()
+    with torch.no_grad():
+        found = theirs(x)
+        wanted = restore_layers(copy.deepcopy(theirs))(x)
+    assert torch.equal(found, wanted)
+    _, (theirs, book) = twins(eval=True)
+    run(theirs, 2)
+    before = book.state_dict()
+    theirs.eval()
+    with torch.no_grad():
+        assert not torch.equal(theirs(x * 100), wanted)
+    after = book.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in ("scales", "forward_history", "backward_history"))
+
+
+def test_start_step_is_high_precision_but_fills_the_histories(te):
+    """So that FP8 starts with scales that fit, on either backend."""
+    (ours, book), (theirs, their_book) = twins(start_step=2)
+    assert_close(run(theirs, 2), run(ours, 2))
+    assert_same_state(book, their_book)
+    assert float(their_book.state_dict()["forward_history"].max()) > 0
+
+
+def test_parameters_names_and_state_dict_are_the_plain_models(te):
+    """Identity of Parameters, strict loading both ways, no `_extra_state`; and back again."""
+    torch.manual_seed(0)
+    model = Pair()
+    plain = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    plan = make_plan(model, settings())
+    swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend="transformer_engine")))
+    assert all(value is parameters[name] for name, value in model.named_parameters())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(plain.state_dict(), strict=True)
+    restored = restore_layers(model)
+    assert type(restored.up) is nn.Linear and type(restored.norm) is nn.LayerNorm and type(restored.rms) is nn.RMSNorm
+    assert all(value is parameters[name] for name, value in restored.named_parameters())
+    x = torch.randn(4, 32)
+    assert torch.equal(restored.eval()(x), plain.eval()(x))
+
+
+def test_frozen_weights_get_no_gradient(te):
+    """A LoRA base: frozen stays frozen, also where wgrad is overridden."""
+    for high in (HighPrecision(), HighPrecision(wgrad=True)):
+        _, (theirs, _) = twins(Recipe(amax_history_len=2, override_linear_precision=high))
+        theirs.up.weight.requires_grad_(False)
+        theirs(torch.randn(16, 32, requires_grad=True)).sum().backward()
+        assert theirs.up.weight.grad is None and theirs.down.weight.grad is not None
+        assert not theirs.up.weight.requires_grad and theirs.down.weight.requires_grad
+
+
+def test_a_recipe_that_the_device_lacks_is_refused(te):
+    """By name and with the reason, whether the device or the installed version is what lacks it."""
+    with pytest.raises(BackendError, match=r"mxfp8: this device does not run it .*10.0 or higher"):
+        make_recipe(names.load(), Recipe(kind="mxfp8"))
+    with pytest.raises(BackendError, match="has no Float8BlockScaling"):
+        make_recipe(names.load(), Recipe(kind="block"))
+
+
+def test_an_unknown_transformer_engine_is_refused_with_what_differs(te):
+    """Moved or renamed arguments are named, before a layer is built."""
+    del te.RMSNorm
+    te.Linear = type("Linear", (te.Linear,), {"__init__": lambda self, rows, columns: None})
+    with pytest.raises(BackendError) as error:
+        names.load()
+    assert "pytorch.RMSNorm is missing" in str(error.value)
+    assert "pytorch.Linear lacks in_features, out_features, bias, params_dtype, device" in str(error.value)
+
+
+def test_not_installed_is_a_clear_error(monkeypatch):
+    """The metapackage without a build raises RuntimeError on import: caught, with the way out."""
+    import sys
+
+    names.load.cache_clear()
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(BackendError, match=r"cannot be imported.*\n.*set fp8/backend to torch"):
+        names.load()
+    names.load.cache_clear()
+
+
+def test_the_class_can_be_pickled_by_name(te):
+    """Copies of a model and saved modules name the class; the module makes it on demand."""
+    from ds_fp8.layers.transformer_engine import linear
+
+    assert pickle.loads(pickle.dumps(linear.TELinear)) is linear.linear_class()
