@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .facts import base_dtype, optimizer_type, section, zero_stage
+from .facts import base_dtype, offload_device, optimizer_type, section, zero_stage
 from .rules import Found, Rule, fp8_of, level_of, msamp_of
 
 ONE_BIT_OPTIMIZERS = frozenset({"onebitadam", "zerooneadam", "onebitlamb"})
@@ -44,6 +44,18 @@ def super_offload(data: dict[str, Any]) -> Found:
         yield (
             ("zero_optimization", "offload_optimizer", "super_offload"),
             ("SuperOffload runs its own CPU Adam in another process, which knows no 8-bit states; set it to false"),
+        )
+
+
+def nvme_states(data: dict[str, Any]) -> Found:
+    """DeepSpeed's NVMe swapper moves states of the master's size and dtype."""
+    if msamp_of(data) and offload_device(data, "offload_optimizer") == "nvme":
+        yield (
+            ("zero_optimization", "offload_optimizer", "device"),
+            (
+                "nvme swaps states of the master's size and dtype, codes and scales have neither; use cpu, where msamp's "
+                "states take a third of the memory"
+            ),
         )
 
 
@@ -170,6 +182,7 @@ CONFLICTS: tuple[Rule, ...] = (
     deepcompile,
     zenflow,
     super_offload,
+    nvme_states,
     partial_offload,
     one_bit_optimizers,
     other_optimizers,

@@ -61,6 +61,13 @@ def blackwell_recipes_need_transformer_engine(data: dict[str, Any]) -> Found:
         yield ("fp8", "recipe"), message
 
 
+def fused_layers_need_transformer_engine(data: dict[str, Any]) -> Found:
+    """The fused layers, LayerNorm+Linear and LayerNorm+MLP, are Transformer Engine's."""
+    given = fp8_of(data) or {}
+    if given.get("fuse") is True and given.get("backend") == "torch":
+        yield ("fp8", "fuse"), "fused layers are Transformer Engine's, but fp8/backend is torch; change one of them"
+
+
 def something_is_swapped(data: dict[str, Any]) -> Found:
     """An opt-in that can convert nothing is a mistake."""
     layers = (fp8_of(data) or {}).get("layers")
@@ -177,6 +184,7 @@ def _level_path(data: dict[str, Any], key: str) -> Path:
 RULES: tuple[Rule, ...] = (
     delayed_only_keys,
     blackwell_recipes_need_transformer_engine,
+    fused_layers_need_transformer_engine,
     something_is_swapped,
     use_te_agrees_with_backend,
     use_te_needs_fp8,

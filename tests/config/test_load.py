@@ -93,7 +93,7 @@ def test_every_fp8_key_arrives():
     """One file with every key away from its default; nothing is parsed and dropped."""
     given = {
         "enabled": True,
-        "backend": "torch",
+        "backend": "transformer_engine",
         "recipe": "delayed",
         "fp8_format": "E4M3",
         "margin": 1,
@@ -123,7 +123,13 @@ def test_every_fp8_key_arrives():
     assert (recipe.amax_history_len, recipe.amax_compute_algo, recipe.reduce_amax) == (16, "most_recent", False)
     assert recipe.override_linear_precision == HighPrecision(wgrad=True)
     assert fp8.layers == config.LayerSettings(("a.*",), ("*.head",), True, False, True, 256)
-    assert (fp8.backend, fp8.fuse, fp8.weight_cache, fp8.eval, fp8.start_step) == ("torch", True, False, True, 10)
+    assert (fp8.backend, fp8.fuse, fp8.weight_cache, fp8.eval, fp8.start_step) == (
+        "transformer_engine",
+        True,
+        False,
+        True,
+        10,
+    )
     assert fp8.telemetry == config.TelemetrySettings(True, 5, "runs")
     assert not fp8.implied
 

@@ -29,6 +29,7 @@ REFUSED = [
     (fp8(recipe="block", amax_history_len=16), "fp8/amax_history_len", fp8(amax_history_len=16)),
     (fp8(recipe="current", amax_compute_algo="most_recent"), "fp8/amax_compute_algo", fp8(recipe="current")),
     (fp8(recipe="mxfp8", backend="torch"), "fp8/recipe", fp8(recipe="mxfp8")),
+    (fp8(fuse=True, backend="torch"), "fp8/fuse", fp8(fuse=True)),
     (fp8(layers={"linear": False, "norm": False}), "fp8/layers", fp8(layers={"linear": False})),
     ({**msamp(use_te=True), **fp8(backend="torch")}, "msamp/use_te", {**msamp(use_te=True), **fp8()}),
     (
@@ -64,6 +65,11 @@ REFUSED = [
         {**msamp(), **zero(offload_optimizer={"device": "cpu", "super_offload": True})},
         "zero_optimization/offload_optimizer/super_offload",
         {**msamp(), **zero(offload_optimizer={"device": "cpu"})},
+    ),
+    (
+        {**msamp(), **zero(offload_optimizer={"device": "nvme"})},
+        "zero_optimization/offload_optimizer/device",
+        {**fp8(), **zero(offload_optimizer={"device": "nvme"})},
     ),
     (
         {**msamp(), **zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5})},
