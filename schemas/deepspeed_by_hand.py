@@ -29,7 +29,9 @@ TOP_LEVEL: dict[str, dict[str, Any]] = {
     ),
     "gradient_accumulation_steps": _entry("integer", "Forward passes per optimizer step.", minimum=1),
     "managed_gradient_accumulation": _entry("boolean", "DeepSpeed counts micro-batches itself.", default=True),
-    "steps_per_print": _entry(["number", "null"], "Steps between two progress lines; Accelerate writes infinity.", minimum=0),
+    "steps_per_print": _entry(
+        ["number", "null"], "Steps between two progress lines; Accelerate writes infinity.", minimum=0
+    ),
     "gradient_clipping": _entry("number", "Largest gradient norm; 0 turns clipping off.", minimum=0, default=1.0),
     "prescale_gradients": _entry("boolean", "Scale gradients before the all-reduce.", default=False),
     "gradient_predivide_factor": _entry(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import fields
 
 import pytest
@@ -89,3 +90,11 @@ def test_every_default_is_allowed(section):
             Draft7Validator(entry).validate(entry["default"])
             Draft7Validator(entry).validate("auto")
             assert key
+
+
+def test_the_reference_page_is_generated():
+    """docs/configuration.md says what the schema says; nobody edits it by hand."""
+    spec = importlib.util.spec_from_file_location("generate_reference", contract.folder() / "generate_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.TARGET.read_text(encoding="utf-8") == module.render()
