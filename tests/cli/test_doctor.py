@@ -87,7 +87,7 @@ def test_the_versions_are_those_of_the_package():
     """What doctor asks for and what the installer asks for must not drift apart."""
     from pathlib import Path
 
-    text = (Path(probes.__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8")
     for name, oldest in probes.REQUIRED.items():
         wanted = f'"{name}>={".".join(map(str, oldest))}"' if oldest else f'"{name}"'
         assert wanted in text, wanted

@@ -12,7 +12,7 @@ import pytest
 from ds_fp8 import config
 from ds_fp8.config import contract
 
-SCRIPT = Path(contract.folder()) / "generate_deepspeed.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "schemas" / "generate_deepspeed.py"
 
 
 @pytest.fixture(scope="module")
