@@ -1,0 +1,163 @@
+"""Compiled Triton kernels on the device against `numerics` on the CPU, bit for bit, with integer and with hardware casts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ds_fp8 import kernels, numerics
+from ds_fp8.formats import E4M3, E5M2
+from ds_fp8.kernels.adam import AdamStep, reference_step
+from ds_fp8.kernels.triton import blocks, cast, launch
+from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
+from ds_fp8.numerics import flat, gemm_blocks, masters, states
+from ds_fp8.numerics.dtypes import torch_dtype
+from ds_fp8.numerics.random_bits import Stochastic
+
+FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+
+
+@pytest.fixture(params=[True, False], ids=["hardware cast", "integer cast"], autouse=True)
+def hardware(request):
+    """Every test twice: both casts must give the reference's bits."""
+    before = launch.use_hardware_casts(request.param)
+    yield request.param
+    launch.use_hardware_casts(before)
+
+
+def wide(numel: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(numel, generator=generator)
+    x = x * torch.exp2(torch.randint(-12, 12, (numel,), generator=generator).float())
+    x[:128] = 0
+    return x
+
+
+def codes_equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    nan = wanted.float().isnan()
+    found, wanted = found.cpu().view(torch.uint8), wanted.view(torch.uint8)
+    return bool(((found == wanted) | (nan & ((found & 0x7F) >= 0x7D))).all())
+
+
+@FORMATS
+def test_all_bf16_values_and_all_halfway_cases(fmt):
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    grid = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt)).float()
+    grid = grid[grid.isfinite()].sort().values
+    middle = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat([every, middle, middle.nextafter(grid[1:]), middle.nextafter(grid[:-1])])
+    for scale in (1.0, 3.7):
+        assert codes_equal(
+            kernels.quantize(x.cuda(), torch.tensor(scale).cuda(), fmt), numerics.quantize(x, scale, fmt)
+        )
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_flat_partitions(fmt, dtype):
+    """A million elements and a short block; nearest and stochastic; sums of three ranks."""
+    x = wide(2**20 + 77).to(dtype)
+    for rounding in (None, Stochastic(5, 2, 1)):
+        codes, scale_inv = kernels.flat_encode(x.cuda(), fmt, rounding=rounding)
+        wanted, wanted_scale_inv = flat.encode(x, fmt, rounding=rounding)
+        assert torch.equal(codes.cpu(), wanted) and torch.equal(scale_inv.cpu(), wanted_scale_inv)
+        back = kernels.flat_decode(codes, scale_inv, fmt, dtype=dtype)
+        assert torch.equal(back.cpu(), flat.decode(wanted, wanted_scale_inv, fmt, dtype=dtype))
+    many = [flat.encode(wide(100_000, seed), fmt) for seed in range(3)]
+    codes, scale_inv = torch.stack([one for one, _ in many]), torch.stack([one for _, one in many])
+    found = kernels.flat_sum(codes.cuda(), scale_inv.cuda(), fmt, factor=1 / 3)
+    assert torch.equal(found.cpu(), flat.sum_contributions(codes, scale_inv, fmt, factor=1 / 3))
+    again, again_scale_inv = kernels.flat_sum_encode(codes.cuda(), scale_inv.cuda(), fmt, factor=1 / 3)
+    wanted, wanted_scale_inv = flat.sum_and_encode(codes, scale_inv, fmt, factor=1 / 3)
+    assert torch.equal(again.cpu(), wanted) and torch.equal(again_scale_inv.cpu(), wanted_scale_inv)
+
+
+@FORMATS
+def test_transposed_codes_amax_and_blocks(fmt):
+    x = wide(1000 * 720).view(1000, 720).bfloat16()
+    codes = torch.empty(1000, 720, dtype=torch_dtype(fmt), device="cuda")
+    turned, amax = torch.empty(720, 1000, dtype=torch_dtype(fmt), device="cuda"), torch.zeros(1, device="cuda")
+    cast.quantize_transpose(x.cuda(), torch.tensor([3.7], device="cuda"), fmt, codes, turned, amax)
+    wanted = numerics.quantize(x, 3.7, fmt)
+    assert codes_equal(codes, wanted) and codes_equal(turned, wanted.t().contiguous())
+    assert amax.item() == x.float().abs().max().item()
+    plain = torch.empty_like(codes), torch.empty(1000, 6, device="cuda")
+    groups = torch.empty_like(turned), torch.empty(720, 8, device="cuda")
+    blocks.quantize_groups(x.cuda(), fmt, plain, groups)
+    for found, source in ((plain, x), (groups, x.t().contiguous())):
+        wanted = gemm_blocks.quantize_1x128(source, fmt)
+        assert codes_equal(found[0], wanted[0]) and torch.equal(found[1].cpu(), wanted[1])
+    found, wanted = kernels.quantize_128x128(x.cuda(), fmt), gemm_blocks.quantize_128x128(x, fmt)
+    assert codes_equal(found[0], wanted[0]) and torch.equal(found[1].cpu(), wanted[1])
+
+
+def make_step(dtype: torch.dtype, m: str, v: str, master: str, rounding: str, numel: int = 100_003) -> AdamStep:
+    param = (wide(numel, 1).clamp(-4, 4) * 0.01).to(dtype)
+    arguments: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    return AdamStep(
+        param=param,
+        grad=torch.zeros(numel),
+        exp_avg=states.new_state(m, numel, "cpu"),
+        exp_avg_sq=states.new_state(v, numel, "cpu"),
+        master=masters.new_master(master, param),
+        decoupled=True,
+        step=1,
+        grad_scale=0.7,
+        seed=11,
+        rounding=rounding,
+        **arguments,
+    )
+
+
+def on_device(step: AdamStep) -> AdamStep:
+    twin = copy.deepcopy(step)
+    twin.param, twin.grad = twin.param.cuda(), twin.grad.cuda()
+    for holder in (twin.exp_avg, twin.exp_avg_sq, twin.master):
+        for name, tensor in holder.tensors().items():
+            setattr(holder, name, tensor.cuda())
+    return twin
+
+
+CASES = [(torch.bfloat16, name, name, "split24") for name in STATE_FORMATS]
+CASES += [(dtype, "e4m3", "fp16", name) for dtype in (torch.bfloat16, torch.float16) for name in MASTER_FORMATS]
+CASES += [(torch.float32, "e4m3", "fp16", "split32")]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(("dtype", "m", "v", "master"), CASES, ids=str)
+def test_the_fused_step_is_the_reference_step(dtype, m, v, master, rounding):
+    """Three steps; every byte of states, master and parameter."""
+    step = make_step(dtype, m, v, master, rounding)
+    device = on_device(step)
+    for number in range(1, 4):
+        gradient = (wide(step.param.numel(), 10 + number) * 1e-3).bfloat16()
+        step.step = device.step = number
+        step.grad, device.grad = gradient, gradient.cuda()
+        reference_step(step)
+        kernels.adam_step(device)
+        for position, (found, wanted) in enumerate(zip(device.tensors(), step.tensors(), strict=True)):
+            differs = found.cpu().view(torch.uint8) != wanted.contiguous().view(torch.uint8)
+            assert not differs.any(), f"step {number}, tensor {position}: {int(differs.sum())} bytes differ"
+
+
+def test_no_kernel_waits_for_the_device():
+    """`set_sync_debug_mode("error")` raises at any copy to the host or wait inside."""
+    step = on_device(make_step(torch.bfloat16, "e4m3", "fp16", "split24", "nearest"))
+    step.grad_scale = torch.tensor(0.5, device="cuda")
+    x = wide(4096).cuda()
+    codes, scale_inv = kernels.flat_encode(x, E4M3)
+    kernels.adam_step(step)  # compiled before the check
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.flat_decode(*kernels.flat_encode(x, E4M3), E4M3)
+        kernels.flat_sum(codes.view(1, -1), scale_inv.view(1, -1), E4M3)
+        kernels.amax(x)
+        kernels.adam_step(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
