@@ -15,8 +15,7 @@ constexpr int64_t PIECE = 32;  // blocks between two visits of the FP8 weights: 
 
 INLINE void read_gradient(Block& g, const AdamJob& job, int64_t b, int count) {
     if (job.grad_dtype == GRADIENT_CODES) {
-        decode_block<E4m3>(g, static_cast<const uint8_t*>(job.grad) + b * BLOCK, count);
-        scale_block(g, job.grad_scale_inv[b]);
+        decode_block<E4m3>(g, static_cast<const uint8_t*>(job.grad) + b * BLOCK, job.grad_scale_inv[b], count);
     } else {
         read_typed(g, job.grad, job.grad_dtype, b, count);
     }
@@ -97,7 +96,7 @@ void adam_range(const void* data, int64_t first, int64_t last) {
             update(job, w, g, m, v, r);
             write_state(job.exp_avg, m, b, count, job.stochastic, false);
             write_state(job.exp_avg_sq, roots ? r : v, b, count, job.stochastic, roots);
-            write_master(job, w, b, count);
+            job.weight16 ? write_master<true>(job, w, b, count) : write_master<false>(job, w, b, count);
             if (job.weight16) write_typed(job.weight16, job.weight16_dtype, w, b, count);
         }
         if (job.segments.count) {

@@ -58,8 +58,9 @@ INLINE void write_block(typename D::Type* to, const Block& x, int count) {
     }
 }
 
-template <class F>
-INLINE void decode_block(Block& x, const uint8_t* codes, int count) {
+// x = codes * scale_inv. `finite` as in formats.h.
+template <class F, bool finite = false>
+INLINE void decode_block(Block& x, const uint8_t* codes, float scale_inv, int count) {
     uint8_t staged[BLOCK];
     if (__builtin_expect(count != BLOCK, 0)) {
         stage(staged, codes, count);
@@ -68,17 +69,23 @@ INLINE void decode_block(Block& x, const uint8_t* codes, int count) {
         prefetch(codes + AHEAD);
         prefetch(codes + AHEAD + 64);
     }
-    each_vector([&](int i) { x.v[i] = F::decode(load<Bytes>(codes + i * LANES)); });
+    float factor = scale_inv * F::UNIT;
+    each_vector([&](int i) { x.v[i] = F::template decode<finite>(load<Bytes>(codes + i * LANES)) * splat(factor); });
+    // A scale_inv so large that the factor overflows: first the unit, then the scale.
+    if (__builtin_expect((bits_of(factor) & MAGNITUDE) == INFINITE, 0))
+        each_vector([&](int i) {
+            x.v[i] = F::template decode<finite>(load<Bytes>(codes + i * LANES)) * splat(F::UNIT) * splat(scale_inv);
+        });
 }
 
-// `encode(vector, index)` gives the codes of one vector, as words.
+// `encode(vector, index)` gives the codes of one vector, in the lowest byte of each lane.
 template <class E>
 INLINE void encode_block(uint8_t* codes, const Block& x, int count, E encode) {
     if (__builtin_expect(count == BLOCK, 1)) {
-        each_vector([&](int i) { store(codes + i * LANES, narrow_to_bytes(encode(x.v[i], i))); });
+        each_vector([&](int i) { store(codes + i * LANES, low_bytes(encode(x.v[i], i))); });
     } else {
         uint8_t staged[BLOCK];
-        each_vector([&](int i) { store(staged + i * LANES, narrow_to_bytes(encode(x.v[i], i))); });
+        each_vector([&](int i) { store(staged + i * LANES, low_bytes(encode(x.v[i], i))); });
         for (int i = 0; i < count; i++) codes[i] = staged[i];
     }
 }

@@ -14,33 +14,44 @@ INLINE void decode_half_block(Block& x, const uint16_t* codes, float scale_inv, 
     scale_block(x, scale_inv);
 }
 
-// Codes of one block, which becomes what they decode to; returns its scale_inv. `keep_positive`: a zero code of a
-// positive number becomes the smallest code (sqrt(v), which must not divide by eps alone).
+INLINE Halves smallest_if_positive(Halves code, Floats x) {
+#if defined(__AVX512F__)
+    __mmask16 positive = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return (Halves)_mm256_mask_max_epu16((__m256i)code, positive, (__m256i)code, _mm256_set1_epi16(1));
+#else
+    return narrow_to_halves(larger(widen(code), (Words)((Ints)bits_of(x) > 0) & 1u));
+#endif
+}
+
+// Codes of one block; returns its scale_inv. `decoded`: the block becomes what the codes say. `keep_positive`: a zero
+// code of a positive number becomes the smallest code (sqrt(v), which must not divide by eps alone).
+template <bool decoded>
 INLINE float encode_half_block(uint16_t* codes, Block& x, int count, bool stochastic, uint32_t first_index, uint32_t key,
                                bool keep_positive) {
     uint32_t amax = block_amax(x);
     float scale_inv = block_scale_inv(amax, BLOCKS16_TOP);
     if (__builtin_expect(amax >= INFINITE, 0)) {
         for (int i = 0; i < count; i++) codes[i] = NAN_HALF;
-        each_vector([&](int i) { x.v[i] = splat(scale_inv); });
+        if (decoded) each_vector([&](int i) { x.v[i] = splat(scale_inv); });
         return scale_inv;
     }
     float scale = 1.0f / scale_inv;
     uint16_t staged[BLOCK];
     uint16_t* to = count == BLOCK ? codes : staged;
-    each_vector([&](int i) {
-        Words bits = bits_of(x.v[i] * splat(scale));
-        Words code;
-        if (stochastic)
-            code = encode_magnitude_stochastic<10, 15>(bits & MAGNITUDE, random_bits(first_index + i * LANES, key)) |
-                   ((bits & SIGN) >> 16);
-        else
-            code = widen(float_to_half(floats_of(bits)));
-        if (keep_positive) code = larger(code, (Words)((Ints)bits_of(x.v[i]) > 0) & 1u);
-        Halves half = narrow_to_halves(code);
-        store(to + i * LANES, half);
-        x.v[i] = half_to_float(half) * splat(scale_inv);
-    });
+    auto put = [&](int i, Halves code) {
+        if (keep_positive) code = smallest_if_positive(code, x.v[i]);
+        store(to + i * LANES, code);
+        if (decoded) x.v[i] = half_to_float(code) * splat(scale_inv);
+    };
+    if (stochastic)
+        each_vector([&](int i) {
+            Words bits = bits_of(x.v[i] * splat(scale));
+            Words random = random_bits(first_index + i * LANES, key);
+            Words code = encode_magnitude_stochastic<10, 15>(bits & MAGNITUDE, random);
+            put(i, narrow_to_halves(code | ((bits & SIGN) >> 16)));
+        });
+    else
+        each_vector([&](int i) { put(i, float_to_half(x.v[i] * splat(scale))); });
     if (count != BLOCK)
         for (int i = 0; i < count; i++) codes[i] = staged[i];
     return scale_inv;

@@ -43,8 +43,7 @@ void dequantize_range(const DequantizeJob& job, int64_t first, int64_t last) {
         int count = elements_in_block(b, job.numel);
         if (job.per_block) scale_inv = job.scale_inv[b];
         Block block;
-        decode_block<F>(block, job.codes + b * BLOCK, count);
-        scale_block(block, scale_inv);
+        decode_block<F>(block, job.codes + b * BLOCK, scale_inv, count);
         if (streaming && count == BLOCK)
             each_vector([&](int i) { D::write_stream(out + b * BLOCK + i * LANES, block.v[i]); });
         else

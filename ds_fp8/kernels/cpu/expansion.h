@@ -100,8 +100,8 @@ INLINE ExpandedScale encode_expanded_block(uint8_t* codes, const Block& x, int c
         expanded = logs.v[i] > splat(0.0f) ? splat(0.0f) : expanded;
         expanded = floats_of(bits_of(expanded) | (bits_of(v) & SIGN));
         Words code = stochastic ? encode_stochastic<E4m3>(expanded, random_bits(first_index + i * LANES, key))
-                                : encode_nearest<E4m3, true>(expanded);
-        if (keep_positive) code = larger(code, (Words)((Ints)bits_of(v) > 0) & 1u);
+                                : encode_nearest_within<E4m3>(expanded);
+        if (keep_positive) code = larger(code & 0xffu, (Words)((Ints)bits_of(v) > 0) & 1u);
         return code;
     });
     return {scale_inv, expansion};

@@ -34,7 +34,7 @@ INLINE float encode_flat_block(uint8_t* codes, const Block& block, int count, bo
     }
     Floats scale = splat(1.0f / scale_inv);
     auto positive = [&](Words code, Floats v) {
-        return keep_positive ? larger(code, (Words)((Ints)bits_of(v) > 0) & 1u) : code;
+        return keep_positive ? larger(code & 0xffu, (Words)((Ints)bits_of(v) > 0) & 1u) : code;
     };
     if (stochastic)
         encode_block(codes, block, count, [&](Floats v, int i) {
@@ -42,7 +42,7 @@ INLINE float encode_flat_block(uint8_t* codes, const Block& block, int count, bo
         });
     else
         encode_block(codes, block, count,
-                     [&](Floats v, int) { return positive(encode_nearest<F, true>(v * scale), v); });
+                     [&](Floats v, int) { return positive(encode_nearest_within<F>(v * scale), v); });
     return scale_inv;
 }
 
@@ -65,14 +65,12 @@ void flat_sum_range(const FlatSumJob& job, int64_t first, int64_t last) {
     for (int64_t b = first; b < last; b++) {
         int count = elements_in_block(b, job.numel);
         Block sum;
-        for (int64_t w = 0; w < job.contributions; w++) {
+        decode_block<F>(sum, job.codes + b * BLOCK, job.scale_inv[b], count);
+        for (int64_t w = 1; w < job.contributions; w++) {
             Block one;
-            decode_block<F>(one, job.codes + w * job.codes_stride + b * BLOCK, count);
-            float scale_inv = job.scale_inv[w * job.scale_stride + b];
-            if (w == 0)
-                each_vector([&](int i) { sum.v[i] = one.v[i] * splat(scale_inv); });
-            else
-                each_vector([&](int i) { sum.v[i] = sum.v[i] + one.v[i] * splat(scale_inv); });
+            decode_block<F>(one, job.codes + w * job.codes_stride + b * BLOCK, job.scale_inv[w * job.scale_stride + b],
+                            count);
+            each_vector([&](int i) { sum.v[i] = sum.v[i] + one.v[i]; });
         }
         scale_block(sum, job.factor);
         if (out) write_block<D>(out + b * BLOCK, sum, count);

@@ -17,14 +17,18 @@ constexpr uint32_t SIGN = 0x80000000u;
 constexpr uint32_t MAGNITUDE = 0x7fffffffu;
 constexpr uint32_t INFINITE = 0x7f800000u;
 
-// The number of marks of |x|, as a code without sign. `magnitude` holds the bits of |x|, finite and within the format.
+// The code of |x| without sign, in the low bits of each lane; what stands above them is noise. `magnitude` holds the bits
+// of |x|, finite and within the format. The exponent's share of the code, (exponent >> ...) less that of the smallest
+// normal, is added in two parts: the constant hides in the low bits of M, where it costs nothing.
 template <int MANTISSA, int BIAS>
 INLINE Words encode_magnitude(Words magnitude) {
     constexpr uint32_t smallest_exponent = uint32_t(128 - BIAS) << 23;
+    constexpr uint32_t low_bits = MANTISSA < 8 ? 0xffu : 0xffffu;
+    constexpr uint32_t constant = (0u - (uint32_t(128 - BIAS) << MANTISSA)) & low_bits;
+    static_assert(constant % 2 == 0, "an odd constant would turn ties to even into ties to odd");
     Words exponent = larger(magnitude & INFINITE, splat(smallest_exponent));
-    Words magic = exponent + ((uint32_t(23 - MANTISSA) << 23) + 0x400000u);
-    Words sum = bits_of(floats_of(magnitude) + floats_of(magic));
-    return sum - magic + (exponent >> (23 - MANTISSA)) - (uint32_t(128 - BIAS) << MANTISSA);
+    Words magic = exponent + ((uint32_t(23 - MANTISSA) << 23) + 0x400000u + constant);
+    return bits_of(floats_of(magnitude) + floats_of(magic)) + (exponent >> (23 - MANTISSA));
 }
 
 template <int MANTISSA, int BIAS>
@@ -59,7 +63,7 @@ INLINE Halves float_to_half(Floats x) {
 #else
     Words magnitude = bits_of(x) & MAGNITUDE;
     // 65536 rounds to 0x7c00, infinity; everything above is brought there.
-    Words code = encode_magnitude<10, 15>(smaller(magnitude, splat(0x47800000u)));
+    Words code = encode_magnitude<10, 15>(smaller(magnitude, splat(0x47800000u))) & 0x7fffu;
     code = (Ints)magnitude > (Ints)splat(INFINITE) ? ((magnitude >> 13) & 0x3ffu) | 0x7e00u : code;
     return narrow_to_halves(code | ((bits_of(x) & SIGN) >> 16));
 #endif
@@ -95,34 +99,48 @@ struct Fp16 {
 
 // ---- FP8 -----------------------------------------------------------------------------------------------------------
 
+// decode(codes) * UNIT is the value; a caller that multiplies by a scale_inv anyway multiplies by scale_inv * UNIT.
+// `finite`: there is no NaN code, or the scale_inv is NaN as well.
 struct E4m3 {
     static constexpr int MANTISSA = 3, BIAS = 7;
     static constexpr uint32_t LARGEST = 0x43e00000u;  // 448
     static constexpr float MAX = 448.0f;
-    static INLINE Floats decode(Bytes codes) {
 #if defined(__AVX512F__) || defined(__AVX2__)
-        // The same bits seven places up are an fp16 that is 2^8 too small; adding one to the NaN code carries into the
-        // top exponent bit, which makes it an fp16 NaN.
-        Words code = widen(codes);
-        Words magnitude = code & 0x7fu;
-        Words half = ((magnitude | ((magnitude + 1u) & 0x80u)) << 7) | ((code & 0x80u) << 8);
-        return half_to_float(narrow_to_halves(half)) * splat(256.0f);
+    static constexpr float UNIT = 256.0f;
+    // The same bits seven places up are an fp16 that is 2^8 too small. The NaN code is the one where adding one carries
+    // into the sign bit: it gets the top exponent bit of fp16, which makes it an fp16 NaN.
+    template <bool finite = false>
+    static INLINE Floats decode(Bytes codes) {
+#if defined(__AVX512F__)
+        Halves code = (Halves)_mm256_cvtepi8_epi16((__m128i)codes);
 #else
+        Halves code = (Halves)_mm_cvtepi8_epi16(_mm_cvtsi64_si128((long long)codes));
+#endif
+        Halves half = (code << 7) & 0xbf80;
+        if (!finite) half |= ((code ^ (code + 1)) & 0x80) << 7;
+        return half_to_float(half);
+    }
+#else
+    static constexpr float UNIT = 1.0f;
+    template <bool finite = false>
+    static INLINE Floats decode(Bytes codes) {
         Words code = widen(codes);
         Words magnitude = code & 0x7fu;
         Words value = bits_of(decode_magnitude<MANTISSA, BIAS>(magnitude));
-        value = (Ints)magnitude == 0x7f ? splat(0x7fc00000u) : value;
+        if (!finite) value = (Ints)magnitude == 0x7f ? splat(0x7fc00000u) : value;
         return floats_of(value | ((code & 0x80u) << 24));
-#endif
     }
+#endif
 };
 
+// The upper byte of an fp16.
 struct E5m2 {
     static constexpr int MANTISSA = 2, BIAS = 15;
     static constexpr uint32_t LARGEST = 0x47600000u;  // 57344
     static constexpr float MAX = 57344.0f;
+    static constexpr float UNIT = 1.0f;
+    template <bool finite = false>
     static INLINE Floats decode(Bytes codes) {
-        // The upper byte of an fp16.
 #if defined(__AVX512F__)
         return half_to_float((Halves)_mm256_slli_epi16(_mm256_cvtepu8_epi16((__m128i)codes), 8));
 #elif defined(__AVX2__)
@@ -133,14 +151,21 @@ struct E5m2 {
     }
 };
 
-// Nearest code of x, saturating (infinity too). `finite`: the caller knows that there is no NaN.
-template <class F, bool finite = false>
+// Nearest code of x, saturating (infinity too), in the lowest byte of each lane.
+template <class F>
 INLINE Words encode_nearest(Floats x) {
     Words bits = bits_of(x);
     Words magnitude = bits & MAGNITUDE;
     Words code = encode_magnitude<F::MANTISSA, F::BIAS>(smaller(magnitude, splat(F::LARGEST)));
-    if (!finite) code = (Ints)magnitude > (Ints)splat(INFINITE) ? splat(0x7fu) : code;
-    return code | ((bits & SIGN) >> 24);
+    code = (Ints)magnitude > (Ints)splat(INFINITE) ? splat(0x7fu) : code;
+    return code | ((bits >> 24) & 0x80u);
+}
+
+// The same for an x that is finite and, but for the rounding of a product, within the format.
+template <class F>
+INLINE Words encode_nearest_within(Floats x) {
+    Words bits = bits_of(x);
+    return encode_magnitude<F::MANTISSA, F::BIAS>(bits & MAGNITUDE) | ((bits >> 24) & 0x80u);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ INLINE Words sign_extend(Chars v) { return (Words)__builtin_convertvector(v, Int
 
 // Keeps the low bits of each word.
 INLINE void store_remainder(int16_t* to, Words v) { store(to, narrow_to_halves(v & 0xffffu)); }
-INLINE void store_remainder(int8_t* to, Words v) { store(to, narrow_to_bytes(v & 0xffu)); }
+INLINE void store_remainder(int8_t* to, Words v) { store(to, low_bytes(v)); }
 
 template <class R>
 struct Remainder;
@@ -35,10 +35,7 @@ INLINE Words half_unit(Words weight) {
 
 template <class R>
 INLINE Floats join(bool bf16, Words weight, Words remainder) {
-    if (bf16) {
-        if (sizeof(R) == 2) return floats_of((weight << 16) + remainder);
-        return floats_of(((weight << 8) + remainder) << 8);
-    }
+    if (bf16) return floats_of((weight << 16) + (sizeof(R) == 2 ? remainder : remainder << 8));
     return half_to_float(narrow_to_halves(weight)) +
            __builtin_convertvector((Ints)remainder, Floats) * floats_of(half_unit<R>(weight));
 }
@@ -49,19 +46,18 @@ struct Split {
 
 INLINE Split split_bf16_16(Floats master) {
     Words bits = bits_of(master);
-    bits = (Ints)(bits & MAGNITUDE) > (Ints)splat(INFINITE) ? splat(0x7fc00000u) : bits;
+    bits = master == master ? bits : splat(0x7fc00000u);
     Words weight = (bits + 0x8000u) >> 16;
     return {weight, bits - (weight << 16)};
 }
 
+// The remainder is the low byte of `remainder`. Infinity and the canonical NaN have zeros there, so that neither way of
+// rounding reaches their upper bits.
 INLINE Split split_bf16_8(Floats master, bool stochastic, Words random) {
-    Words bits = bits_of(master), magnitude = bits & MAGNITUDE;
-    bits = (Ints)magnitude > (Ints)splat(INFINITE) ? splat(0x7fc00000u) : bits;
-    Words carry = stochastic ? random >> 24 : ((bits >> 8) & 1u) + 0x7fu;
-    carry = (Ints)magnitude < (Ints)splat(INFINITE) ? carry : Words{};
-    Words bits24 = (bits + carry) >> 8;
-    Words weight = (bits24 + 0x80u) >> 8;
-    return {weight, bits24 - (weight << 8)};
+    Words bits = bits_of(master);
+    bits = master == master ? bits : splat(0x7fc00000u);
+    Words bits24 = (bits + (stochastic ? random >> 24 : ((bits >> 8) & 1u) + 0x7fu)) >> 8;
+    return {(bits24 + 0x80u) >> 8, bits24};
 }
 
 template <class R>
@@ -100,8 +96,8 @@ INLINE void read_split(Block& w, const uint16_t* weight, const R* remainder, boo
     });
 }
 
-// Stores w and leaves in it what is now stored.
-template <class R>
+// Stores w; if `decoded`, leaves in it what is now stored.
+template <bool decoded, class R>
 INLINE void write_split(Block& w, uint16_t* weight, R* remainder, bool bf16, int count, bool stochastic, uint32_t first,
                         uint32_t key) {
     uint16_t staged_weight[BLOCK];
@@ -117,7 +113,9 @@ INLINE void write_split(Block& w, uint16_t* weight, R* remainder, bool bf16, int
                                        : split_bf16_8(w.v[i], random_needed, random);
         store(to_weight + i * LANES, narrow_to_halves(split.weight & 0xffffu));
         store_remainder(to_remainder + i * LANES, split.remainder);
-        w.v[i] = join<R>(bf16, split.weight, split.remainder);
+        if (!decoded) return;
+        bool is_low_byte = bf16 && sizeof(R) == 1;
+        w.v[i] = is_low_byte ? floats_of(split.remainder << 8) : join<R>(bf16, split.weight, split.remainder);
     });
     if (whole) return;
     for (int i = 0; i < count; i++) {
@@ -156,7 +154,8 @@ INLINE void read_master(Block& w, const AdamJob& job, int64_t b, int count) {
     }
 }
 
-// Stores master and parameter; leaves in w what the master now holds.
+// Stores master and parameter; if `decoded`, leaves in w what the master now holds.
+template <bool decoded>
 INLINE void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
     const State& master = job.master;
     uint16_t* weight = static_cast<uint16_t*>(job.param) + b * BLOCK;
@@ -168,13 +167,13 @@ INLINE void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
             write_typed(master.data, FP32, w, b, count);
             return write_typed(job.param, job.param_dtype, w, b, count);
         case MASTER_SPLIT32:
-            return write_split(w, weight, static_cast<int16_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
+            return write_split<decoded>(w, weight, static_cast<int16_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
                                first, master.key);
         case MASTER_SPLIT24:
-            return write_split(w, weight, static_cast<int8_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
+            return write_split<decoded>(w, weight, static_cast<int8_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
                                first, master.key);
         case MASTER_FP16:
-            master.scale_inv[b] = encode_half_block(static_cast<uint16_t*>(master.data) + b * BLOCK, w, count,
+            master.scale_inv[b] = encode_half_block<true>(static_cast<uint16_t*>(master.data) + b * BLOCK, w, count,
                                                     job.stochastic, first, master.key, false);
             return write_typed(job.param, job.param_dtype, w, b, count);
     }

@@ -16,8 +16,7 @@ INLINE void read_state(Block& x, const State& state, const float* table, int64_t
         case STATE_FP16:
             return decode_half_block(x, static_cast<const uint16_t*>(state.data) + b * BLOCK, state.scale_inv[b], count);
         case STATE_E4M3:
-            decode_block<E4m3>(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, count);
-            return scale_block(x, state.scale_inv[b]);
+            return decode_block<E4m3>(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, state.scale_inv[b], count);
         case STATE_EXPANDED:
             return decode_expanded_block(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, state.scale_inv[b],
                                          table + state.expansion[b] * BLOCK, count);
@@ -42,7 +41,7 @@ INLINE void write_state(const State& state, Block& x, int64_t b, int count, bool
                 });
             return write_block<Bf16>(static_cast<uint16_t*>(state.data) + b * BLOCK, x, count);
         case STATE_FP16:
-            state.scale_inv[b] = encode_half_block(static_cast<uint16_t*>(state.data) + b * BLOCK, x, count, stochastic,
+            state.scale_inv[b] = encode_half_block<false>(static_cast<uint16_t*>(state.data) + b * BLOCK, x, count, stochastic,
                                                    first, state.key, keep_positive);
             return;
         case STATE_E4M3:

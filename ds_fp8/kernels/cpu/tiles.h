@@ -57,8 +57,7 @@ void tile_dequantize_range(const TileJob& job, int64_t first, int64_t last) {
                 int count = elements_in_block(tile, job.columns);
                 int64_t at = row * job.columns + tile * BLOCK;
                 Block block;
-                decode_block<F>(block, job.codes + at, count);
-                scale_block(block, job.scale_inv[tile_row * tiles + tile]);
+                decode_block<F>(block, job.codes + at, job.scale_inv[tile_row * tiles + tile], count);
                 write_block<D>(x + at, block, count);
             }
     }

@@ -169,10 +169,11 @@ INLINE Words widen(Halves v) {
 #endif
 }
 
-INLINE Bytes narrow_to_bytes(Words v) {  // every lane below 256
+INLINE Bytes low_bytes(Words v) {  // the lowest byte of every lane
 #if defined(__AVX512F__)
     return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
 #elif defined(__AVX2__)
+    v &= 0xffu;
     __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
     return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
 #else
