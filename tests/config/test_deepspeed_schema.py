@@ -142,3 +142,47 @@ def test_editors_can_use_the_schemas():
         assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
     assert ours["allOf"] == [{"$ref": theirs["$id"]}]
     assert (contract.folder() / ours["allOf"][0]["$ref"]).is_file()
+
+
+def test_a_file_full_of_auto_as_trainers_write_it():
+    """The template of the Hugging Face documentation in shape: "auto" wherever the trainer knows better."""
+    data = {
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": float("inf"),
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "wall_clock_breakdown": False,
+        "fp8": {"enabled": True},
+        "msamp": {"enabled": True, "opt_level": "O2"},
+    }
+    assert config.check(data) == []
+
+
+@pytest.mark.parametrize("wrong", [{"fp8": {"enabled": True, "margn": 1}}, {"bf16": {"enabld": True}}, {"fp8": {}}])
+def test_the_two_schemas_work_together_as_an_editor_resolves_them(wrong):
+    """By the `$ref` from one file to the other, without any help of ours."""
+    from jsonschema import Draft7Validator
+    from referencing import Registry, Resource
+
+    files = [contract.schema("ds_fp8"), contract.schema("deepspeed")]
+    registry = Registry().with_resources((file["$id"], Resource.from_contents(file)) for file in files)
+    validator = Draft7Validator(files[0], registry=registry)
+    assert validator.is_valid({"fp8": {"enabled": True}, "bf16": {"enabled": True}, "my_own_key": 1})
+    assert not validator.is_valid(wrong)
