@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import DsFp8Error, PlanError
 from . import ATTRIBUTE, of
 from .agreement import Finding, agree
-from .keep import add_state, take_state
+from .keep import add_state, check_state, take_state
 from .sections import source_name
 
 
@@ -80,7 +80,12 @@ class Attachment:
         return original(save_dir, tag, add_state(self, client_state or {}), *args, **kwargs)
 
     def _load_checkpoint(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        path, client_state = original(*args, **kwargs)
+        from ..checkpoint import load_checkpoint
+
+        # Looks at every file of this rank before the engine is touched.
+        path, client_state = load_checkpoint(
+            original, self.engine, *args, check_client_state=lambda state, where: check_state(self, state, where), **kwargs
+        )
         if path is not None:
             take_state(self, client_state, path)
         return path, client_state

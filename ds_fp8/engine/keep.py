@@ -57,6 +57,12 @@ def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None
         _tell(f"ds_fp8: {note}")
 
 
+def check_state(attachment: Any, kept: Any, path: str) -> None:
+    """Raise CheckpointError if `kept`, our entry of a model file, cannot be read; nothing is changed."""
+    if kept is not None and attachment.book is not None:
+        _own_book(kept, path)
+
+
 def _own_book(kept: Any, path: str) -> Any:
     """This rank's book out of a checkpoint's; the first one if the world has another size."""
     if not isinstance(kept, dict) or not {"version", "books", "book_of_rank"} <= kept.keys():
