@@ -14,7 +14,7 @@ from ledger import Ledger, main
 from timing import alternate, free, host_ms
 from torch import nn
 
-from ds_fp8.config.settings import Fp8Settings, Settings
+from ds_fp8.config.settings import Fp8Settings, LayerSettings, Settings
 from ds_fp8.layers import swap_layers
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
@@ -23,7 +23,11 @@ from ds_fp8.recipe import Recipe
 def swapped(model: nn.Module, backend: str, recipe: Recipe) -> nn.Module:
     """A copy of `model` under one backend, by a plan as the JSON would make it."""
     twin = copy.deepcopy(model)
-    plan = make_plan(twin, Settings(Fp8Settings(True, recipe=recipe, backend="auto")), device="cuda")
+    plan = make_plan(
+        twin,
+        Settings(Fp8Settings(True, recipe=recipe, backend="torch", layers=LayerSettings(min_features=16))),
+        device="cuda",
+    )
     swap_layers(twin, replace(plan, fp8=replace(plan.fp8, backend=backend)))
     return twin
 

@@ -12,8 +12,8 @@ from torch import nn
 
 deepspeed = pytest.importorskip("deepspeed")
 
-import ds_fp8
-from ds_fp8.layers import Fp8Linear
+import ds_fp8  # noqa: E402
+from ds_fp8.layers import Fp8Linear  # noqa: E402
 
 
 class Residual(nn.Module):

@@ -1,0 +1,95 @@
+"""One DeepSpeed training of the GPT in a process of its own: `gpt_job.py '<json>'` prints one line of JSON at the end.
+
+A process of its own gives each configuration a clean card, and an out-of-memory error ends only itself.
+Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed config),
+plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times forward, backward and step by themselves).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+
+def start_one_rank() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def config_of(job: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": job["micro_batch"],
+        "gradient_accumulation_steps": job["gas"],
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": job["stage"]},
+        # DeepSpeed's own FusedAdam did not build on this image; torch's fused AdamW is as fast.
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True, "fused": True}},
+    } | job.get("sections", {})
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    start_one_rank()
+    if not job.get("plugin", True):
+        os.environ["DS_FP8_DISABLE"] = "1"
+    import deepspeed
+
+    if job.get("plugin", True):
+        import ds_fp8
+
+        ds_fp8.activate()
+    from gpt_model import GPT
+
+    deepspeed.init_distributed("nccl")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = GPT(job["depth"], job["width"], job["vocabulary"], job["context"]).bfloat16()
+    model.recompute = job.get("recompute", False)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(job))[0]
+    at_rest = torch.cuda.memory_allocated()
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (job["micro_batch"], job["context"])
+    step_times, optimizer_times, losses = [], [], []
+    for number in range(job["steps"]):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(job["gas"]):
+            tokens = torch.randint(0, job["vocabulary"], shape, device="cuda", generator=generator)
+            loss = engine(tokens)
+            engine.backward(loss)
+            if engine.is_gradient_accumulation_boundary() and job.get("steps_timed_apart"):
+                torch.cuda.synchronize()
+            before_step = time.perf_counter()
+            engine.step()
+        torch.cuda.synchronize()
+        now = time.perf_counter()
+        if number >= min(3, job["steps"] - 1):
+            step_times.append(now - begin)
+            optimizer_times.append(now - before_step)
+        losses.append(round(float(loss), 4))
+    seconds = statistics.median(step_times)
+    result = {"parameters": numel, "ms per step": round(seconds * 1e3, 2), "losses": losses[-3:]}
+    result |= {"tokens per s": round(job["micro_batch"] * job["gas"] * job["context"] / seconds)}
+    result |= {"peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2), "at rest GB": round(at_rest / 1e9, 2)}
+    if job.get("steps_timed_apart"):
+        result["optimizer step ms"] = round(statistics.median(optimizer_times) * 1e3, 2)
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        found = run(json.loads(sys.argv[1]))
+    except torch.OutOfMemoryError as error:
+        found = {"out of memory": str(error).splitlines()[0][:160]}
+    print("RESULT " + json.dumps(found), flush=True)

@@ -1,0 +1,42 @@
+"""Starting `gpt_job.py` for one configuration and reading its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+FP8 = {"enabled": True, "recipe": "delayed"}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"fp8": FP8},
+    "fp8 torch": {"fp8": FP8 | {"backend": "torch"}},
+    "fp8 transformer_engine": {"fp8": FP8 | {"backend": "transformer_engine"}},
+    "O1 + fp8": {"fp8": FP8, "msamp": {"enabled": True, "opt_level": "O1"}},
+    "O2 + fp8": {"fp8": FP8, "msamp": {"enabled": True, "opt_level": "O2"}},
+    "O3 + fp8": {"fp8": FP8, "msamp": {"enabled": True, "opt_level": "O3"}},
+    "O3 expanded + fp8": {
+        "fp8": FP8,
+        "msamp": {"enabled": True, "opt_level": "O3", "exp_avg": "e4m3_expanded", "exp_avg_sq": "e4m3_expanded"},
+    },
+}
+"""What the JSON says in each configuration."""
+
+
+def train(job: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The job's result, `{"out of memory": ...}`, or `{"failed": reason}`."""
+    command = [sys.executable, str(HERE / "gpt_job.py"), json.dumps(job)]
+    environment = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result after {seconds:.0f} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line[7:])
+    return {"failed": (done.stderr or done.stdout)[-1200:]}
