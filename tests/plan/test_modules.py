@@ -120,7 +120,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_closest_names(key):
 
 
 def test_nothing_converted_is_an_error():
-    with pytest.raises(PlanError, match="the model has no nn.Linear"):
+    with pytest.raises(PlanError, match=r"the model has no nn\.Linear"):
         plan_of(nn.Sequential(nn.Embedding(8, 8)))
     with pytest.raises(PlanError, match=r"all 1 Linear are kept: 0 \(not a multiple of 16: 3, 5\)"):
         plan_of(nn.Sequential(nn.Linear(5, 3)))

@@ -51,10 +51,14 @@ def test_banner():
     assert text.splitlines() == [
         "ds_fp8: 4 of 5 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: head (tied to embed (Embedding))",
         "ds_fp8: 2 of 2 LayerNorm -> Fp8LayerNorm (fp32 inside, high precision out)",
-        "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache on; eval off; "
-        "75% of the linear layers' FLOPs in FP8",
-        "ds_fp8: msamp O3: exp_avg e4m3, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
-        "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks",
+        (
+            "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache on; eval off; "
+            "75% of the linear layers' FLOPs in FP8"
+        ),
+        (
+            "ds_fp8: msamp O3: exp_avg e4m3, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
+            "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks"
+        ),
         f"ds_fp8: plan {plan_at('O3').digest()[:12]}",
     ]
 

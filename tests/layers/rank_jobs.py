@@ -1,0 +1,92 @@
+"""What the ranks of test_ranks.py run; module-level functions, so that fresh processes can import them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, Settings
+from ds_fp8.layers import Fp8Linear, swap_layers
+from ds_fp8.plan import make_plan
+from ds_fp8.recipe import Recipe
+from tests.layers.small_models import Block
+
+
+class Net(nn.Module):
+    """Two blocks, the second one recomputed in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = checkpoint(self.second, x, use_reentrant=False)
+        return x.float().pow(2).mean()
+
+
+def amaxes(rank: int, world_size: int, reduce_amax: bool) -> dict[str, torch.Tensor]:
+    """One region with inputs of size 1 + rank and gradients of size 2 ** rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    recipe = Recipe(amax_history_len=4, reduce_amax=reduce_amax)
+    book = swap_layers(model, make_plan(model, Settings(Fp8Settings(True, recipe=recipe)), world_size=world_size))
+    model(torch.full((16, 32), 1.0 + rank)).mul(2.0**rank).sum().backward()
+    book.fold()
+    return {"scales": book.scales, "history": book.forward.history}
+
+
+def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) -> dict[str, Any]:
+    """Three steps of two micro-batches under DeepSpeed; FP8 layers swapped by hand, as the engine hook does it."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 2,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+    torch.manual_seed(0)
+    if zero_init:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = Net()
+    else:
+        model = Net()
+    recipe = Recipe(kind=kind, amax_history_len=4 if kind == "delayed" else 1024)
+    facts = DeepSpeedFacts(zero_stage=stage, base_dtype="bf16")
+    plan = make_plan(model, Settings(Fp8Settings(True, recipe=recipe), deepspeed=facts), world_size=world_size)
+    book = swap_layers(model, plan)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    losses = []
+    for step in range(3):
+        for micro in range(2):
+            x = torch.randn(16, 32, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank))
+            loss = engine(x.bfloat16())
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+        book.weights_changed()
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    state = book.state_dict()
+    return {
+        "losses": torch.stack(losses),
+        "digest": plan.digest(),
+        "kept_codes": [layer.page.cached_weight is not None for layer in layers],
+        "scales": state["scales"],
+        "folds": state["forward_folds"],
+    }
+
+
+def everything(rank: int, world_size: int) -> dict[Any, Any]:
+    """All jobs of test_ranks.py in one set of processes: starting them costs more than the jobs."""
+    found: dict[Any, Any] = {("amax", reduce): amaxes(rank, world_size, reduce) for reduce in (True, False)}
+    for kind in ("delayed", "current", "block"):
+        for stage in (1, 3):
+            found[kind, stage] = train(rank, world_size, stage, kind, False)
+    found["zero.Init"] = train(rank, world_size, 3, "delayed", True)
+    return found
