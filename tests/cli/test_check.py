@@ -88,7 +88,7 @@ def test_json_carries_the_same_facts(write, capsys):
     }
 
 
-@pytest.mark.parametrize(("argv", "code"), [([], 2), (["checkk"], 2), (["--help"], 0), (["check"], 2)])
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["inspect"], 2), (["--help"], 0), (["check"], 2)])
 def test_wrong_usage_is_code_2_and_help_is_0(argv, code, capsys):
     try:
         assert main(argv) == code
