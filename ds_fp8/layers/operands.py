@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..formats import Format
+from ..formats import BLOCK_SIZE, Format
 from ..kernels import amax as amax_of
 from ..kernels import dequantize, quantize, quantize_1x128, quantize_128x128
 from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
@@ -53,8 +53,24 @@ class Operand:
         """The bare codes in `dtype` for TENSOR (exact in bf16 and fp32), else codes times their block's scale_inv."""
         if self.extent == TENSOR:
             return self._inflate(1.0, dtype)
-        inflate = dequantize_1x128 if self.extent == GROUPS else dequantize_128x128
-        return inflate(self.data, self.scale_inv, dtype)
+        if not self.data.is_contiguous() and self.extent == TILES:
+            return self.t().decode(dtype).t()
+        return self._inflate_blocks(dtype)
+
+    def _inflate_blocks(self, dtype: torch.dtype) -> torch.Tensor:
+        """Whole blocks: the fast decode, then one product by powers of two, exact in bf16 too. Short edges: numerics."""
+        rows, columns = self.data.shape
+        whole = columns % BLOCK_SIZE == 0 and (self.extent == GROUPS or rows % BLOCK_SIZE == 0)
+        if not whole or not self.data.is_contiguous() or dtype == torch.float16:
+            inflate = dequantize_1x128 if self.extent == GROUPS else dequantize_128x128
+            return inflate(self.data, self.scale_inv, dtype)
+        values = dequantize(self.data, 1.0, dtype)
+        scale_inv = self.scale_inv.to(dtype)
+        if self.extent == GROUPS:
+            values.view(rows, -1, BLOCK_SIZE).mul_(scale_inv.unsqueeze(-1))
+        else:
+            values.view(-1, BLOCK_SIZE, columns // BLOCK_SIZE, BLOCK_SIZE).mul_(scale_inv[:, None, :, None])
+        return values
 
     def _inflate(self, factor: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
         """Transposed views are decoded as they lie in memory, and transposed again: fast paths want dense codes."""

@@ -9,6 +9,7 @@ from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import quantize, quantize_1x128, quantize_128x128
 from ds_fp8.layers.gemm import matmul
 from ds_fp8.layers.operands import GROUPS, TENSOR, TILES, Operand
+from ds_fp8.numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
 
 
 def operands(rows: int = 24, inner: int = 256, columns: int = 40) -> tuple[Operand, Operand]:
@@ -68,6 +69,17 @@ def test_block_scales_are_applied_on_decoding():
     a, b = Operand(*quantize_1x128(left, E4M3), GROUPS), Operand(*quantize_128x128(right, E4M3), TILES)
     assert torch.equal(a.decode(torch.bfloat16).float(), a.decode(torch.float32))
     torch.testing.assert_close(matmul(a, b, torch.float32).double(), exact(a, b), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows, columns", [(128, 256), (256, 128), (16, 384), (100, 200)])
+def test_fast_block_decode_is_the_reference(rows, columns, dtype):
+    """Whole blocks take another way to the same bits, whichever way round they lie."""
+    x = torch.randn(rows, columns) * torch.logspace(-12, 12, columns)
+    groups, tiles = Operand(*quantize_1x128(x, E4M3), GROUPS), Operand(*quantize_128x128(x, E4M3), TILES)
+    assert torch.equal(groups.decode(dtype), dequantize_1x128(groups.data, groups.scale_inv, dtype))
+    wanted = dequantize_128x128(tiles.data, tiles.scale_inv, dtype)
+    assert torch.equal(tiles.decode(dtype), wanted) and torch.equal(tiles.t().decode(dtype), wanted.t())
 
 
 @pytest.mark.parametrize("rows, inner, columns", [(0, 32, 16), (16, 0, 32), (16, 32, 0)])
