@@ -1,5 +1,6 @@
 """One DeepSpeed training of the GPT in a process of its own: `gpt_job.py '<json>'` prints one line of JSON at the end.
 
+Without a GPU it runs on the CPU with gloo: small sizes rehearse the whole path there.
 A process of its own gives each configuration a clean card, and an out-of-memory error ends only itself.
 Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed config),
 plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times forward, backward and step by themselves).
@@ -16,6 +17,14 @@ import time
 from typing import Any
 
 import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
 
 
 def start_one_rank() -> None:
@@ -34,7 +43,7 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": job["stage"]},
         # DeepSpeed's own FusedAdam did not build on this image; torch's fused AdamW is as fast.
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True, "fused": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True, "fused": CUDA}},
     } | job.get("sections", {})
 
 
@@ -50,38 +59,40 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         ds_fp8.activate()
     from gpt_model import GPT
 
-    deepspeed.init_distributed("nccl")
+    if not CUDA:  # only inference uses it, and its build takes most of a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if CUDA else "gloo")
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = GPT(job["depth"], job["width"], job["vocabulary"], job["context"]).bfloat16()
     model.recompute = job.get("recompute", False)
     numel = sum(parameter.numel() for parameter in model.parameters())
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(job))[0]
-    at_rest = torch.cuda.memory_allocated()
-    generator = torch.Generator("cuda").manual_seed(1)
+    at_rest = torch.cuda.memory_allocated() if CUDA else 0
+    generator = torch.Generator(DEVICE).manual_seed(1)
     shape = (job["micro_batch"], job["context"])
     step_times, optimizer_times, losses = [], [], []
     for number in range(job["steps"]):
-        torch.cuda.synchronize()
+        wait()
         begin = time.perf_counter()
         for _ in range(job["gas"]):
-            tokens = torch.randint(0, job["vocabulary"], shape, device="cuda", generator=generator)
+            tokens = torch.randint(0, job["vocabulary"], shape, device=DEVICE, generator=generator)
             loss = engine(tokens)
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary() and job.get("steps_timed_apart"):
-                torch.cuda.synchronize()
+                wait()
             before_step = time.perf_counter()
             engine.step()
-        torch.cuda.synchronize()
+        wait()
         now = time.perf_counter()
         if number >= min(3, job["steps"] - 1):
             step_times.append(now - begin)
             optimizer_times.append(now - before_step)
-        losses.append(round(float(loss), 4))
+        losses.append(round(float(loss.detach()), 4))
     seconds = statistics.median(step_times)
     result = {"parameters": numel, "ms per step": round(seconds * 1e3, 2), "losses": losses[-3:]}
     result |= {"tokens per s": round(job["micro_batch"] * job["gas"] * job["context"] / seconds)}
-    result |= {"peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2), "at rest GB": round(at_rest / 1e9, 2)}
+    result |= {"peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else 0, "at rest GB": round(at_rest / 1e9, 2)}
     if job.get("steps_timed_apart"):
         result["optimizer step ms"] = round(statistics.median(optimizer_times) * 1e3, 2)
     return result
