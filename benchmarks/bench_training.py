@@ -82,7 +82,9 @@ def run(name: str, stage: int, gas: int, seed: int, steps: int, out: Path) -> di
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         with (folder / "log").open("w") as log:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(
+                command, check=False, env=environment, stdout=log, stderr=subprocess.STDOUT
+            ).returncode
         if code:
             raise SystemExit(f"{name}, stage {stage}: exit code {code}; the log is {folder / 'log'}")
     return json.loads(metrics.read_text())
