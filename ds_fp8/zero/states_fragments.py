@@ -11,11 +11,13 @@ the weight *is* the upper half of the master.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
 from deepspeed.utils.tensor_fragment import tensor_fragment
 from torch import Tensor
 
@@ -98,6 +100,7 @@ def link_coded_fragments(wrapper: Any, groups: list[list[Any]], masters: list[Te
             param.fp8_wrapper = wrapper
             param.get_full_hp_param = MethodType(get_full_hp_param, param)
             param.set_full_hp_param = MethodType(set_full_hp_param, param)
+            param.load_hp_checkpoint_state = MethodType(load_universal_fragment, param)
             fragment = param._hp_mapping
             if fragment is not None:
                 fragment.__class__ = CodedFragment
@@ -105,3 +108,21 @@ def link_coded_fragments(wrapper: Any, groups: list[list[Any]], masters: list[Te
                 # Not the view that DeepSpeed made: it would keep a replaced storage alive.
                 fragment.hp_fragment = None
                 fragment.optim_fragment = {}
+
+
+def load_universal_fragment(self: Any, folder: str, tp_rank: int, tp_world_size: int, **experts: int) -> Any:
+    """A parameter's `load_hp_checkpoint_state` that also reads what was converted from stage 3.
+
+    There the converter writes bare tensors, where DeepSpeed's stages 1 and 2 expect a dict with the tensor in it, and no
+    step; the step is in the file of all parameters.
+    """
+    whole = torch.load(Path(folder) / "fp32.pt", map_location="cpu", weights_only=False)
+    if isinstance(whole, dict):
+        return load_hp_checkpoint_state(self, folder, tp_rank, tp_world_size, **experts)
+    address = self._hp_mapping.lp_fragment_address
+    self._hp_mapping.hp_fragment.data.copy_(whole.reshape(-1).narrow(0, address.start, address.numel))
+    self._hp_mapping.optim_fragment = {}
+    for key in MOMENTS:
+        whole = torch.load(Path(folder) / f"{key}.pt", map_location="cpu", weights_only=False)
+        self._hp_mapping.optim_fragment[key] = whole.reshape(-1).narrow(0, address.start, address.numel).clone()
+    return None
