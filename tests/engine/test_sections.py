@@ -7,7 +7,9 @@ import pytest
 from ds_fp8.engine.sections import sections_of, source_name
 
 
-@pytest.mark.parametrize("key", ["fp8", "msamp", "FP8", "fp-8", "fp_8", "ms_amp", "MS-AMP", "msampp", "msam", "msapm", "float8", "f8"])
+@pytest.mark.parametrize(
+    "key", ["fp8", "msamp", "FP8", "fp-8", "fp_8", "ms_amp", "MS-AMP", "msampp", "msam", "msapm", "float8", "f8"]
+)
 def test_our_names_and_what_was_meant_to_be_one(key):
     """DeepSpeed takes any unknown key in silence, so a misspelt section must reach the validator."""
     assert sections_of({key: {}}) == [key]

@@ -1,0 +1,88 @@
+"""What an install brings: the door in the root of site-packages, schemas, sources of the kernels, the command.
+
+Built from a copy of the source tree, without a network: the build needs setuptools and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+COPIED = ("ds_fp8", "schemas", "setup.py", "pyproject.toml", "README.md", "LICENSE", "ds_fp8.pth", "ds_fp8.start")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what is packed, so that no build directory appears in the checkout."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def build(tree: Path, kind: str) -> Path:
+    """Build a wheel (`build_wheel` or `build_editable`) and unpack it as an installer would."""
+    pytest.importorskip("wheel", reason="needs wheel to build")
+    target = tree.parent / f"{tree.name}_{kind}"
+    target.mkdir(exist_ok=True)
+    code = f"from setuptools import build_meta; print(build_meta.{kind}({str(target)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    site = target / "site"
+    with zipfile.ZipFile(next(target.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    return site
+
+
+def start_python(site: Path, code: str, **environment: str) -> str:
+    """Start Python as if `site` were a site-packages folder: its .pth files are run."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DS_FP8_DISABLE")}
+    program = f"import site, sys; site.addsitedir({str(site)!r}); {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=site,
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["build_wheel", "build_editable"])
+def test_an_install_opens_the_door_at_pythons_start(tree, kind):
+    """Wheel and editable: ds_fp8.pth and ds_fp8.start lie in the root, and DeepSpeed's import activates."""
+    site = build(tree, kind)
+    assert (site / "ds_fp8.pth").exists() and (site / "ds_fp8.start").exists()
+    waiting = "any(type(finder).__name__ == 'DeepSpeedFinder' for finder in sys.meta_path)"
+    assert start_python(site, f"print({waiting}, 'torch' in sys.modules)") == "True False"
+    said = start_python(site, "import deepspeed, ds_fp8; print(ds_fp8.is_active())", DS_ACCELERATOR="cpu")
+    assert said == "True"
+    said = start_python(
+        site, "import deepspeed, ds_fp8; print(ds_fp8.is_active())", DS_ACCELERATOR="cpu", DS_FP8_DISABLE="1"
+    )
+    assert said == "False"
+
+
+def test_the_wheel_has_everything_that_runs(tree):
+    """Schemas as ds_fp8.schemas, kernel sources for a build at first use, the command, the license."""
+    names = {str(path.relative_to(site)) for site in [build(tree, "build_wheel")] for path in site.rglob("*")}
+    assert {"ds_fp8/schemas/ds_fp8.schema.json", "ds_fp8/schemas/deepspeed.schema.json", "ds_fp8/py.typed"} <= names
+    assert any(name.endswith(".cpp") for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any("tests" in name or name.startswith("build") for name in names)
