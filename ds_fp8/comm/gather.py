@@ -4,6 +4,9 @@ A flat partition holds codes (1 byte) where an FP8 layer owns the weight and 16-
 have different amounts of each. `all_gather_into_tensor` wants equal shares and padding to the largest could cost more
 than FP8 saves (an embedding fills one rank with 16-bit weights). So equal shares go by one all-gather, and unequal
 ones as one broadcast per owner, all in flight together; either way a byte crosses the network once per receiver.
+
+gloo's own all-gather is three to eight times slower than its broadcasts and all_to_all on the same bytes (torch 2.13,
+13 MB over a loopback, benchmarks/bench_wire.py measures around it), so on the CPU those two do the work.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
 from .counters import all_gather_bytes, counters
-from .route import group_ranks
+from .route import Route, group_ranks
 
 
 def all_gather_shares(store: Tensor, bounds: Sequence[int], group: Any, *, kind: str = "weight") -> None:
@@ -33,7 +37,7 @@ def all_gather_shares(store: Tensor, bounds: Sequence[int], group: Any, *, kind:
     counters.add(kind, all_gather_bytes(own.numel() * own.element_size(), world_size))
     if max(sizes) == 0:
         return
-    if min(sizes) == max(sizes):
+    if min(sizes) == max(sizes) and store.device.type != "cpu":
         dist.all_gather_into_tensor(store[bounds[0] : bounds[-1]], own.clone(), group=group)
         return
     sources = group_ranks(group)
@@ -45,3 +49,34 @@ def all_gather_shares(store: Tensor, bounds: Sequence[int], group: Any, *, kind:
     for handle in handles:
         if handle is not None:
             handle.wait()
+
+
+def gather_messages(message: Tensor, route: Route) -> tuple[Any, list[Tensor]]:
+    """Send `message` [n] uint8, of equal size on all ranks, to everyone: (handle, all messages by rank).
+
+    The messages may be read once the handle's wait has returned; the own one is `message` itself where that saves a copy.
+    """
+    size, others = message.numel(), route.world_size - 1
+    if message.device.type != "cpu":
+        gathered = torch.empty(route.world_size * size, dtype=torch.uint8, device=message.device)
+        work = dist.all_gather_into_tensor(gathered, message, group=route.group, async_op=True)
+        return work, list(gathered.split(size))
+    send = message.repeat(others) if others > 1 else message
+    splits = [0 if rank == route.rank else size for rank in range(route.world_size)]
+    gathered = torch.empty(others * size, dtype=torch.uint8)
+    work = dist.all_to_all_single(gathered, send, splits, splits, group=route.group, async_op=True)
+    rows = list(gathered.split(size))
+    rows.insert(route.rank, message)
+    return _Keeping(work, send), rows
+
+
+class _Keeping:
+    """A handle that keeps what is being sent alive until it has been waited for."""
+
+    def __init__(self, work: Any, sent: Tensor):
+        self.work, self.sent = work, sent
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        del self.sent

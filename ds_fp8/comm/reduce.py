@@ -12,7 +12,8 @@ host, so all of this may run in DeepSpeed's reduction stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +24,12 @@ from torch import Tensor
 from .. import kernels
 from ..formats import BLOCK_SIZE
 from .counters import all_gather_bytes, all_reduce_bytes, counters
+from .gather import gather_messages
 from .route import Route, flat_route
 from .wire import Wire, blocks_in, message_bytes, message_views, write_message
+
+Deliver = Callable[[int, Tensor], None]
+"""deliver(start, part): elements [start, start + len(part)) of the own slice are summed."""
 
 
 def reduce_to_owners(
@@ -39,44 +44,83 @@ def reduce_to_owners(
     """
     flat = tensor.view(-1)
     slices = [flat[start:stop] for start, stop in pairwise(bounds)]
-    return reduce_slices(slices, group, wire=wire, average=average, out=out)
+    own = reduce_slices(slices, group, wire=wire, average=average, out=out)
+    assert own is not None
+    return own
 
 
 def reduce_slices(
-    slices: Sequence[Tensor], group: Any, *, wire: Wire, average: float = 1.0, out: Tensor | None = None
-) -> Tensor:
+    slices: Sequence[Tensor],
+    group: Any,
+    *,
+    wire: Wire,
+    average: float = 1.0,
+    out: Tensor | None = None,
+    deliver: Deliver | None = None,
+) -> Tensor | None:
     """Sum over ranks, slice d at its owner d; returns this rank's slice in fp32, times `average`.
 
-    slices  one flat contiguous tensor per owner, sizes equal on all ranks; not changed
-    group   a process group, or a `Route` that sends high precision inside a node and FP8 between nodes
+    slices   one flat contiguous tensor per owner, sizes equal on all ranks; not changed
+    group    a process group, or a `Route` that sends high precision inside a node and FP8 between nodes
+    out      where the sum goes, fp32
+    deliver  instead of `out`: called as deliver(start, part) for each finished part of the own slice, in order, so that
+             no fp32 tensor of the slice's size is ever needed; it may overwrite that part of the own slice
     """
     route = group if isinstance(group, Route) else flat_route(group)
-    if not route.is_flat:
-        return _reduce_two_level(slices, route, wire=wire, average=average, out=out)
-    world_size, rank = route.world_size, route.rank
-    assert len(slices) == world_size, f"{len(slices)} slices for {world_size} ranks"
-    own = slices[rank]
-    if out is None:
+    own = slices[route.rank] if route.is_flat else slices[route.owner(route.outer.rank, route.inner.rank)]
+    if deliver is None and out is None:
         out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
-    # The owner's contribution does not travel: it enters the sum without a cast.
-    torch.mul(own, average, out=out) if own.dtype == out.dtype else out.copy_(own).mul_(average)
-    if world_size == 1:
+    if not route.is_flat:
+        _reduce_two_level(slices, route, wire=wire, average=average, out=out, deliver=deliver)
         return out
+    assert len(slices) == route.world_size, f"{len(slices)} slices for {route.world_size} ranks"
     in_flight = None
     for cut in wire.chunks([s.numel() for s in slices], own.device):
         parts = [s[start:stop] for s, (start, stop) in zip(slices, cut, strict=True)]
-        started = _start_exchange(parts, rank, route.group, wire)
+        exchange = _start_exchange(parts, route, wire)
         if in_flight is not None:
-            _add_received(*in_flight, wire, average)
-        in_flight = (*started, out[cut[rank][0] : cut[rank][1]])
+            _finish(*in_flight, wire, average, out, deliver)
+        in_flight = (exchange, parts[route.rank], cut[route.rank][0])
     if in_flight is not None:
-        _add_received(*in_flight, wire, average)
+        _finish(*in_flight, wire, average, out, deliver)
     return out
 
 
-def _start_exchange(parts: list[Tensor], rank: int, group: Any, wire: Wire) -> tuple[Any, Tensor, Tensor]:
-    """Cast and send each part to its owner; returns the handle, what arrives, and what must live until then."""
-    world_size, device = len(parts), parts[0].device
+def _finish(
+    exchange: Exchange, own: Tensor, start: int, wire: Wire, average: float, out: Tensor | None, deliver: Deliver | None
+) -> None:
+    """One round has arrived: sum it, and put it where it belongs."""
+    numel = own.numel()
+    total = own_share(own, average, None if out is None else out[start : start + numel])
+    _add_received(exchange, total, wire, average)
+    if deliver is not None and numel:
+        deliver(start, total)
+
+
+def own_share(own: Tensor, average: float, out: Tensor | None = None) -> Tensor:
+    """The owner's contribution, in fp32 times `average`: it does not travel, so it enters the sum without a cast."""
+    if out is None:
+        out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
+    if own.dtype == out.dtype:
+        return torch.mul(own, average, out=out)
+    out.copy_(own)
+    return out if average == 1.0 else out.mul_(average)
+
+
+@dataclass
+class Exchange:
+    """One round on its way: the handle, what arrives, and what is sent and must live until then."""
+
+    handle: Any
+    received: Tensor
+    sent: Tensor
+
+
+def _start_exchange(parts: list[Tensor], route: Route, wire: Wire) -> Exchange | None:
+    """Cast and send each part to its owner. None with one rank: nothing travels."""
+    world_size, rank, device = route.world_size, route.rank, parts[0].device
+    if world_size == 1:
+        return None
     numels = [part.numel() for part in parts]
     others = [d for d in range(world_size) if d != rank]
     if wire.fmt is None:
@@ -94,28 +138,30 @@ def _start_exchange(parts: list[Tensor], rank: int, group: Any, wire: Wire) -> t
             message.copy_(parts[d])
         else:
             write_message(parts[d], wire.fmt, message)
-    handle = dist.all_to_all_single(received, send, arriving, sending, group=group, async_op=True)
+    handle = dist.all_to_all_single(received, send, arriving, sending, group=route.group, async_op=True)
     sent_numel = sum(numels[d] for d in others)
     element_bytes = 1 if wire.fmt else parts[0].element_size()
     counters.add("gradient", sent_numel * element_bytes)
     if wire.fmt is not None:
         counters.add("scale", 4 * sum(blocks_in(numels[d]) for d in others))
-    return handle, received, send
+    return Exchange(handle, received, send)
 
 
-def _add_received(handle: Any, received: Tensor, send: Tensor, out: Tensor, wire: Wire, average: float) -> None:
-    """Add what the others sent to `out`, in rank order."""
-    if handle is not None:
-        handle.wait()
-    numel = out.numel()
+def _add_received(exchange: Exchange | None, total: Tensor, wire: Wire, average: float) -> None:
+    """Add what the others sent to `total`, in rank order."""
+    if exchange is None:
+        return
+    if exchange.handle is not None:
+        exchange.handle.wait()
+    numel = total.numel()
     if numel == 0:
         return
     if wire.fmt is None:
-        for contribution in received.view(-1, numel):
-            out.add_(contribution, alpha=average) if average != 1.0 else out.add_(contribution)
+        for contribution in exchange.received.view(-1, numel):
+            total.add_(contribution, alpha=average)
         return
-    codes, scale_inv = message_views(received.view(-1, message_bytes(numel)), numel)
-    out.add_(kernels.flat_sum(codes, scale_inv, wire.fmt, factor=average))
+    codes, scale_inv = message_views(exchange.received.view(-1, message_bytes(numel)), numel)
+    total.add_(kernels.flat_sum(codes, scale_inv, wire.fmt, factor=average))
 
 
 def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) -> Tensor:
@@ -143,12 +189,12 @@ def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) 
         chunk = flat[start:stop]
         bounds = owner_bounds(chunk.numel(), route.world_size)
         parts = [chunk[a:b] for a, b in pairwise(bounds)]
-        started = _start_exchange(parts, route.rank, route.group, wire)
+        exchange = _start_exchange(parts, route, wire)
         if reducing is not None:
             if gathering is not None:
                 _decode_gathered(*gathering, wire)
             gathering = _start_gather(*reducing, route, wire, average)
-        reducing = (*started, parts)
+        reducing = (exchange, parts)
     if gathering is not None:
         _decode_gathered(*gathering, wire)
     _decode_gathered(*_start_gather(*reducing, route, wire, average), wire)  # type: ignore[misc]
@@ -162,36 +208,41 @@ def owner_bounds(numel: int, world_size: int) -> list[int]:
 
 
 def _start_gather(
-    handle: Any, received: Tensor, send: Tensor, parts: list[Tensor], route: Route, wire: Wire, average: float
-) -> tuple[Any, Tensor, Tensor, list[Tensor]]:
+    exchange: Exchange | None, parts: list[Tensor], route: Route, wire: Wire, average: float
+) -> tuple[Any, list[Tensor], list[Tensor]]:
     """Finish the sum of the own share, cast it again and send it to everyone."""
     own = parts[route.rank]
-    total = own.float().mul_(average) if own.dtype != torch.float32 else own * average
-    _add_received(handle, received, send, total, wire, average)
-    # Every rank sends as much as the largest share takes, so that one all_gather_into_tensor carries all.
+    total = own_share(own, average)
+    _add_received(exchange, total, wire, average)
+    # Every rank sends as much as the largest share takes, so that messages are equal.
     size = message_bytes(parts[0].numel())
     message = torch.empty(size, dtype=torch.uint8, device=own.device)
     write_message(total, wire.fmt, message)  # type: ignore[arg-type]
-    gathered = torch.empty(route.world_size * size, dtype=torch.uint8, device=own.device)
-    work = dist.all_gather_into_tensor(gathered, message, group=route.group, async_op=True)
+    work, rows = gather_messages(message, route)
     code_bytes = all_gather_bytes(own.numel(), route.world_size)
     counters.add("gradient", code_bytes)
     counters.add("scale", all_gather_bytes(size, route.world_size) - code_bytes)
-    return work, gathered, message, parts
+    return work, rows, parts
 
 
-def _decode_gathered(work: Any, gathered: Tensor, message: Tensor, parts: list[Tensor], wire: Wire) -> None:
+def _decode_gathered(work: Any, rows: list[Tensor], parts: list[Tensor], wire: Wire) -> None:
     if work is not None:
         work.wait()
-    for row, part in zip(gathered.view(len(parts), -1), parts, strict=True):
+    for row, part in zip(rows, parts, strict=True):
         if part.numel():
             codes, scale_inv = message_views(row, part.numel())
             kernels.flat_decode(codes, scale_inv, wire.fmt, out=part)
 
 
 def _reduce_two_level(
-    slices: Sequence[Tensor], route: Route, *, wire: Wire, average: float, out: Tensor | None
-) -> Tensor:
+    slices: Sequence[Tensor],
+    route: Route,
+    *,
+    wire: Wire,
+    average: float,
+    out: Tensor | None,
+    deliver: Deliver | None,
+) -> None:
     """High precision inside the node, then the wire between ranks of equal place in their nodes."""
     inside = []
     for place in range(route.inner.world_size):
@@ -199,7 +250,7 @@ def _reduce_two_level(
         inside.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
     own = reduce_slices(inside, route.inner, wire=Wire(None, wire.chunk_numel))
     sizes = [slices[route.owner(node, route.inner.rank)].numel() for node in range(route.outer.world_size)]
-    return reduce_slices(own.split(sizes), route.outer, wire=wire, average=average, out=out)
+    reduce_slices(own.split(sizes), route.outer, wire=wire, average=average, out=out, deliver=deliver)
 
 
 def _all_reduce_two_level(tensor: Tensor, route: Route, *, wire: Wire, average: float) -> Tensor:

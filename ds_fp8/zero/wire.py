@@ -13,7 +13,7 @@ The gradients of one step are handed on in fp32 where DeepSpeed accumulates in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,19 +113,34 @@ def join(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def reduce_pieces(
-    pieces: Sequence[Sequence[Tensor]], gradient_wire: GradientWire, group: Any, *, average: float
-) -> Tensor:
-    """Sum flat pieces, listed by owner, over `group`; returns the own pieces one after the other, in fp32.
+    pieces: Sequence[Sequence[Tensor]],
+    gradient_wire: GradientWire,
+    group: Any,
+    *,
+    average: float,
+    deliver: Callable[[int, Tensor], None],
+) -> None:
+    """Sum flat pieces, listed by owner, over `group`; the own ones come to `deliver(start, part)` in fp32, in order.
 
     How the pieces of one owner are cut may differ between ranks; their sequence of elements may not. So blocks are
-    counted through the whole sequence of an owner.
+    counted through the whole sequence of an owner, and `start` is a position in it.
     """
     some = next(piece for of_owner in pieces for piece in of_owner)
     slices = [join(of_owner) if of_owner else some.new_empty(0) for of_owner in pieces]
     numel = sum(s.numel() for s in slices)
     route = gradient_wire.route(group)
     counters.add("gradient", 0, all_reduce_bytes(numel, some.element_size(), route.world_size))
-    return reduce_slices(slices, route, wire=gradient_wire.wire, average=average)
+    reduce_slices(slices, route, wire=gradient_wire.wire, average=average, deliver=deliver)
+
+
+def spread_over(targets: Sequence[Tensor], start: int, part: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Cut `part`, which begins at `start` of the targets laid end to end: (target number, offset in it, values)."""
+    first = 0
+    for number, target in enumerate(targets):
+        begin, end = max(start, first), min(start + part.numel(), first + target.numel())
+        if begin < end:
+            yield number, begin - first, part[begin - start : end - start]
+        first += target.numel()
 
 
 def stage_mixin(zero_optimizer: Any) -> type | None:

@@ -23,7 +23,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from .wire import GradientWire, reduce_pieces
+from .wire import GradientWire, reduce_pieces, spread_over
 
 Piece = tuple[int, Tensor, "Tensor | None"]
 """(owner rank in the group, flat view of the gradient, fp32 partition slice to add to or None)."""
@@ -169,13 +169,16 @@ class WireStage12:
         by_owner: list[list[Tensor]] = [[] for _ in range(world_size)]
         for owner, tensor, _ in pieces:
             by_owner[owner].append(tensor)
-        total = reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average)
-        start = 0
-        for owner, tensor, output in pieces:
-            if owner == rank:
-                part = total[start : start + tensor.numel()]
-                start += tensor.numel()
-                self._add_to_grad_partition_buffer(output, part)
-                tensor.copy_(part)
-            if self.overlap_comm and not get_accelerator().resolves_data_dependency():
+        own = [(tensor, output) for owner, tensor, output in pieces if owner == rank]
+
+        def deliver(start: int, part: Tensor) -> None:
+            for number, offset, values in spread_over([tensor for tensor, _ in own], start, part):
+                tensor, output = own[number]
+                if output is not None:
+                    self._add_to_grad_partition_buffer(output[offset : offset + values.numel()], values)
+                tensor[offset : offset + values.numel()].copy_(values)
+
+        reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
+        if self.overlap_comm and not get_accelerator().resolves_data_dependency():
+            for _, tensor, _ in pieces:
                 tensor.record_stream(self.reduction_stream)

@@ -60,8 +60,13 @@ class WireStage3:
                 if piece.numel():
                     of_owner.append(piece)
         average = self._fp8_mean_factor(params, world_size) * sequence_parallel_size
-        total = reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average)
-        return list(total.to(self.gradient_accumulation_dtype).split(own_numels))
+        own = torch.empty(sum(own_numels), dtype=self.gradient_accumulation_dtype, device=grads[0].device)
+
+        def deliver(start: int, part: Tensor) -> None:
+            own[start : start + part.numel()].copy_(part)
+
+        reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
+        return list(own.split(own_numels))
 
     def _fp8_mean_factor(self: Any, params: Sequence[Any], world_size: int) -> float:
         """DeepSpeed's factor, predivide included; experts are averaged over the dense world size, not their own."""
