@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import BackendError, DsFp8Error
 from ..plan import ModuleDecision, Plan
 from . import fp8_linear, norms
+from .fused import fuse_layers
 from .scale_book import ScaleBook
 
 BOOK = "_ds_fp8_book"
@@ -56,6 +57,8 @@ def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None) -> ScaleBook
     try:
         for decision in plan.swaps:
             _swap(model, decision, plan, book)
+        if plan.fp8.fuse:
+            fuse_layers(model, plan)
     except DsFp8Error:
         restore_layers(model)
         raise

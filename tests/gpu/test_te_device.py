@@ -128,3 +128,27 @@ def test_names_and_the_way_back():
         plain = restore_layers(theirs)
         assert type(plain.up) is nn.Linear and type(plain.norm) is nn.LayerNorm
         assert_near([before], [plain(x)], bound=0.01)
+
+
+def test_fused_norm_and_linear_are_the_two_layers():
+    """te.LayerNormLinear normalises in fp32 and casts at once, so it differs by the 16-bit rounding of the norm's result."""
+    torch.manual_seed(0)
+    results = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        model = Fusable().to("cuda", torch.bfloat16)
+        plan = make_plan(model, settings(Recipe(kind="current")), device="cuda")
+        fp8 = replace(plan.fp8, backend="transformer_engine", fuse=fuse)
+        swap_layers(model, replace(plan, fp8=fp8, zero_stage=2))
+        results.append(run(model))
+    assert_near(*results)
+
+
+class Fusable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(128), nn.Linear(128, 256)
+        self.rms, self.down = nn.RMSNorm(256, eps=1e-6), nn.Linear(256, 128, bias=False)
+
+    def forward(self, x):
+        return x + self.down(self.rms(self.up(self.norm(x))))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_fp8.layers.transformer_engine import linear, names, norms
+from ds_fp8.layers.transformer_engine import linear, names, norm_linear, norms
 
 _spec = importlib.util.spec_from_file_location("te_stand_in", Path(__file__).parent / "stand_in.py")
 assert _spec is not None and _spec.loader is not None
@@ -21,6 +21,8 @@ def _forget() -> None:
     names.load.cache_clear()
     linear.linear_class.cache_clear()
     norms.norm_class.cache_clear()
+    norm_linear.norm_linear_class.cache_clear()
+    norm_linear.passing_class.cache_clear()
 
 
 @pytest.fixture

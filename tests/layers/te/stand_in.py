@@ -244,10 +244,29 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-class LayerNormLinear(nn.Module):
+class LayerNormLinear(Linear):
     def __init__(self, in_features: int, out_features: int, eps: float = 1e-5, bias: bool = True,
                  normalization: str = "LayerNorm", params_dtype: Any = None, device: Any = "cuda"):  # fmt: skip
-        super().__init__()
+        super().__init__(in_features, out_features, bias=bias, device=device)
+        self.eps, self.normalization = eps, normalization
+        made = nn.Parameter(torch.empty(in_features, device=device))
+        self.register_parameter("layer_norm_weight", made, init_fn=None)
+        if normalization == "LayerNorm":
+            self.register_parameter(
+                "layer_norm_bias", nn.Parameter(torch.empty(in_features, device=device)), init_fn=None
+            )
+        else:
+            self.layer_norm_bias = None
+
+    def forward(
+        self, inp: torch.Tensor, is_first_microbatch: bool | None = None, fp8_grad: bool = False
+    ) -> torch.Tensor:
+        shape = (self.in_features,)
+        if self.normalization == "LayerNorm":
+            normed = nn.functional.layer_norm(inp, shape, self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        else:
+            normed = nn.functional.rms_norm(inp, shape, self.layer_norm_weight, self.eps)
+        return super().forward(normed, is_first_microbatch)
 
 
 class LayerNormMLP(nn.Module):
