@@ -20,7 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT
+from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, ZERO_STAGE
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -100,6 +100,8 @@ class ScaledStates(PlainView):
         and 2 have none.
         """
         state.setdefault(DS_VERSION, deepspeed.__version__)
+        # BF16_Optimizer partitions like stage 1 but does not say so; zero_to_fp32.py asks.
+        state.setdefault(ZERO_STAGE, 1)
         if OPTIMIZER_STATE_DICT not in state:
             groups = [{key: value for key, value in group.items() if key != "params"} for group in plain.param_groups]
             step = next((int(entry["step"]) for entry in plain.state.values()), 0)

@@ -123,6 +123,7 @@ class Stage0Optimizer(FP16_UnfusedOptimizer):
             "numel": [master.numel() for master in masters],
             "base_dtype": str(self.low_precision_dtype).removeprefix("torch."),
             "formats": self.optimizer.formats(),
+            "names": [self.fp8_engine.param_names.get(master, "") for master in masters],
         }
 
     def state_dict(self) -> dict[str, Any]:

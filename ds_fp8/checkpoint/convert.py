@@ -1,0 +1,177 @@
+"""`ds_fp8 convert`: a checkpoint as plain safetensors, at another level, or without ds_fp8.
+
+    ds_fp8 convert CKPT OUT                      OUT/model.safetensors: fp32 weights under the model's own names
+    ds_fp8 convert CKPT OUT --dtype bf16         the same in 16 bits, half the size
+    ds_fp8 convert CKPT OUT --level O3           a DeepSpeed checkpoint whose exact codes are those of level O3
+    ds_fp8 convert CKPT OUT --level plain        a DeepSpeed checkpoint without our entries, a quarter smaller
+
+CKPT is what `save_checkpoint` was given; the tag is `latest` unless `--tag` says otherwise. A job can load any level as it
+is; converting before saves nothing but the first encoding. Weights come from the masters, not from the 16-bit model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, DsFp8Error
+from ..levels import LEVELS
+from ..numerics.dtypes import BASE_DTYPES
+from ..optim import ScaledAdamW
+from ..zero.states import KEY, check_codes
+from .inspect import read_plain
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_GB = 5.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with the reason on stderr."""
+    parser = argparse.ArgumentParser(prog="ds_fp8 convert", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="folder that save_checkpoint was given")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--tag", help="which checkpoint; default: the one named in `latest`")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default fp32)")
+    parser.add_argument(
+        "--level", choices=[*LEVELS, "plain"], help="write a DeepSpeed checkpoint of this level instead"
+    )
+    parser.add_argument("--shard-gb", type=float, default=SHARD_GB, help="largest safetensors file, in GB (default 5)")
+    options = parser.parse_args(argv)
+    if options.level and options.dtype:
+        parser.error("--dtype is for safetensors; a checkpoint of a level keeps its dtypes")
+    try:
+        folder = _folder(options.checkpoint, options.tag)
+        if options.out.exists() and any(options.out.iterdir()):
+            raise CheckpointError(f"{options.out}: not empty; name a new folder.")
+        if options.level:
+            written = convert_level(folder, options.out, options.level)
+        else:
+            written = export_safetensors(folder, options.out, options.dtype or "fp32", options.shard_gb)
+    except DsFp8Error as error:
+        print(f"ds_fp8 convert: {error}", file=sys.stderr)
+        return 2
+    print(f"ds_fp8 convert: {written}")
+    return 0
+
+
+def _folder(checkpoint: Path, tag: str | None) -> Path:
+    if tag is None:
+        latest = checkpoint / "latest"
+        if not latest.is_file():
+            raise CheckpointError(f"{checkpoint}: no file `latest` there; name the checkpoint with --tag.")
+        tag = latest.read_text().strip()
+    folder = checkpoint / tag
+    if not any(folder.glob("*_model_states.pt")):
+        raise CheckpointError(f"{folder}: no checkpoint of DeepSpeed there (*_model_states.pt).")
+    return folder
+
+
+def full_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights in fp32 by name: masters where the checkpoint has them."""
+    if any(folder.glob("*_optim_states.pt")):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name))
+    files = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    if len(files) != 1:
+        raise CheckpointError(
+            f"{folder}: {len(files)} model files; model-parallel checkpoints are merged by ds_to_universal."
+        )
+    state = read_plain(files[0])
+    weights = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state["module"].items()
+    }
+    saved = state.get("optimizer") or {}
+    names = (saved.get(KEY) or {}).get("layout", {}).get("names", [])
+    return weights | dict(zip(names, _stage0_masters(saved, weights, names), strict=True))
+
+
+def _stage0_masters(saved: dict[str, Any], weights: dict[str, Tensor], names: list[str]) -> list[Tensor]:
+    if "fp32_groups_flat" in saved:
+        whole = torch.cat([flat.reshape(-1) for flat in saved["fp32_groups_flat"]])
+        pieces = whole.split([weights[name].numel() for name in names])
+        return [piece.view(weights[name].shape) for piece, name in zip(pieces, names, strict=True)]
+    if "fp32_groups" in saved:
+        return [master for group in saved["fp32_groups"] for master in group]
+    return [weights[name] for name in names]
+
+
+def export_safetensors(folder: Path, out: Path, dtype: str, shard_gb: float) -> str:
+    """Write `model.safetensors`, or numbered files with an index when they would be larger than `shard_gb`."""
+    from safetensors.torch import save_file
+
+    weights = full_weights(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        # A copy: tied weights share memory, which safetensors refuses; each name keeps its tensor.
+        plain = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+        plain = plain.clone().contiguous()
+        if files[-1] and size + plain.nbytes > shard_gb * 1e9:
+            files.append({})
+            size = 0
+        files[-1][name] = plain
+        size += plain.nbytes
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+        where = {name: file for file, tensors in zip(names, files, strict=True) for name in tensors}
+        total = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for file, tensors in zip(names, files, strict=True):
+        save_file(tensors, str(out / file), metadata={"format": "pt"})
+    return f"{len(weights)} tensors in {dtype}, {len(names)} file(s) in {out}"
+
+
+def convert_level(folder: Path, out: Path, level: str) -> str:
+    """Copy the checkpoint with the codes of every optimizer shard encoded anew, or taken out (`plain`)."""
+    target = out / folder.name
+    shutil.copytree(folder, target)
+    (out / "latest").write_text(folder.name)
+    count = 0
+    for path in sorted([*target.glob("*_optim_states.pt"), *target.glob("*_model_states.pt")]):
+        content = read_plain(path)
+        shard = content.get("optimizer_state_dict") or content.get("optimizer")
+        changed = level == "plain" and content.pop(KEY, None) is not None
+        if isinstance(shard, dict) and shard.get(KEY) is not None:
+            check_codes(shard[KEY], str(path))
+            if level == "plain":
+                del shard[KEY]
+            else:
+                shard[KEY] = recode(shard[KEY], level)
+            changed, count = True, count + 1
+        if changed:
+            torch.save(content, path)
+    if not count:
+        shutil.rmtree(target)
+        raise CheckpointError(f"{folder}: no codes of ds_fp8 in it. A plain checkpoint loads into any level as it is.")
+    return f"{count} optimizer shard(s) at {level} in {target}"
+
+
+def recode(state: dict[str, Any], level: str) -> dict[str, Any]:
+    """The entry `ds_fp8` of a shard, with states and masters in the formats of `level`."""
+    layout = state["layout"]
+    dtype = next((dtype for dtype in BASE_DTYPES.values() if str(dtype) == f"torch.{layout['base_dtype']}"), None)
+    if dtype is None:
+        raise CheckpointError(
+            f"base dtype {layout['base_dtype']!r} is not one of {', '.join(map(str, BASE_DTYPES.values()))}."
+        )
+    params = [torch.zeros(numel, dtype=dtype) for numel in layout["numel"]]
+    optimizer = ScaledAdamW([{"params": params}], level=level, seed=state["seed"])
+    for param, codes in zip(params, state["codes"], strict=True):
+        optimizer.import_codes(param, codes)
+    codes = [optimizer.export_codes(param) for param in params]
+    return {**state, "layout": {**layout, "formats": optimizer.formats()}, "codes": codes}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
