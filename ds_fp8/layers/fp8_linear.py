@@ -35,6 +35,9 @@ class Fp8Linear(nn.Linear):
         self.page.weight_codes = codes
         self.page.forget_weight()
 
+    # torch.compile sees one opaque call per layer: scales and histories change from step to step, and guards on them
+    # would compile everything anew each time.
+    @torch.compiler.disable
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         call = self.page.call(training=self.training, device=input.device)
         if call is None:

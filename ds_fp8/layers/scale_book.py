@@ -142,7 +142,6 @@ class ScaleBook:
         region.seen.add(page.index)
         return region, region.records
 
-    @torch.compiler.disable
     def call(self, page: Page, *, training: bool, device: torch.device) -> Call | None:
         """What a layer needs for one forward; None when it is to compute in high precision.
 
