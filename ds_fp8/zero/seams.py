@@ -97,6 +97,38 @@ SEAMS: dict[str, Seam] = {
 }
 """Name -> seam. A package that hooks something new adds it here, with a reason."""
 
+_WIRE = (
+    (STAGE_1_2, "DeepSpeedZeroOptimizer", (
+        ("average_tensor", "self tensor communication_data_type"),
+        ("allreduce_and_scatter", "self bucket communication_data_type numel_per_bucket log divide process_group"),
+        ("allreduce_no_retain", ("self bucket communication_data_type numel_per_bucket rank log divide process_group "
+                                "output_bucket")),
+        ("gradient_reduction_w_predivide", "self tensor communication_data_type"),
+        ("buffered_reduce_fallback", "self rank grads communication_data_type elements_per_buffer log"),
+        ("_buffered_reduce_fallback_preserving_fp32", ("self grads grad_params communication_data_type "
+                                                      "elements_per_buffer")),
+        ("_add_full_reduction_to_compact_grad_partition", "self reduced_tensor communication_data_type"),
+        ("_get_compact_grad_partition_slice", "self group_idx partition_id param_id num_elements"),
+        ("_add_to_grad_partition_buffer", "output source"),
+        ("_clear_previous_reduced_grads", "self"),
+        ("_update_model_bit16_weights", "self group_index"),
+        ("update_lp_params", "self"),
+        ("_restore_from_bit16_weights", "self"),
+    )),
+    (STAGE_3, "DeepSpeedZeroOptimizer_Stage3", (
+        ("_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", "self params_to_reduce communication_data_type"),
+        ("_DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads",
+         "self buffer_to_reduce communication_data_type"),
+        ("_gradient_averaging_world_size", "self params partition_world_size"),
+        ("_get_param_partition_group", "self param"),
+    )),
+    (ENGINE, "DeepSpeedEngine", (("allreduce_bucket", "self bucket dp_group dp_world_size"),)),
+)  # fmt: skip
+for _module, _class, _methods in _WIRE:
+    for _method, _names in _methods:
+        _why = "gradients and weights cross the network as FP8 codes"
+        SEAMS[f"{_class}.{_method}"] = _seam(_module, f"{_class}.{_method}", _names, why=_why)
+
 
 def parameters_of(function: Callable) -> tuple[str, ...]:
     """Parameter names of a function, seen through decorators, also through those that forget functools.wraps."""
