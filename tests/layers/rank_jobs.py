@@ -82,11 +82,52 @@ def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) ->
     }
 
 
+def pipeline(rank: int, world_size: int, checkpoint_interval: int) -> dict[str, Any]:
+    """Two stages, four micro-batches in flight, two steps; each stage keeps its own book."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    torch.manual_seed(0)
+    model = PipelineModule(
+        [nn.Linear(32, 32), Block(), Block(), nn.Linear(32, 32)],
+        num_stages=world_size,
+        loss_fn=nn.functional.mse_loss,
+        partition_method="uniform",
+        activation_checkpoint_interval=checkpoint_interval,
+    )
+    facts = DeepSpeedFacts(base_dtype="fp32")
+    recipe = Recipe(amax_history_len=4)
+    plan = make_plan(model, Settings(Fp8Settings(True, recipe=recipe), deepspeed=facts), world_size=1)
+    book = swap_layers(model, plan, group=model._grid.get_data_parallel_group())
+    config = {
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 4,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    generator = torch.Generator().manual_seed(1)
+    batches = iter([(torch.randn(16, 32, generator=generator),) * 2 for _ in range(8)])
+    losses = []
+    for _ in range(2):
+        losses.append(engine.train_batch(data_iter=batches).detach())
+        book.weights_changed()
+    state = book.state_dict()
+    return {
+        "losses": torch.stack(losses),
+        "scales": state["scales"],
+        "folds": state["forward_folds"],
+        "fp8": all(isinstance(layer, Fp8Linear) for layer in model.forward_funcs if isinstance(layer, nn.Linear)),
+    }
+
+
 def everything(rank: int, world_size: int) -> dict[Any, Any]:
     """All jobs of test_ranks.py in one set of processes: starting them costs more than the jobs."""
     found: dict[Any, Any] = {("amax", reduce): amaxes(rank, world_size, reduce) for reduce in (True, False)}
     for kind in ("delayed", "current", "block"):
         for stage in (1, 3):
             found[kind, stage] = train(rank, world_size, stage, kind, False)
+    for interval in (0, 1):
+        found["pipeline", interval] = pipeline(rank, world_size, interval)
     found["zero.Init"] = train(rank, world_size, 3, "delayed", True)
     return found

@@ -49,3 +49,13 @@ def test_zero_init_plans_and_trains(found):
     assert jobs[0]["digest"] == jobs[1]["digest"]
     assert jobs[0]["losses"].isfinite().all()
     assert jobs[0]["losses"][-2:].mean() < jobs[0]["losses"][:2].mean()
+
+
+def test_a_pipeline_has_several_regions_in_flight(found):
+    """Recomputed micro-batches meet the scales of their own forward: the same losses and scales as without recompute."""
+    for rank in found:
+        plain, recomputed = rank["pipeline", 0], rank["pipeline", 1]
+        assert plain["fp8"] and plain["folds"] == recomputed["folds"] == 8
+        assert plain["losses"].isfinite().all() and plain["losses"][1] < plain["losses"][0]
+        assert torch.equal(plain["losses"], recomputed["losses"])
+        assert torch.equal(plain["scales"], recomputed["scales"])
