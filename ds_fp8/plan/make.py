@@ -62,14 +62,14 @@ def make_plan(
         parameters=parameters,
         fp8=effective.fp8,
         optim=_optim(effective, settings),
-        comm=_comm(effective, parameters, partial),
+        comm=_comm(effective, parameters, partial, settings),
         zero_stage=facts.zero_stage,
         world_size=world_size,
         base_dtype=facts.base_dtype,
         device=str(host),
         partial=partial,
         unmatched=unmatched,
-        notes=effective.notes,
+        notes=(*effective.notes, *_notes(modules, parameters, effective, settings)),
     )
 
 
@@ -82,8 +82,11 @@ def _pipeline_place(model: nn.Module) -> tuple[bool, bool, bool]:
 
 
 def _require_conversion(modules: tuple[ModuleDecision, ...], settings: Settings, partial: bool) -> None:
-    """An opt-in that converts nothing is an error: the job would run, bill and report FP8 without any."""
-    if partial:
+    """An opt-in that converts nothing is an error: the job would run, bill and report FP8 without any.
+
+    FP8 products that `msamp` brings along were not asked for by name: its states are, and they convert any model.
+    """
+    if partial or settings.fp8.implied:
         return
     wanted = "Linear" if settings.fp8.layers.linear else "norm"
     if any(decision.is_swap and (decision.kind == "Linear" or wanted == "norm") for decision in modules):
@@ -108,12 +111,35 @@ def _optim(effective: Effective, settings: Settings) -> OptimPlan | None:
     return OptimPlan(effective.level, facts.base_dtype, facts.zero_stage, facts.offload_optimizer)
 
 
-def _comm(effective: Effective, parameters: tuple[ParameterDecision, ...], partial: bool) -> CommPlan | None:
+def _brought_along(settings: Settings) -> bool:
+    """O3's weight wire came with the level, and FP8 layers with `msamp`: neither was asked for by name."""
+    return settings.fp8.implied and "weight_wire" not in settings.msamp.explicit
+
+
+def _notes(
+    modules: tuple[ModuleDecision, ...],
+    parameters: tuple[ParameterDecision, ...],
+    effective: Effective,
+    settings: Settings,
+) -> tuple[str, ...]:
+    """What `msamp` brings by default and this model cannot use: told, where an explicit wish would be refused."""
+    notes = []
+    if settings.fp8.implied and not any(decision.is_swap for decision in modules):
+        notes.append("no layer computes in FP8 (see the kept ones): msamp works on states and gradients alone")
+    level = effective.level
+    if level is not None and level.weight_wire == "e4m3" and not any(p.weight_wire == "e4m3" for p in parameters):
+        notes.append(f"{level.name}: no weight travels as FP8 codes, none belongs to an FP8 layer; all go in 16 bits")
+    return tuple(notes)
+
+
+def _comm(
+    effective: Effective, parameters: tuple[ParameterDecision, ...], partial: bool, settings: Settings
+) -> CommPlan | None:
     level = effective.level
     if level is None:
         return None
     fp8_weights = tuple(parameter.fqn for parameter in parameters if parameter.weight_wire == "e4m3")
-    if level.weight_wire == "e4m3" and not fp8_weights and not partial:
+    if level.weight_wire == "e4m3" and not fp8_weights and not partial and not _brought_along(settings):
         raise PlanError(
             f"{level.name} sends the weights of FP8 layers as their codes, but no weight qualifies: "
             "each is frozen, shared with another module, or used in high precision (override_linear_precision).\n"
