@@ -14,6 +14,7 @@ from .adam import AdamStep, WeightCodes
 from .dispatch import (
     adam_step,
     amax,
+    dense,
     dequantize,
     dequantize_1x128,
     dequantize_128x128,
@@ -33,6 +34,7 @@ __all__ = [
     "WeightCodes",
     "adam_step",
     "amax",
+    "dense",
     "dequantize",
     "dequantize_1x128",
     "dequantize_128x128",

@@ -88,6 +88,14 @@ def quantize_with_amax(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format
     return (quantize(x, scale, fmt), amax(x)) if result is NotImplemented else result
 
 
+def dense(codes: torch.Tensor) -> torch.Tensor:
+    """FP8 codes [R, C] dense by rows: themselves, or a copy of a transposed view, which is what dgrad and wgrad want."""
+    if codes.is_contiguous():
+        return codes
+    result = _call("dense", codes.device, codes)
+    return codes.contiguous() if result is NotImplemented else result
+
+
 def quantize_1x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """See numerics.gemm_blocks: a scale for each 1x128 group."""
     result = _fast("quantize_1x128", x, x, fmt, power_of_two)

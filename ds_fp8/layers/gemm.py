@@ -17,6 +17,7 @@ import functools
 import torch
 
 from ..capabilities import FP8_SINCE
+from ..kernels import dense
 from .operands import TENSOR, Operand
 
 STEP = 16
@@ -75,7 +76,7 @@ def _padded(codes: torch.Tensor, row_step: int) -> torch.Tensor:
     """Contiguous codes with zeros up to the next multiple of 16 along the summed axis: a zero adds nothing."""
     down, right = -codes.shape[0] % row_step, -codes.shape[1] % STEP
     if not down and not right:
-        return codes.contiguous()
+        return dense(codes)
     padded = codes.new_zeros((codes.shape[0] + down, codes.shape[1] + right))
     padded[: codes.shape[0], : codes.shape[1]] = codes
     return padded

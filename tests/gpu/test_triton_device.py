@@ -86,6 +86,7 @@ def test_transposed_codes_amax_and_blocks(fmt):
     wanted = numerics.quantize(x, 3.7, fmt)
     assert codes_equal(codes, wanted) and codes_equal(turned, wanted.t().contiguous())
     assert amax.item() == x.float().abs().max().item()
+    assert torch.equal(kernels.dense(codes.t()).view(torch.uint8), codes.view(torch.uint8).t())
     plain = torch.empty_like(codes), torch.empty(1000, 6, device="cuda")
     groups = torch.empty_like(turned), torch.empty(720, 8, device="cuda")
     blocks.quantize_groups(x.cuda(), fmt, plain, groups)

@@ -68,6 +68,7 @@ def main() -> None:
         constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True, "WEIGHT16": number % 3 == 0}
         constants |= {"STOCHASTIC": number % 2 == 1, "ROWS": adam.ROWS, "HARDWARE": True}
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 4, constants, fused=2)
+    build(cast._turn_kernel, ["*u8", "*u8", "i32", "i32"], {"TILE": cast.TILE})
     build(cast._amax_kernel, ["*bf16", "*i32", "i32"], {"ELEMENTS": cast.ELEMENTS})
 
 

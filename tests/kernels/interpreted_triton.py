@@ -160,3 +160,11 @@ def test_block_scales_along_both_axes_from_one_read(fmt, power_of_two):
     wanted = gemm_blocks.quantize_128x128(x, fmt, power_of_two=power_of_two)
     assert same_codes(tile[0], wanted[0]) and torch.equal(tile[1], wanted[1])
     assert same_codes(tile_turned, wanted[0].t().contiguous())
+
+
+def test_transposed_views_become_dense():
+    """100 x 72 is no multiple of the tile."""
+    codes = torch.arange(7200, dtype=torch.int32).to(torch.uint8).view(100, 72).view(torch.float8_e4m3fn)
+    out = torch.empty(72, 100, dtype=torch.float8_e4m3fn)
+    cast.turn(codes.t(), out)
+    assert torch.equal(out.view(torch.uint8), codes.view(torch.uint8).t())

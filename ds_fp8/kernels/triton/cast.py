@@ -49,6 +49,16 @@ def _transpose_kernel(x_ptr, scale_ptr, codes_ptr, transposed_ptr, amax_ptr, row
 
 
 @triton.jit
+def _turn_kernel(source_ptr, target_ptr, rows, columns, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    source = column[:, None] * rows + row[None, :]
+    codes = tl.load(source_ptr + source, mask=(column[:, None] < columns) & (row[None, :] < rows), other=0)
+    target = row[:, None] * columns + column[None, :]
+    tl.store(target_ptr + target, tl.trans(codes), mask=(row[:, None] < rows) & (column[None, :] < columns))
+
+
+@triton.jit
 def _amax_kernel(x_ptr, amax_ptr, n, ELEMENTS: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = codec.load(x_ptr + index, index < n)
@@ -86,6 +96,20 @@ def quantize_transpose(x: torch.Tensor, scale: torch.Tensor, fmt: Format, codes:
                 x, scale, codes.view(torch.uint8), transposed.view(torch.uint8), _slot(amax, scale), rows, columns,
                 codec.MODES[fmt.name], amax is not None, TILE, hardware_casts(x), **LAUNCH,
             )  # fmt: skip
+
+
+def turn(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill `out` [R, C], dense by rows, from `codes` [R, C] (uint8 or float8) that lie dense by columns.
+
+    A tile goes through shared memory, so both sides are read and written in whole lines; torch's copy of single bytes
+    across strides is not.
+    """
+    rows, columns = codes.shape
+    if codes.numel():
+        with on_device(codes):
+            _turn_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
+                codes.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE, **LAUNCH
+            )
 
 
 def raise_amax(x: torch.Tensor, amax: torch.Tensor) -> None:

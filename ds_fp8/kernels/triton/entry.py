@@ -50,6 +50,15 @@ def quantize_with_amax(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format
     return codes, found[0]
 
 
+def dense(codes: torch.Tensor) -> Any:
+    """A transposed view of FP8 codes, dense by rows."""
+    if codes.dim() != 2 or codes.element_size() != 1 or not codes.t().is_contiguous():
+        return NotImplemented
+    out = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+    cast.turn(codes, out)
+    return out
+
+
 def quantize_1x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
     """Codes [..., K] and scale_inv [..., ceil(K / 128)]."""
     if x.dtype not in FLOATS or x.dim() == 0 or fmt.name not in _FORMATS:
