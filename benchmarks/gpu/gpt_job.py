@@ -3,7 +3,8 @@
 Without a GPU it runs on the CPU with gloo: small sizes rehearse the whole path there.
 A process of its own gives each configuration a clean card, and an out-of-memory error ends only itself.
 Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed config),
-plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times forward, backward and step by themselves).
+plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times the optimizer step by itself), profile (a file
+that gets the kernels and the host's operations of one more step, by time).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +75,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator(DEVICE).manual_seed(1)
     shape = (job["micro_batch"], job["context"])
     step_times, optimizer_times, losses = [], [], []
-    for number in range(job["steps"]):
+
+    def one_step() -> tuple[float, float, float]:
+        """(begin, before the optimizer's step, end) on the host's clock; the last loss goes to `losses`."""
         wait()
         begin = time.perf_counter()
         for _ in range(job["gas"]):
@@ -84,11 +89,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             before_step = time.perf_counter()
             engine.step()
         wait()
-        now = time.perf_counter()
+        losses.append(round(float(loss.detach()), 4))
+        return begin, before_step, time.perf_counter()
+
+    for number in range(job["steps"]):
+        begin, before_step, now = one_step()
         if number >= min(3, job["steps"] - 1):
             step_times.append(now - begin)
             optimizer_times.append(now - before_step)
-        losses.append(round(float(loss.detach()), 4))
+    if "profile" in job:
+        profile(one_step, job["profile"])
     seconds = statistics.median(step_times)
     result = {"parameters": numel, "ms per step": round(seconds * 1e3, 2), "losses": losses[-3:]}
     result |= {"tokens per s": round(job["micro_batch"] * job["gas"] * job["context"] / seconds)}
@@ -96,6 +106,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("steps_timed_apart"):
         result["optimizer step ms"] = round(statistics.median(optimizer_times) * 1e3, 2)
     return result
+
+
+def profile(work: Callable[[], Any], path: str) -> None:
+    """Write what one call of `work` does, by device time and by host time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * CUDA
+    with torch.profiler.profile(activities=kinds) as found:
+        work()
+    averages = found.key_averages()
+    orders = ["self_cuda_time_total"] * CUDA + ["self_cpu_time_total"]
+    Path(path).write_text("\n".join(averages.table(sort_by=order, row_limit=40, max_name_column_width=90) for order in orders))
 
 
 if __name__ == "__main__":
