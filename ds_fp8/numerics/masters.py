@@ -148,13 +148,17 @@ def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
 def _split_bf16(
     master: torch.Tensor, remainder_dtype: torch.dtype, rounding: Stochastic | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    bits = master.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = master.contiguous().view(torch.int32)
     bits = torch.where(master.isnan(), torch.full_like(bits, _CANONICAL_NAN), bits)
+    # Signed words: sums wrap and shifts keep the sign, so the low 16 bits that stay are those of uint32 arithmetic.
     if remainder_dtype == torch.int16:
         high = bits + 0x8000 >> 16
         remainder = bits - (high << 16)
     else:
-        carry = 0x7F + (bits >> 8 & 1) if rounding is None else rounding.bits(bits.numel(), bits.device) >> 24
+        if rounding is None:
+            carry = 0x7F + (bits >> 8 & 1)
+        else:
+            carry = (rounding.bits(bits.numel(), bits.device) >> 24).to(torch.int32)
         bits24 = bits + torch.where(master.isfinite(), carry, torch.zeros_like(bits)) >> 8
         high = bits24 + 0x80 >> 8
         remainder = bits24 - (high << 8)
