@@ -84,7 +84,11 @@ class Attachment:
 
         # Looks at every file of this rank before the engine is touched.
         path, client_state = load_checkpoint(
-            original, self.engine, *args, check_client_state=lambda state, where: check_state(self, state, where), **kwargs
+            original,
+            self.engine,
+            *args,
+            check_client_state=lambda state, where: check_state(self, state, where),
+            **kwargs,
         )
         if path is not None:
             take_state(self, client_state, path)

@@ -33,7 +33,14 @@ def test_the_example_trains_resumes_and_is_compared(tmp_path):
     whole, parts = (json.loads((tmp_path / f"runs/{name}/metrics.json").read_text()) for name in ("whole", "parts"))
     assert whole["curve"] == parts["curve"] and len(whole["curve"]["train"]) == 4
 
-    command = [command_of("python") or "python", "examples/compare.py", "runs/parts", "runs/whole", "--plot", "loss.png"]
+    command = [
+        command_of("python") or "python",
+        "examples/compare.py",
+        "runs/parts",
+        "runs/whole",
+        "--plot",
+        "loss.png",
+    ]
     code, table = launch(command, tmp_path)
     assert code == 0, table
     assert "5 of 5 Linear" in table and "eval loss" in table
