@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from wire_ranks import run_ranks, sent_bytes
 
-WIDTH, LAYERS, TOKENS = 256, 8, 64
+WIDTH, LAYERS, TOKENS = 512, 8, 64
 KINDS = ("deepspeed fp32", "deepspeed bf16", "O1", "O2", "O3")
 
 
