@@ -200,6 +200,8 @@ class ScaleBook:
         """An optimizer step was taken, or weights were loaded: cached weight codes are stale, a step is counted."""
         self.steps += 1
         self.weights_version += 1
+        for page in self.pages:
+            page.cached_weight = None  # a byte per parameter that nobody will read again
 
     def weight_scale(self, layer: torch.nn.Module | str) -> torch.Tensor:
         """0-d scale with which the layer would cast its weight in the next region (delayed scaling).
