@@ -21,6 +21,7 @@ import torch
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also without an installed ds_fp8
 
 
 def sent_bytes(interface: str = "lo") -> int:
