@@ -8,8 +8,8 @@ itself during the step: the kernel's high-water mark is reset just before and re
     python benchmarks/bench_memory.py                              everything; some minutes
     python benchmarks/bench_memory.py --stages 2 --worlds 2 --levels AMP O2 --width 512 --write
 
-The formulas are those of docs/numerics.md, 4, for the state after the step: a gradient partition is 2 / W more, blocks,
-biases and the few fp32 buffers of FP8 layers are left out of them.
+The formulas are those of docs/numerics.md, 4, for the state after the step: in stages 1 and 2 gradients are more, and FP8
+layers keep the codes of their weights (1 byte) from forward to step; scales of blocks, biases and the few fp32 buffers of FP8 layers are left out of them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "comm")]
 
-import harness  # noqa: E402
-from ranks import run_ranks  # noqa: E402
+import harness
+from ranks import run_ranks
 
 EXPANDED = {"exp_avg": "e4m3_expanded", "exp_avg_sq": "e4m3_expanded"}
 LEVELS: dict[str, dict[str, Any] | None] = {
@@ -50,6 +50,9 @@ def formula(level: str, stage: int, world_size: int) -> float:
     states = SHARDED[level]
     if level.startswith("O3") and stage in (0, 3):
         states -= 2.0  # the 16-bit half of the master is the weight that the rank keeps anyway
+    if stage == 3:
+        # The gradient partition lives on between steps, and at O3 the codes of the rank's share lie beside its 16 bits.
+        states += 2.0 + (1.0 if level.startswith("O3") else 0.0)
     return weights / (world_size if stage == 3 else 1) + states / (world_size if stage else 1)
 
 

@@ -129,6 +129,55 @@ for _module, _class, _methods in _WIRE:
         _why = "gradients and weights cross the network as FP8 codes"
         SEAMS[f"{_class}.{_method}"] = _seam(_module, f"{_class}.{_method}", _names, why=_why)
 
+_STATES = (
+    ("deepspeed.runtime.base_optimizer", "ZeROOptimizer", (
+        ("_configure_master_weights", ("self fp16_master_weights_and_gradients bf16_master_weights_and_gradients "
+                                       "bf16_optimizer_states offload_enabled fp16_offload_validator "
+                                       "bf16_offload_validator")),
+        ("load_hp_checkpoint_state_from_checkpoint_dir", "self lp_groups_name checkpoint_dir"),
+    )),
+    (ENGINE, "DeepSpeedEngine", (
+        ("_configure_fp16_optimizer", "self optimizer low_precision_dtype"),
+        ("_configure_bf16_optimizer", "self optimizer"),
+        ("_get_all_ckpt_names", "self checkpoints_path tag"),
+        ("_get_zero_ckpt_name", "self checkpoints_path tag"),
+    )),
+    (STAGE_1_2, "DeepSpeedZeroOptimizer", (
+        ("_link_all_hp_params", "self"),
+        ("_lazy_init_hp_params_optimizer_state", "self"),
+        ("_get_offload_gradient_dict", "self"),
+        ("_get_preflattened_grad_partition", "self group_idx"),
+        ("unscale_and_clip_grads", "self grad_groups_flat total_norm"),
+        ("_optimizer_step", "self group_no"),
+        ("refresh_fp32_params", "self"),
+    )),
+    (STAGE_3, "DeepSpeedZeroOptimizer_Stage3", (
+        ("_prepare_fp32_grad_for_sub_group", "self sub_group_id"),
+        ("unscale_and_clip_grads", "self sub_group_id total_norm"),
+        ("_optimizer_step", "self sub_group_id"),
+        ("_get_fp32_opt_state_partition", "self param release_swap_buffers optim_state_key"),
+        ("_fp32_state_allgather", "self param fp32_state_partition"),
+        ("_unflatten_partitioned_parameters", "self sub_group_id"),
+        ("set_full_hp_param", "self value param optim_state_key"),
+        ("set_local_hp_param", "self value param optim_state_key"),
+    )),
+    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer", (
+        ("get_grads_for_norm", "self for_clipping"),
+        ("_link_all_hp_params", "self"),
+        ("update_lp_params", "self"),
+        ("step", "self closure"),
+    )),
+    ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", (
+        ("_skip_invalid_grad_norm", "self"),
+        ("unscale_and_clip_grads", "self total_norm apply_scale"),
+        ("_update_scale", "self skip"),
+    )),
+)  # fmt: skip
+for _module, _class, _methods in _STATES:
+    for _method, _names in _methods:
+        _why = "states and masters are codes; clip and unscale are folded into the step"
+        SEAMS.setdefault(f"{_class}.{_method}", _seam(_module, f"{_class}.{_method}", _names, why=_why))
+
 
 def parameters_of(function: Callable) -> tuple[str, ...]:
     """Parameter names of a function, seen through decorators, also through those that forget functools.wraps."""
