@@ -23,7 +23,7 @@ ci:              ## tests and form, from a fresh environment
 	.ci/run
 
 bench:           ## the CPU benchmarks, one after another
-	bash benchmarks/run.sh
+	python benchmarks/run.py
 
 clean:           ## what builds and runs leave behind
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
