@@ -102,7 +102,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     seconds = statistics.median(step_times)
     result = {"parameters": numel, "ms per step": round(seconds * 1e3, 2), "losses": losses[-3:]}
     result |= {"tokens per s": round(job["micro_batch"] * job["gas"] * job["context"] / seconds)}
-    result |= {"peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else 0, "at rest GB": round(at_rest / 1e9, 2)}
+    result |= {
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else 0,
+        "at rest GB": round(at_rest / 1e9, 2),
+    }
     if job.get("steps_timed_apart"):
         result["optimizer step ms"] = round(statistics.median(optimizer_times) * 1e3, 2)
     return result
@@ -115,7 +118,9 @@ def profile(work: Callable[[], Any], path: str) -> None:
         work()
     averages = found.key_averages()
     orders = ["self_cuda_time_total"] * CUDA + ["self_cpu_time_total"]
-    Path(path).write_text("\n".join(averages.table(sort_by=order, row_limit=40, max_name_column_width=90) for order in orders))
+    Path(path).write_text(
+        "\n".join(averages.table(sort_by=order, row_limit=40, max_name_column_width=90) for order in orders)
+    )
 
 
 if __name__ == "__main__":

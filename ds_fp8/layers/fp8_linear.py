@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import BackendError
+from .cuda_products import CudaProducts, takes
 from .page import Call, Page, WeightCodes
 from .products import LinearProducts
 
@@ -66,6 +67,9 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if input.dim() == 0 or input.shape[-1] != columns:
         raise BackendError(f"{call.page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}.")
     rows = input.reshape(-1, columns).to(dtype).contiguous()
+    if takes(rows, weight, call):
+        output = CudaProducts.apply(rows, weight, bias, call, torch.is_grad_enabled())
+        return output.view(*input.shape[:-1], output.shape[-1])
     with torch.autocast(device, enabled=False):
         output = LinearProducts.apply(rows, weight, bias, call, torch.is_grad_enabled())
     return output.view(*input.shape[:-1], output.shape[-1])

@@ -65,11 +65,17 @@ def _scaled(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | Non
     rows, columns = a.data.shape[0], b.data.shape[0]
     left, right = _padded(a.data, 1), _padded(b.data, STEP)
     fused = bias.to(dtype) if bias is not None and dtype != torch.float32 and right.shape[0] == columns else None
+    scale_a, scale_b = aligned(a.scale_inv), aligned(b.scale_inv)
     out = torch._scaled_mm(
-        left, right.t(), scale_a=a.scale_inv, scale_b=b.scale_inv, bias=fused, out_dtype=dtype, use_fast_accum=fast
+        left, right.t(), scale_a=scale_a, scale_b=scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast
     )
     out = out[:rows, :columns]
     return out if bias is None or fused is not None else out + bias.to(dtype)
+
+
+def aligned(scale_inv: torch.Tensor) -> torch.Tensor:
+    """cuBLASLt reads a scale only from an address that is a multiple of 16 bytes; a view into many scales may not be."""
+    return scale_inv if scale_inv.data_ptr() % 16 == 0 else scale_inv.clone()
 
 
 def _padded(codes: torch.Tensor, row_step: int) -> torch.Tensor:

@@ -35,6 +35,7 @@ class Operand:
     scale_inv  0-d fp32 (TENSOR), [rows, columns / 128] (GROUPS) or [rows / 128, columns / 128] (TILES), rounded up
     scale      what was multiplied on the way in, where it was known beforehand (delayed)
     amax       0-d fp32, where it was measured
+    turned     the transposed operand, dense in memory, where both were made at once (on a GPU)
     """
 
     data: torch.Tensor
@@ -42,6 +43,7 @@ class Operand:
     extent: str = TENSOR
     scale: torch.Tensor | None = None
     amax: torch.Tensor | None = None
+    turned: Operand | None = None
 
     def t(self) -> Operand:
         """The transposed operand, as views. 1x128 groups do not transpose: such an operand is cast again."""

@@ -39,6 +39,7 @@ class Page:
     index               position in the book
     weight_codes        codes set from outside (O3); the layer then never reads its weight
     staged_weight_amax  amax of those codes, recorded at the layer's next recording call
+    fast_step           what the rows of an input must be a multiple of for the GPU's fast road, 0 for never (cuda_products)
     """
 
     def __init__(self, book: ScaleBook, index: int, fqn: str):
@@ -50,6 +51,7 @@ class Page:
         self.grad_output_column = 2 * len(book.names) + index
         self.weight_codes: WeightCodes | None = None
         self.staged_weight_amax: torch.Tensor | None = None
+        self.fast_step: int | None = None
         self.forget_weight()
 
     def forget_weight(self) -> None:
@@ -114,6 +116,11 @@ class Call:
     def record(self, column: int, amax: torch.Tensor) -> None:
         assert self.region is not None, "only delayed scaling records"
         self.page.book.record(self.region, column, amax)
+
+    def slot(self, column: int) -> torch.Tensor:
+        """0-d fp32: where a kernel itself raises the amax of `column`."""
+        assert self.region is not None, "only delayed scaling records"
+        return self.page.book.raised_slot(self.region, column)
 
     def format_of(self, column: int) -> Format:
         recipe: Any = self.recipe

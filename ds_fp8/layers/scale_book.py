@@ -124,7 +124,10 @@ class ScaleBook:
     def _open(self, *, records: bool, implicit: bool = False) -> Region:
         self.fold()
         scale = self.scales.clone()
-        self._latest = Region(scale.unbind(0), scale.reciprocal().unbind(0), records, implicit)
+        # One scale_inv every 16 bytes: cuBLASLt reads a scale only from such an address.
+        scale_inv = torch.empty(scale.numel(), 4, dtype=torch.float32, device=scale.device)[:, 0]
+        torch.reciprocal(scale, out=scale_inv)
+        self._latest = Region(scale.unbind(0), scale_inv.unbind(0), records, implicit)
         self._in_backward = None
         return self._latest
 
@@ -162,12 +165,17 @@ class ScaleBook:
 
     def record(self, region: Region, column: int, amax: torch.Tensor) -> None:
         """MAX one amax (0-d fp32; inf stands for NaN) into what the next fold takes."""
-        torch.maximum(self._slots[column], amax, out=self._slots[column])
+        slot = self.raised_slot(region, column)
+        torch.maximum(slot, amax, out=slot)
+
+    def raised_slot(self, region: Region, column: int) -> torch.Tensor:
+        """0-d fp32 slot of a column, which the caller raises to its amax on the device."""
         if column < 2 * len(self.names):
             self._forward_pending = True
         else:
             self._backward_pending = True
             region.saw_backward = True
+        return self._slots[column]
 
     def expect(self, region: Region, *, forward: bool, backward: bool) -> None:
         """Somebody will write amaxes into the slots by himself (Transformer Engine's casts)."""

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3, E5M2, Format
-from ds_fp8.kernels.triton import blocks, cast, flat, launch
+from ds_fp8.kernels.triton import blocks, cast, flat, launch, operands
 from ds_fp8.numerics import cast as reference_cast
 from ds_fp8.numerics import flat as reference
-from ds_fp8.numerics import gemm_blocks
+from ds_fp8.numerics import gemm_blocks, scaling
 from ds_fp8.numerics.dtypes import torch_dtype
 from ds_fp8.numerics.random_bits import Stochastic
 
@@ -155,11 +155,47 @@ def test_block_scales_along_both_axes_from_one_read(fmt, power_of_two):
     for found, source in ((plain, x), (turned, x.t().contiguous())):
         wanted = gemm_blocks.quantize_1x128(source, fmt, power_of_two=power_of_two)
         assert same_codes(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
-    tile, tile_turned = made(200, 300, (2, 3)), torch.empty(300, 200, dtype=torch_dtype(fmt))
+    tile, tile_turned = made(200, 300, (2, 3)), made(300, 200, (3, 2))
     blocks.quantize_tiles(x, fmt, tile, tile_turned, power_of_two)
     wanted = gemm_blocks.quantize_128x128(x, fmt, power_of_two=power_of_two)
     assert same_codes(tile[0], wanted[0]) and torch.equal(tile[1], wanted[1])
-    assert same_codes(tile_turned, wanted[0].t().contiguous())
+    assert same_codes(tile_turned[0], wanted[0].t().contiguous()) and torch.equal(tile_turned[1], wanted[1].t())
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize("shape", [(128, 192), (80, 144)], ids=str)
+def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
+    """Known scale and own amax; whole tiles and edges; what is not asked for is not made."""
+    x = wide(shape[0] * shape[1]).view(shape).to(dtype).clamp(-6e4, 6e4)
+    slot, scale = torch.zeros(()), torch.tensor(3.7)
+    codes, turned = operands.cast_delayed(x, scale, fmt, slot)
+    wanted = reference_cast.quantize(x, 3.7, fmt)
+    assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
+    assert slot.item() == reference_cast.amax(x).item()
+    alone, none = operands.cast_delayed(x, scale, fmt, None, turned=False)
+    assert none is None and same_codes(alone, wanted)
+
+    (codes, turned), scale_inv, amax = operands.cast_current(x, fmt)
+    scale = scaling.scale_from_amax(reference_cast.amax(x), fmt)
+    wanted = reference_cast.quantize(x, scale, fmt)
+    assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
+    assert scale_inv.item() == scaling.scale_inv_of(scale).item() and amax.item() == reference_cast.amax(x).item()
+
+
+def test_block_operands_have_the_strides_that_cublas_wants():
+    """Scales of groups: outer axis contiguous. Scales of tiles: rows that begin at multiples of 16 bytes."""
+    x = wide(256 * 384).view(256, 384).bfloat16()
+    (codes, groups), (turned, turned_groups) = operands.cast_groups(x, E4M3)
+    assert groups.stride() == (1, 256) and turned_groups.stride() == (1, 384)
+    for found, found_scale, source in ((codes, groups, x), (turned, turned_groups, x.t().contiguous())):
+        wanted = gemm_blocks.quantize_1x128(source, E4M3)
+        assert same_codes(found, wanted[0]) and torch.equal(found_scale, wanted[1])
+    (codes, tiles), (turned, turned_tiles) = operands.cast_tiles(x, E4M3)
+    wanted = gemm_blocks.quantize_128x128(x, E4M3)
+    assert tiles.stride() == (4, 1) and turned_tiles.stride() == (4, 1)
+    assert same_codes(codes, wanted[0]) and torch.equal(tiles, wanted[1])
+    assert same_codes(turned, wanted[0].t().contiguous()) and torch.equal(turned_tiles, wanted[1].t())
 
 
 def test_transposed_views_become_dense():

@@ -27,9 +27,14 @@ def name_of(case: dict) -> str:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_equals_transformer_engine(case):
     """The codes are the same, so only the order of summation and the rounding of the output may differ."""
+    follow(case, "cpu")
+
+
+def follow(case: dict, device: str) -> None:
+    """Our layer on `device` through the steps of one case, each compared with what Transformer Engine left."""
     dtype = getattr(torch, case["dtype"].removeprefix("torch."))
-    model = nn.Sequential(nn.Linear(case["w"].shape[1], case["w"].shape[0], dtype=dtype))
-    book = swapped(model, Recipe(kind=case["kind"], **case["kw"]), weight_cache=False)
+    model = nn.Sequential(nn.Linear(case["w"].shape[1], case["w"].shape[0], dtype=dtype, device=device))
+    book = swapped(model, Recipe(kind=case["kind"], **case["kw"]), weight_cache=False, backend="torch")
     linear = model[0]
     with torch.no_grad():
         linear.weight.copy_(case["w"])
@@ -38,18 +43,18 @@ def test_equals_transformer_engine(case):
         if "w" in step:
             with torch.no_grad():
                 linear.weight.copy_(step["w"])
-        x = step["x"].clone().requires_grad_()
+        x = step["x"].to(device, copy=True).requires_grad_()
         model.zero_grad()
         y = model(x)
-        y.backward(step["g"])
+        y.backward(step["g"].to(device))
         book.weights_changed()
-        size = [tensor.detach().float().abs() for tensor in (x, linear.weight, step["g"])]
+        size = [tensor.detach().float().abs().cpu() for tensor in (x, linear.weight, step["g"])]
         compare(y, step["y"], size[0] @ size[1].t(), EPS[case["dtype"]], f"step {number} y")
         compare(x.grad, step["dx"], size[2] @ size[1], EPS[case["dtype"]], f"step {number} dx")
         compare(linear.weight.grad, step["dw"], size[2].t() @ size[0], EPS[case["dtype"]], f"step {number} dw")
         compare(linear.bias.grad, step["db"], size[2].sum(0), EPS[case["dtype"]], f"step {number} db")
         if "scaling_fwd" in step:
-            found = columns(book, "0")
+            found = {name: tensor.cpu() for name, tensor in columns(book, "0").items()}
             torch.testing.assert_close(found["forward_scale"], step["scaling_fwd"]["scale"][:2], rtol=0, atol=0)
             torch.testing.assert_close(
                 found["forward_history"], step["scaling_fwd"]["amax_history"][:, :2], rtol=0, atol=0
@@ -67,7 +72,7 @@ def compare(ours: torch.Tensor, theirs: torch.Tensor, size: torch.Tensor, eps: f
           about 14 bits when they align and add products (DeepSeek-V3, arXiv 2412.19437, 3.3.2): truncated twice.
     """
     limit = torch.finfo(theirs.dtype).max
-    ours, theirs = ours.detach().float(), theirs.float()
+    ours, theirs = ours.detach().float().cpu(), theirs.float()
     finite = torch.isfinite(theirs)
     # Where partial sums can overflow, infinities depend on the order of summation.
     assert torch.equal(torch.isfinite(ours) | (size > limit), finite | (size > limit)), where

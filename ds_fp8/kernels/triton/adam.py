@@ -17,7 +17,7 @@ from ...numerics import expansion
 from ...numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM, Stochastic
 from ...numerics.states import ROOT_FORMATS
 from ..adam import AdamStep
-from . import cast, codec, masters, states
+from . import cast, codec, ieee, masters, states
 from .flat import signed
 from .launch import LAUNCH, hardware_casts, on_device
 
@@ -32,17 +32,20 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
                  M_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr,
                  HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr,
                  LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
-                 HARDWARE: tl.constexpr):  # fmt: skip
+                 EVEN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = index < n
+    if EVEN:
+        inside, row_inside = tl.full([ROWS, 128], 1, tl.int1), tl.full([ROWS], 1, tl.int1)
+    else:
+        inside, row_inside = index < n, row * 128 < n
     if SCALE_TENSOR:
         g = codec.load(grad_ptr + index, inside) * tl.load(grad_scale_ptr)
     else:
         g = codec.load(grad_ptr + index, inside) * grad_scale
-    w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, MASTER, HALF)
-    m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, M_FORMAT)
-    v = states.read(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, index, row, inside, V_FORMAT)
+    w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, row_inside, MASTER, HALF)
+    m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, row_inside, M_FORMAT, HARDWARE)
+    v = states.read(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, index, row, inside, row_inside, V_FORMAT, HARDWARE)
     if V_ROOT:
         v = v * v
 
@@ -57,12 +60,16 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
         m = codec.fma(one * lerp_weight, g - m, g)
     v = v * beta2
     v = codec.fma(g * one_minus_beta2, g, v)
-    root = tl.sqrt_rn(v)
-    denominator = tl.div_rn(root, one * bias_correction2_sqrt) + eps
-    w = w + tl.div_rn(m * step_size, denominator)
-    # A tile may reach beyond the end: there nothing may count in a block's amax.
-    w, m = tl.where(inside, w, 0.0), tl.where(inside, m, 0.0)
-    v, root = tl.where(inside, v, 0.0), tl.where(inside, root, 0.0)
+    if HARDWARE:
+        root, change = ieee.root_and_change(v, m * step_size, bias_correction2_sqrt, eps)
+    else:
+        root = tl.sqrt_rn(v)
+        change = tl.div_rn(m * step_size, tl.div_rn(root, one * bias_correction2_sqrt) + eps)
+    w = w + change
+    if not EVEN:
+        # A tile may reach beyond the end: there nothing may count in a block's amax.
+        w, m = tl.where(inside, w, 0.0), tl.where(inside, m, 0.0)
+        v, root = tl.where(inside, v, 0.0), tl.where(inside, root, 0.0)
 
     word_m, word_v, word_w = index, index, index  # not used when rounding to nearest
     if STOCHASTIC:
@@ -70,13 +77,25 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
         word_v = codec.random_words(index, key_v)
         word_w = codec.random_words(index, key_w)
     states.write(
-        m_ptr, m_scale_ptr, m_expansion_ptr, m, index, row, inside, word_m, M_FORMAT, False, STOCHASTIC, HARDWARE
+        m_ptr,
+        m_scale_ptr,
+        m_expansion_ptr,
+        m,
+        index,
+        row,
+        inside,
+        row_inside,
+        word_m,
+        M_FORMAT,
+        False,
+        STOCHASTIC,
+        HARDWARE,
     )
     stored = root if V_ROOT else v
-    states.write(v_ptr, v_scale_ptr, v_expansion_ptr, stored, index, row, inside, word_v, V_FORMAT, V_ROOT, STOCHASTIC,
+    states.write(v_ptr, v_scale_ptr, v_expansion_ptr, stored, index, row, inside, row_inside, word_v, V_FORMAT, V_ROOT, STOCHASTIC,
                  HARDWARE)  # fmt: skip
     held = masters.write(
-        param_ptr, master_ptr, master_scale_ptr, w, index, row, inside, word_w, MASTER, HALF, STOCHASTIC
+        param_ptr, master_ptr, master_scale_ptr, w, index, row, inside, row_inside, word_w, MASTER, HALF, STOCHASTIC
     )
     if WEIGHT16:
         codec.store(weight16_ptr + index, held, inside)
@@ -112,7 +131,7 @@ def adam_step(step: AdamStep) -> None:
             states.FORMATS[m.format], states.FORMATS[v.format], v.format in ROOT_FORMATS, masters.KINDS[master.format],
             param.dtype == torch.float16, by_tensor, scalars.decay != 1.0, scalars.l2 != 0.0,
             from_m, step.weight16 is not None, step.rounding == "stochastic", ROWS,
-            hardware_casts(param), **LAUNCH,
+            n % (ROWS * 128) == 0, hardware_casts(param), **LAUNCH,
         )  # fmt: skip
     if step.weight_codes is not None:
         _write_weight_codes(step)

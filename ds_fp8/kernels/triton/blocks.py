@@ -19,7 +19,7 @@ from .launch import LAUNCH, hardware_casts, on_device
 
 
 @triton.jit
-def _group_scale(amax_bits, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+def group_scale(amax_bits, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """fp32 scales of groups from the bits of their amax; 1 where that is zero or not finite."""
     amax = amax_bits.to(tl.float32, bitcast=True)
     scale = tl.div_rn(tl.full(amax.shape, FMAX, tl.float32), tl.where(amax_bits == 0, 1.0, amax))
@@ -31,7 +31,8 @@ def _group_scale(amax_bits, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def _reciprocal(scale):
+def reciprocal(scale):
+    """1 / scale, one IEEE division."""
     return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
@@ -49,25 +50,27 @@ def _block_kernel(x_ptr, codes_ptr, scale_ptr, turned_ptr, turned_scale_ptr, row
     turned_index = column[:, None] * rows + row[None, :]
     turned_inside = (column[:, None] < columns) & (row[None, :] < rows)
     if TILES:
-        scale = _group_scale(tl.max(tl.max(bits, axis=1, keep_dims=True), axis=0, keep_dims=True), FMAX, POWER_OF_TWO)
+        scale = group_scale(tl.max(tl.max(bits, axis=1, keep_dims=True), axis=0, keep_dims=True), FMAX, POWER_OF_TWO)
         codes = codec.encode(x * scale, FMT, HARDWARE)
         tl.store(codes_ptr + row[:, None] * columns + column[None, :], codes, mask=inside)
         here = scale_ptr + block_row * scale_row + block_column * scale_column + tl.zeros([1, 1], tl.int32)
-        tl.store(here, _reciprocal(scale))
+        tl.store(here, reciprocal(scale))
         if TURNED:
             tl.store(turned_ptr + turned_index, tl.trans(codes), mask=turned_inside)
+            there = turned_scale_ptr + block_column * turned_scale_row + block_row * turned_scale_column
+            tl.store(there + tl.zeros([1, 1], tl.int32), reciprocal(scale))
     else:
         if PLAIN:
-            scale = _group_scale(tl.max(bits, axis=1), FMAX, POWER_OF_TWO)
+            scale = group_scale(tl.max(bits, axis=1), FMAX, POWER_OF_TWO)
             codes = codec.encode(x * scale[:, None], FMT, HARDWARE)
             tl.store(codes_ptr + row[:, None] * columns + column[None, :], codes, mask=inside)
-            tl.store(scale_ptr + row * scale_row + block_column * scale_column, _reciprocal(scale), mask=row < rows)
+            tl.store(scale_ptr + row * scale_row + block_column * scale_column, reciprocal(scale), mask=row < rows)
         if TURNED:
-            scale = _group_scale(tl.max(bits, axis=0), FMAX, POWER_OF_TWO)
+            scale = group_scale(tl.max(bits, axis=0), FMAX, POWER_OF_TWO)
             codes = codec.encode(x * scale[None, :], FMT, HARDWARE)
             tl.store(turned_ptr + turned_index, tl.trans(codes), mask=turned_inside)
             here = turned_scale_ptr + column * turned_scale_row + block_row * turned_scale_column
-            tl.store(here, _reciprocal(scale), mask=column < columns)
+            tl.store(here, reciprocal(scale), mask=column < columns)
 
 
 Coded = tuple[torch.Tensor, torch.Tensor]
@@ -84,10 +87,9 @@ def quantize_groups(x: torch.Tensor, fmt: Format, plain: Coded | None, turned: C
     _launch(x, fmt, plain, turned, power_of_two, tiles=False)
 
 
-def quantize_tiles(x: torch.Tensor, fmt: Format, plain: Coded, turned_codes: torch.Tensor | None = None,
+def quantize_tiles(x: torch.Tensor, fmt: Format, plain: Coded, turned: Coded | None = None,
                    power_of_two: bool = True) -> None:  # fmt: skip
-    """128x128 tiles of contiguous `x` [N, K]: codes [N, K], scale_inv [tiles of N, tiles of K], and codes [K, N]."""
-    turned = None if turned_codes is None else (turned_codes, plain[1])
+    """128x128 tiles of contiguous `x` [N, K]: codes and scale_inv [tiles of N, tiles of K], and those of the transpose."""
     _launch(x, fmt, plain, turned, power_of_two, tiles=True)
 
 

@@ -20,6 +20,18 @@ TILE = 64
 
 
 @triton.jit
+def raise_slot(amax_ptr, bits):
+    """fp32 slot becomes the larger of itself and the magnitude with these bits (int32, ordered like the magnitudes).
+
+    NaN is carried as inf: an all-reduce with MAX ignores NaN. A look first, because most tiles hold no new maximum and
+    atomics on one address queue up; a stale look only costs an atomic.
+    """
+    slot = amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    largest = tl.minimum(bits, 0x7F800000)
+    tl.atomic_max(slot, largest, mask=largest > tl.load(slot, cache_modifier=".cg"))
+
+
+@triton.jit
 def _quantize_kernel(x_ptr, scale_ptr, codes_ptr, amax_ptr, n, FMT: tl.constexpr, MEASURE: tl.constexpr,
                      ELEMENTS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -27,8 +39,7 @@ def _quantize_kernel(x_ptr, scale_ptr, codes_ptr, amax_ptr, n, FMT: tl.constexpr
     x = codec.load(x_ptr + index, inside)
     tl.store(codes_ptr + index, codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE), mask=inside)
     if MEASURE:
-        # NaN is carried as inf: an all-reduce with MAX ignores NaN.
-        tl.atomic_max(amax_ptr, tl.minimum(tl.max(codec.magnitude_bits(x), axis=0), 0x7F800000))
+        raise_slot(amax_ptr, tl.max(codec.magnitude_bits(x), axis=0))
 
 
 @triton.jit
@@ -44,8 +55,7 @@ def _transpose_kernel(x_ptr, scale_ptr, codes_ptr, transposed_ptr, amax_ptr, row
     turned = column[:, None] * rows + row[None, :]
     tl.store(transposed_ptr + turned, tl.trans(codes), mask=(column[:, None] < columns) & (row[None, :] < rows))
     if MEASURE:
-        largest = tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0)
-        tl.atomic_max(amax_ptr, tl.minimum(largest, 0x7F800000))
+        raise_slot(amax_ptr, tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0))
 
 
 @triton.jit
@@ -62,12 +72,12 @@ def _turn_kernel(source_ptr, target_ptr, rows, columns, TILE: tl.constexpr):
 def _amax_kernel(x_ptr, amax_ptr, n, ELEMENTS: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = codec.load(x_ptr + index, index < n)
-    tl.atomic_max(amax_ptr, tl.minimum(tl.max(codec.magnitude_bits(x), axis=0), 0x7F800000))
+    raise_slot(amax_ptr, tl.max(codec.magnitude_bits(x), axis=0))
 
 
 def _slot(amax: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
-    """The amax slot as int32, whose order is that of non-negative floats; any pointer when nothing is measured."""
-    return scale if amax is None else amax.view(torch.int32)
+    """The amax slot; any pointer when nothing is measured."""
+    return scale if amax is None else amax
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format, codes: torch.Tensor,
@@ -117,4 +127,4 @@ def raise_amax(x: torch.Tensor, amax: torch.Tensor) -> None:
     n = x.numel()
     if n:
         with on_device(x):
-            _amax_kernel[(triton.cdiv(n, ELEMENTS),)](x, amax.view(torch.int32), n, ELEMENTS, **LAUNCH)
+            _amax_kernel[(triton.cdiv(n, ELEMENTS),)](x, amax, n, ELEMENTS, **LAUNCH)

@@ -100,6 +100,19 @@ def decode(codes, FMT: tl.constexpr):
 
 
 @triton.jit
+def value_of(codes, FMT: tl.constexpr, HARDWARE: tl.constexpr):
+    """fp32 values of uint8 codes, by the device's own conversion where it has one: exact both ways."""
+    if HARDWARE:
+        if FMT == 0:
+            value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            value = codes.to(tl.float8e5, bitcast=True).to(tl.float32)
+    else:
+        value = decode(codes, FMT)
+    return value
+
+
+@triton.jit
 def bf16_bits(x):
     """Bits of fp32 `x` as bf16, nearest even, as int32; the interpreter's own cast truncates."""
     u = x.to(tl.int32, bitcast=True)

@@ -14,7 +14,9 @@ from ...numerics.dtypes import torch_dtype
 from ...numerics.flat import blocks_of
 from ...numerics.random_bits import Stochastic
 from ..adam import AdamStep
-from . import adam, blocks, cast, flat
+from . import adam, blocks, cast, flat, operands
+
+__all__ = ["operands", "path"]
 
 path = "triton"
 

@@ -6,6 +6,7 @@ equality bit for bit. It costs nothing here, because these kernels wait for memo
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this variable when a kernel is decorated; the interpreter runs kernels on CPU tensors."""
 
 _hardware = True
+_HERE = nullcontext()
 
 
 def use_hardware_casts(wanted: bool) -> bool:
@@ -32,9 +34,16 @@ def hardware_casts(tensor: torch.Tensor) -> bool:
     """Whether kernels on this tensor's device may use FP8 conversion instructions (Ada, Hopper and later)."""
     if INTERPRETED or not _hardware or not tensor.is_cuda:
         return False
-    return torch.cuda.get_device_capability(tensor.device) >= (8, 9)
+    return _converts_fp8(tensor.device)
+
+
+@functools.cache
+def _converts_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device current: Triton launches on the current one, whatever the pointers say."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)

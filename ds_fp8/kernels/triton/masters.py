@@ -27,14 +27,14 @@ def _unit(weight_bits, KIND: tl.constexpr):
 
 
 @triton.jit
-def read(param_ptr, data_ptr, scale_inv_ptr, index, row, inside, KIND: tl.constexpr, HALF: tl.constexpr):
+def read(param_ptr, data_ptr, scale_inv_ptr, index, row, inside, row_inside, KIND: tl.constexpr, HALF: tl.constexpr):
     """The master as fp32. HALF: the parameter is fp16, else bf16 (for the split kinds)."""
     if KIND == OWN:
         value = codec.load(param_ptr + index, inside)
     elif KIND == FP32:
         value = codec.load(data_ptr + index, inside)
     elif KIND == FP16:
-        scale_inv = tl.load(scale_inv_ptr + row, mask=tl.max(inside.to(tl.int32), axis=1) > 0, other=1.0)
+        scale_inv = tl.load(scale_inv_ptr + row, mask=row_inside, other=1.0)
         raw = tl.load(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=inside, other=0)
         value = fp16_value(raw) * scale_inv[:, None]
     else:
@@ -50,8 +50,8 @@ def read(param_ptr, data_ptr, scale_inv_ptr, index, row, inside, KIND: tl.conste
 
 
 @triton.jit
-def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, word, KIND: tl.constexpr, HALF: tl.constexpr,
-          STOCHASTIC: tl.constexpr):  # fmt: skip
+def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, row_inside, word, KIND: tl.constexpr,
+          HALF: tl.constexpr, STOCHASTIC: tl.constexpr):  # fmt: skip
     """Store fp32 `w` as master and parameter; returns the fp32 value that the master now holds."""
     half_ptr = param_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index
     if KIND == OWN:
@@ -65,7 +65,7 @@ def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, word, KIND:
         scale, scale_inv = codec.block_scale(w, 32768.0, 1)
         bits = round_fp16(w * scale[:, None], word, STOCHASTIC)
         tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, bits, mask=inside)
-        tl.store(scale_inv_ptr + row, scale_inv, mask=tl.max(inside.to(tl.int32), axis=1) > 0)
+        tl.store(scale_inv_ptr + row, scale_inv, mask=row_inside)
         held = fp16_value(bits) * scale_inv[:, None]
         codec.store(param_ptr + index, held, inside)
     elif HALF:

@@ -76,22 +76,22 @@ def exp2(y):
 
 
 @triton.jit
-def read(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, index, row, inside, FORMAT: tl.constexpr):
-    """fp32 values of a state; `row` are the block numbers, their mask is `row` having an element inside."""
+def read(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, index, row, inside, row_inside, FORMAT: tl.constexpr,
+         HARDWARE: tl.constexpr):  # fmt: skip
+    """fp32 values of a state; `row` are the block numbers, with the mask `row_inside`."""
     if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 - the compiler knows no `in` for constants
         value = codec.load(data_ptr + index, inside)
     else:
-        rows_inside = tl.max(inside.to(tl.int32), axis=1) > 0
-        scale_inv = tl.load(scale_inv_ptr + row, mask=rows_inside, other=1.0)[:, None]
+        scale_inv = tl.load(scale_inv_ptr + row, mask=row_inside, other=1.0)[:, None]
         if FORMAT == FP16:
             raw = tl.load(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=inside, other=0)
             value = fp16_value(raw) * scale_inv
         else:
             codes = tl.load(data_ptr + index, mask=inside, other=0)
             if FORMAT == E4M3:
-                value = codec.decode(codes, 0) * scale_inv
+                value = codec.value_of(codes, 0, HARDWARE) * scale_inv
             else:
-                expansion = tl.load(expansion_ptr + row, mask=rows_inside, other=255).to(tl.int32)
+                expansion = tl.load(expansion_ptr + row, mask=row_inside, other=255).to(tl.int32)
                 entry = expansion[:, None] * 128 + (codes & 0x7F).to(tl.int32)
                 magnitude = tl.load(table_ptr + entry, mask=inside, other=0.0) * scale_inv
                 sign = (codes & 0x80).to(tl.int32) << 24
@@ -117,8 +117,8 @@ def _expanded(x, scale, scale_inv, inside):
 
 
 @triton.jit
-def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, word, FORMAT: tl.constexpr, ROOT: tl.constexpr,
-          STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, row_inside, word, FORMAT: tl.constexpr,
+          ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     """Store fp32 `x`; ROOT: a zero code of a nonzero value becomes the smallest code."""
     if FORMAT == FP32:
         tl.store(data_ptr + index, x, mask=inside)
@@ -131,7 +131,6 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, word, F
             bits = tl.where(finite, bits, x.to(tl.int32, bitcast=True))
         codec.store(data_ptr + index, bits.to(tl.float32, bitcast=True), inside)
     else:
-        rows_inside = tl.max(inside.to(tl.int32), axis=1) > 0
         if FORMAT == FP16:
             scale, scale_inv = codec.block_scale(x, 32768.0, 1)
             bits = round_fp16(x * scale[:, None], word, STOCHASTIC)
@@ -142,7 +141,7 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, word, F
             scale, scale_inv = codec.block_scale(x, 448.0, 1)
             if FORMAT == EXPANDED:
                 magnitude, expansion = _expanded(x, scale, scale_inv, inside)
-                tl.store(expansion_ptr + row, expansion, mask=rows_inside)
+                tl.store(expansion_ptr + row, expansion, mask=row_inside)
                 sign = x.to(tl.int32, bitcast=True) & -2147483648
                 scaled = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
             else:
@@ -154,4 +153,4 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, word, F
             if ROOT:
                 codes = tl.where((codes == 0) & (x > 0.0), 1, codes.to(tl.int32)).to(tl.uint8)
             tl.store(data_ptr + index, codes, mask=inside)
-        tl.store(scale_inv_ptr + row, scale_inv, mask=rows_inside)
+        tl.store(scale_inv_ptr + row, scale_inv, mask=row_inside)

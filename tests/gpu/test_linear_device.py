@@ -1,0 +1,151 @@
+"""Our own FP8 layer on the device: Transformer Engine's golden vectors, and the fast road against the plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from ds_fp8.layers import cuda_products
+from ds_fp8.layers.page import WeightCodes
+from ds_fp8.recipe import Recipe
+from tests.layers import test_golden
+from tests.layers.small_models import swapped
+
+RECIPES = [Recipe(amax_history_len=4), Recipe(fp8_format="E4M3", margin=1, amax_history_len=4), Recipe(kind="current"),
+           Recipe(kind="block")]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", test_golden.CASES, ids=test_golden.name_of)
+def test_golden_vectors_on_the_device(case):
+    """Scales and histories bit for bit; products within the rounding of their sums."""
+    test_golden.follow(case, "cuda")
+
+
+def passes(recipe: Recipe, *, fast: bool, bias: bool = True, rows: int = 256, cached: bool = True, steps: int = 4,
+           spoiled: int = -1, codes: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
+    """Outputs and gradients of some steps, and the book. `spoiled`: the step whose gradient has an infinity."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 384, bias=bias), nn.GELU(), nn.Linear(384, 256, bias=bias))
+    model = model.to("cuda", torch.bfloat16)
+    book = swapped(model, recipe, weight_cache=cached, backend="torch")
+    found = []
+    for page in book.pages:
+        page.fast_step = None if fast else 0
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(rows, 256, generator=generator).to("cuda", torch.bfloat16).requires_grad_()
+        gradient = (torch.randn(rows, 256, generator=generator) * 1e-3).to("cuda", torch.bfloat16)
+        if step == spoiled:
+            gradient[3, 5] = float("inf")
+        if codes:
+            for layer in (model[0], model[2]):
+                data = (layer.weight.detach().float() * 100).to(torch.float8_e4m3fn)
+                scales = torch.full((3,), 0.01, device="cuda")
+                layer.weight_codes = WeightCodes(data, scales[1])  # at an address that cuBLASLt does not take
+        model.zero_grad()
+        output = model(x)
+        output.backward(gradient)
+        found += [output.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.where(parameter.grad.isfinite(), parameter.grad, 0), alpha=-1e-2)
+        book.weights_changed()
+    if fast and rows % 128 == 0:
+        assert all(page.fast_step for page in book.pages), "the fast road was not taken"
+    return found, book
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_the_fast_road_is_the_plain_road(recipe, cached, bias):
+    """One scale per tensor: every bit. Block scales: the plain road decodes to bf16 and sums elsewhere, so rounding."""
+    ours, book = passes(recipe, fast=True, bias=bias, cached=cached)
+    plain, plain_book = passes(recipe, fast=False, bias=bias, cached=cached)
+    for number, (found, wanted) in enumerate(zip(ours, plain, strict=True)):
+        if recipe.kind == "block":
+            error = (found - wanted).float().norm() / wanted.float().norm()
+            assert error < 0.01, f"tensor {number}: {error}"
+        else:
+            assert torch.equal(found, wanted), f"tensor {number}: {(found - wanted).abs().max()}"
+    if recipe.is_delayed:
+        assert torch.equal(book.state_dict()["scales"], plain_book.state_dict()["scales"])
+        assert torch.equal(book.forward.history, plain_book.forward.history)
+        assert torch.equal(book.backward.history, plain_book.backward.history)
+
+
+@pytest.mark.parametrize("rows", [16, 48, 24, 1])
+def test_any_number_of_rows(rows):
+    """Multiples of 16 take the fast road, others the plain one."""
+    ours, _ = passes(RECIPES[0], fast=True, rows=rows, steps=2)
+    plain, _ = passes(RECIPES[0], fast=False, rows=rows, steps=2)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_an_overflow_is_seen_without_a_bias(recipe):
+    """A cast saturates infinities; the weight's gradient says NaN in that step and is finite again in the next."""
+    found, _ = passes(recipe, fast=True, bias=False, spoiled=1)
+    weights = [found[step * 4 + 3] for step in range(4)]
+    assert [bool(gradient.isfinite().all()) for gradient in weights] == [True, False, True, True]
+
+
+def test_codes_from_outside():
+    """O3's codes, whose scale lies at any address."""
+    ours, _ = passes(RECIPES[0], fast=True, codes=True)
+    plain, _ = passes(RECIPES[0], fast=False, codes=True)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_pass_waits_for_nothing(recipe):
+    """`set_sync_debug_mode("error")` raises at any copy to the host or wait inside forward and backward."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 128, bias=False)).to("cuda", torch.bfloat16)
+    book = swapped(model, recipe, weight_cache=True, backend="torch")
+    x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(128, 128, device="cuda", dtype=torch.bfloat16)
+    for step in range(4):
+        if step == 2:  # kernels are compiled, the book has moved to the device
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(x).backward(gradient)
+            book.weights_changed()
+        finally:
+            if step >= 2:
+                torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+    assert cuda_products.takes(x.detach(), model[0].weight, model[0].page.call(training=True, device=x.device))
+
+
+def test_a_cuda_graph_replays_a_pass():
+    """Inside a region nothing depends on the host: the same codes and gradients, replayed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256)).to("cuda", torch.bfloat16)
+    swapped(model, Recipe(kind="current"), weight_cache=False, backend="torch")
+    x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
+    gradient = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
+
+    def once() -> tuple[torch.Tensor, torch.Tensor]:
+        output = model(x)
+        return output, torch.autograd.grad(output, model[0].weight, gradient)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = once()
+    for seed in range(2):
+        x.copy_(torch.randn(128, 256, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        for found, wanted in zip(held, once(), strict=True):
+            assert torch.equal(found, wanted)
