@@ -12,7 +12,8 @@ import torch
 
 from ..kernels import amax as amax_of
 from ..recipe import HighPrecision
-from .page import Call, Page
+from .operands import is_sharded
+from .page import Call, Page, WeightCodes
 
 
 class PageState:
@@ -30,10 +31,15 @@ class PageState:
         self._training = True
         self._quantized: tuple[int, ...] | None = None
         self._records = False
+        self._weight_scale: torch.Tensor | None = None
 
     @property
     def high(self) -> HighPrecision:
         return self.page.book.recipe.override_linear_precision
+
+    @property
+    def kind(self) -> str:
+        return self.page.book.recipe.kind
 
     def is_active(self, training: bool) -> bool:
         """FP8 in this call: `start_step` is reached, and it is training or `eval` is on."""
@@ -46,6 +52,7 @@ class PageState:
         self._call = self.page.call(training=self._training, device=self.weight.device)
         call = self._call
         self._records = call is not None and call.records
+        self._weight_scale = self._scale_of_first_cast()
         if call is None or call.region is None:
             return False
         # The casts write into the slots by themselves, in the backward too: the book is told what to expect.
@@ -73,10 +80,14 @@ class PageState:
         """fp32 [1], frozen for the region; None when the recipe keeps no scales."""
         if self._call is None or self._call.region is None:
             return None
+        if role == "weight" and self._weight_scale is not None:
+            return self._weight_scale.reshape(1)
         return self._call.region.scale[self._column(role)].reshape(1)
 
     def amax(self, role: str) -> torch.Tensor:
         """fp32 [1]: the pending amax, to be raised in place."""
+        if role == "weight" and self._weight_scale is not None:
+            return self.scratch()
         return self.page.book.slot(self._column(role))
 
     def scratch(self) -> torch.Tensor:
@@ -86,7 +97,7 @@ class PageState:
     def microbatch(self) -> bool | None:
         """True: quantise the weight and keep its codes; False: the kept ones are good; None: do not keep any."""
         book = self.page.book
-        if not book.plan.weight_cache or hasattr(self.weight, "ds_id"):
+        if not book.plan.weight_cache or is_sharded(self.weight):
             return None
         key = (book.weights_version, self.weight._version, self.weight.data_ptr())
         fresh = self._quantized != key
@@ -94,6 +105,46 @@ class PageState:
             # A forward that does not record (eval) must not rob the next one of recording this weight's amax.
             self._quantized = key
         return fresh
+
+    def codes(self) -> WeightCodes | None:
+        """The weight's codes if somebody else made them (O3); their amax counts once, as in `cast_weight`."""
+        page = self.page
+        if page.weight_codes is not None and self._records and page.staged_weight_amax is not None:
+            assert self._call is not None, "only a call records"
+            self._call.record(page.weight_column, page.staged_weight_amax)
+            page.staged_weight_amax = None
+        return page.weight_codes
+
+    @property
+    def kept_codes(self) -> Any:
+        """The codes as Transformer Engine's tensor, from an earlier call of this step."""
+        return self.page.cached_weight
+
+    @kept_codes.setter
+    def kept_codes(self, quantized: Any) -> None:
+        # As in `cast_weight`: a sharded weight's codes go with it; a backward cannot use what inference mode made.
+        if self.page.book.plan.weight_cache and not is_sharded(self.weight) and not torch.is_inference_mode_enabled():
+            self.page.cached_weight = quantized
+
+    def forget_weight(self) -> None:
+        """The layer's own cache was emptied."""
+        self._quantized = None
+
+    def _scale_of_first_cast(self) -> torch.Tensor | None:
+        """The scale with which a sharded weight was cast before in this optimizer step; None the first time.
+
+        Transformer Engine cannot keep a sharded weight's codes. As in `cast_weight` they are made again with the same
+        scale, and their amax counts once: what a weight is multiplied as does not change within a step.
+        """
+        call, page = self._call, self.page
+        if call is None or call.region is None or not call.caches_weight or not is_sharded(self.weight):
+            return None
+        key = (page.book.weights_version,)
+        if page.cached_key == key and page.cached_scale is not None:
+            return page.cached_scale[0]
+        if call.records:
+            page.cached_key, page.cached_scale = key, call.scale(page.weight_column)
+        return None
 
     def _column(self, role: str) -> int:
         return getattr(self.page, f"{role}_column")

@@ -164,6 +164,9 @@ def find_owned(module: torch.nn.Module, names: Sequence[str]) -> list[OwnedWeigh
     for fqn, layer in module.named_modules():
         name = f"{fqn}.weight" if fqn else "weight"
         if name in wanted and hasattr(layer, "weight_codes"):
+            verify = getattr(layer, "verify_codes", None)
+            if verify is not None:
+                verify()
             param = layer.weight
             shape = tuple(getattr(param, "ds_shape", param.shape))
             found.append(OwnedWeight(name, layer, param, shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -47,9 +48,13 @@ def start(
     kind: str = "delayed",
     evaluates: bool = False,
     start_step: int = 0,
+    backend: str = "torch",
     **zero: Any,
 ) -> tuple[Any, Any]:
-    """An engine whose layers and wire are those of `level`; its optimizer states stay DeepSpeed's."""
+    """An engine whose layers and wire are those of `level`; its optimizer states stay DeepSpeed's.
+
+    backend  of the layers; transformer_engine needs its stand-in installed (tests/layers/te)
+    """
     torch.manual_seed(0)
     model = Mixed()
     settings = Settings(
@@ -58,7 +63,7 @@ def start(
         deepspeed=DeepSpeedFacts(zero_stage=stage, base_dtype="bf16", optimizer="AdamW"),
     )
     plan = make_plan(model, settings, device=torch.device("cpu"), world_size=dist.get_world_size())
-    book = swap_layers(model, plan)
+    book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)))
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": gas,

@@ -4,6 +4,7 @@
     scaling.py    our recipe as one of its recipes
     linear.py     te.Linear with its own region in each call, and scales from the scale book
     products.py   override_linear_precision, which it dropped
+    codes.py      a weight that travelled as codes (O3), as te.Linear's own
     norms.py      its norms
 
 Importing this package does not import Transformer Engine.

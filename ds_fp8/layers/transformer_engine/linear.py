@@ -18,7 +18,7 @@ zeros, which change no amax, output or gradient of the others. Without FP8 a cal
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,12 @@ from torch import nn
 
 from ...errors import BackendError
 from ...recipe import HighPrecision
+from .codes import TakesCodes, weight_of
 from .names import TransformerEngine, load
 from .products import attach
+
+if TYPE_CHECKING:
+    from ..page import WeightCodes
 
 TOKEN_MULTIPLE = 16
 """FP8 GEMMs on Hopper take operands of multiples of 16 only; 8 or 24 tokens pass the forward and fail in the backward."""
@@ -41,6 +45,8 @@ class LayerState(Protocol):
 
     high: HighPrecision
     scaling: Any
+    kind: str
+    kept_codes: Any
 
     def is_active(self, training: bool) -> bool:
         """FP8 in this call: `start_step` is reached, and it is training or `eval` is on."""
@@ -66,13 +72,19 @@ class LayerState(Protocol):
     def microbatch(self) -> bool | None:
         """True: quantise the weight and keep its codes; False: the kept ones are good; None: do not keep any."""
 
+    def codes(self) -> WeightCodes | None:
+        """The weight's codes if somebody else made them (O3); records their amax if this call records."""
+
+    def forget_weight(self) -> None:
+        """The layer's own cache was emptied."""
+
 
 @functools.cache
 def linear_class() -> type[nn.Module]:
     """Our subclass of the installed te.Linear; made on first use, because Transformer Engine is optional."""
     engine = load()
 
-    class TELinear(engine.pytorch.Linear):  # type: ignore[name-defined,misc]
+    class TELinear(TakesCodes, engine.pytorch.Linear):  # type: ignore[name-defined,misc]
         """nn.Linear in FP8 by Transformer Engine; FP8 state lives in the scale book, not in `state_dict`."""
 
         # nn.Module saves `_extra_state` when a class overrides these; TE's is pickled, and refused on load since 2.16.
@@ -98,14 +110,15 @@ def linear_class() -> type[nn.Module]:
 
         def _multiply(self, operand: torch.Tensor, state: LayerState) -> torch.Tensor:
             """The FP8 products; wgrad is left out by a weight that asks for no gradient while TE looks at it."""
-            forward = super().forward
-            if not (state.high.wgrad and self.weight.requires_grad):
-                return forward(operand, is_first_microbatch=state.microbatch())
-            self.weight.requires_grad_(False)
-            try:
-                return forward(operand, is_first_microbatch=state.microbatch())
-            finally:
-                self.weight.requires_grad_(True)
+            hides = state.high.wgrad and self.weight.requires_grad
+            with weight_of(self, engine, state) as microbatch:
+                if not hides:
+                    return super().forward(operand, is_first_microbatch=microbatch)
+                self.weight.requires_grad_(False)
+                try:
+                    return super().forward(operand, is_first_microbatch=microbatch)
+                finally:
+                    self.weight.requires_grad_(True)
 
         def extra_repr(self) -> str:
             return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.use_bias}, fp8=te"

@@ -4,8 +4,9 @@ Transformer Engine moves: `fp8_autocast` became `autocast` in 2.9, the state man
 `quantization.py`, recipes swallow unknown arguments. So the names are resolved once, `verify` compares their signatures
 with what our adapter passes, and an unknown Transformer Engine is refused with the list of what differs.
 
-Private is only this: the key under which a layer notes that it takes part in the global update of all scales, and the
-attributes `fp8_meta`, `quantizers` and `init_fp8_metadata` of a layer. `linear.py` says why they are needed.
+Private is only this: the key under which a layer notes that it takes part in the global update of all scales, the
+attributes `fp8_meta`, `quantizers` and `init_fp8_metadata` of a layer (`linear.py` says why they are needed), and for O3
+its cache of quantised weights and the tensors in it (`codes.py`).
 Supported: 2.2 to 2.20; run on an H200 with 2.11.0 and 2.20.2.
 """
 
@@ -46,6 +47,19 @@ NEEDED: dict[str, tuple[str, ...]] = {
 OPTIONAL = ("recipe.Float8CurrentScaling", "recipe.Float8BlockScaling", "recipe.MXFP8BlockScaling",
             "recipe.NVFP4BlockScaling")  # fmt: skip
 """Recipes that came later; a job that asks for a missing one is refused by name."""
+
+WORKSPACE = "_fp8_workspaces"
+"""Attribute of a layer: its cache of quantised weights, by the name of the Parameter."""
+
+_PER_TENSOR = ("float8_tensor", "Float8Tensor", ("data", "fp8_scale_inv", "fp8_dtype", "data_transpose", "quantizer"))
+_PER_TILE = (
+    "float8_blockwise_tensor",
+    "Float8BlockwiseQTensor",
+    ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv", "fp8_dtype", "quantizer",
+     "is_2D_scaled"),
+)  # fmt: skip
+CODES = {"delayed": _PER_TENSOR, "current": _PER_TENSOR, "block": _PER_TILE}
+"""Recipe kind -> module below `pytorch.tensor`, class and parameters of a quantised weight; checked only for O3."""
 
 _IMPORT_ERRORS = (ImportError, RuntimeError, OSError, AssertionError)
 # The metapackage alone raises RuntimeError, a wrong CUDA OSError, a missing extension AssertionError.
@@ -114,6 +128,33 @@ def load() -> TransformerEngine:
             "  Install one of those, or set fp8/backend to torch."
         )
     return TransformerEngine(version, pytorch, recipe, key)
+
+
+@functools.cache
+def codes_class(kind: str) -> type[Any]:
+    """The class of a weight's codes under recipe `kind`.
+
+    Raises BackendError with what differs from the class that we know.
+    """
+    module, name, parameters = CODES[kind]
+    try:
+        found = getattr(importlib.import_module(f"transformer_engine.pytorch.tensor.{module}"), name)
+    except (AttributeError, *_IMPORT_ERRORS) as error:
+        differences = [str(error).splitlines()[0]]
+    else:
+        differences = [parameter for parameter in parameters if parameter not in accepted(found.__new__)]
+        if not {"rowwise_usage", "columnwise_usage"} <= accepted(getattr(found, "update_usage", _nothing)):
+            differences.append("update_usage")
+    if differences:
+        raise BackendError(
+            f"msamp/weight_wire e4m3: Transformer Engine's {name} for recipe {kind} is not the one that ds_fp8 knows: it"
+            f" lacks {', '.join(differences)}.\n  Set msamp/weight_wire to none, or fp8/backend to torch."
+        )
+    return found
+
+
+def _nothing() -> None:
+    """Stands for a method that is not there: it takes no parameter."""
 
 
 def state_manager() -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .codes import TakesCodes, weight_of
 from .linear import TOKEN_MULTIPLE, LayerState, bind_slots
 from .names import load
 
@@ -22,7 +23,7 @@ def norm_linear_class() -> type[nn.Module]:
     """Our subclass of the installed te.LayerNormLinear."""
     engine = load()
 
-    class TELayerNormLinear(engine.pytorch.LayerNormLinear):  # type: ignore[name-defined,misc]
+    class TELayerNormLinear(TakesCodes, engine.pytorch.LayerNormLinear):  # type: ignore[name-defined,misc]
         """linear(norm(x)) in one call; the norm's Parameters belong to the norm."""
 
         get_extra_state = nn.Module.get_extra_state
@@ -42,7 +43,8 @@ def norm_linear_class() -> type[nn.Module]:
             records = state.begin()
             with engine.autocast(state.scaling):
                 bind_slots(self, engine, state, records)
-                output = super().forward(operand, is_first_microbatch=state.microbatch())
+                with weight_of(self, engine, state) as microbatch:
+                    output = super().forward(operand, is_first_microbatch=microbatch)
             return output[:tokens].reshape(*input.shape[:-1], self.out_features) if short else output
 
     TELayerNormLinear.__module__, TELayerNormLinear.__qualname__ = __name__, "TELayerNormLinear"

@@ -19,6 +19,7 @@ _spec.loader.exec_module(stand_in)
 
 def _forget() -> None:
     names.load.cache_clear()
+    names.codes_class.cache_clear()
     linear.linear_class.cache_clear()
     norms.norm_class.cache_clear()
     norm_linear.norm_linear_class.cache_clear()

@@ -4,7 +4,9 @@ It is stricter than the original: unknown arguments are refused where the origin
 multiple of 16 fail at once instead of in the backward, and using a layer outside of autocast is no FP8, as there. It keeps
 the original's habits that our adapter must live with: the global buffers into which a layer enters itself, the update of
 *all* of them on leaving the outermost autocast and again in the backward, amax slots that are raised to a running
-maximum, `_extra_state`, an empty `.bias` without bias, `register_parameter` that wants an initialiser.
+maximum, `_extra_state`, an empty `.bias` without bias, `register_parameter` that wants an initialiser, and the cache of
+quantised weights (`quantize_weight` and `_is_weight_workspace_valid` of 2.20, Hopper's transposes): an entry without a
+transpose is thrown away, one that is refreshed is written in place, all of them go when the kind of recipe changes.
 
 `install(monkeypatch)` puts it into `sys.modules`; nothing of Transformer Engine needs to be there.
 """
@@ -20,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 
 class _Limits(NamedTuple):
@@ -98,17 +101,72 @@ class autocast:  # noqa: N801 - the original's name
             Manager.update("scaling_fwd")
 
 
+class Float8Tensor:
+    """Codes [N, K] as bytes, their transpose once it is asked for, and one scale_inv. On Hopper dgrad reads the transpose."""
+
+    def __new__(cls, *args: Any, data: torch.Tensor, fp8_scale_inv: torch.Tensor, fp8_dtype: torch.dtype,
+                data_transpose: torch.Tensor | None = None, quantizer: Any = None, **kwargs: Any) -> Self:  # fmt: skip
+        assert not args and kwargs.keys() <= {"shape", "dtype", "device", "requires_grad"}
+        assert data.dtype == torch.uint8 and data.is_contiguous() and data.data_ptr() % 16 == 0
+        assert (
+            fp8_scale_inv.shape == (1,) and fp8_scale_inv.dtype == torch.float32 and fp8_scale_inv.data_ptr() % 16 == 0
+        )
+        self = object.__new__(cls)
+        self._data, self._transpose, self._scale_inv = data, data_transpose, fp8_scale_inv
+        self._fp8_dtype, self._quantizer = fp8_dtype, quantizer.copy()
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._data, self._scale_inv, self._fp8_dtype, self._transpose, self._quantizer)
+
+    def update_usage(self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None) -> None:
+        assert rowwise_usage is not False, "only what linear layers ask of a weight"
+        if columnwise_usage and self._transpose is None:
+            self._transpose = self._data.t().contiguous()
+        elif columnwise_usage is False:
+            self._transpose = None
+
+    def quantize_(self, x: torch.Tensor, quantizer: Float8Quantizer) -> None:
+        """In place, as the original refreshes a cached weight."""
+        codes, scale_inv = quantizer.codes(x)
+        self._data.copy_(codes.view(torch.uint8))
+        self._scale_inv.copy_(scale_inv)
+        self._transpose = None if self._transpose is None else self._data.t().contiguous()
+
+    def values(self, transposed: bool = False) -> torch.Tensor:
+        data = self._transpose if transposed else self._data
+        return data.view(self._fp8_dtype).float() * self._scale_inv
+
+
+def _rebuild(data: Any, scale_inv: Any, dtype: Any, transpose: Any, quantizer: Any) -> Float8Tensor:
+    return Float8Tensor(
+        data=data, fp8_scale_inv=scale_inv, fp8_dtype=dtype, data_transpose=transpose, quantizer=quantizer
+    )
+
+
 class Float8Quantizer:
     """sat(x * scale) in a format; raises `amax` to the running maximum. Current scaling when `scale` is None."""
 
     def __init__(self, scale: torch.Tensor | None, amax: torch.Tensor | None, top: float):
         self.scale, self.amax, self.top, self.calls = scale, amax, top, 0
+        self.dtype = torch.float8_e4m3fn if top == 448 else torch.float8_e5m2
+        self.columnwise_usage = True
 
     def copy(self) -> Float8Quantizer:
         return Float8Quantizer(self.scale, self.amax, self.top)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """What the codes stand for, fp32."""
+        codes, scale_inv = self.codes(x)
+        return codes.float() * scale_inv
+
+    def quantize(self, x: torch.Tensor) -> Float8Tensor:
+        codes, scale_inv = self.codes(x)
+        made = Float8Tensor(data=codes.view(torch.uint8), fp8_scale_inv=scale_inv, fp8_dtype=self.dtype, quantizer=self)
+        made.update_usage(columnwise_usage=self.columnwise_usage)
+        return made
+
+    def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.calls += 1
         amax = x.detach().abs().amax().float()
         if self.scale is None:
@@ -118,8 +176,8 @@ class Float8Quantizer:
             assert self.scale.dtype == self.amax.dtype == torch.float32
             self.amax.copy_(torch.maximum(self.amax, amax))
             scale = self.scale
-        dtype = torch.float8_e4m3fn if self.top == 448 else torch.float8_e5m2
-        return (x.detach().float() * scale).clamp(-self.top, self.top).to(dtype).float() * (1 / scale)
+        codes = (x.detach().float() * scale).clamp(-self.top, self.top).to(self.dtype)
+        return codes, (1 / scale).reshape(1)
 
 
 class RecipeState:
@@ -131,24 +189,29 @@ class RecipeState:
 
 class Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: Any, w: torch.Tensor):
+    def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: Any, w: Float8Tensor):
         x = layer.quantizers["scaling_fwd"][0](inp)
         ctx.needs = inp.requires_grad, weight.requires_grad
-        ctx.save_for_backward(x, w)
+        # The weight itself is saved too, as there; only its shape and dtype are used.
+        ctx.save_for_backward(x, weight)
+        ctx.weight_fp8 = w
         ctx.quantizer, ctx.use_bias = layer.quantizers["scaling_bwd"][0], layer.use_bias
         ctx.first, Manager.is_first = Manager.is_first, False
         ctx.dtypes = inp.dtype, weight.dtype
-        out = x @ w.t()
+        out = x @ w.values().t()
         return (out + bias.float() if layer.use_bias else out).to(inp.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor):
-        x, w = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
         g = ctx.quantizer(grad)
         if ctx.first:
             Manager.update("scaling_bwd")
         rows = g.reshape(-1, g.shape[-1])
-        dx = (g @ w).to(ctx.dtypes[0]) if ctx.needs[0] else None
+        dx = None
+        if ctx.needs[0]:
+            ctx.weight_fp8.update_usage(columnwise_usage=True)
+            dx = (g @ ctx.weight_fp8.values(transposed=True).t()).to(ctx.dtypes[0])
         dw = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[1]) if ctx.needs[1] else None
         db = grad.reshape(rows.shape).float().sum(0).to(ctx.dtypes[1]) if ctx.use_bias else None
         return dx, dw, db, None, None
@@ -162,7 +225,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
         self.quantizers: dict[str, list[Float8Quantizer]] = {"scaling_fwd": [], "scaling_bwd": []}
-        self._workspace: torch.Tensor | None = None
+        self._fp8_workspaces: dict[str, Float8Tensor] = {}
         self.register_parameter(
             "weight", nn.Parameter(torch.empty(out_features, in_features, device=device)), init_fn=None
         )
@@ -182,9 +245,12 @@ class Linear(nn.Module):
         raise RuntimeError("pickled extra state is refused since 2.16.1")
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        if self.fp8_meta.get("recipe") is Manager.recipe:
+        before = self.fp8_meta.get("recipe")
+        if before is Manager.recipe:
             return
         self.fp8_meta["recipe"] = recipe = Manager.recipe
+        if before is not None and type(before) is not type(recipe):
+            self._fp8_workspaces.clear()
         limits = recipe.fp8_format.value
         for key, count, top in (("scaling_fwd", 3, limits.max_fwd), ("scaling_bwd", 2, limits.max_bwd)):
             if isinstance(recipe, DelayedScaling):
@@ -206,13 +272,23 @@ class Linear(nn.Module):
         )
         self.init_fp8_metadata(num_gemms=1)
         Manager.add(self.fp8_meta)
-        if is_first_microbatch is None:
-            codes = self.quantizers["scaling_fwd"][1](self.weight)
-        else:
-            if is_first_microbatch or self._workspace is None:
-                self._workspace = self.quantizers["scaling_fwd"][1](self.weight)
-            codes = self._workspace
+        codes = self.quantize_weight(is_first_microbatch, columnwise=torch.is_grad_enabled() and inp.requires_grad)
         return Products.apply(inp, self.weight, self.bias, self, codes)
+
+    def quantize_weight(self, is_first_microbatch: bool | None, columnwise: bool) -> Float8Tensor:
+        quantizer = self.quantizers["scaling_fwd"][1]
+        quantizer.columnwise_usage = columnwise
+        cached = None if is_first_microbatch is None else self._fp8_workspaces.get("weight")
+        if cached is not None and columnwise and cached._transpose is None:
+            cached = None
+        if cached is None:
+            cached = quantizer.quantize(self.weight)
+            if is_first_microbatch is not None:
+                self._fp8_workspaces["weight"] = cached
+        elif is_first_microbatch:
+            cached.quantize_(self.weight, quantizer)
+        cached.update_usage(rowwise_usage=True)
+        return cached
 
 
 class LayerNorm(nn.Module):
@@ -300,6 +376,9 @@ def install(monkeypatch: Any) -> types.ModuleType:
     pytorch.is_mxfp8_available = _blackwell  # type: ignore[attr-defined]
     quantization = types.ModuleType("transformer_engine.pytorch.quantization")
     quantization.FP8GlobalStateManager = Manager  # type: ignore[attr-defined]
-    for module in (package, common, recipe, pytorch, quantization):
+    tensor = types.ModuleType("transformer_engine.pytorch.tensor")
+    per_tensor = types.ModuleType("transformer_engine.pytorch.tensor.float8_tensor")
+    per_tensor.Float8Tensor = Float8Tensor  # type: ignore[attr-defined]
+    for module in (package, common, recipe, pytorch, quantization, tensor, per_tensor):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return pytorch

@@ -1,0 +1,110 @@
+"""O3 under Transformer Engine: codes that the weight's owner made, in the place where te.Linear keeps its own.
+
+With `is_first_microbatch=False` a layer multiplies with the quantised weight that it cached in an earlier micro-batch and
+does not look at the 16-bit one. So the codes that travelled become such a cached weight for the length of one call:
+
+    delayed, current   a Float8Tensor: codes [N, K], one scale_inv
+    block              a Float8BlockwiseQTensor: codes [N, K], scale_inv of 128x128 tiles, padded as its GEMM wants them
+
+Nothing is copied: the tensor is a view of the codes. Its transpose, which dgrad needs before Blackwell, is made in the
+forward, because a cached weight without one counts as stale, and Transformer Engine would quantise the 16-bit weight, which
+may be released. It is kept until the codes change, as Transformer Engine keeps its own; under ZeRO-3 from a forward to its
+backward. The gradient goes to the Parameter as ever: of it, only shape and dtype are read (2.11.0 and 2.20.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import BackendError
+from .names import WORKSPACE, TransformerEngine, codes_class
+
+if TYPE_CHECKING:
+    from ..page import WeightCodes
+    from .linear import LayerState
+
+POINTER_BYTES = 16
+"""cuBLASLt reads codes and scales from addresses that are multiples of this."""
+
+
+class TakesCodes:
+    """`weight_codes` for a layer of ours: while set, and FP8 is active, the layer never reads `weight`."""
+
+    @property
+    def weight_codes(self) -> WeightCodes | None:
+        return self.__dict__["page"].weight_codes
+
+    @weight_codes.setter
+    def weight_codes(self, codes: WeightCodes | None) -> None:
+        page = self.__dict__["page"]
+        page.weight_codes = codes
+        page.forget_weight()
+        # What the layer cached itself is stale too, and would hold two bytes per parameter.
+        self.__dict__["fp8_state"].forget_weight()
+        self.__dict__[WORKSPACE].pop("weight", None)
+
+    def verify_codes(self) -> None:
+        """Raises BackendError when this Transformer Engine does not keep weights as we know it."""
+        codes_class(self.__dict__["page"].book.recipe.kind)
+        if not isinstance(self.__dict__.get(WORKSPACE), dict):
+            raise BackendError(
+                f"msamp/weight_wire e4m3: this Transformer Engine's layers have no {WORKSPACE}, where FP8 weights go.\n"
+                "  Set msamp/weight_wire to none, or fp8/backend to torch."
+            )
+
+
+@contextmanager
+def weight_of(layer: Any, engine: TransformerEngine, state: LayerState) -> Iterator[bool | None]:
+    """Yields `is_first_microbatch` for one call, with the codes in the layer's cache if there are any.
+
+    Call inside autocast, after `state.begin()`. Raises BackendError when the layer quantised its weight all the same.
+    """
+    codes = state.codes()
+    if codes is None:
+        yield state.microbatch()
+        return
+    # Now, because a layer that meets a new recipe empties its cache.
+    layer.init_fp8_metadata(num_gemms=1)
+    quantized = state.kept_codes
+    if quantized is None:
+        quantized = wrap(codes, layer.quantizers["scaling_fwd"][1], layer.weight.dtype, state.kind)
+        state.kept_codes = quantized
+    quantized.update_usage(rowwise_usage=True, columnwise_usage=True)
+    cache = layer.__dict__[WORKSPACE]
+    cache["weight"] = quantized
+    try:
+        yield False
+        if cache.get("weight") is not quantized:
+            raise BackendError(
+                f"Transformer Engine {engine.version} did not take the codes of a weight and quantised it again.\n"
+                "  Set msamp/weight_wire to none, or fp8/backend to torch."
+            )
+    finally:
+        cache.pop("weight", None)  # never left to a call that would quantise into it
+
+
+def wrap(codes: WeightCodes, quantizer: Any, dtype: torch.dtype, kind: str) -> Any:
+    """The codes as Transformer Engine's tensor; `dtype` is the one it passes for."""
+    made = codes_class(kind)
+    data = aligned(codes.data.view(torch.uint8))
+    common = {"shape": data.shape, "dtype": dtype, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    common["device"] = data.device
+    if kind != "block":
+        scale_inv = aligned(codes.scale_inv.reshape(1))
+        return made(data=data, fp8_scale_inv=scale_inv, data_transpose=None, **common)
+    rows, columns = codes.scale_inv.shape
+    scale_inv = torch.zeros(quantizer.get_scale_shape(data.shape, False), dtype=torch.float32, device=data.device)
+    scale_inv[:rows, :columns] = codes.scale_inv
+    return made(
+        rowwise_data=data, rowwise_scale_inv=scale_inv, columnwise_data=None, columnwise_scale_inv=None,
+        is_2D_scaled=True, **common,
+    )  # fmt: skip
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where its address is not one that cuBLASLt takes."""
+    return tensor.clone() if tensor.data_ptr() % POINTER_BYTES else tensor
