@@ -27,7 +27,8 @@ class Estimate:
     """Bytes on one rank.
 
     weights, gradients, master, states   resident
-    codes                                FP8 copies of weights kept between micro-batches (`weight_cache`)
+    codes                                FP8 copies of weights kept between micro-batches (`weight_cache`), and the
+                                         transposes that Transformer Engine keeps beside them
     gradient_wire, weight_wire           sent by one rank in one optimizer step
     """
 
@@ -79,8 +80,11 @@ def estimate(
         )
     if plan.fp8.enabled and plan.fp8.weight_cache and stage < 3:
         owned = {parameter.owner for parameter in plan.parameters if parameter.weight_wire == "e4m3"}
-        cached = [module for module in plan.swaps if module.kind == "Linear" and module.fqn not in owned]
-        totals["codes"] = float(sum(module.shape[0] * module.shape[1] for module in cached))
+        numels = {m.fqn: m.shape[0] * m.shape[1] for m in plan.swaps if m.kind == "Linear"}
+        totals["codes"] = float(sum(numel for fqn, numel in numels.items() if fqn not in owned))
+        if plan.fp8.backend == "transformer_engine":
+            # It keeps the transpose for dgrad as well, of codes that travelled (O3) too; on Blackwell it needs none.
+            totals["codes"] += sum(numels.values())
     return Estimate(stage, ranks, *totals.values())
 
 

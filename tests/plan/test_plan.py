@@ -125,3 +125,5 @@ def test_weight_cache_is_counted():
     plan = plan_at("O2")
     assert estimate(plan).codes_bytes == 2 * (32 * 48 + 48 * 32)
     assert estimate(plan, zero_stage=3).codes_bytes == 0
+    theirs = replace(plan, fp8=replace(plan.fp8, backend="transformer_engine"))
+    assert estimate(theirs).codes_bytes == 2 * estimate(plan).codes_bytes, "Transformer Engine keeps transposes beside"
