@@ -57,7 +57,8 @@ NAMED_ONLY_IN = {
         "cli",
         "compat",
     },
-    "deepspeed": {"comm", "zero", "checkpoint", "engine", "compat", "run", "cli"},
+    # `schemas` holds, in an installed package, the script that reads its schema off DeepSpeed.
+    "deepspeed": {"schemas", "comm", "zero", "checkpoint", "engine", "compat", "run", "cli"},
     "transformer_engine": {"layers", "capabilities", "cli"},
     "triton": {"kernels", "capabilities", "cli"},
     "jsonschema": {"config"},

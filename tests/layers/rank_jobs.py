@@ -62,6 +62,7 @@ def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) ->
     plan = make_plan(model, Settings(Fp8Settings(True, recipe=recipe), deepspeed=facts), world_size=world_size)
     book = swap_layers(model, plan)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     losses = []
     for step in range(3):
         for micro in range(2):
@@ -70,13 +71,14 @@ def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) ->
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
+        # Before the step is told: `weights_changed` frees codes that no longer fit.
+        kept_codes = [layer.page.cached_weight is not None for layer in layers]
         book.weights_changed()
-    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     state = book.state_dict()
     return {
         "losses": torch.stack(losses),
         "digest": plan.digest(),
-        "kept_codes": [layer.page.cached_weight is not None for layer in layers],
+        "kept_codes": kept_codes,
         "scales": state["scales"],
         "folds": state["forward_folds"],
     }
