@@ -17,9 +17,12 @@ Source: Transformer Engine 2.x, delayed scaling.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..formats import Format
+from ..kernels import library_for
 from ..numerics.scaling import scale_from_amax
 from ..recipe import Recipe
 
@@ -39,9 +42,14 @@ class AmaxHistory:
         length = recipe.amax_history_len if recipe.is_delayed else 1
         self.history = torch.zeros(length, scale.numel(), dtype=torch.float32, device=scale.device)
         self.folds = 0
+        self._spare: torch.Tensor | None = None
 
     def fold(self, amax: torch.Tensor) -> None:
         """Take the amaxes [columns] of one region; every `interval` folds (the first one too) renew the scales."""
+        library = library_for(amax.device) if amax.is_cuda else None
+        if library is not None:
+            self._fold_in_one_launch(amax, library.history)
+            return
         seen = amax > 0
         history = torch.cat([amax.unsqueeze(0), self.history[1:]])
         if self.folds % self.recipe.interval == 0:
@@ -52,3 +60,18 @@ class AmaxHistory:
         rolled = torch.roll(history, -1, 0)
         rolled[0].zero_()
         self.history.copy_(torch.where(seen, rolled, self.history))
+
+    def _fold_in_one_launch(self, amax: torch.Tensor, kernels: Any) -> None:
+        rolled = torch.empty_like(self.history) if self._spare is None else self._spare
+        kernels.fold(
+            amax,
+            self.history,
+            rolled,
+            self.scale,
+            fmax=self.format.max,
+            margin=self.recipe.margin,
+            renew=self.folds % self.recipe.interval == 0,
+            most_recent=self.recipe.amax_compute_algo == "most_recent",
+        )
+        self.folds += 1
+        self.history, self._spare = rolled, self.history

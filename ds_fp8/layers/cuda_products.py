@@ -28,6 +28,13 @@ from .page import Call, Page
 STEP = 16
 """Rows and columns of every operand, in elements: what `torch._scaled_mm` takes without padding."""
 
+TILE_STEP = 512
+"""Sides of a weight under the block recipe: with four tiles the rows of their scales begin at 16 bytes by themselves."""
+
+MULTIPLIES_BLOCKS = False
+"""Whether block scales go to `torch._scaled_mm`. It runs with them on an H200 (torch 2.11), but gave wrong gradients there
+(tests/gpu), so the block recipe decodes to bf16 and multiplies that: right, and as fast as bf16."""
+
 COMPUTE = (torch.bfloat16, torch.float16)
 
 
@@ -36,28 +43,26 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
     if not input.is_cuda or call.warming or input.dtype not in COMPUTE:
         return False
     page = call.page
+    if is_sharded(weight):  # exists only while its layer runs; the plain road knows when to cast it again
+        return False
     if page.fast_step is None:
         page.fast_step = _fast_step(page, weight)
     step, rows = page.fast_step, input.shape[0]
-    return step > 0 and rows > 0 and rows % step == 0 and not is_sharded(weight) and weight.is_contiguous()
+    return step > 0 and rows > 0 and rows % step == 0 and weight.is_contiguous()
 
 
 def _fast_step(page: Page, weight: torch.Tensor) -> int:
     """What the number of rows must be a multiple of; 0 when this layer never takes the fast road."""
     recipe = page.book.recipe
     high = recipe.override_linear_precision
-    step = BLOCK_SIZE if recipe.kind == "block" else STEP
-    sizes = tuple(getattr(weight, "ds_shape", weight.shape))
-    if high.fprop or high.dgrad or high.wgrad or any(size % step for size in sizes):
+    blocks = recipe.kind == "block"
+    if blocks and not MULTIPLIES_BLOCKS:
+        return 0
+    if high.fprop or high.dgrad or high.wgrad or any(size % (TILE_STEP if blocks else STEP) for size in weight.shape):
         return 0
     if torch.cuda.get_device_capability(weight.device) < FP8_SINCE or library_for(weight.device) is None:
         return 0
-    return step if recipe.kind != "block" or _multiplies_blocks(weight.device) else 0
-
-
-def _multiplies_blocks(device: torch.device) -> bool:
-    """Products with 1x128 and 128x128 scales: Hopper has them, by cuBLAS 12.9 and later."""
-    return torch.cuda.get_device_capability(device)[0] == 9 and torch.version.cuda >= "12.9"
+    return BLOCK_SIZE if blocks else STEP
 
 
 class CudaProducts(torch.autograd.Function):
@@ -180,21 +185,14 @@ def _turned(operand: Operand) -> Operand:
 
 def _both(operand: Operand, *, turned: bool) -> tuple[Coded, Coded]:
     """The operand and, if wanted, its transpose, with scales where cuBLASLt can read them."""
-    fit = _padded if operand.extent == TILES else aligned
     if not turned:
-        return [operand.data, fit(operand.scale_inv)], [None, None]
+        return [operand.data, _fit(operand.scale_inv)], [None, None]
     back = operand.turned or _turned(operand)
-    return [operand.data, fit(operand.scale_inv)], [back.data, fit(back.scale_inv)]
+    return [operand.data, _fit(operand.scale_inv)], [back.data, _fit(back.scale_inv)]
 
 
-def _padded(scale_inv: torch.Tensor) -> torch.Tensor:
-    """Scales of 128x128 tiles with rows that begin at multiples of 16 bytes."""
-    rows, columns = scale_inv.shape
-    width = (columns + 3) // 4 * 4
-    if scale_inv.stride() == (width, 1):
-        return scale_inv
-    padded = scale_inv.new_empty((rows, width))[:, :columns]
-    return padded.copy_(scale_inv)
+def _fit(scale_inv: torch.Tensor) -> torch.Tensor:
+    return aligned(scale_inv.contiguous())
 
 
 def _poisoned(scale_inv: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:

@@ -150,6 +150,8 @@ _STATES = (
         ("unscale_and_clip_grads", "self grad_groups_flat total_norm"),
         ("_optimizer_step", "self group_no"),
         ("refresh_fp32_params", "self"),
+        ("has_overflow_partitioned_grads_serial", "self"),
+        ("get_grad_norm_direct", "self gradients params norm_type"),
     )),
     (STAGE_3, "DeepSpeedZeroOptimizer_Stage3", (
         ("_prepare_fp32_grad_for_sub_group", "self sub_group_id"),

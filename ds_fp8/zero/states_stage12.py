@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .states import ScaledStates
 from .states_fragments import link_coded_fragments
+from .states_norm import FewLaunches
 
 
-class StatesStage12(ScaledStates):
+class StatesStage12(FewLaunches, ScaledStates):
     """Mixin over `DeepSpeedZeroOptimizer`."""
 
     FP8_MASTERS = "single_partition_of_fp32_groups"

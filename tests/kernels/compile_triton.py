@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_fp8.kernels.triton import adam, blocks, cast, flat, masters, operands, states
+from ds_fp8.kernels.triton import adam, blocks, cast, flat, history, masters, operands, states
 from ds_fp8.kernels.triton.launch import LAUNCH
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -42,10 +42,16 @@ def main() -> None:
                     flat._encode_kernel,
                     ["*fp32", "*u8", "*fp32", "i32", "i32", "i32"],
                     more | {"STOCHASTIC": stochastic},
+                    fused=int(hardware),
                 )
             for again, out in ((True, "*u8"), (False, "*bf16")):
                 total = more | {"OUT_FMT": fmt, "WORLD": 4, "REQUANTISE": again}
-                build(flat._sum_kernel, ["*u8", "*fp32", out, "*fp32", "fp32", "i32", "i32", "i32"], total)
+                build(
+                    flat._sum_kernel,
+                    ["*u8", "*fp32", out, "*fp32", "fp32", "i32", "i32", "i32"],
+                    total,
+                    fused=int(hardware and again),
+                )
             measured = same | {"MEASURE": True}
             build(
                 cast._quantize_kernel, ["*bf16", "*fp32", "*u8", "*i32", "i32"], measured | {"ELEMENTS": cast.ELEMENTS}
@@ -72,8 +78,23 @@ def main() -> None:
         constants = {"M_FORMAT": states.FORMATS[m], "V_FORMAT": states.FORMATS[v], "V_ROOT": v not in ("fp32", "bf16")}
         constants |= {"MASTER": masters.KINDS[master], "HALF": base == "fp16", "SCALE_TENSOR": number % 2 == 0}
         constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True, "WEIGHT16": number % 3 == 0}
-        constants |= {"STOCHASTIC": number % 2 == 1, "ROWS": adam.ROWS, "EVEN": number % 2 == 0, "HARDWARE": True}
+        constants |= {
+            "STOCHASTIC": number % 2 == 1,
+            "ROWS": adam.ROWS,
+            "EVEN": number % 2 == 0,
+            "HARDWARE": True,
+            "ORDINARY": True,
+        }
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 4, constants, fused=2)
+    for renew in (False, True):
+        constants = {
+            "LENGTH": 1024,
+            "RENEW": renew,
+            "MOST_RECENT": False,
+            "ROWS": history.ROWS,
+            "COLUMNS": history.COLUMNS,
+        }
+        build(history._fold_kernel, ["*fp32"] * 4 + ["i32", "fp32", "fp32"], constants)
     build(cast._turn_kernel, ["*u8", "*u8", "i32", "i32"], {"TILE": cast.TILE})
     build(cast._amax_kernel, ["*bf16", "*i32", "i32"], {"ELEMENTS": cast.ELEMENTS})
 

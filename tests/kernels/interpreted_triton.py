@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3, E5M2, Format
-from ds_fp8.kernels.triton import blocks, cast, flat, launch, operands
+from ds_fp8.kernels.triton import blocks, cast, flat, history, launch, operands
+from ds_fp8.layers.amax_history import AmaxHistory
 from ds_fp8.numerics import cast as reference_cast
 from ds_fp8.numerics import flat as reference
 from ds_fp8.numerics import gemm_blocks, scaling
 from ds_fp8.numerics.dtypes import torch_dtype
 from ds_fp8.numerics.random_bits import Stochastic
+from ds_fp8.recipe import Recipe
 
 assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
 
@@ -196,6 +198,23 @@ def test_block_operands_have_the_strides_that_cublas_wants():
     assert tiles.stride() == (4, 1) and turned_tiles.stride() == (4, 1)
     assert same_codes(codes, wanted[0]) and torch.equal(tiles, wanted[1])
     assert same_codes(turned, wanted[0].t().contiguous()) and torch.equal(turned_tiles, wanted[1].t())
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 100])
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+@pytest.mark.parametrize(("margin", "interval"), [(0, 1), (3, 2)])
+def test_a_fold_in_one_launch_is_the_fold(length, algorithm, margin, interval):
+    """Zero, tiny, infinite and ordinary amaxes, more folds than the history is long."""
+    recipe = Recipe(amax_history_len=length, amax_compute_algo=algorithm, margin=margin, interval=interval)
+    plain, fast = (AmaxHistory(recipe, E4M3, torch.ones(20)) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(7):
+        amax = torch.rand(20, generator=generator) * 10
+        amax[torch.rand(20, generator=generator) < 0.3] = 0
+        amax[3], amax[4], amax[5] = float("inf"), 1e-44, 1e38
+        plain.fold(amax)
+        fast._fold_in_one_launch(amax, history)
+        assert torch.equal(fast.history, plain.history) and torch.equal(fast.scale, plain.scale)
 
 
 def test_transposed_views_become_dense():

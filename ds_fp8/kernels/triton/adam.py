@@ -32,7 +32,7 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
                  M_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr,
                  HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr,
                  LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
-                 EVEN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+                 EVEN: tl.constexpr, ORDINARY: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
     if EVEN:
@@ -40,7 +40,7 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
     else:
         inside, row_inside = index < n, row * 128 < n
     if SCALE_TENSOR:
-        g = codec.load(grad_ptr + index, inside) * tl.load(grad_scale_ptr)
+        g = codec.load(grad_ptr + index, inside) * tl.load(grad_scale_ptr).to(tl.float32)
     else:
         g = codec.load(grad_ptr + index, inside) * grad_scale
     w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, row_inside, MASTER, HALF)
@@ -60,7 +60,7 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
         m = codec.fma(one * lerp_weight, g - m, g)
     v = v * beta2
     v = codec.fma(g * one_minus_beta2, g, v)
-    if HARDWARE:
+    if ORDINARY:
         root, change = ieee.root_and_change(v, m * step_size, bias_correction2_sqrt, eps)
     else:
         root = tl.sqrt_rn(v)
@@ -95,7 +95,19 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
     states.write(v_ptr, v_scale_ptr, v_expansion_ptr, stored, index, row, inside, row_inside, word_v, V_FORMAT, V_ROOT, STOCHASTIC,
                  HARDWARE)  # fmt: skip
     held = masters.write(
-        param_ptr, master_ptr, master_scale_ptr, w, index, row, inside, row_inside, word_w, MASTER, HALF, STOCHASTIC
+        param_ptr,
+        master_ptr,
+        master_scale_ptr,
+        w,
+        index,
+        row,
+        inside,
+        row_inside,
+        word_w,
+        MASTER,
+        HALF,
+        STOCHASTIC,
+        HARDWARE,
     )
     if WEIGHT16:
         codec.store(weight16_ptr + index, held, inside)
@@ -116,6 +128,8 @@ def adam_step(step: AdamStep) -> None:
     # One fp32 subtraction, made here: c_float rounds a double to fp32.
     lerp_weight = scalars.one_minus_beta1 if from_m else c_float(scalars.one_minus_beta1).value - 1.0
     by_tensor = isinstance(step.grad_scale, torch.Tensor)
+    hardware = hardware_casts(param)
+    ordinary = hardware and ieee.ordinary(scalars.eps, scalars.bias_correction2_sqrt)
 
     def pointer(tensor: torch.Tensor | None) -> torch.Tensor:
         return param if tensor is None else tensor  # never read: its branch is compiled away
@@ -131,7 +145,7 @@ def adam_step(step: AdamStep) -> None:
             states.FORMATS[m.format], states.FORMATS[v.format], v.format in ROOT_FORMATS, masters.KINDS[master.format],
             param.dtype == torch.float16, by_tensor, scalars.decay != 1.0, scalars.l2 != 0.0,
             from_m, step.weight16 is not None, step.rounding == "stochastic", ROWS,
-            n % (ROWS * 128) == 0, hardware_casts(param), **LAUNCH,
+            n % (ROWS * 128) == 0, ordinary, hardware, **LAUNCH,
         )  # fmt: skip
     if step.weight_codes is not None:
         _write_weight_codes(step)

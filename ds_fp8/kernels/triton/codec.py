@@ -35,16 +35,18 @@ def magnitude_bits(x):
 @triton.jit
 def encode(y, FMT: tl.constexpr, HARDWARE: tl.constexpr):
     """uint8 codes of fp32 `y`, rounded to nearest even; too large and infinite saturate, NaN is 0x7F."""
+    if HARDWARE:
+        # One instruction for two values; it saturates and has the same NaN (tests/gpu looks at every case).
+        if FMT == 0:
+            hardware = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            hardware = y.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        return hardware
     bits = y.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     u = bits & 0x7FFFFFFF
     nan = u > 0x7F800000
-    if HARDWARE:
-        if FMT == 0:
-            code = tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
-        else:
-            code = tl.minimum(tl.maximum(y, -57344.0), 57344.0).to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32)
-    elif FMT == 0:
+    if FMT == 0:
         u = tl.minimum(u, 0x43E00000)  # 448
         normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - 960  # (127 - 7) << 3
         small = (u.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # grid 2^-9
@@ -170,13 +172,34 @@ def fma(a, b, c):
 
 
 @triton.jit
-def block_scale(x, fmax, axis: tl.constexpr):
+def reciprocal(b):
+    """1 / b of fp32, a bit wrong at most; needs a GPU."""
+    r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.fma(tl.fma(-b, r, 1.0 + tl.zeros_like(b)), r, r)
+
+
+@triton.jit
+def quotient(a, b, r):
+    """a / b rounded to nearest, where no residual leaves fp32's exponents; `r` is about 1 / b."""
+    q = a * r
+    q = tl.fma(tl.fma(-b, q, a), r, q)
+    return tl.fma(tl.fma(-b, q, a), r, q)
+
+
+@triton.jit
+def block_scale(x, fmax: tl.constexpr, axis: tl.constexpr, HARDWARE: tl.constexpr):
     """(scale, scale_inv) of the blocks along `axis` of fp32 `x`, as `numerics.flat` has them; `fmax` is its top.
 
-    IEEE division, because Triton's `/` is not; a block with inf or NaN gets NaN.
+    IEEE division, because Triton's `/` is not; a block with inf or NaN gets NaN. HARDWARE: the short sequences of `ieee.py`
+    do for every amax, since `fmax` has three bits and what lies below 2^-126 is raised to it.
     """
     amax_bits = tl.max(magnitude_bits(x), axis=axis)
     amax = amax_bits.to(tl.float32, bitcast=True)
+    if HARDWARE:
+        top = fmax + tl.zeros_like(amax)
+        scale_inv = tl.maximum(quotient(amax, top, reciprocal(top)), 1.1754943508222875e-38)
+        scale_inv = tl.where(amax_bits >= 0x7F800000, float("nan"), scale_inv)
+        return quotient(1.0 + tl.zeros_like(amax), scale_inv, reciprocal(scale_inv)), scale_inv
     scale_inv = tl.maximum(tl.div_rn(amax, fmax + tl.zeros_like(amax)), 1.1754943508222875e-38)
     scale_inv = tl.where(amax_bits >= 0x7F800000, float("nan"), scale_inv)
     return tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale_inv), scale_inv

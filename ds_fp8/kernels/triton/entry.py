@@ -14,9 +14,9 @@ from ...numerics.dtypes import torch_dtype
 from ...numerics.flat import blocks_of
 from ...numerics.random_bits import Stochastic
 from ..adam import AdamStep
-from . import adam, blocks, cast, flat, operands
+from . import adam, blocks, cast, flat, history, operands
 
-__all__ = ["operands", "path"]
+__all__ = ["history", "operands", "path"]
 
 path = "triton"
 

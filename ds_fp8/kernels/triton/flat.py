@@ -27,7 +27,7 @@ def _encode_kernel(x_ptr, codes_ptr, scale_inv_ptr, n, key, first, FMT: tl.const
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = index < n
     x = codec.load(x_ptr + index, inside)
-    scale, scale_inv = codec.block_scale(x, FMAX, 1)
+    scale, scale_inv = codec.block_scale(x, FMAX, 1, HARDWARE)
     scaled = x * scale[:, None]
     if STOCHASTIC:
         codes = codec.encode_stochastic(scaled, codec.random_words(index + first, key), FMT)
@@ -67,7 +67,7 @@ def _sum_kernel(codes_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, cod
         total = total + codec.decode(codes, FMT) * scale_inv[:, None]
     total = total * factor
     if REQUANTISE:
-        scale, scale_inv = codec.block_scale(total, FMAX, 1)
+        scale, scale_inv = codec.block_scale(total, FMAX, 1, HARDWARE)
         tl.store(out_ptr + index, codec.encode(total * scale[:, None], OUT_FMT, HARDWARE), mask=inside)
         tl.store(out_scale_ptr + row, scale_inv, mask=row * 128 < n)
     else:

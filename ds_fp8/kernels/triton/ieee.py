@@ -17,39 +17,25 @@ import triton.language as tl
 
 from . import codec
 
-LEAST_ROOT = tl.constexpr(0x0D000000)  # bits of 2^-101
-LEAST_NUMERATOR, MOST = tl.constexpr(0x10000000), tl.constexpr(0x5D800000)  # bits of 2^-95 and 2^60
-LEAST_DENOMINATOR, MOST_DENOMINATOR = tl.constexpr(0x21800000), tl.constexpr(0x49800000)  # bits of 2^-60 and 2^20
+LEAST_ROOT, LEAST_NUMERATOR = tl.constexpr(0x0D800000), tl.constexpr(0x10000000)  # bits of 2^-100 and 2^-95
+SPAN = tl.constexpr(0x3C000000)  # 120 binades, in bits
 
 
-@triton.jit
-def _reciprocal(b):
-    """1 / b, a bit wrong at most."""
-    r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
-    return tl.fma(tl.fma(-b, r, 1.0 + tl.zeros_like(b)), r, r)
+def ordinary(eps: float, bias_correction2_sqrt: float) -> bool:
+    """Whether, for `v` and numerators within the span, no denominator and no quotient leaves the ordinary exponents.
 
-
-@triton.jit
-def _quotient(a, b, r):
-    """a / b rounded to nearest, for ordinary exponents; `r` is about 1 / b."""
-    q = a * r
-    q = tl.fma(tl.fma(-b, q, a), r, q)
-    q = tl.fma(tl.fma(-b, q, a), r, q)
-    return tl.where(a == 0.0, a, q)  # the corrections would lose the sign of a zero
+    v in [2^-100, 2^20): root in [2^-50, 2^10), denominator in [2^-50, 2^25); numerator in [2^-95, 2^25): the quotient stays
+    above 2^-120, and the residuals (47 bits further down) are exact as subnormals.
+    """
+    return 0.0 <= eps <= 1024.0 and 2.0**-14 <= bias_correction2_sqrt <= 1.0
 
 
 @triton.jit
 def _root(x):
-    """sqrt(x) rounded to nearest, for 0 and ordinary exponents."""
+    """sqrt(x) rounded to nearest, for ordinary exponents."""
     r = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     g = x * r
-    return tl.where(x == 0.0, 0.0, tl.fma(tl.fma(-g, g, x), r * 0.5, g))
-
-
-@triton.jit
-def _outside(bits, LEAST: tl.constexpr, MOST_BITS: tl.constexpr):
-    """Bits of a magnitude that is neither zero nor within the bounds."""
-    return (bits != 0) & ((bits < LEAST) | (bits > MOST_BITS))
+    return tl.fma(tl.fma(-g, g, x), r * 0.5, g)
 
 
 @triton.jit
@@ -57,13 +43,12 @@ def root_and_change(v, numerator, bias_correction2_sqrt, eps):
     """(sqrt(v), numerator / (sqrt(v) / bias_correction2_sqrt + eps)), each operation rounded to nearest."""
     b = tl.zeros_like(v) + bias_correction2_sqrt
     root = _root(v)
-    denominator = _quotient(root, b, tl.div_rn(1.0, bias_correction2_sqrt)) + eps
-    change = _quotient(numerator, denominator, _reciprocal(denominator))
-    v_bits, denominator_bits = v.to(tl.int32, bitcast=True), denominator.to(tl.int32, bitcast=True)
-    odd = _outside(v_bits, LEAST_ROOT, 0x7F7FFFFF) | (v_bits < 0)
-    odd = odd | _outside(codec.magnitude_bits(numerator), LEAST_NUMERATOR, MOST)
-    odd = odd | (denominator_bits < LEAST_DENOMINATOR) | (denominator_bits > MOST_DENOMINATOR)
-    if tl.max(tl.max(odd.to(tl.int32), axis=1), axis=0) > 0:
+    denominator = codec.quotient(root, b, codec.reciprocal(b)) + eps
+    change = codec.quotient(numerator, denominator, codec.reciprocal(denominator))
+    # One unsigned maximum: what lies below the span wraps around to the top. Zeros do, too; they are rare, or whole tiles.
+    v_above = (v.to(tl.int32, bitcast=True) - LEAST_ROOT).to(tl.uint32, bitcast=True)
+    above = (codec.magnitude_bits(numerator) - LEAST_NUMERATOR).to(tl.uint32, bitcast=True)
+    if tl.max(tl.max(tl.maximum(v_above, above), axis=1), axis=0) >= SPAN:
         root = tl.sqrt_rn(v)
         change = tl.div_rn(numerator, tl.div_rn(root, b) + eps)
     return root, change

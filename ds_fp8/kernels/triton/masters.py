@@ -51,7 +51,7 @@ def read(param_ptr, data_ptr, scale_inv_ptr, index, row, inside, row_inside, KIN
 
 @triton.jit
 def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, row_inside, word, KIND: tl.constexpr,
-          HALF: tl.constexpr, STOCHASTIC: tl.constexpr):  # fmt: skip
+          HALF: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     """Store fp32 `w` as master and parameter; returns the fp32 value that the master now holds."""
     half_ptr = param_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index
     if KIND == OWN:
@@ -62,14 +62,14 @@ def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, row_inside,
         tl.store(data_ptr + index, held, mask=inside)
         codec.store(param_ptr + index, held, inside)
     elif KIND == FP16:
-        scale, scale_inv = codec.block_scale(w, 32768.0, 1)
-        bits = round_fp16(w * scale[:, None], word, STOCHASTIC)
+        scale, scale_inv = codec.block_scale(w, 32768.0, 1, HARDWARE)
+        bits = round_fp16(w * scale[:, None], (scale_inv != scale_inv)[:, None], word, STOCHASTIC)
         tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, bits, mask=inside)
         tl.store(scale_inv_ptr + row, scale_inv, mask=row_inside)
         held = fp16_value(bits) * scale_inv[:, None]
         codec.store(param_ptr + index, held, inside)
     elif HALF:
-        weight = round_fp16(w, word, False)
+        weight = round_fp16(w, w != w, word, False)
         infinite = (weight.to(tl.int32) & 0x7C00) == 0x7C00
         unit = _unit(weight, KIND)
         quotient = (w - fp16_value(weight)) * tl.div_rn(tl.full(w.shape, 1.0, tl.float32), unit)

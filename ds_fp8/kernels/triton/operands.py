@@ -18,9 +18,9 @@ import triton.language as tl
 from ...formats import Format
 from ...numerics.dtypes import torch_dtype
 from . import blocks, cast, codec
-from .launch import LAUNCH, hardware_casts, on_device
+from .launch import hardware_casts, on_device, start
 
-TILE_ROWS, TILE_COLUMNS, WARPS = 64, 64, 4
+TILE_ROWS, TILE_COLUMNS, WARPS = 64, 128, 4
 """Tile of one program; chosen by measurement (docs/gpu.md)."""
 
 
@@ -96,13 +96,18 @@ def _launch(x: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor | None, tu
     rows, columns = x.shape
     assert codes is not None or turned is not None, "a cast without codes"
     any_codes = turned if codes is None else codes
+    slot = scale if amax is None else amax
+    constants = (
+        codec.MODES[fmt.name], fmt.max, codes is not None, turned is not None, measure, current,
+        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, TILE_ROWS, TILE_COLUMNS, hardware_casts(x),
+    )  # fmt: skip
+    numbers = (rows, columns)
+    addresses = tuple(tensor.data_ptr() % 16 == 0 for tensor in (x, scale, slot, scale_inv))
+    key = (x.dtype, constants, addresses, *(number % 16 == 0 or (number == 1 and "one") for number in numbers))
+    pointers = (x, scale, any_codes, any_codes if turned is None else turned, slot, scale_inv)
+    grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))
     with on_device(x):
-        _operand_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
-            x, scale, any_codes, any_codes if turned is None else turned, scale if amax is None else amax, scale_inv,
-            rows, columns, codec.MODES[fmt.name], fmt.max, codes is not None, turned is not None, measure, current,
-            rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, TILE_ROWS, TILE_COLUMNS, hardware_casts(x),
-            num_warps=WARPS, **LAUNCH,
-        )  # fmt: skip
+        start(_operand_kernel, grid, (*pointers, *numbers, *constants), key, num_warps=WARPS)
 
 
 def cast_groups(

@@ -22,10 +22,9 @@ _SPAN = tl.constexpr(16 * _expansion.E4M3_SPAN)
 
 
 @triton.jit
-def round_fp16(x, word, STOCHASTIC: tl.constexpr):
-    """Bits (int16) of fp32 `x` as fp16, nearest even or stochastic; NaN is 0x7e00."""
+def round_fp16(x, nan, word, STOCHASTIC: tl.constexpr):
+    """Bits (int16) of fp32 `x` as fp16, nearest even or stochastic; 0x7e00 where `nan`."""
     bits = x.to(tl.int32, bitcast=True)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
     if STOCHASTIC:
         random = (word >> 19).to(tl.int32)
         u = bits & 0x7FFFFFFF
@@ -132,13 +131,13 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, row_ins
         codec.store(data_ptr + index, bits.to(tl.float32, bitcast=True), inside)
     else:
         if FORMAT == FP16:
-            scale, scale_inv = codec.block_scale(x, 32768.0, 1)
-            bits = round_fp16(x * scale[:, None], word, STOCHASTIC)
+            scale, scale_inv = codec.block_scale(x, 32768.0, 1, HARDWARE)
+            bits = round_fp16(x * scale[:, None], (scale_inv != scale_inv)[:, None], word, STOCHASTIC)
             if ROOT:
                 bits = tl.where((bits == 0) & (x > 0.0), 1, bits.to(tl.int32)).to(tl.int16)
             tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, bits, mask=inside)
         else:
-            scale, scale_inv = codec.block_scale(x, 448.0, 1)
+            scale, scale_inv = codec.block_scale(x, 448.0, 1, HARDWARE)
             if FORMAT == EXPANDED:
                 magnitude, expansion = _expanded(x, scale, scale_inv, inside)
                 tl.store(expansion_ptr + row, expansion, mask=row_inside)

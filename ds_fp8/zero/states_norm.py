@@ -1,0 +1,39 @@
+"""Norm and overflow check of all gradients on a GPU in a few launches instead of fifteen for every parameter.
+
+DeepSpeed looks at each gradient by itself: inf and NaN by minimum, maximum and two comparisons, the norm by a copy in fp64.
+For 268 parameters these are 4000 launches, 40 ms of host time in a step whose memory traffic takes 5. One multi-tensor
+norm in fp64 answers both questions: it is finite if and only if every element is (a 16-bit or fp32 element squared fits
+fp64 well). DeepSpeed's own methods still do the reductions over ranks and model-parallel groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def norms_of(gradients: list[Tensor]) -> Tensor:
+    """fp64 [n]: the 2-norm of each gradient, accumulated in fp64."""
+    return torch.stack(torch._foreach_norm([gradient.detach() for gradient in gradients], 2, dtype=torch.float64))
+
+
+class FewLaunches:
+    """Mixin over `DeepSpeedZeroOptimizer`; on other devices everything stays DeepSpeed's."""
+
+    def has_overflow_partitioned_grads_serial(self: Any) -> Tensor:
+        gradients = [
+            g for group in self.averaged_gradients.values() for g in group or () if g is not None and g.numel()
+        ]
+        if not gradients or not all(gradient.is_cuda for gradient in gradients):
+            return super().has_overflow_partitioned_grads_serial()
+        return norms_of(gradients).isfinite().all().logical_not().reshape(1)
+
+    def get_grad_norm_direct(self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
+        kept = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        special = any(getattr(p, "ds_pipe_replicated", False) or getattr(p, "model_parallel", False) for p in params)
+        if norm_type != 2 or special or not kept or not all(gradient.is_cuda and gradient.numel() for gradient in kept):
+            return super().get_grad_norm_direct(gradients, params, norm_type)
+        # The norm of the norms is the norm: one "gradient" goes through DeepSpeed's own arithmetic and reductions.
+        return super().get_grad_norm_direct([norms_of(kept[: len(params)])], params[:1], norm_type)
