@@ -32,8 +32,9 @@ TILE_STEP = 512
 """Sides of a weight under the block recipe: with four tiles the rows of their scales begin at 16 bytes by themselves."""
 
 MULTIPLIES_BLOCKS = False
-"""Whether block scales go to `torch._scaled_mm`. It runs with them on an H200 (torch 2.11), but gave wrong gradients there
-(tests/gpu), so the block recipe decodes to bf16 and multiplies that: right, and as fast as bf16."""
+"""Whether block scales go to `torch._scaled_mm`. Alone it multiplies with them correctly on an H200 (torch 2.11), but
+grad_input of this road was off there by half (docs/gpu.md), and the cause is not found. So the block recipe decodes to bf16
+and multiplies that: right, and two to four times slower than bf16. Transformer Engine's is the fast block recipe."""
 
 COMPUTE = (torch.bfloat16, torch.float16)
 
