@@ -45,7 +45,8 @@ MASTER_EXTRA_BYTES = {"fp32": 4.0, "split32": 2.0, "split24": 1.0, "fp16": 2.0 +
 class Level:
     """The formats of one level, after overrides.
 
-    exp_avg, exp_avg_sq    one of STATE_FORMATS; `exp_avg_sq` in fp16 or e4m3 stores sqrt(v)
+    exp_avg, exp_avg_sq    one of STATE_FORMATS; `exp_avg_sq` in fp16 or e4m3 stores sqrt(v), `exp_avg` in e4m3 its
+                           ratio to that root
     master                 one of MASTER_FORMATS
     rounding               how codes of states and masters are rounded
     gradient_wire          format in which gradients cross the network

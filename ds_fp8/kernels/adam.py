@@ -8,7 +8,7 @@ at a time, so no fp32 tensor of the partition's size exists. `reference_step` is
         g = float(grad) * grad_scale
         w = master (numerics/masters.py);  m, v = states (numerics/states.py)
         update                             (numerics/adam.py);  r = sqrt(v) of the new v
-        store m, then v or r (a nonzero r never as code zero), then master and param
+        store v or r (a nonzero r never as code zero), then m or m over the r just stored, then master and param
         weight16 = RNE(float32 of what the master now holds); weight_codes from param or weight16
 """
 
@@ -23,7 +23,7 @@ from ..numerics import cast, masters, states
 from ..numerics.adam import AdamScalars, update
 from ..numerics.masters import MasterCodes
 from ..numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM, Stochastic
-from ..numerics.states import ROOT_FORMATS, StateCodes
+from ..numerics.states import StateCodes
 
 PIECE_NUMEL = 512 * BLOCK_SIZE
 """Elements that the reference handles at once: 256 KiB for each fp32 temporary."""
@@ -53,7 +53,7 @@ class AdamStep:
 
     param          [n] fp32, bf16 or fp16, updated in place: the 16-bit weight, or an fp32 parameter that is its own master
     grad           [n] fp32, bf16 or fp16, read only
-    exp_avg        StateCodes, updated in place
+    exp_avg        StateCodes, updated in place; holds m over the root of exp_avg_sq if its format is in RATIO_FORMATS
     exp_avg_sq     StateCodes, updated in place; holds sqrt(v) if its format is in ROOT_FORMATS
     master         MasterCodes, updated in place
     lr ... eps     Python numbers, as torch.optim.Adam means them
@@ -137,14 +137,11 @@ def _step_piece(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> 
 
     grad = step.grad[start:stop].float() * step.grad_scale
     weight = masters.read(master, param)
-    m, v = states.read_moments(exp_avg, exp_avg_sq)
+    m, v = states.read_exp_avg(exp_avg, exp_avg_sq), states.read_exp_avg_sq(exp_avg_sq)
     root = update(weight, grad, m, v, scalars, torch_sqrt=step.torch_sqrt)
 
-    states.write(exp_avg, m, step.source(EXP_AVG_STREAM, start))
-    if exp_avg_sq.format in ROOT_FORMATS:
-        states.write_root(exp_avg_sq, root, step.source(EXP_AVG_SQ_STREAM, start))
-    else:
-        states.write(exp_avg_sq, v, step.source(EXP_AVG_SQ_STREAM, start))
+    states.write_exp_avg_sq(exp_avg_sq, v, root, step.source(EXP_AVG_SQ_STREAM, start))
+    states.write_exp_avg(exp_avg, exp_avg_sq, m, step.source(EXP_AVG_STREAM, start))
     masters.write(master, param, weight, step.source(MASTER_STREAM, start))
     if step.weight16 is not None:
         step.weight16[start:stop].copy_(masters.read(master, param))

@@ -4,17 +4,28 @@
     fp32           fp32 [n]        -          -          m          v             4
     bf16           bf16 [n]        -          -          m          v             2
     fp16           fp16 [n]        blocks     -          m          sqrt(v)       2.03     blocks16
-    e4m3           uint8 [n]       blocks     -          m          sqrt(v)       1.03     flat
-    e4m3_expanded  uint8 [n]       blocks     blocks     m          sqrt(v)       1.04     expansion
+    e4m3           uint8 [n]       blocks     -          m / d      sqrt(v)       1.03     flat
+    e4m3_expanded  uint8 [n]       blocks     blocks     m / d      sqrt(v)       1.04     expansion
 
 sqrt(v) needs half the exponents of v: v itself underflows where gradients are small. The square root is computed
 anyway, and v is decoded as r * r. A *zero* code beside a nonzero sqrt(v) would divide by eps alone and blow the
 parameter up, so it becomes the smallest code (0x01, in fp16 its smallest subnormal): the update is then too small,
 never too large.
 
+Eight bits reach over a block only if its elements are of one size. Moments are not, where gradients differ by decades;
+m / sqrt(v) is, everywhere: it is the update. So exp_avg in 8 bits is kept as a ratio, and exp_avg_sq is stored first:
+
+    r = what exp_avg_sq will read as sqrt(v): its decoded code; in fp32 and bf16 the rounded root of the stored v
+    d = r where r != 0, else 1
+    stored is m / d (one fp32 division), read is decoded * d (one product)
+
+The divisor is what the next step reads, to the bit, so an error of sqrt(v) does not reach m. Where v is zero (a new
+state, a v below fp32) m stands there itself and is not lost; NaN stays NaN. What exp_avg means depends on exp_avg_sq:
+whoever writes the latter writes the former again, after it.
+
 The functions are elementwise over blocks; a piece that starts at a multiple of 128 gives the same codes as the whole.
 Rounding: RNE, or `Stochastic` for every format but fp32.
-Source: MS-AMP keeps v in tensor-scaled fp16; docs/numerics.md shows what that costs and why we keep the root.
+Source: MS-AMP keeps v in tensor-scaled fp16; docs/numerics.md shows what that costs, why we keep the root and the ratio.
 """
 
 from __future__ import annotations
@@ -26,10 +37,14 @@ import torch
 from ..formats import BLOCK_SIZE, E4M3
 from ..levels import STATE_FORMATS
 from . import blocks16, expansion, flat
+from .adam import ieee_sqrt
 from .random_bits import Stochastic
 
 ROOT_FORMATS = frozenset({"fp16", "e4m3", "e4m3_expanded"})
 """Formats in which exp_avg_sq is kept as its square root."""
+
+RATIO_FORMATS = frozenset({"e4m3", "e4m3_expanded"})
+"""Formats in which exp_avg is kept as its ratio to the root of exp_avg_sq."""
 
 _DATA_DTYPES = {
     "fp32": torch.float32,
@@ -88,7 +103,7 @@ def new_state(format: str, numel: int, device: torch.device | str) -> StateCodes
 
 
 def read(state: StateCodes) -> torch.Tensor:
-    """What is stored, as fp32 [n]: m, v, or sqrt(v). The caller may overwrite the result unless the format is fp32."""
+    """What is stored, as fp32 [n]: m or m / d, v or sqrt(v). The caller may overwrite the result unless in fp32."""
     if state.format in ("fp32", "bf16"):
         return state.data.float()
     assert state.scale_inv is not None
@@ -100,8 +115,31 @@ def read(state: StateCodes) -> torch.Tensor:
     return expansion.decode(state.data, state.scale_inv, state.expansion)
 
 
+def read_root(exp_avg_sq: StateCodes) -> torch.Tensor:
+    """r, fp32 [n]: the sqrt(v) that is stored, or the root of the v that is."""
+    stored = read(exp_avg_sq)
+    return stored if exp_avg_sq.format in ROOT_FORMATS else ieee_sqrt(stored)
+
+
+def read_exp_avg(exp_avg: StateCodes, exp_avg_sq: StateCodes) -> torch.Tensor:
+    """m as fp32 [n]; `exp_avg_sq` is read only where exp_avg is a ratio."""
+    stored = read(exp_avg)
+    return stored * _divisor(read_root(exp_avg_sq)) if exp_avg.format in RATIO_FORMATS else stored
+
+
+def read_exp_avg_sq(exp_avg_sq: StateCodes) -> torch.Tensor:
+    """v as fp32 [n]: r * r where the root is stored."""
+    stored = read(exp_avg_sq)
+    return stored * stored if exp_avg_sq.format in ROOT_FORMATS else stored
+
+
+def _divisor(root: torch.Tensor) -> torch.Tensor:
+    """d of the module docstring."""
+    return torch.where(root == 0, torch.ones_like(root), root)
+
+
 def write(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
-    """Store fp32 `values` [n] in place. Zero codes of nonzero values stay zero; see `write_root`."""
+    """Store fp32 `values` [n] in place as they are. Zero codes of nonzero values stay zero; see `write_root`."""
     if state.format == "fp32":
         state.data.copy_(values)
     elif state.format == "bf16":
@@ -117,6 +155,23 @@ def write_root(state: StateCodes, root: torch.Tensor, rounding: Stochastic | Non
     bits.masked_fill_((bits == 0) & (root > 0), 1)
 
 
+def write_exp_avg_sq(
+    exp_avg_sq: StateCodes, v: torch.Tensor, root: torch.Tensor, rounding: Stochastic | None = None
+) -> None:
+    """Store v [n] fp32 in place; `root` is its square root, which some formats store instead."""
+    if exp_avg_sq.format in ROOT_FORMATS:
+        write_root(exp_avg_sq, root, rounding)
+    else:
+        write(exp_avg_sq, v, rounding)
+
+
+def write_exp_avg(
+    exp_avg: StateCodes, exp_avg_sq: StateCodes, m: torch.Tensor, rounding: Stochastic | None = None
+) -> None:
+    """Store m [n] fp32 in place; `exp_avg_sq` holds what belongs to it already."""
+    write(exp_avg, m / _divisor(read_root(exp_avg_sq)) if exp_avg.format in RATIO_FORMATS else m, rounding)
+
+
 def _write_codes(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
     assert state.scale_inv is not None
     if state.format == "fp16":
@@ -129,12 +184,6 @@ def _write_codes(state: StateCodes, values: torch.Tensor, rounding: Stochastic |
         state.expansion.copy_(exponents)
     state.data.copy_(codes)
     state.scale_inv.copy_(scale_inv)
-
-
-def read_moments(exp_avg: StateCodes, exp_avg_sq: StateCodes) -> tuple[torch.Tensor, torch.Tensor]:
-    """m and v as fp32 [n]; v = r * r where the root is stored."""
-    m, v = read(exp_avg), read(exp_avg_sq)
-    return m, (v * v if exp_avg_sq.format in ROOT_FORMATS else v)
 
 
 def round_bf16(x: torch.Tensor, rounding: Stochastic) -> torch.Tensor:

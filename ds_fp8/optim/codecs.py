@@ -4,12 +4,15 @@ A format that stores the value itself (fp32, bf16) uses the name that every Adam
 finds the truth. A coded format uses dotted names, `exp_avg.data`, `exp_avg.scale_inv`, `exp_avg.expansion`: code that
 expects a plain state then finds nothing, instead of bytes that it would take for numbers.
 
+In 8 bits exp_avg is a ratio to the root of exp_avg_sq (numerics/states.py): to read it takes both, and a new exp_avg_sq
+encodes exp_avg anew, so that its value stays.
+
 Export and import go through fp32 in pieces of the pass's size; an import rounds to nearest, whatever the step does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from ..formats import BLOCK_SIZE
 from ..kernels.adam import PIECE_NUMEL
 from ..numerics import states
 from ..numerics.adam import ieee_sqrt
-from ..numerics.states import ROOT_FORMATS, StateCodes
+from ..numerics.states import RATIO_FORMATS, StateCodes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PLAIN_FORMATS = frozenset({"fp32", "bf16"})
@@ -43,31 +46,58 @@ def moment_codes(state: dict[str, Any], moment: str, fmt: str) -> StateCodes:
     return StateCodes(fmt, **{field: state[key] for field, key in keys_of(moment, fmt).items()})
 
 
+def both_codes(state: dict[str, Any], formats: Mapping[str, str]) -> tuple[StateCodes, StateCodes]:
+    """exp_avg and exp_avg_sq as the kernels take them."""
+    exp_avg, exp_avg_sq = (moment_codes(state, moment, formats[moment]) for moment in MOMENTS)
+    return exp_avg, exp_avg_sq
+
+
 def export_moment(
-    state: dict[str, Any], moment: str, fmt: str, start: int = 0, stop: int | None = None
+    state: dict[str, Any], moment: str, formats: Mapping[str, str], start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
-    """Elements [start, stop) of m or v (never its root) as a fresh fp32 tensor."""
-    codes = moment_codes(state, moment, fmt)
-    stop = codes.data.numel() if stop is None else stop
-    out = torch.empty(stop - start, dtype=torch.float32, device=codes.data.device)
+    """Elements [start, stop) of m or v (never a root or a ratio) as a fresh fp32 tensor."""
+    exp_avg, exp_avg_sq = both_codes(state, formats)
+    stop = exp_avg.data.numel() if stop is None else stop
+    out = torch.empty(stop - start, dtype=torch.float32, device=exp_avg.data.device)
     for first, last in pieces(start, stop):
-        values = states.read(codes.piece(first, last))
-        if moment == "exp_avg_sq" and fmt in ROOT_FORMATS:
-            values = values * values
+        squares = exp_avg_sq.piece(first, last)
+        if moment == "exp_avg":
+            values = states.read_exp_avg(exp_avg.piece(first, last), squares)
+        else:
+            values = states.read_exp_avg_sq(squares)
         skipped = max(start - first, 0)
         out[first + skipped - start : last - start].copy_(values[skipped:])
     return out
 
 
-def import_moment(state: dict[str, Any], moment: str, fmt: str, values: torch.Tensor) -> None:
-    """Encode fp32 `values` [n] of m or v into the tensors of `state`, in place, to nearest."""
-    codes = moment_codes(state, moment, fmt)
-    for first, last in pieces(0, codes.data.numel()):
-        piece = values[first:last].detach().to(codes.data.device, torch.float32)
-        if moment == "exp_avg_sq" and fmt in ROOT_FORMATS:
-            states.write_root(codes.piece(first, last), ieee_sqrt(piece))
-        else:
-            states.write(codes.piece(first, last), piece)
+def import_moments(
+    state: dict[str, Any], formats: Mapping[str, str], values: Mapping[str, torch.Tensor | None]
+) -> None:
+    """Encode fp32 `values` [n], by moment, into the tensors of `state`, in place, to nearest; None stays as it is.
+
+    exp_avg_sq comes first: an exp_avg that is a ratio is encoded after it, and anew if it was not given.
+    """
+    exp_avg, exp_avg_sq = both_codes(state, formats)
+    given_m, given_v = (values.get(moment) for moment in MOMENTS)
+    for first, last in pieces(0, exp_avg.data.numel()):
+        codes_m, codes_v = exp_avg.piece(first, last), exp_avg_sq.piece(first, last)
+        m = None if given_m is None else _piece(given_m, first, last, codes_m)
+        if given_v is not None:
+            if m is None and exp_avg.format in RATIO_FORMATS:
+                m = states.read_exp_avg(codes_m, codes_v)
+            v = _piece(given_v, first, last, codes_v)
+            states.write_exp_avg_sq(codes_v, v, ieee_sqrt(v))
+        if m is not None:
+            states.write_exp_avg(codes_m, codes_v, m)
+
+
+def depends_on_squares(moment: str, fmt: str) -> bool:
+    """Whether the codes of `moment` mean something only beside those of exp_avg_sq."""
+    return moment == "exp_avg" and fmt in RATIO_FORMATS
+
+
+def _piece(values: torch.Tensor, first: int, last: int, like: StateCodes) -> torch.Tensor:
+    return values[first:last].detach().to(like.data.device, torch.float32)
 
 
 def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from .scaled_adam import ScaledAdam
 
 KEY = "ds_fp8"
-VERSION = 1
+VERSION = 2
+"""2: an 8-bit exp_avg is a ratio to the root of exp_avg_sq; in 1, which was never released, it was exp_avg itself."""
+
 _FORMAT_NAMES = {"exp_avg": STATE_FORMATS, "exp_avg_sq": STATE_FORMATS, "master": MASTER_FORMATS}
 _NOT_OURS = {*REFUSED, "foreach", "fused", "decoupled_weight_decay", "params"}
 """Keys of a foreign parameter group that mean nothing here."""
@@ -168,6 +170,11 @@ def _check_groups(optimizer: ScaledAdam, groups: list[dict[str, Any]]) -> None:
 def _check_header(header: Any, where: str, names: tuple[str, ...]) -> None:
     if not isinstance(header, dict) or not {"version", *names} <= header.keys():
         raise CheckpointError(f"{where}: not written by ds_fp8, or truncated.")
+    if header["version"] < VERSION:
+        raise CheckpointError(
+            f"{where}: version {header['version']}, from a ds_fp8 before its first release; there exp_avg in 8 bits meant"
+            f" something else. This ds_fp8 reads version {VERSION}: load the fp32 export, or save anew with the old one."
+        )
     if header["version"] > VERSION:
         raise CheckpointError(
             f"{where}: version {header['version']}, this ds_fp8 reads up to {VERSION}. Upgrade ds_fp8, or load the"
@@ -218,12 +225,14 @@ def _apply(optimizer: ScaledAdam, param: torch.Tensor, saved: Saved) -> None:
     state["step"] = saved.step
     if saved.partition is not None:
         state["partition"] = saved.partition
+    values: dict[str, torch.Tensor | None] = {}
     for moment in MOMENTS:
-        if saved.formats[moment] == formats[moment]:
-            _copy_into(state, saved.tensors, codecs.keys_of(moment, formats[moment]))
+        if not _exact(moment, saved.formats, formats):
+            values[moment] = codecs.export_moment(saved.tensors, moment, saved.formats)
         else:
-            values = codecs.export_moment(saved.tensors, moment, saved.formats[moment])
-            codecs.import_moment(state, moment, formats[moment], values)
+            _copy_into(state, saved.tensors, codecs.keys_of(moment, formats[moment]))
+    # After the copies: exp_avg may have to be encoded beside an exp_avg_sq that was copied.
+    codecs.import_moments(state, formats, values)
     if not saved.has_master:
         return
     if saved.formats["master"] == formats["master"] and saved.dtype == param.dtype:
@@ -234,6 +243,13 @@ def _apply(optimizer: ScaledAdam, param: torch.Tensor, saved: Saved) -> None:
     weight = param.detach().reshape(-1) if saved.weight is None else saved.weight
     tensors = {key: value.to(weight.device) for key, value in saved.tensors.items()}
     optimizer.import_fp32(param, master=masters.export_master(tensors, saved.formats["master"], weight))
+
+
+def _exact(moment: str, saved: dict[str, str], own: dict[str, str]) -> bool:
+    """Whether the codes of `moment` mean here what they meant there."""
+    if saved[moment] != own[moment]:
+        return False
+    return not codecs.depends_on_squares(moment, own[moment]) or saved["exp_avg_sq"] == own["exp_avg_sq"]
 
 
 def _copy_into(state: dict[str, Any], tensors: dict[str, torch.Tensor], keys: dict[str, str]) -> None:

@@ -180,7 +180,7 @@ class ScaledAdam(torch.optim.Optimizer):
                 flat = param.detach().reshape(-1)
                 result[name] = masters.export_master(state, self.level.master, flat, start, stop)
             else:
-                result[name] = codecs.export_moment(state, name, self.formats()[name], start, stop)
+                result[name] = codecs.export_moment(state, name, self.formats(), start, stop)
         return result
 
     @torch.no_grad()
@@ -195,6 +195,7 @@ class ScaledAdam(torch.optim.Optimizer):
     ) -> None:
         """Encode fp32 flats [n] into the state of `param`, in place, to nearest; what is None stays as it is.
 
+        An 8-bit exp_avg is encoded beside exp_avg_sq: give both at once, or the one that is set first is rounded twice.
         A new master writes the parameter too. Raises CheckpointError, before anything is changed, for a wrong size.
         """
         given = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -202,10 +203,8 @@ class ScaledAdam(torch.optim.Optimizer):
             if values is not None and values.numel() != param.numel():
                 raise CheckpointError(f"{name} of {values.numel()} elements for a partition of {param.numel()}.")
         state = self.state_of(param)
-        for name in MOMENTS:
-            values = given[name]
-            if values is not None:
-                codecs.import_moment(state, name, self.formats()[name], values.reshape(-1))
+        moments = {name: None if given[name] is None else given[name].reshape(-1) for name in MOMENTS}
+        codecs.import_moments(state, self.formats(), moments)
         if master is not None:
             flat = param.detach().reshape(-1)
             masters.import_master(state, self.level.master, flat, master.reshape(-1))

@@ -5,6 +5,9 @@ flat and into each state. With codes there is no such view: a uint8 state of the
 and a view of the master would show its upper 16 bits only. So the fragment decodes when it is asked, and the setter
 encodes. Reading costs one decode of the blocks that the fragment touches; nothing fp32 is kept.
 
+In 8 bits exp_avg is a ratio to the root of exp_avg_sq: who sets both sets exp_avg_sq first. In the other order exp_avg is
+rounded twice, the first time beside roots that it has nothing to do with.
+
 Setting a parameter writes the 16-bit weight too, whole and on every rank (the caller passes the full value), because
 the weight *is* the upper half of the master.
 """

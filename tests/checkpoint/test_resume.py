@@ -82,6 +82,7 @@ def test_codes_are_safe_to_load(tmp_path: Path):
     run_ranks(1, save_codes, str(tmp_path))
     codes = torch.load(tmp_path / "codes.pt", weights_only=True)
     assert codes["version"] == 1
+    assert codes["codes"][0]["version"] == 2
     assert codes["layout"]["formats"]["exp_avg"] == "e4m3"
 
 

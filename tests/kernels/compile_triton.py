@@ -70,12 +70,14 @@ def main() -> None:
     data = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "e4m3": "*u8", "e4m3_expanded": "*u8"}
     remainder = {"own": "*fp32", "fp32": "*fp32", "split32": "*i16", "split24": "*i8", "fp16": "*fp16"}
     cases = [("bf16", name, name, "split24") for name in data]
+    cases.append(("bf16", "e4m3", "bf16", "split24"))
     cases += [(base, "e4m3", "fp16", kind) for base in ("bf16", "fp16") for kind in remainder if kind != "own"]
     cases.append(("fp32", "e4m3", "fp16", "own"))
     for number, (base, m, v, master) in enumerate(cases):
         state = [data[m], "*fp32", "*u8", data[v], "*fp32", "*u8"]
         pointers = [f"*{base}", "*bf16", *state, remainder[master], "*fp32", "*bf16", "*fp32", "*fp32"]
-        constants = {"M_FORMAT": states.FORMATS[m], "V_FORMAT": states.FORMATS[v], "V_ROOT": v not in ("fp32", "bf16")}
+        constants = {"M_FORMAT": states.FORMATS[m], "M_RATIO": m.startswith("e4m3")}
+        constants |= {"V_FORMAT": states.FORMATS[v], "V_ROOT": v not in ("fp32", "bf16")}
         constants |= {"MASTER": masters.KINDS[master], "HALF": base == "fp16", "SCALE_TENSOR": number % 2 == 0}
         constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True, "WEIGHT16": number % 3 == 0}
         constants |= {

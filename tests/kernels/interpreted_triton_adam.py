@@ -67,6 +67,16 @@ def test_every_state_format(name, rounding):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    ("m", "v"),
+    [("e4m3", "fp32"), ("e4m3", "bf16"), ("e4m3", "fp16"), ("e4m3_expanded", "fp16"), ("e4m3", "e4m3_expanded")],
+)
+def test_a_ratio_beside_another_root(m, v, rounding):
+    """exp_avg in 8 bits is divided by what exp_avg_sq has just become, in whatever format that is."""
+    compare(make_step(torch.bfloat16, m, v, "split24", rounding=rounding))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("master", MASTER_FORMATS)
 def test_every_master_format(master, dtype, rounding):

@@ -96,9 +96,11 @@ def test_stochastic_rounding_depends_on_seed_and_partition():
     for seed in (1, 2):
         params = [torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16)) for _ in range(2)]
         ours = ScaledAdamW(params, level=LEVELS["O2"].override(**STOCHASTIC), seed=seed)
-        for param in params:
-            param.grad = torch.linspace(1, 2, 512).bfloat16()
-        ours.step()
+        # Two steps: after one, m / sqrt(v) is the same for all elements.
+        for grad in (torch.linspace(1, 2, 512), torch.linspace(3, 1, 512)):
+            for param in params:
+                param.grad = grad.bfloat16()
+            ours.step()
         results += [ours.state[param]["exp_avg.data"] for param in params]
     for i, one in enumerate(results):
         assert not any(torch.equal(one, other) for other in results[i + 1 :])
@@ -153,6 +155,54 @@ def test_ranges_of_an_export_are_ranges_of_the_whole():
     assert set(ours.export_fp32(param, only=("exp_avg",))) == {"step", "exp_avg"}
 
 
+@pytest.mark.parametrize("exp_avg_sq", ["fp32", "bf16", "fp16", "e4m3", "e4m3_expanded"])
+@pytest.mark.parametrize("exp_avg", ["e4m3", "e4m3_expanded"])
+def test_a_moment_set_alone_leaves_the_other(exp_avg, exp_avg_sq):
+    """A new exp_avg_sq has other roots, so the ratio is encoded anew and exp_avg keeps its value, to one more rounding.
+
+    Rounding e4m3 costs 2^-4 at most and .026 rms; expanded less on normal blocks.
+    """
+    level = LEVELS["O2"].override(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    param = torch.nn.Parameter(torch.zeros(1000))
+    ours = ScaledAdamW([param], level=level)
+    param.grad = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 1e-3
+    ours.step()
+    before = ours.export_fp32(param)
+    ours.import_fp32(param, exp_avg_sq=torch.rand(1000, generator=torch.Generator().manual_seed(2)) + 0.5)
+    after = ours.export_fp32(param)
+    assert (after["exp_avg"] - before["exp_avg"]).norm() < 0.04 * before["exp_avg"].norm()
+    codes = {key: value.clone() for key, value in ours.state[param].items() if key.startswith("exp_avg_sq")}
+    ours.import_fp32(param, exp_avg=2 * before["exp_avg"])
+    assert all(torch.equal(ours.state[param][key], value) for key, value in codes.items())
+    assert (ours.export_fp32(param)["exp_avg"] / 2 - before["exp_avg"]).norm() < 0.04 * before["exp_avg"].norm()
+
+
+def test_an_exported_state_comes_back_to_its_codes():
+    """decode, encode: r * r has r for its root, m = x * r has x for its ratio up to a last bit that no code sees."""
+    param = torch.nn.Parameter(torch.zeros(1000))
+    ours = ScaledAdamW([param], level="O2")
+    for seed in range(3):
+        param.grad = torch.randn(1000, generator=torch.Generator().manual_seed(seed)) * 1e-3
+        ours.step()
+    codes = {key: value.clone() for key, value in ours.state[param].items() if key.endswith(".data")}
+    ours.import_fp32(param, **ours.export_fp32(param))
+    assert all(torch.equal(ours.state[param][key], value) for key, value in codes.items())
+
+
+@pytest.mark.parametrize("other", ["fp32", "bf16", "e4m3"])
+def test_another_exp_avg_sq_beside_the_same_8_bit_exp_avg(other):
+    """The format of exp_avg is the same, its codes are not: their divisor has changed."""
+    params = parameters(torch.bfloat16)
+    ours = ScaledAdamW(params, level="O2")
+    train(ours, params, 1, 3)
+    weights = copies(params)
+    theirs = ScaledAdamW(weights, level=LEVELS["O2"].override(exp_avg_sq=other))
+    theirs.load_state_dict(through_file(ours.state_dict()))
+    for param, weight in zip(params, weights, strict=True):
+        wanted, found = ours.export_fp32(param)["exp_avg"], theirs.export_fp32(weight)["exp_avg"]
+        assert (found - wanted).norm() <= 0.04 * wanted.norm()
+
+
 def test_groups_are_loaded_in_place():
     """Schedulers and ZeRO hold on to the very dicts."""
     params = parameters()
@@ -179,6 +229,8 @@ def damaged(saved, kind):
         del state[3]["step"]
     elif kind == "version":
         saved["ds_fp8"]["version"] = 99
+    elif kind == "before the ratio":
+        saved["ds_fp8"]["version"] = 1
     elif kind == "format":
         saved["ds_fp8"]["formats"]["exp_avg"] = "int4"
     elif kind == "header":
@@ -203,6 +255,7 @@ def damaged(saved, kind):
         "extra",
         "step",
         "version",
+        "before the ratio",
         "format",
         "header",
         "groups",
@@ -230,7 +283,8 @@ def test_damaged_codes_and_flats_change_nothing():
     train(ours, params, 1, 2)
     before = snapshot(ours)
     codes = ours.export_codes(params[0])
-    for broken in ({}, {**codes, "version": 99}, {**codes, "dtype": "fp64"}, {**codes, "weight": torch.zeros(3)}):
+    changes = ({"version": 99}, {"version": 1}, {"dtype": "fp64"}, {"weight": torch.zeros(3)})
+    for broken in ({}, *({**codes, **change} for change in changes)):
         with pytest.raises(CheckpointError):
             ours.import_codes(params[0], broken)
     with pytest.raises(CheckpointError, match="5 elements"):

@@ -53,8 +53,9 @@ def visit(rank: int, world_size: int) -> dict[str, dict]:
         wide = params[2]
         value = torch.linspace(-1, 1, 61 * 37).view(61, 37)
         safe_set_full_fp32_param(wide, value)
-        safe_set_full_optimizer_state(wide, value, "exp_avg")
+        # The second moment first: an 8-bit exp_avg is kept as a ratio to its root.
         safe_set_full_optimizer_state(wide, value.square(), "exp_avg_sq")
+        safe_set_full_optimizer_state(wide, value, "exp_avg")
         got |= {
             "set": value,
             "master after": safe_get_full_fp32_param(wide),

@@ -78,10 +78,18 @@ void encode_segments(const AdamJob& job, int64_t start, int64_t stop, int64_t& n
 }
 
 INLINE bool is_root(const State& state) { return state.format >= STATE_FP16; }
+INLINE bool is_ratio(const State& state) { return state.format >= STATE_E4M3; }
+
+// What exp_avg is divided by where it is a ratio, from what exp_avg_sq reads: its root, or 1 where that is zero.
+INLINE void divisor(Block& d, const Block& stored, bool roots) {
+    if (!roots) each_vector([&](int i) { d.v[i] = root(stored.v[i]); });
+    const Block& r = roots ? stored : d;
+    each_vector([&](int i) { d.v[i] = r.v[i] == splat(0.0f) ? splat(1.0f) : r.v[i]; });
+}
 
 void adam_range(const void* data, int64_t first, int64_t last) {
     const AdamJob& job = *static_cast<const AdamJob*>(data);
-    bool roots = is_root(job.exp_avg_sq);
+    bool roots = is_root(job.exp_avg_sq), ratios = is_ratio(job.exp_avg);
     int64_t segment = 0;
     for (int64_t piece = first; piece < last; piece += PIECE) {
         int64_t end = piece + PIECE < last ? piece + PIECE : last;
@@ -92,12 +100,23 @@ void adam_range(const void* data, int64_t first, int64_t last) {
             read_master(w, job, b, count);
             read_state(m, job.exp_avg, job.expansion_table, b, count);
             read_state(v, job.exp_avg_sq, job.expansion_table, b, count);
+            if (ratios) {
+                divisor(r, v, roots);
+                each_vector([&](int i) { m.v[i] = m.v[i] * r.v[i]; });
+            }
             if (roots) each_vector([&](int i) { v.v[i] = v.v[i] * v.v[i]; });
             update(job, w, g, m, v, r);
-            write_state(job.exp_avg, m, b, count, job.stochastic, false);
             write_state(job.exp_avg_sq, roots ? r : v, b, count, job.stochastic, roots);
             job.weight16 ? write_master<true>(job, w, b, count) : write_master<false>(job, w, b, count);
             if (job.weight16) write_typed(job.weight16, job.weight16_dtype, w, b, count);
+            if (ratios) {
+                // Read back, it is by itself what the next step will see, whatever has rounded it. The master stands
+                // between write and read so that the stores have arrived.
+                read_state(v, job.exp_avg_sq, job.expansion_table, b, count);
+                divisor(r, v, roots);
+                each_vector([&](int i) { m.v[i] = m.v[i] / r.v[i]; });
+            }
+            write_state(job.exp_avg, m, b, count, job.stochastic, false);
         }
         if (job.segments.count) {
             int64_t stop = end * BLOCK < job.numel ? end * BLOCK : job.numel;

@@ -6,9 +6,6 @@
 
 namespace {
 
-INLINE Words sign_extend(Shorts v) { return (Words)__builtin_convertvector(v, Ints); }
-INLINE Words sign_extend(Chars v) { return (Words)__builtin_convertvector(v, Ints); }
-
 // Keeps the low bits of each word.
 INLINE void store_remainder(int16_t* to, Words v) { store(to, narrow_to_halves(v & 0xffffu)); }
 INLINE void store_remainder(int8_t* to, Words v) { store(to, low_bytes(v)); }

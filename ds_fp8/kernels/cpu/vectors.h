@@ -169,6 +169,26 @@ INLINE Words widen(Halves v) {
 #endif
 }
 
+INLINE Words sign_extend(Shorts v) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepi16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepi16_epi32((__m128i)v);
+#else
+    return (Words)__builtin_convertvector(v, Ints);
+#endif
+}
+
+INLINE Words sign_extend(Chars v) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepi8_epi32((__m128i)v);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)v));
+#else
+    return (Words)__builtin_convertvector(v, Ints);
+#endif
+}
+
 INLINE Bytes low_bytes(Words v) {  // the lowest byte of every lane
 #if defined(__AVX512F__)
     return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);

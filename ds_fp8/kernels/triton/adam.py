@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...numerics import expansion
 from ...numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM, Stochastic
-from ...numerics.states import ROOT_FORMATS
+from ...numerics.states import RATIO_FORMATS, ROOT_FORMATS
 from ..adam import AdamStep
 from . import cast, codec, ieee, masters, states
 from .flat import signed
@@ -29,10 +29,10 @@ ROWS = 8
 def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr,
                  master_ptr, master_scale_ptr, weight16_ptr, table_ptr, grad_scale_ptr, grad_scale, decay, l2, beta2,
                  lerp_weight, one_minus_beta2, bias_correction2_sqrt, eps, step_size, n, key_m, key_v, key_w,
-                 M_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr,
-                 HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr,
-                 LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
-                 EVEN: tl.constexpr, ORDINARY: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+                 M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr,
+                 MASTER: tl.constexpr, HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, DECAY: tl.constexpr,
+                 L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr,
+                 ROWS: tl.constexpr, EVEN: tl.constexpr, ORDINARY: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
     if EVEN:
@@ -46,6 +46,8 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
     w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, row_inside, MASTER, HALF)
     m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, row_inside, M_FORMAT, HARDWARE)
     v = states.read(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, index, row, inside, row_inside, V_FORMAT, HARDWARE)
+    if M_RATIO:
+        m = m * states.divisor(v, V_ROOT)
     if V_ROOT:
         v = v * v
 
@@ -76,24 +78,18 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
         word_m = codec.random_words(index, key_m)
         word_v = codec.random_words(index, key_v)
         word_w = codec.random_words(index, key_w)
-    states.write(
-        m_ptr,
-        m_scale_ptr,
-        m_expansion_ptr,
-        m,
-        index,
-        row,
-        inside,
-        row_inside,
-        word_m,
-        M_FORMAT,
-        False,
-        STOCHASTIC,
-        HARDWARE,
-    )
     stored = root if V_ROOT else v
-    states.write(v_ptr, v_scale_ptr, v_expansion_ptr, stored, index, row, inside, row_inside, word_v, V_FORMAT, V_ROOT, STOCHASTIC,
-                 HARDWARE)  # fmt: skip
+    kept = states.write(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, stored, index, row, inside, row_inside, word_v,
+                        V_FORMAT, V_ROOT, STOCHASTIC, HARDWARE)  # fmt: skip
+    if M_RATIO:
+        # Beyond the end m is zero and a root that nobody stored is positive or zero: their ratio is zero as well.
+        divisor = states.divisor(kept, V_ROOT)
+        if HARDWARE:
+            m = ieee.ratio(m, divisor)
+        else:
+            m = tl.div_rn(m, divisor)
+    states.write(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, m, index, row, inside, row_inside, word_m, M_FORMAT, False,
+                 STOCHASTIC, HARDWARE)  # fmt: skip
     held = masters.write(
         param_ptr,
         master_ptr,
@@ -142,8 +138,8 @@ def adam_step(step: AdamStep) -> None:
             step.grad_scale if by_tensor else param, 1.0 if by_tensor else float(step.grad_scale),
             scalars.decay, scalars.l2, scalars.beta2, lerp_weight, scalars.one_minus_beta2,
             scalars.bias_correction2_sqrt, scalars.eps, scalars.step_size, n, *keys,
-            states.FORMATS[m.format], states.FORMATS[v.format], v.format in ROOT_FORMATS, masters.KINDS[master.format],
-            param.dtype == torch.float16, by_tensor, scalars.decay != 1.0, scalars.l2 != 0.0,
+            states.FORMATS[m.format], m.format in RATIO_FORMATS, states.FORMATS[v.format], v.format in ROOT_FORMATS,
+            masters.KINDS[master.format], param.dtype == torch.float16, by_tensor, scalars.decay != 1.0, scalars.l2 != 0.0,
             from_m, step.weight16 is not None, step.rounding == "stochastic", ROWS,
             n % (ROWS * 128) == 0, ordinary, hardware, **LAUNCH,
         )  # fmt: skip

@@ -52,3 +52,14 @@ def root_and_change(v, numerator, bias_correction2_sqrt, eps):
         root = tl.sqrt_rn(v)
         change = tl.div_rn(numerator, tl.div_rn(root, b) + eps)
     return root, change
+
+
+@triton.jit
+def ratio(a, b):
+    """a / b rounded to nearest, b > 0: short where both lie in [2^-95, 2^25), the quotient then in 2^-120 to 2^120."""
+    quotient = codec.quotient(a, b, codec.reciprocal(b))
+    a_above = (codec.magnitude_bits(a) - LEAST_NUMERATOR).to(tl.uint32, bitcast=True)
+    b_above = (b.to(tl.int32, bitcast=True) - LEAST_NUMERATOR).to(tl.uint32, bitcast=True)
+    if tl.max(tl.max(tl.maximum(a_above, b_above), axis=1), axis=0) >= SPAN:
+        quotient = tl.div_rn(a, b)
+    return quotient

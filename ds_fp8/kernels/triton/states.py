@@ -75,27 +75,46 @@ def exp2(y):
 
 
 @triton.jit
+def _value(codes, scale_inv, expansion, table_ptr, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """fp32 values of the codes of a tile; `scale_inv` and `expansion` (int32) per block; int16 bits for FP16."""
+    if FORMAT == FP16:
+        value = fp16_value(codes) * scale_inv[:, None]
+    elif FORMAT == E4M3:
+        value = codec.value_of(codes, 0, HARDWARE) * scale_inv[:, None]
+    else:
+        entry = expansion[:, None] * 128 + (codes & 0x7F).to(tl.int32)
+        magnitude = tl.load(table_ptr + entry, mask=inside, other=0.0) * scale_inv[:, None]
+        sign = (codes & 0x80).to(tl.int32) << 24
+        value = (magnitude.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
 def read(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, index, row, inside, row_inside, FORMAT: tl.constexpr,
          HARDWARE: tl.constexpr):  # fmt: skip
     """fp32 values of a state; `row` are the block numbers, with the mask `row_inside`."""
     if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 - the compiler knows no `in` for constants
         value = codec.load(data_ptr + index, inside)
     else:
-        scale_inv = tl.load(scale_inv_ptr + row, mask=row_inside, other=1.0)[:, None]
+        scale_inv = tl.load(scale_inv_ptr + row, mask=row_inside, other=1.0)
+        expansion = row
         if FORMAT == FP16:
-            raw = tl.load(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=inside, other=0)
-            value = fp16_value(raw) * scale_inv
+            codes = tl.load(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=inside, other=0)
         else:
             codes = tl.load(data_ptr + index, mask=inside, other=0)
-            if FORMAT == E4M3:
-                value = codec.value_of(codes, 0, HARDWARE) * scale_inv
-            else:
+            if FORMAT == EXPANDED:
                 expansion = tl.load(expansion_ptr + row, mask=row_inside, other=255).to(tl.int32)
-                entry = expansion[:, None] * 128 + (codes & 0x7F).to(tl.int32)
-                magnitude = tl.load(table_ptr + entry, mask=inside, other=0.0) * scale_inv
-                sign = (codes & 0x80).to(tl.int32) << 24
-                value = (magnitude.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        value = _value(codes, scale_inv, expansion, table_ptr, inside, FORMAT, HARDWARE)
     return value
+
+
+@triton.jit
+def divisor(stored, ROOT: tl.constexpr):
+    """What exp_avg is divided by where it is a ratio, from what exp_avg_sq reads: its root, or 1 where that is zero."""
+    root = stored
+    if not ROOT:
+        root = tl.sqrt_rn(stored)
+    return tl.where(root == 0.0, 1.0, root)
 
 
 @triton.jit
@@ -116,11 +135,12 @@ def _expanded(x, scale, scale_inv, inside):
 
 
 @triton.jit
-def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, row_inside, word, FORMAT: tl.constexpr,
-          ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """Store fp32 `x`; ROOT: a zero code of a nonzero value becomes the smallest code."""
+def write(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, x, index, row, inside, row_inside, word,
+          FORMAT: tl.constexpr, ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """Store fp32 `x`; ROOT: a zero code of a nonzero value becomes the smallest code. Returns what a read will give."""
     if FORMAT == FP32:
         tl.store(data_ptr + index, x, mask=inside)
+        kept = x
     elif FORMAT == BF16:
         bits = x.to(tl.int32, bitcast=True)
         if STOCHASTIC:
@@ -128,19 +148,23 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, row_ins
             finite = (bits & 0x7FFFFFFF) < 0x7F800000
             bits = tl.where(finite, bits + (word >> 16).to(tl.int32), bits) & -65536
             bits = tl.where(finite, bits, x.to(tl.int32, bitcast=True))
-        codec.store(data_ptr + index, bits.to(tl.float32, bitcast=True), inside)
+        value = bits.to(tl.float32, bitcast=True)
+        codec.store(data_ptr + index, value, inside)
+        kept = (codec.bf16_bits(value) << 16).to(tl.float32, bitcast=True)
     else:
+        expansion = row
         if FORMAT == FP16:
             scale, scale_inv = codec.block_scale(x, 32768.0, 1, HARDWARE)
-            bits = round_fp16(x * scale[:, None], (scale_inv != scale_inv)[:, None], word, STOCHASTIC)
+            codes = round_fp16(x * scale[:, None], (scale_inv != scale_inv)[:, None], word, STOCHASTIC)
             if ROOT:
-                bits = tl.where((bits == 0) & (x > 0.0), 1, bits.to(tl.int32)).to(tl.int16)
-            tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, bits, mask=inside)
+                codes = tl.where((codes == 0) & (x > 0.0), 1, codes.to(tl.int32)).to(tl.int16)
+            tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, codes, mask=inside)
         else:
             scale, scale_inv = codec.block_scale(x, 448.0, 1, HARDWARE)
             if FORMAT == EXPANDED:
-                magnitude, expansion = _expanded(x, scale, scale_inv, inside)
-                tl.store(expansion_ptr + row, expansion, mask=row_inside)
+                magnitude, sixteenths = _expanded(x, scale, scale_inv, inside)
+                tl.store(expansion_ptr + row, sixteenths, mask=row_inside)
+                expansion = sixteenths.to(tl.int32)
                 sign = x.to(tl.int32, bitcast=True) & -2147483648
                 scaled = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
             else:
@@ -153,3 +177,5 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, x, index, row, inside, row_ins
                 codes = tl.where((codes == 0) & (x > 0.0), 1, codes.to(tl.int32)).to(tl.uint8)
             tl.store(data_ptr + index, codes, mask=inside)
         tl.store(scale_inv_ptr + row, scale_inv, mask=row_inside)
+        kept = _value(codes, scale_inv, expansion, table_ptr, inside, FORMAT, HARDWARE)
+    return kept
