@@ -63,8 +63,8 @@ class AdamStep:
     grad_scale     multiplies the gradient in fp32: unscale and clip; a float, or a 0-d fp32 tensor on the same device
     rounding       `nearest` | `stochastic`, for the codes of states and master (never for fp32, split32 and weights)
     seed           of the stochastic rounding, with `step` and the element's number its whole state
-    torch_sqrt     True: the very square root of torch.optim.Adam, see numerics/adam.py; PyTorch does such a step on a CPU
-                   where the two differ
+    torch_sqrt     True: the very square root of torch.optim.Adam, see numerics/adam.py; on a CPU where it is not the rounded
+                   one, C++ calls it in torch's library (kernels/cpu/torch_sqrt.py), or PyTorch does the step
     weight16       optional bf16 or fp16 [n], written: RNE of the new master (for an fp32 `param`)
     weight_codes   optional WeightCodes, written from weight16 if given, else from param
 

@@ -15,7 +15,7 @@ import torch
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import cpu
 from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
-from ds_fp8.kernels.cpu import loader
+from ds_fp8.kernels.cpu import loader, torch_sqrt
 from ds_fp8.kernels.cpu.adam import adam_step
 from ds_fp8.levels import STATE_FORMATS
 from ds_fp8.numerics import masters, states
@@ -145,6 +145,34 @@ def test_fp32_states_and_master_are_torch_adam(path, decoupled):
         assert_same(masters.read(step.master, step.param), weight.detach(), f"weight, step {number}")
         assert_same(step.exp_avg.data, optimizer.state[weight]["exp_avg"], f"exp_avg, step {number}")
         assert_same(step.exp_avg_sq.data, optimizer.state[weight]["exp_avg_sq"], f"exp_avg_sq, step {number}")
+
+
+@pytest.mark.skipif(torch_sqrt.entry() is None, reason="torch's square root has no name in this build")
+@pytest.mark.parametrize("decoupled", [True, False], ids=["AdamW", "Adam"])
+@pytest.mark.parametrize("numel", [3072, 1000 + 3])
+def test_with_torchs_own_square_root_they_are_unfused_torch_adam(path, decoupled, numel):
+    """torch.optim.Adam as everybody calls it, MKL's root and all: the same bits, tails included."""
+    step = make_step(numel, "bf16", "split32", "fp32", "fp32", torch.float32, grad_scale=1.0, decoupled=decoupled)
+    step.torch_sqrt = True
+    weight = torch.nn.Parameter(step.param.float())
+    optimizer_class = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizer = optimizer_class([weight], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    for number in range(1, 8):
+        step.step = number
+        step.grad.copy_(gradients(numel, torch.float32, number))
+        weight.grad = step.grad.clone()
+        assert adam_step(step) is not NotImplemented
+        optimizer.step()
+        assert_same(masters.read(step.master, step.param), weight.detach(), f"weight, step {number}")
+        assert_same(step.exp_avg.data, optimizer.state[weight]["exp_avg"], f"exp_avg, step {number}")
+        assert_same(step.exp_avg_sq.data, optimizer.state[weight]["exp_avg_sq"], f"exp_avg_sq, step {number}")
+
+
+@pytest.mark.skipif(torch_sqrt.entry() is None, reason="torch's square root has no name in this build")
+def test_torchs_own_square_root_beside_every_pair_of_states(path):
+    """The root that is stored is torch's; the divisor of an 8-bit exp_avg beside fp32 and bf16 stays the rounded one."""
+    for m, v in itertools.product(STATE_FORMATS, STATE_FORMATS):
+        run_twins(make_step(3 * 128 + 37, "bf16", "split24", m, v, torch.float32, torch_sqrt=True), 3)
 
 
 def test_not_finite_gradients_stay_visible(path):

@@ -6,6 +6,7 @@
     casts.py     quantize, dequantize, amax, 1x128 and 128x128 tiles
     flat.py      flat partitions: encode, decode, sum over ranks
     adam.py      the fused optimizer step
+    torch_sqrt.py  the square root of torch.optim.Adam, for steps that promise its bits
 
 and in C++, from the bottom: vectors.h (one vector, any width), formats.h (what a code means), blocks.h (128 elements
 between two trips to memory), rounding.h (random bits), then codec.h, flat.h, tiles.h, and for the step blocks16.h,
@@ -16,7 +17,7 @@ expansion.h, states.h, masters.h, adam.cpp.
 
 from __future__ import annotations
 
-from . import adam, casts, flat, loader
+from . import adam, casts, flat, loader, torch_sqrt
 
 
 class CpuKernels:
@@ -36,6 +37,11 @@ class CpuKernels:
     flat_sum = staticmethod(flat.sum_contributions)
     flat_sum_encode = staticmethod(flat.sum_and_encode)
     adam_step = staticmethod(adam.adam_step)
+
+    @property
+    def has_torch_sqrt(self) -> bool:
+        """Whether a step may ask for torch's own square root."""
+        return torch_sqrt.entry() is not None
 
     @property
     def path(self) -> str:

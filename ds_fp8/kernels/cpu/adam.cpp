@@ -22,26 +22,43 @@ INLINE void read_gradient(Block& g, const AdamJob& job, int64_t b, int count) {
     scale_block(g, *job.grad_scale);
 }
 
-// Updates w, m, v; leaves sqrt(v) in r.
+// Updates w, m, v; leaves sqrt(v) in r. `from_torch`: the root is torch's, which comes by the block.
+template <bool from_torch>
 INLINE void update(const AdamJob& job, Block& w, const Block& gradient, Block& m, Block& v, Block& r) {
     Floats decay = splat(job.decay), l2 = splat(job.l2), beta2 = splat(job.beta2);
     Floats one_minus_beta1 = splat(job.one_minus_beta1), one_minus_beta2 = splat(job.one_minus_beta2);
     Floats correction = splat(job.bias_correction2_sqrt), eps = splat(job.eps), step_size = splat(job.step_size);
     bool has_l2 = job.l2 != 0.0f, from_m = job.one_minus_beta1 < 0.5f;
-    each_vector([&](int i) {
+    auto moments = [&](int i) {
         Floats weight = w.v[i] * decay, g = gradient.v[i];
         if (has_l2) g = fma(l2, weight, g);
         Floats difference = g - m.v[i];
-        Floats mean = from_m ? fma(one_minus_beta1, difference, m.v[i])
-                             : fma(one_minus_beta1 - splat(1.0f), difference, g);
-        Floats square = fma(one_minus_beta2 * g, g, v.v[i] * beta2);
-        Floats deviation = root(square);
-        Floats denominator = deviation / correction + eps;
-        w.v[i] = weight + (step_size * mean) / denominator;
-        m.v[i] = mean;
-        v.v[i] = square;
-        r.v[i] = deviation;
-    });
+        m.v[i] = from_m ? fma(one_minus_beta1, difference, m.v[i]) : fma(one_minus_beta1 - splat(1.0f), difference, g);
+        v.v[i] = fma(one_minus_beta2 * g, g, v.v[i] * beta2);
+        w.v[i] = weight;
+    };
+    auto move = [&](int i) {
+        Floats denominator = r.v[i] / correction + eps;
+        w.v[i] = w.v[i] + (step_size * m.v[i]) / denominator;
+    };
+    if (from_torch) {
+        float squares[BLOCK], roots[BLOCK];
+        each_vector([&](int i) {
+            moments(i);
+            store(squares + i * LANES, v.v[i]);
+        });
+        job.torch_sqrt(BLOCK, squares, roots, job.torch_sqrt_mode);
+        each_vector([&](int i) {
+            r.v[i] = load<Floats>(roots + i * LANES);
+            move(i);
+        });
+    } else {
+        each_vector([&](int i) {
+            moments(i);
+            r.v[i] = root(v.v[i]);
+            move(i);
+        });
+    }
 }
 
 template <class D, class F>
@@ -105,7 +122,7 @@ void adam_range(const void* data, int64_t first, int64_t last) {
                 each_vector([&](int i) { m.v[i] = m.v[i] * r.v[i]; });
             }
             if (roots) each_vector([&](int i) { v.v[i] = v.v[i] * v.v[i]; });
-            update(job, w, g, m, v, r);
+            job.torch_sqrt ? update<true>(job, w, g, m, v, r) : update<false>(job, w, g, m, v, r);
             write_state(job.exp_avg_sq, roots ? r : v, b, count, job.stochastic, roots);
             job.weight16 ? write_master<true>(job, w, b, count) : write_master<false>(job, w, b, count);
             if (job.weight16) write_typed(job.weight16, job.weight16_dtype, w, b, count);

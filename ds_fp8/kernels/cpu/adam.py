@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ...numerics import expansion
+from ...numerics.adam import torch_sqrt_is_ieee
 from ...numerics.masters import MasterCodes
 from ...numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM
 from ...numerics.states import StateCodes
-from . import jobs
+from . import jobs, torch_sqrt
 from .casts import blocks_of, run
 
 if TYPE_CHECKING:
@@ -26,13 +27,16 @@ GRAIN_BLOCKS = 128
 
 
 def adam_step(step: AdamStep) -> Any:
-    """Update param, states and master in place; NotImplemented for dtypes that only PyTorch handles."""
+    """Update param, states and master in place; NotImplemented for what only PyTorch handles: other dtypes, a root of its own."""
     gradient_dtype = jobs.DTYPES.get(step.grad.dtype)
     if gradient_dtype is None or step.param.dtype not in jobs.DTYPES:
         return NotImplemented
     scale = step.grad_scale
     scale = scale.detach().float() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
     segments, kept = _segments(step.weight_codes)
+    sqrt = None if not step.torch_sqrt or torch_sqrt_is_ieee() else torch_sqrt.entry()
+    if sqrt is None and step.torch_sqrt and not torch_sqrt_is_ieee():
+        return NotImplemented
     scalars = step.scalars
     weight16 = step.weight16
     job = jobs.AdamJob(
@@ -46,6 +50,8 @@ def adam_step(step: AdamStep) -> Any:
         jobs.address(weight16),
         segments,
         _table().data_ptr() if "e4m3_expanded" in (step.exp_avg.format, step.exp_avg_sq.format) else None,
+        sqrt,
+        torch_sqrt.MODE,
         step.param.numel(),
         jobs.DTYPES[step.param.dtype],
         gradient_dtype,

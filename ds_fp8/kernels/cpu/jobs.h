@@ -92,6 +92,9 @@ struct SegmentCodes {
     int32_t fmt, unused;
 };
 
+// Square roots of `count` floats as torch makes them: MKL's vmsSqrt, with the mode that torch gives it.
+typedef void (*TorchSqrt)(int count, const float* x, float* roots, int64_t mode);
+
 // One step of Adam on a flat partition. Unit: block.
 struct AdamJob {
     void* param;
@@ -102,6 +105,8 @@ struct AdamJob {
     void* weight16;                     // null: not wanted
     SegmentCodes segments;
     const float* expansion_table;  // [256, 128]
+    TorchSqrt torch_sqrt;          // null: the correctly rounded root
+    int64_t torch_sqrt_mode;
     int64_t numel;
     int32_t param_dtype, grad_dtype;  // grad_dtype may be GRADIENT_CODES: e4m3
     int32_t weight16_dtype, stochastic;

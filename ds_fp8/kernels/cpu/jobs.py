@@ -133,6 +133,8 @@ class AdamJob(ctypes.Structure):
         ("weight16", c_void_p),
         ("segments", SegmentCodes),
         ("expansion_table", c_void_p),
+        ("torch_sqrt", c_void_p),
+        ("torch_sqrt_mode", c_int64),
         ("numel", c_int64),
         ("param_dtype", c_int32),
         ("grad_dtype", c_int32),
