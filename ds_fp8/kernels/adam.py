@@ -22,7 +22,7 @@ from ..formats import BLOCK_SIZE, E4M3, Format
 from ..numerics import cast, masters, states
 from ..numerics.adam import AdamScalars, update
 from ..numerics.masters import MasterCodes
-from ..numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM, Stochastic
+from ..numerics.random_bits import ADAM_STREAM, EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT, Stochastic
 from ..numerics.states import StateCodes
 
 PIECE_NUMEL = 512 * BLOCK_SIZE
@@ -68,7 +68,7 @@ class AdamStep:
     weight16       optional bf16 or fp16 [n], written: RNE of the new master (for an fp32 `param`)
     weight_codes   optional WeightCodes, written from weight16 if given, else from param
 
-    Stochastic streams: exp_avg 1, exp_avg_sq 2, master 3; index = element number in the partition.
+    Stochastic: stream 1, index = element number in the partition; shifts of the word in numerics/random_bits.py.
     """
 
     param: torch.Tensor
@@ -105,9 +105,11 @@ class AdamStep:
             bias_correction=self.bias_correction,
         )
 
-    def source(self, stream: int, first: int = 0) -> Stochastic | None:
-        """The random bits of one stream, None when rounding is to nearest."""
-        return Stochastic(self.seed, self.step, stream, first) if self.rounding == "stochastic" else None
+    def source(self, shift: int, first: int = 0) -> Stochastic | None:
+        """The random bits of one use (its shift, see numerics/random_bits.py), None when rounding is to nearest."""
+        if self.rounding != "stochastic":
+            return None
+        return Stochastic(self.seed, self.step, ADAM_STREAM, first, shift)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the step, for a look at devices and strides."""
@@ -138,11 +140,12 @@ def _step_piece(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> 
     grad = step.grad[start:stop].float() * step.grad_scale
     weight = masters.read(master, param)
     m, v = states.read_exp_avg(exp_avg, exp_avg_sq), states.read_exp_avg_sq(exp_avg_sq)
-    root = update(weight, grad, m, v, scalars, torch_sqrt=step.torch_sqrt)
+    divides = step.exp_avg_sq.format == "fp32"
+    root = update(weight, grad, m, v, scalars, torch_sqrt=step.torch_sqrt, divides=divides)
 
-    states.write_exp_avg_sq(exp_avg_sq, v, root, step.source(EXP_AVG_SQ_STREAM, start))
-    states.write_exp_avg(exp_avg, exp_avg_sq, m, step.source(EXP_AVG_STREAM, start))
-    masters.write(master, param, weight, step.source(MASTER_STREAM, start))
+    states.write_exp_avg_sq(exp_avg_sq, v, root, step.source(EXP_AVG_SQ_SHIFT, start))
+    states.write_exp_avg(exp_avg, exp_avg_sq, m, step.source(EXP_AVG_SHIFT, start))
+    masters.write(master, param, weight, step.source(MASTER_SHIFT, start))
     if step.weight16 is not None:
         step.weight16[start:stop].copy_(masters.read(master, param))
 

@@ -15,12 +15,12 @@ An fp32 master keeps it twice: the upper half is the 16-bit weight again. Keepin
 bf16 is the upper half of fp32, so with `bits` the pattern of the master (uint32, NaN made 0x7fc00000):
 
     split32: weight = (bits + 0x8000) >> 16;                   remainder = bits - (weight << 16)     in [-32768, 32767]
-    split24: bits24 = RNE(bits / 256) = (bits + 0x7f + (bits >> 8 & 1)) >> 8      stochastic: (bits + (random >> 24)) >> 8
+    split24: bits24 = (bits + 0x80) >> 8      stochastic: (bits + (random >> 24)) >> 8
              weight = (bits24 + 0x80) >> 8;                    remainder = bits24 - (weight << 8)    in [-128, 127]
     join:    bits = (weight << 16) + remainder   or   ((weight << 8) + remainder) << 8
 
-all in wrapping 32-bit integers. The weight is rounded half up (away from zero): with ties to even a remainder would
-need 65537 values. It differs from RNE for one master in 2^17.
+all in wrapping 32-bit integers. Both are rounded half up (away from zero): with ties to even a remainder of 16 bits
+would need 65537 values, and one of 8 bits three more operations. The weight differs from RNE for one master in 2^17.
 For fp16, weight = RNE(master), q = (master - weight) / (ulp * 2^-k), exact in fp32, remainder = RNE(q) or
 floor(q + float(random >> 8) * 2^-24); join is weight + float(remainder) * unit, product exact, one fp32 sum.
 ulp(weight) = 2^(max(E, 1) - 25) with E the exponent field of the fp16 pattern. A weight that is not finite has
@@ -156,7 +156,7 @@ def _split_bf16(
         remainder = bits - (high << 16)
     else:
         if rounding is None:
-            carry = 0x7F + (bits >> 8 & 1)
+            carry = torch.full_like(bits, 0x80)
         else:
             carry = (rounding.bits(bits.numel(), bits.device) >> 24).to(torch.int32)
         bits24 = bits + torch.where(master.isfinite(), carry, torch.zeros_like(bits)) >> 8

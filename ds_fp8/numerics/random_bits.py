@@ -6,8 +6,13 @@ C++ and Triton draw the same. So there is no generator with a hidden state; the 
     mix(h):  h ^= h >> 16;  h *= 0x7feb352d;  h ^= h >> 15;  h *= 0x846ca68b;  h ^= h >> 16          (all in uint32)
     bits(index, seed, step, stream) = mix(index ^ mix(seed ^ mix(step ^ mix(stream))))
 
-`index` is the number of the element in its partition (mod 2^32), `stream` names the use: 1 exp_avg, 2 exp_avg_sq,
-3 master. The inner three mixes are one `key` for the whole partition.
+`index` is the number of the element in its partition (mod 2^32), `stream` names the use. The inner three mixes are one
+`key` for the whole partition.
+
+A step of Adam rounds an element up to three times, and draws one word for it (stream 1), since a word costs as much as a
+rounding. Each rounding takes its bits from the top of the word shifted left by a number of its own: exp_avg by 0,
+master by 12, exp_avg_sq by 20. So their upper 12, 8 and 12 bits are disjoint; what overlaps below them decides less than
+2^-8 of a unit, which makes no correlation that could be seen.
 
 Rounding a magnitude to a format with `m` mantissa bits whose smallest normal exponent is `e0`: on the grid of width
 ulp = 2^(max(exponent, e0) - m) the value lies between two neighbours; take the upper one with probability equal to
@@ -27,9 +32,10 @@ from dataclasses import dataclass
 
 import torch
 
-EXP_AVG_STREAM = 1
-EXP_AVG_SQ_STREAM = 2
-MASTER_STREAM = 3
+ADAM_STREAM = 1
+EXP_AVG_SHIFT = 0
+EXP_AVG_SQ_SHIFT = 20
+MASTER_SHIFT = 12
 
 _WORD = 0xFFFFFFFF
 
@@ -58,12 +64,14 @@ class Stochastic:
     """Asks for stochastic rounding; three integers are its whole state.
 
     first  index of the first element, when a call sees only a piece of the partition
+    shift  the words are shifted left by this much: roundings of the same element share a word
     """
 
     seed: int
     step: int
     stream: int
     first: int = 0
+    shift: int = 0
 
     @property
     def key(self) -> int:
@@ -72,12 +80,12 @@ class Stochastic:
 
     def at(self, first: int) -> Stochastic:
         """The same source for a piece that starts at element `first`."""
-        return Stochastic(self.seed, self.step, self.stream, self.first + first)
+        return Stochastic(self.seed, self.step, self.stream, self.first + first, self.shift)
 
     def bits(self, numel: int, device: torch.device) -> torch.Tensor:
         """`numel` random words as int64 in [0, 2^32)."""
         index = torch.arange(self.first, self.first + numel, dtype=torch.int64, device=device)
-        return mix_tensor((index ^ self.key) & _WORD)
+        return mix_tensor((index ^ self.key) & _WORD) << self.shift & _WORD
 
 
 def round_to_grid(x: torch.Tensor, mantissa_bits: int, min_exponent: int, bits: torch.Tensor) -> torch.Tensor:

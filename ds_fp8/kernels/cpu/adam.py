@@ -14,7 +14,7 @@ from torch import Tensor
 from ...numerics import expansion
 from ...numerics.adam import torch_sqrt_is_ieee
 from ...numerics.masters import MasterCodes
-from ...numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM
+from ...numerics.random_bits import EXP_AVG_SHIFT
 from ...numerics.states import StateCodes
 from . import jobs, torch_sqrt
 from .casts import blocks_of, run
@@ -39,14 +39,15 @@ def adam_step(step: AdamStep) -> Any:
         return NotImplemented
     scalars = step.scalars
     weight16 = step.weight16
+    source = step.source(EXP_AVG_SHIFT)
+    key = 0 if source is None else source.key
     job = jobs.AdamJob(
         step.param.data_ptr(),
         step.grad.data_ptr(),
-        None,
         scale.data_ptr(),
-        _state(step.exp_avg, _key(step, EXP_AVG_STREAM)),
-        _state(step.exp_avg_sq, _key(step, EXP_AVG_SQ_STREAM)),
-        _master(step.master, _key(step, MASTER_STREAM)),
+        _state(step.exp_avg, key),
+        _state(step.exp_avg_sq, key),
+        _master(step.master, key),
         jobs.address(weight16),
         segments,
         _table().data_ptr() if "e4m3_expanded" in (step.exp_avg.format, step.exp_avg_sq.format) else None,
@@ -58,15 +59,11 @@ def adam_step(step: AdamStep) -> Any:
         0 if weight16 is None else jobs.DTYPES[weight16.dtype],
         step.rounding == "stochastic",
         *(getattr(scalars, name) for name in jobs.ADAM_SCALARS),
+        step.exp_avg_sq.format == "fp32",
     )
     run(jobs.ADAM, job, blocks_of(step.param.numel()), GRAIN_BLOCKS)
     del kept
     return None
-
-
-def _key(step: AdamStep, stream: int) -> int:
-    source = step.source(stream)
-    return 0 if source is None else source.key
 
 
 def _state(state: StateCodes, key: int) -> jobs.State:

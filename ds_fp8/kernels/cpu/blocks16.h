@@ -26,7 +26,7 @@ INLINE Halves smallest_if_positive(Halves code, Floats x) {
 // Codes of one block; returns its scale_inv. `decoded`: the block becomes what the codes say. `keep_positive`: a zero
 // code of a positive number becomes the smallest code (sqrt(v), which must not divide by eps alone).
 template <bool decoded>
-INLINE float encode_half_block(uint16_t* codes, Block& x, int count, bool stochastic, uint32_t first_index, uint32_t key,
+INLINE float encode_half_block(uint16_t* codes, Block& x, int count, bool stochastic, uint32_t first_index, Source source,
                                bool keep_positive) {
     uint32_t amax = block_amax(x);
     float scale_inv = block_scale_inv(amax, BLOCKS16_TOP);
@@ -46,7 +46,7 @@ INLINE float encode_half_block(uint16_t* codes, Block& x, int count, bool stocha
     if (stochastic)
         each_vector([&](int i) {
             Words bits = bits_of(x.v[i] * splat(scale));
-            Words random = random_bits(first_index + i * LANES, key);
+            Words random = random_bits(first_index + i * LANES, source);
             Words code = encode_magnitude_stochastic<10, 15>(bits & MAGNITUDE, random);
             put(i, narrow_to_halves(code | ((bits & SIGN) >> 16)));
         });

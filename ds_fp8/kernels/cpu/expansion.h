@@ -70,7 +70,7 @@ struct ExpandedScale {
 };
 
 INLINE ExpandedScale encode_expanded_block(uint8_t* codes, const Block& x, int count, bool stochastic,
-                                           uint32_t first_index, uint32_t key, bool keep_positive) {
+                                           uint32_t first_index, Source source, bool keep_positive) {
     uint32_t amax = block_amax(x);
     float scale_inv = block_scale_inv(amax, E4m3::MAX);
     if (__builtin_expect(amax >= INFINITE, 0)) {
@@ -99,7 +99,7 @@ INLINE ExpandedScale encode_expanded_block(uint8_t* codes, const Block& x, int c
         Floats expanded = top * exp2_of(logs.v[i] * power);
         expanded = logs.v[i] > splat(0.0f) ? splat(0.0f) : expanded;
         expanded = floats_of(bits_of(expanded) | (bits_of(v) & SIGN));
-        Words code = stochastic ? encode_stochastic<E4m3>(expanded, random_bits(first_index + i * LANES, key))
+        Words code = stochastic ? encode_stochastic<E4m3>(expanded, random_bits(first_index + i * LANES, source))
                                 : encode_nearest_within<E4m3>(expanded);
         if (keep_positive) code = larger(code & 0xffu, (Words)((Ints)bits_of(v) > 0) & 1u);
         return code;

@@ -25,7 +25,7 @@ INLINE float block_scale_inv(uint32_t amax_bits, float format_max) {
 // code (sqrt(v), which must not divide by eps alone).
 template <class F>
 INLINE float encode_flat_block(uint8_t* codes, const Block& block, int count, bool stochastic, uint32_t first_index,
-                               uint32_t key, bool keep_positive = false) {
+                               Source source, bool keep_positive = false) {
     uint32_t amax = block_amax(block);
     float scale_inv = block_scale_inv(amax, F::MAX);
     if (__builtin_expect(amax >= INFINITE, 0)) {
@@ -38,7 +38,7 @@ INLINE float encode_flat_block(uint8_t* codes, const Block& block, int count, bo
     };
     if (stochastic)
         encode_block(codes, block, count, [&](Floats v, int i) {
-            return positive(encode_stochastic<F>(v * scale, random_bits(first_index + i * LANES, key)), v);
+            return positive(encode_stochastic<F>(v * scale, random_bits(first_index + i * LANES, source)), v);
         });
     else
         encode_block(codes, block, count,
@@ -54,7 +54,7 @@ void flat_encode_range(const FlatEncodeJob& job, int64_t first, int64_t last) {
         Block block;
         read_block<D>(block, x + b * BLOCK, count);
         job.scale_inv[b] = encode_flat_block<F>(job.codes + b * BLOCK, block, count, job.stochastic,
-                                                job.first + uint32_t(b * BLOCK), job.key);
+                                                job.first + uint32_t(b * BLOCK), {job.key, 0});
     }
 }
 
@@ -76,8 +76,8 @@ void flat_sum_range(const FlatSumJob& job, int64_t first, int64_t last) {
         if (out) write_block<D>(out + b * BLOCK, sum, count);
         if (!job.out_codes) continue;
         uint8_t* codes = job.out_codes + b * BLOCK;
-        job.out_scale_inv[b] = job.out_fmt == E4M3 ? encode_flat_block<E4m3>(codes, sum, count, false, 0, 0)
-                                                   : encode_flat_block<E5m2>(codes, sum, count, false, 0, 0);
+        job.out_scale_inv[b] = job.out_fmt == E4M3 ? encode_flat_block<E4m3>(codes, sum, count, false, 0, {})
+                                                   : encode_flat_block<E5m2>(codes, sum, count, false, 0, {});
     }
 }
 

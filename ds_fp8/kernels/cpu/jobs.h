@@ -9,7 +9,7 @@
 
 constexpr int BLOCK = 128;
 
-enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, GRADIENT_CODES = 3 };
+enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 enum Fp8 : int32_t { E4M3 = 0, E5M2 = 1 };
 
 // Per tensor: codes = sat(x * scale), amax of x on the way. Unit: block of 128.
@@ -99,8 +99,7 @@ typedef void (*TorchSqrt)(int count, const float* x, float* roots, int64_t mode)
 struct AdamJob {
     void* param;
     const void* grad;
-    const float* grad_scale_inv;  // one per block, when grad holds e4m3 codes
-    const float* grad_scale;      // one number
+    const float* grad_scale;  // one number
     State exp_avg, exp_avg_sq, master;  // master: expansion unused
     void* weight16;                     // null: not wanted
     SegmentCodes segments;
@@ -108,7 +107,9 @@ struct AdamJob {
     TorchSqrt torch_sqrt;          // null: the correctly rounded root
     int64_t torch_sqrt_mode;
     int64_t numel;
-    int32_t param_dtype, grad_dtype;  // grad_dtype may be GRADIENT_CODES: e4m3
+    int32_t param_dtype, grad_dtype;
     int32_t weight16_dtype, stochastic;
     float decay, l2, beta2, one_minus_beta1, one_minus_beta2, bias_correction2_sqrt, eps, step_size;
+    float inverse_correction2_sqrt;  // 1 / bias_correction2_sqrt, which multiplies unless `divides`
+    int32_t divides;
 };

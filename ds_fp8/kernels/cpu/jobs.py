@@ -20,9 +20,9 @@ QUANTIZE, DEQUANTIZE, FLAT_ENCODE, FLAT_SUM, TILE_QUANTIZE, TILE_DEQUANTIZE, ADA
 
 STATE_FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "e4m3": 3, "e4m3_expanded": 4}
 MASTER_FORMATS = {"own": 0, "fp32": 1, "split32": 2, "split24": 3, "fp16": 4}
-GRADIENT_CODES = 3
 ADAM_SCALARS = (
     "decay", "l2", "beta2", "one_minus_beta1", "one_minus_beta2", "bias_correction2_sqrt", "eps", "step_size",
+    "inverse_correction2_sqrt",
 )  # fmt: skip
 
 
@@ -125,7 +125,6 @@ class AdamJob(ctypes.Structure):
     _fields_ = (
         ("param", c_void_p),
         ("grad", c_void_p),
-        ("grad_scale_inv", c_void_p),
         ("grad_scale", c_void_p),
         ("exp_avg", State),
         ("exp_avg_sq", State),
@@ -141,6 +140,7 @@ class AdamJob(ctypes.Structure):
         ("weight16_dtype", c_int32),
         ("stochastic", c_int32),
         *((name, c_float) for name in ADAM_SCALARS),
+        ("divides", c_int32),
     )
 
 

@@ -7,7 +7,7 @@
 namespace {
 
 // Keeps the low bits of each word.
-INLINE void store_remainder(int16_t* to, Words v) { store(to, narrow_to_halves(v & 0xffffu)); }
+INLINE void store_remainder(int16_t* to, Words v) { store(to, low_halves(v)); }
 INLINE void store_remainder(int8_t* to, Words v) { store(to, low_bytes(v)); }
 
 template <class R>
@@ -53,8 +53,8 @@ INLINE Split split_bf16_16(Floats master) {
 INLINE Split split_bf16_8(Floats master, bool stochastic, Words random) {
     Words bits = bits_of(master);
     bits = master == master ? bits : splat(0x7fc00000u);
-    Words bits24 = (bits + (stochastic ? random >> 24 : ((bits >> 8) & 1u) + 0x7fu)) >> 8;
-    return {(bits24 + 0x80u) >> 8, bits24};
+    bits += stochastic ? random >> 24 : splat(0x80u);
+    return {(bits + 0x8000u) >> 16, bits >> 8};
 }
 
 template <class R>
@@ -96,7 +96,7 @@ INLINE void read_split(Block& w, const uint16_t* weight, const R* remainder, boo
 // Stores w; if `decoded`, leaves in it what is now stored.
 template <bool decoded, class R>
 INLINE void write_split(Block& w, uint16_t* weight, R* remainder, bool bf16, int count, bool stochastic, uint32_t first,
-                        uint32_t key) {
+                        Source source) {
     uint16_t staged_weight[BLOCK];
     R staged[BLOCK];
     bool whole = __builtin_expect(count == BLOCK, 1);
@@ -104,11 +104,11 @@ INLINE void write_split(Block& w, uint16_t* weight, R* remainder, bool bf16, int
     R* to_remainder = whole ? remainder : staged;
     bool random_needed = stochastic && sizeof(R) == 1;
     each_vector([&](int i) {
-        Words random = random_needed ? random_bits(first + i * LANES, key) : Words{};
+        Words random = random_needed ? random_bits(first + i * LANES, source) : Words{};
         Split split = !bf16            ? split_fp16<R>(w.v[i], random_needed, random)
                       : sizeof(R) == 2 ? split_bf16_16(w.v[i])
                                        : split_bf16_8(w.v[i], random_needed, random);
-        store(to_weight + i * LANES, narrow_to_halves(split.weight & 0xffffu));
+        store(to_weight + i * LANES, low_halves(split.weight));
         store_remainder(to_remainder + i * LANES, split.remainder);
         if (!decoded) return;
         bool is_low_byte = bf16 && sizeof(R) == 1;
@@ -135,7 +135,7 @@ INLINE void write_typed(void* to, int32_t dtype, const Block& x, int64_t b, int 
     write_block<Fp16>(half, x, count);
 }
 
-INLINE void read_master(Block& w, const AdamJob& job, int64_t b, int count) {
+__attribute__((noinline)) void read_master(Block& w, const AdamJob& job, int64_t b, int count) {
     const State& master = job.master;
     const uint16_t* weight = static_cast<const uint16_t*>(job.param) + b * BLOCK;
     bool bf16 = job.param_dtype == BF16;
@@ -153,7 +153,7 @@ INLINE void read_master(Block& w, const AdamJob& job, int64_t b, int count) {
 
 // Stores master and parameter; if `decoded`, leaves in w what the master now holds.
 template <bool decoded>
-INLINE void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
+__attribute__((noinline)) void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
     const State& master = job.master;
     uint16_t* weight = static_cast<uint16_t*>(job.param) + b * BLOCK;
     uint32_t first = uint32_t(b * BLOCK);
@@ -165,13 +165,13 @@ INLINE void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
             return write_typed(job.param, job.param_dtype, w, b, count);
         case MASTER_SPLIT32:
             return write_split<decoded>(w, weight, static_cast<int16_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
-                               first, master.key);
+                               first, {master.key, MASTER_SHIFT});
         case MASTER_SPLIT24:
             return write_split<decoded>(w, weight, static_cast<int8_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
-                               first, master.key);
+                               first, {master.key, MASTER_SHIFT});
         case MASTER_FP16:
             master.scale_inv[b] = encode_half_block<true>(static_cast<uint16_t*>(master.data) + b * BLOCK, w, count,
-                                                    job.stochastic, first, master.key, false);
+                                                    job.stochastic, first, {master.key, MASTER_SHIFT}, false);
             return write_typed(job.param, job.param_dtype, w, b, count);
     }
 }

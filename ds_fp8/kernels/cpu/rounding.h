@@ -22,8 +22,17 @@ INLINE Words lane_numbers() {
     return lanes;
 }
 
-// `key` is mix(seed ^ mix(step ^ mix(stream))), made by the caller once per job.
-INLINE Words random_bits(uint32_t first_index, uint32_t key) { return mix((lane_numbers() + first_index) ^ key); }
+// Where random words come from: `key` is mix(seed ^ mix(step ^ mix(stream))), made by the caller once per job; the words
+// are shifted left, so that several roundings of an element can share one.
+struct Source {
+    uint32_t key;
+    int shift;
+};
+constexpr int EXP_AVG_SHIFT = 0, EXP_AVG_SQ_SHIFT = 20, MASTER_SHIFT = 12;
+
+INLINE Words random_bits(uint32_t first_index, Source source) {
+    return mix((lane_numbers() + first_index) ^ source.key) << source.shift;
+}
 
 // The upper `count` random bits as a fraction in [0, 1).
 template <int count>

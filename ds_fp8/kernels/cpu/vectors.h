@@ -89,9 +89,13 @@ INLINE Words smaller(Words a, Words b) {
 }
 
 INLINE uint32_t largest(Words v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epu32((__m512i)v);
+#else
     uint32_t top = 0;
     for (int i = 0; i < LANES; i++) top = v[i] > top ? v[i] : top;
     return top;
+#endif
 }
 
 INLINE Floats root(Floats x) {
@@ -169,21 +173,21 @@ INLINE Words widen(Halves v) {
 #endif
 }
 
-INLINE Words sign_extend(Shorts v) {
-#if defined(__AVX512F__)
-    return (Words)_mm512_cvtepi16_epi32((__m256i)v);
-#elif defined(__AVX2__)
-    return (Words)_mm256_cvtepi16_epi32((__m128i)v);
-#else
-    return (Words)__builtin_convertvector(v, Ints);
-#endif
-}
-
 INLINE Words sign_extend(Chars v) {
 #if defined(__AVX512F__)
     return (Words)_mm512_cvtepi8_epi32((__m128i)v);
 #elif defined(__AVX2__)
     return (Words)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)v));
+#else
+    return (Words)__builtin_convertvector(v, Ints);
+#endif
+}
+
+INLINE Words sign_extend(Shorts v) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepi16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepi16_epi32((__m128i)v);
 #else
     return (Words)__builtin_convertvector(v, Ints);
 #endif
@@ -208,6 +212,14 @@ INLINE Halves narrow_to_halves(Words v) {  // every lane below 65536
     return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 #else
     return __builtin_convertvector(v, Halves);
+#endif
+}
+
+INLINE Halves low_halves(Words v) {  // the lower half of every lane
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+    return narrow_to_halves(v & 0xffffu);
 #endif
 }
 

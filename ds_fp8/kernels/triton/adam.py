@@ -14,21 +14,23 @@ import triton
 import triton.language as tl
 
 from ...numerics import expansion
-from ...numerics.random_bits import EXP_AVG_SQ_STREAM, EXP_AVG_STREAM, MASTER_STREAM, Stochastic
+from ...numerics.random_bits import EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT
 from ...numerics.states import RATIO_FORMATS, ROOT_FORMATS
 from ..adam import AdamStep
 from . import cast, codec, ieee, masters, states
 from .flat import signed
 from .launch import LAUNCH, hardware_casts, on_device
 
+SHIFT_M, SHIFT_V, SHIFT_W = (tl.constexpr(shift) for shift in (EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT))
+
 ROWS = 8
 """Blocks per program: 1024 elements, eight per thread with four warps."""
 
 
-@triton.jit(do_not_specialize=["key_m", "key_v", "key_w"])
+@triton.jit(do_not_specialize=["key"])
 def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr,
                  master_ptr, master_scale_ptr, weight16_ptr, table_ptr, grad_scale_ptr, grad_scale, decay, l2, beta2,
-                 lerp_weight, one_minus_beta2, bias_correction2_sqrt, eps, step_size, n, key_m, key_v, key_w,
+                 lerp_weight, one_minus_beta2, correction, eps, step_size, n, key,
                  M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr,
                  MASTER: tl.constexpr, HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, DECAY: tl.constexpr,
                  L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -62,12 +64,21 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
         m = codec.fma(one * lerp_weight, g - m, g)
     v = v * beta2
     v = codec.fma(g * one_minus_beta2, g, v)
+    # With v in fp32 the order is torch's, and `correction` divides; else the shorter one, and it multiplies.
+    DIVIDES: tl.constexpr = V_FORMAT == states.FP32
+    numerator = m * step_size if DIVIDES else m
     if ORDINARY:
-        root, change = ieee.root_and_change(v, m * step_size, bias_correction2_sqrt, eps)
+        root, change = ieee.root_and_change(v, numerator, correction, eps, DIVIDES)
     else:
         root = tl.sqrt_rn(v)
-        change = tl.div_rn(m * step_size, tl.div_rn(root, one * bias_correction2_sqrt) + eps)
-    w = w + change
+        if DIVIDES:
+            change = tl.div_rn(numerator, tl.div_rn(root, one * correction) + eps)
+        else:
+            change = tl.div_rn(numerator, codec.fma(one * correction, root, one * eps))
+    if DIVIDES:
+        w = w + change
+    else:
+        w = codec.fma(one * step_size, change, w)
     if not EVEN:
         # A tile may reach beyond the end: there nothing may count in a block's amax.
         w, m = tl.where(inside, w, 0.0), tl.where(inside, m, 0.0)
@@ -75,9 +86,8 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
 
     word_m, word_v, word_w = index, index, index  # not used when rounding to nearest
     if STOCHASTIC:
-        word_m = codec.random_words(index, key_m)
-        word_v = codec.random_words(index, key_v)
-        word_w = codec.random_words(index, key_w)
+        word = codec.random_words(index, key)
+        word_m, word_v, word_w = word << SHIFT_M, word << SHIFT_V, word << SHIFT_W
     stored = root if V_ROOT else v
     kept = states.write(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, stored, index, row, inside, row_inside, word_v,
                         V_FORMAT, V_ROOT, STOCHASTIC, HARDWARE)  # fmt: skip
@@ -113,10 +123,9 @@ def adam_step(step: AdamStep) -> None:
     """One step of one flat partition on the device; see `AdamStep` for every buffer. Waits for nothing."""
     n = step.param.numel()
     scalars, param = step.scalars, step.param
-    keys = [0, 0, 0]
-    if step.rounding == "stochastic":
-        streams = (EXP_AVG_STREAM, EXP_AVG_SQ_STREAM, MASTER_STREAM)
-        keys = [signed(Stochastic(step.seed, step.step, stream).key) for stream in streams]
+    source = step.source(EXP_AVG_SHIFT)
+    key = 0 if source is None else signed(source.key)
+    correction = scalars.bias_correction2_sqrt if step.exp_avg_sq.format == "fp32" else scalars.inverse_correction2_sqrt
     m, v, master = step.exp_avg, step.exp_avg_sq, step.master
     expanded = "e4m3_expanded" in (m.format, v.format)
     table = expansion.table(param.device) if expanded else param
@@ -137,7 +146,7 @@ def adam_step(step: AdamStep) -> None:
             pointer(master.data), pointer(master.scale_inv), pointer(step.weight16), table,
             step.grad_scale if by_tensor else param, 1.0 if by_tensor else float(step.grad_scale),
             scalars.decay, scalars.l2, scalars.beta2, lerp_weight, scalars.one_minus_beta2,
-            scalars.bias_correction2_sqrt, scalars.eps, scalars.step_size, n, *keys,
+            correction, scalars.eps, scalars.step_size, n, key,
             states.FORMATS[m.format], m.format in RATIO_FORMATS, states.FORMATS[v.format], v.format in ROOT_FORMATS,
             masters.KINDS[master.format], param.dtype == torch.float16, by_tensor, scalars.decay != 1.0, scalars.l2 != 0.0,
             from_m, step.weight16 is not None, step.rounding == "stochastic", ROWS,

@@ -39,18 +39,27 @@ def _root(x):
 
 
 @triton.jit
-def root_and_change(v, numerator, bias_correction2_sqrt, eps):
-    """(sqrt(v), numerator / (sqrt(v) / bias_correction2_sqrt + eps)), each operation rounded to nearest."""
-    b = tl.zeros_like(v) + bias_correction2_sqrt
+def root_and_change(v, numerator, correction, eps, DIVIDES: tl.constexpr):
+    """(sqrt(v), numerator / d), each operation rounded to nearest.
+
+    d is sqrt(v) / correction + eps, or, if it is not divided, fma(correction, sqrt(v), eps).
+    """
+    b = tl.zeros_like(v) + correction
     root = _root(v)
-    denominator = codec.quotient(root, b, codec.reciprocal(b)) + eps
+    if DIVIDES:
+        denominator = codec.quotient(root, b, codec.reciprocal(b)) + eps
+    else:
+        denominator = tl.fma(b, root, tl.zeros_like(v) + eps)
     change = codec.quotient(numerator, denominator, codec.reciprocal(denominator))
     # One unsigned maximum: what lies below the span wraps around to the top. Zeros do, too; they are rare, or whole tiles.
     v_above = (v.to(tl.int32, bitcast=True) - LEAST_ROOT).to(tl.uint32, bitcast=True)
     above = (codec.magnitude_bits(numerator) - LEAST_NUMERATOR).to(tl.uint32, bitcast=True)
     if tl.max(tl.max(tl.maximum(v_above, above), axis=1), axis=0) >= SPAN:
         root = tl.sqrt_rn(v)
-        change = tl.div_rn(numerator, tl.div_rn(root, b) + eps)
+        if DIVIDES:
+            change = tl.div_rn(numerator, tl.div_rn(root, b) + eps)
+        else:
+            change = tl.div_rn(numerator, tl.fma(b, root, tl.zeros_like(v) + eps))
     return root, change
 
 

@@ -91,7 +91,7 @@ def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, row_inside,
             if STOCHASTIC:
                 carry = (word >> 24).to(tl.int32)
             else:
-                carry = 0x7F + ((bits >> 8) & 1)
+                carry = 0x80
             bits = bits + tl.where((bits & 0x7FFFFFFF) < 0x7F800000, carry, 0)
             upper = bits >> 8
             tl.store(half_ptr, ((upper + 0x80) >> 8).to(tl.int16), mask=inside)
