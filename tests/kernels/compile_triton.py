@@ -87,7 +87,7 @@ def main() -> None:
             "HARDWARE": True,
             "ORDINARY": True,
         }
-        build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 4, constants, fused=2)
+        build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 2, constants, fused=2)
     for renew in (False, True):
         constants = {
             "LENGTH": 1024,

@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int VECTORS = BLOCK / LANES;
-constexpr int64_t AHEAD = 1024;  // bytes prefetched ahead of the one being read; measured, 1 to 2 KiB are equal
+constexpr int64_t AHEAD = 1024;  // bytes prefetched ahead of the one being read: some hundred nanoseconds of work
 
 struct Block {
     Floats v[VECTORS];

@@ -30,7 +30,8 @@ struct alignas(64) Group {
     float scale_inv[GROUP], scale[GROUP];
 };
 
-// Brings the lines of the group after this one into the cache, one block's share at a time.
+// Brings the lines of the group after this one into the cache, one block's share at a time: a phase reads what the same
+// phase of the group before has asked for.
 INLINE void prefetch_ahead(const void* from, int64_t bytes_per_block) {
     const char* ahead = static_cast<const char*>(from) + GROUP * bytes_per_block;
     for (int64_t line = 0; line < bytes_per_block; line += 64) prefetch(ahead + line);

@@ -135,7 +135,7 @@ INLINE void write_typed(void* to, int32_t dtype, const Block& x, int64_t b, int 
     write_block<Fp16>(half, x, count);
 }
 
-__attribute__((noinline)) void read_master(Block& w, const AdamJob& job, int64_t b, int count) {
+INLINE void read_master(Block& w, const AdamJob& job, int64_t b, int count) {
     const State& master = job.master;
     const uint16_t* weight = static_cast<const uint16_t*>(job.param) + b * BLOCK;
     bool bf16 = job.param_dtype == BF16;
@@ -153,7 +153,7 @@ __attribute__((noinline)) void read_master(Block& w, const AdamJob& job, int64_t
 
 // Stores master and parameter; if `decoded`, leaves in w what the master now holds.
 template <bool decoded>
-__attribute__((noinline)) void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
+INLINE void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
     const State& master = job.master;
     uint16_t* weight = static_cast<uint16_t*>(job.param) + b * BLOCK;
     uint32_t first = uint32_t(b * BLOCK);

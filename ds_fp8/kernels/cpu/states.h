@@ -1,7 +1,7 @@
 // exp_avg and exp_avg_sq of one block, in any of the five formats. Twin: ds_fp8/numerics/states.py.
 //
 // The format is looked at once per block, in a branch that always goes the same way: 5 x 5 x 5 x 4 combinations of
-// formats need no 500 copies of the code.
+// formats need no 500 copies of the code. All but fp32 are calls, which keeps the build short.
 #pragma once
 
 #include "blocks16.h"
@@ -9,9 +9,8 @@
 
 namespace {
 
-__attribute__((noinline)) void read_state(Block& x, const State& state, const float* table, int64_t b, int count) {
+__attribute__((noinline)) void read_codes(Block& x, const State& state, const float* table, int64_t b, int count) {
     switch (state.format) {
-        case STATE_FP32: return read_block<Fp32>(x, static_cast<const float*>(state.data) + b * BLOCK, count);
         case STATE_BF16: return read_block<Bf16>(x, static_cast<const uint16_t*>(state.data) + b * BLOCK, count);
         case STATE_FP16:
             return decode_half_block(x, static_cast<const uint16_t*>(state.data) + b * BLOCK, state.scale_inv[b], count);
@@ -21,6 +20,11 @@ __attribute__((noinline)) void read_state(Block& x, const State& state, const fl
             return decode_expanded_block(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, state.scale_inv[b],
                                          table + state.expansion[b] * BLOCK, count);
     }
+}
+
+INLINE void read_state(Block& x, const State& state, const float* table, int64_t b, int count) {
+    if (state.format == STATE_FP32) return read_block<Fp32>(x, static_cast<const float*>(state.data) + b * BLOCK, count);
+    read_codes(x, state, table, b, count);
 }
 
 // What exp_avg is divided by where it is a ratio: r = sqrt(v), 1 where that is zero.
@@ -40,11 +44,10 @@ INLINE Floats round_bf16_stochastic(Floats x, Words random) {
 }
 
 // `keep_positive` for sqrt(v). May change x.
-__attribute__((noinline)) void write_state(const State& state, Block& x, int64_t b, int count, bool stochastic, bool keep_positive, int shift) {
+__attribute__((noinline)) void write_codes(const State& state, Block& x, int64_t b, int count, bool stochastic, bool keep_positive, int shift) {
     uint32_t first = uint32_t(b * BLOCK);
     Source source = {state.key, shift};
     switch (state.format) {
-        case STATE_FP32: return write_block<Fp32>(static_cast<float*>(state.data) + b * BLOCK, x, count);
         case STATE_BF16:
             if (stochastic)
                 each_vector([&](int i) {
@@ -66,6 +69,11 @@ __attribute__((noinline)) void write_state(const State& state, Block& x, int64_t
             state.expansion[b] = scale.expansion;
         }
     }
+}
+
+INLINE void write_state(const State& state, Block& x, int64_t b, int count, bool stochastic, bool keep_positive, int shift) {
+    if (state.format == STATE_FP32) return write_block<Fp32>(static_cast<float*>(state.data) + b * BLOCK, x, count);
+    write_codes(state, x, b, count, stochastic, keep_positive, shift);
 }
 
 }  // namespace

@@ -223,7 +223,7 @@ INLINE Halves low_halves(Words v) {  // the lower half of every lane
 #endif
 }
 
-// Stores that bypass the cache, for outputs larger than it: half the traffic, because the line is not read first.
+// Stores that bypass the cache, for outputs larger than it: the line is not read first.
 template <class V>
 INLINE void stream(void* to, V v) {
 #if defined(__AVX512F__)
