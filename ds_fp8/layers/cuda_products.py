@@ -31,10 +31,8 @@ STEP = 16
 TILE_STEP = 512
 """Sides of a weight under the block recipe: with four tiles the rows of their scales begin at 16 bytes by themselves."""
 
-MULTIPLIES_BLOCKS = False
-"""Whether block scales go to `torch._scaled_mm`. Alone it multiplies with them correctly on an H200 (torch 2.11), but
-grad_input of this road was off there by half (docs/gpu.md), and the cause is not found. So the block recipe decodes to bf16
-and multiplies that: right, and two to four times slower than bf16. Transformer Engine's is the fast block recipe."""
+MULTIPLIES_BLOCKS = True
+"""Whether block scales go to `torch._scaled_mm`, which multiplies with them on Hopper (torch 2.11, CUDA 13)."""
 
 COMPUTE = (torch.bfloat16, torch.float16)
 
@@ -57,7 +55,7 @@ def _fast_step(page: Page, weight: torch.Tensor) -> int:
     recipe = page.book.recipe
     high = recipe.override_linear_precision
     blocks = recipe.kind == "block"
-    if blocks and not MULTIPLIES_BLOCKS:
+    if blocks and not (MULTIPLIES_BLOCKS and torch.cuda.get_device_capability(weight.device)[0] == 9):
         return 0
     if high.fprop or high.dgrad or high.wgrad or any(size % (TILE_STEP if blocks else STEP) for size in weight.shape):
         return 0

@@ -10,8 +10,11 @@ from torch import nn
 
 pytest.importorskip("triton")
 
+from ds_fp8.formats import E4M3
+from ds_fp8.kernels.triton import operands
 from ds_fp8.layers import cuda_products
 from ds_fp8.layers.page import WeightCodes
+from ds_fp8.numerics import gemm_blocks
 from ds_fp8.recipe import Recipe
 from tests.layers import test_golden
 from tests.layers.small_models import swapped
@@ -64,19 +67,35 @@ def passes(recipe: Recipe, *, fast: bool, bias: bool = True, rows: int = 256, ca
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_the_fast_road_is_the_plain_road(recipe, cached, bias):
-    """One scale per tensor: every bit. Block scales: the plain road decodes to bf16 and sums elsewhere, so rounding."""
+    """One scale per tensor: every bit. Block scales: the plain road decodes to bf16 and sums in another order; where that
+    moves a 16-bit result, the next cast may take the neighbouring code, 1/16 away in e4m3 and 1/8 in e5m2."""
     ours, book = passes(recipe, fast=True, bias=bias, cached=cached)
     plain, plain_book = passes(recipe, fast=False, bias=bias, cached=cached)
     for number, (found, wanted) in enumerate(zip(ours, plain, strict=True)):
         if recipe.kind == "block":
             error = (found - wanted).float().norm() / wanted.float().norm()
-            assert error < 0.01, f"tensor {number}: {error}"
+            assert error < 0.06, f"tensor {number}: {error}"
         else:
             assert torch.equal(found, wanted), f"tensor {number}: {(found - wanted).abs().max()}"
     if recipe.is_delayed:
         assert torch.equal(book.state_dict()["scales"], plain_book.state_dict()["scales"])
         assert torch.equal(book.forward.history, plain_book.forward.history)
         assert torch.equal(book.backward.history, plain_book.backward.history)
+
+
+def test_block_operands_on_the_device():
+    """Both orientations of groups and tiles, every code and scale (the interpreter does not see what the compiler does)."""
+    for shape in ((512, 1024), (1024, 512)):
+        x = torch.randn(shape).bfloat16()
+        (codes, tiles), (turned, turned_tiles) = operands.cast_tiles(x.cuda(), E4M3)
+        wanted, wanted_tiles = gemm_blocks.quantize_128x128(x, E4M3)
+        assert torch.equal(codes.cpu().float(), wanted.float()) and torch.equal(tiles.cpu(), wanted_tiles)
+        assert torch.equal(turned.cpu().float(), wanted.t().float()) and torch.equal(
+            turned_tiles.cpu(), wanted_tiles.t()
+        )
+        for found, source in zip(operands.cast_groups(x.cuda(), E4M3), (x, x.t().contiguous()), strict=True):
+            wanted, wanted_groups = gemm_blocks.quantize_1x128(source, E4M3)
+            assert torch.equal(found[0].cpu().float(), wanted.float()) and torch.equal(found[1].cpu(), wanted_groups)
 
 
 @pytest.mark.parametrize("rows", [16, 48, 24, 1])

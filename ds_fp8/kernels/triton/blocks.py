@@ -55,10 +55,6 @@ def _block_kernel(x_ptr, codes_ptr, scale_ptr, turned_ptr, turned_scale_ptr, row
         tl.store(codes_ptr + row[:, None] * columns + column[None, :], codes, mask=inside)
         here = scale_ptr + block_row * scale_row + block_column * scale_column + tl.zeros([1, 1], tl.int32)
         tl.store(here, reciprocal(scale))
-        if TURNED:
-            tl.store(turned_ptr + turned_index, tl.trans(codes), mask=turned_inside)
-            there = turned_scale_ptr + block_column * turned_scale_row + block_row * turned_scale_column
-            tl.store(there + tl.zeros([1, 1], tl.int32), reciprocal(scale))
     else:
         if PLAIN:
             scale = group_scale(tl.max(bits, axis=1), FMAX, POWER_OF_TWO)
@@ -87,10 +83,13 @@ def quantize_groups(x: torch.Tensor, fmt: Format, plain: Coded | None, turned: C
     _launch(x, fmt, plain, turned, power_of_two, tiles=False)
 
 
-def quantize_tiles(x: torch.Tensor, fmt: Format, plain: Coded, turned: Coded | None = None,
-                   power_of_two: bool = True) -> None:  # fmt: skip
-    """128x128 tiles of contiguous `x` [N, K]: codes and scale_inv [tiles of N, tiles of K], and those of the transpose."""
-    _launch(x, fmt, plain, turned, power_of_two, tiles=True)
+def quantize_tiles(x: torch.Tensor, fmt: Format, plain: Coded, power_of_two: bool = True) -> None:
+    """128x128 tiles of contiguous `x` [N, K]: codes and scale_inv [tiles of N, tiles of K].
+
+    The transposed codes are a launch of their own (`cast.turn`): written here, Triton 3.6 left wrong ones on an H200, which
+    its interpreter did not show.
+    """
+    _launch(x, fmt, plain, None, power_of_two, tiles=True)
 
 
 def _launch(x: torch.Tensor, fmt: Format, plain: Coded | None, turned: Coded | None, power_of_two: bool, *,

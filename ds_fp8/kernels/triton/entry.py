@@ -78,7 +78,7 @@ def quantize_128x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
         return NotImplemented
     codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
     scale_inv = torch.empty(blocks_of(x.shape[0]), blocks_of(x.shape[1]), device=x.device)
-    blocks.quantize_tiles(x, fmt, (codes, scale_inv), None, power_of_two)
+    blocks.quantize_tiles(x, fmt, (codes, scale_inv), power_of_two)
     return codes, scale_inv
 
 

@@ -128,8 +128,12 @@ def cast_tiles(x: torch.Tensor, fmt: Format, *, turned: bool = True) -> tuple[bl
     rows, columns = x.shape[0] // 128, x.shape[1] // 128
     assert codes is not None
     plain = (codes, _scales(rows, columns, x.device))
-    found_turned = None if transposed is None else (transposed, _scales(columns, rows, x.device))
-    blocks.quantize_tiles(x, fmt, plain, found_turned)
+    blocks.quantize_tiles(x, fmt, plain)
+    if transposed is None:
+        return plain, None
+    cast.turn(codes.t(), transposed)
+    found_turned = (transposed, _scales(columns, rows, x.device))
+    found_turned[1].copy_(plain[1].t())
     return plain, found_turned
 
 
