@@ -64,6 +64,18 @@ def test_use_te_of_msamp_falls_back_in_one_visible_line():
     assert plan(settings, HOPPER).fp8.backend == "transformer_engine"
 
 
+def test_codes_keep_to_the_backend_that_is_proven_with_them():
+    """At O3 a backend left to us is torch, and the banner says so; one that was asked for by name is refused."""
+    made = plan(job(level="O3"), HOPPER)
+    assert made.fp8.backend == "torch" and "backend torch, the same numerics" in made.banner()
+    settings = job(level="O3", backend="transformer_engine")
+    with pytest.raises(PlanError, match=r"backend is transformer_engine(.|\n)*auto or torch"):
+        plan(settings, HOPPER)
+    from_use_te = replace(settings, msamp=replace(settings.msamp, use_te=True))
+    assert plan(from_use_te, HOPPER).fp8.backend == "torch"
+    assert plan(job(level="O2"), HOPPER).fp8.backend == "transformer_engine"
+
+
 @pytest.mark.parametrize("kind", ["mxfp8", "nvfp4"])
 def test_blackwell_recipes(kind):
     assert plan(job(kind), BLACKWELL).fp8.recipe.kind == kind
