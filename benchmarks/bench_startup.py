@@ -4,7 +4,9 @@
 
 Needs an installed ds_fp8 (its .pth in site-packages); `without` is the same Python with the plugin's files hidden, i.e. a
 site-packages that lacks them. Runs alternate, so that a busy machine disturbs both alike. Targets: under 1 ms for Python's
-start, under 1 % for DeepSpeed's import.
+start, under 1 % for DeepSpeed's import. The start is overstated: with -S nobody has looked into site-packages yet, and that
+first look, which an ordinary start has behind it, is counted as the door's. In a virtual environment with the .pth renamed
+away and back, 80 pairs, the difference was 0.57 ms (November 2026); hooking a DeepSpeed that is imported took 0.3 ms.
 """
 
 from __future__ import annotations
