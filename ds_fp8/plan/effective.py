@@ -115,7 +115,7 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
 
 
 def _refuse_codes_in_transformer_engine(settings: Settings, notes: list[str]) -> str | None:
-    """`torch` where weights travel as codes: te.Linear with codes in its cache read released memory on an H200.
+    """`torch` where weights travel as codes: te.Linear with codes in its cache ends in an illegal memory access on an H200.
 
     Seen with Transformer Engine 2.20.2 (docs/gpu.md), while the torch backend is proven there. A backend that the user
     wrote himself is refused, one that was left to us, or that `use_te` implies, is replaced and told.
