@@ -4,7 +4,8 @@
 
 Each run is `examples/train_gpt.py` under the real `deepspeed` launcher on two ranks; cases differ in their JSON alone.
 A finished run is not repeated, so an interrupted series goes on where it stopped. The gap is eval loss minus that of
-bf16 with the same seed: it is judged by its size beside the spread that bf16 itself has over seeds, not by its sign.
+bf16 with the same seed and stage: it is judged by its size beside what bf16 itself does over seeds and over stages, not
+by its sign.
 """
 
 from __future__ import annotations
@@ -117,6 +118,20 @@ def table(found: dict[Any, list[dict]]) -> list[str]:
     return lines
 
 
+def yardstick(found: dict[Any, list[dict]]) -> list[str]:
+    """What bf16 does by itself: its spread over seeds, and over stages, where nothing but the order of sums differs."""
+    plain = [[run["eval_loss"] for run in runs] for (name, *_), runs in found.items() if name == "bf16"]
+    lines = []
+    if plain and len(plain[0]) > 1:
+        lines += ["", f"bf16 itself spreads by {statistics.stdev(plain[0]):.4f} (standard deviation) over its seeds."]
+    if len(plain) > 1:
+        apart = [max(losses) - min(losses) for losses in zip(*plain, strict=True)]
+        shown = ", ".join(f"{gap:.4f}" for gap in apart)
+        lines += ["", f"With one seed, bf16 differs between these stages and accumulations by {shown}: only sums are ordered"]
+        lines += ["otherwise there, so a gap of that size says nothing about a format."]
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", nargs="+", choices=sorted(SETS), default=["recipes", "levels"])
@@ -130,10 +145,7 @@ def main() -> None:
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [f"# {__doc__.splitlines()[0]}", "", f"{now:%Y-%m-%d}, {cpu_name()}, {os.cpu_count()} cores, 2 ranks"]
     lines += [f"{software}  ", f"`python benchmarks/bench_training.py {' '.join(sys.argv[1:])}`", "", *table(found)]
-    base = next((runs for (name, *_), runs in found.items() if name == "bf16"), [])
-    if len(base) > 1:
-        spread = statistics.stdev(each["eval_loss"] for each in base)
-        lines += ["", f"bf16 itself spreads by {spread:.4f} (standard deviation) over its seeds."]
+    lines += yardstick(found)
     file = RESULTS / f"training_{'-'.join(options.set)}_{hardware_slug()}_{now:%Y%m}.md"
     file.write_text("\n".join(lines) + "\n")
     print(f"written: {file.relative_to(ROOT)}")
