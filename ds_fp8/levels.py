@@ -22,6 +22,9 @@ from .formats import BLOCK_SIZE
 
 OPT_LEVELS = ("O1", "O2", "O3")
 STATE_FORMATS = ("fp32", "bf16", "fp16", "e4m3", "e4m3_expanded")
+"""What holds either moment. int8 holds exp_avg alone: its codes are evenly spaced, and a root spans decades."""
+
+EXP_AVG_FORMATS = (*STATE_FORMATS, "int8")
 MASTER_FORMATS = ("fp32", "split32", "split24", "fp16")
 ROUNDINGS = ("nearest", "stochastic")
 GRADIENT_WIRES = ("e4m3", "e5m2", "none")
@@ -34,6 +37,7 @@ STATE_BYTES = {
     "fp16": 2.0 + 4 / BLOCK_SIZE,
     "e4m3": 1.0 + 4 / BLOCK_SIZE,
     "e4m3_expanded": 1.0 + 5 / BLOCK_SIZE,
+    "int8": 1.0 + 4 / BLOCK_SIZE,
 }
 """Bytes per parameter of one optimizer state, scales included."""
 

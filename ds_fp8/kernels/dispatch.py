@@ -190,6 +190,9 @@ def _is_fast(step: AdamStep) -> bool:
     """Whether a fast path may take the step."""
     if not all(tensor.is_contiguous() for tensor in step.tensors()):
         return False
+    # Until the fast steps know int8, PyTorch does it.
+    if step.exp_avg.format == "int8":
+        return False
     if step.param.device.type != "cpu" or not step.torch_sqrt or torch_sqrt_is_ieee():
         return True
     return getattr(library_for("cpu"), "has_torch_sqrt", False)

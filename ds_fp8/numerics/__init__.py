@@ -6,6 +6,7 @@
     gemm_blocks   1x128 and 128x128 scales for the operands of a matrix product
     flat          128 consecutive elements of a flat partition share a scale: gradients on the wire, optimizer states
     random_bits   counter-based random numbers and stochastic rounding
+    blocks8       int8 in scaled blocks of 128
     blocks16      fp16 in scaled blocks of 128
     expansion     e4m3 codes that stretch to the range of their block
     states        how exp_avg and exp_avg_sq lie in memory

@@ -1,9 +1,10 @@
-"""How exp_avg and exp_avg_sq lie in memory: one `StateCodes` holds either, in one of five formats.
+"""How exp_avg and exp_avg_sq lie in memory: one `StateCodes` holds either, in one of six formats.
 
     format         data            scale_inv  expansion  exp_avg    exp_avg_sq    bytes per parameter
     fp32           fp32 [n]        -          -          m          v             4
     bf16           bf16 [n]        -          -          m          v             2
     fp16           fp16 [n]        blocks     -          m          sqrt(v)       2.03     blocks16
+    int8           int8 [n]        blocks     -          m / d      refused       1.03     blocks8
     e4m3           uint8 [n]       blocks     -          m / d      sqrt(v)       1.03     flat
     e4m3_expanded  uint8 [n]       blocks     blocks     m / d      sqrt(v)       1.04     expansion
 
@@ -21,7 +22,7 @@ m / sqrt(v) is, everywhere: it is the update. So exp_avg in 8 bits is kept as a 
 
 The divisor is what the next step reads, to the bit, so an error of sqrt(v) does not reach m. Where v is zero (a new
 state, a v below fp32) m stands there itself and is not lost; NaN stays NaN. What exp_avg means depends on exp_avg_sq:
-whoever writes the latter writes the former again, after it.
+whoever writes the latter writes the former again, after it. int8 suits the ratio alone: a root spans more than its codes.
 
 The functions are elementwise over blocks; a piece that starts at a multiple of 128 gives the same codes as the whole.
 Rounding: RNE, or `Stochastic` for every format but fp32.
@@ -35,21 +36,25 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import BLOCK_SIZE, E4M3
-from ..levels import STATE_FORMATS
-from . import blocks16, expansion, flat
+from ..levels import EXP_AVG_FORMATS
+from . import blocks8, blocks16, expansion, flat
 from .adam import ieee_sqrt
 from .random_bits import Stochastic
 
 ROOT_FORMATS = frozenset({"fp16", "e4m3", "e4m3_expanded"})
 """Formats in which exp_avg_sq is kept as its square root."""
 
-RATIO_FORMATS = frozenset({"e4m3", "e4m3_expanded"})
+RATIO_FORMATS = frozenset({"int8", "e4m3", "e4m3_expanded"})
 """Formats in which exp_avg is kept as its ratio to the root of exp_avg_sq."""
+
+SCALED_FORMATS = ROOT_FORMATS | RATIO_FORMATS
+"""Formats with a scale for each block."""
 
 _DATA_DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "int8": torch.int8,
     "e4m3": torch.uint8,
     "e4m3_expanded": torch.uint8,
 }
@@ -59,7 +64,7 @@ _DATA_DTYPES = {
 class StateCodes:
     """One optimizer state of a flat partition, or a piece of it; the tensors belong to whoever made them.
 
-    format      one of STATE_FORMATS
+    format      one of EXP_AVG_FORMATS
     data        [n], dtype as in the table above
     scale_inv   fp32 [ceil(n / 128)] or None
     expansion   uint8 [ceil(n / 128)], sixteenths of k, or None
@@ -88,10 +93,10 @@ class StateCodes:
 
 def new_state(format: str, numel: int, device: torch.device | str) -> StateCodes:  # noqa: A002 (the field's name)
     """Buffers of a state that decodes to zeros."""
-    if format not in STATE_FORMATS:
-        raise ValueError(f"state format {format!r} is not one of {', '.join(STATE_FORMATS)}")
+    if format not in EXP_AVG_FORMATS:
+        raise ValueError(f"state format {format!r} is not one of {', '.join(EXP_AVG_FORMATS)}")
     blocks = flat.blocks_of(numel)
-    has_scales = format in ROOT_FORMATS
+    has_scales = format in SCALED_FORMATS
     return StateCodes(
         format,
         torch.zeros(numel, dtype=_DATA_DTYPES[format], device=device),
@@ -109,6 +114,8 @@ def read(state: StateCodes) -> torch.Tensor:
     assert state.scale_inv is not None
     if state.format == "fp16":
         return blocks16.decode(state.data, state.scale_inv)
+    if state.format == "int8":
+        return blocks8.decode(state.data, state.scale_inv)
     if state.format == "e4m3":
         return flat.decode(state.data, state.scale_inv, E4M3)
     assert state.expansion is not None
@@ -158,7 +165,8 @@ def write_root(state: StateCodes, root: torch.Tensor, rounding: Stochastic | Non
 def write_exp_avg_sq(
     exp_avg_sq: StateCodes, v: torch.Tensor, root: torch.Tensor, rounding: Stochastic | None = None
 ) -> None:
-    """Store v [n] fp32 in place; `root` is its square root, which some formats store instead."""
+    """Store v [n] fp32 in place; `root` is its square root, which some formats store instead. Never int8."""
+    assert exp_avg_sq.format != "int8"
     if exp_avg_sq.format in ROOT_FORMATS:
         write_root(exp_avg_sq, root, rounding)
     else:
@@ -176,6 +184,8 @@ def _write_codes(state: StateCodes, values: torch.Tensor, rounding: Stochastic |
     assert state.scale_inv is not None
     if state.format == "fp16":
         codes, scale_inv = blocks16.encode(values, rounding=rounding)
+    elif state.format == "int8":
+        codes, scale_inv = blocks8.encode(values, rounding=rounding)
     elif state.format == "e4m3":
         codes, scale_inv = flat.encode(values, E4M3, rounding=rounding)
     else:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from ds_fp8.levels import STATE_BYTES, STATE_FORMATS
-from ds_fp8.numerics import states
+from ds_fp8.levels import EXP_AVG_FORMATS, STATE_BYTES, STATE_FORMATS
+from ds_fp8.numerics import blocks8, states
 from ds_fp8.numerics.random_bits import Stochastic
 
 TOLERANCE = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11 * 1.001, "e4m3": 2.0**-4 * 1.001, "e4m3_expanded": 0.12}
 """Half an ulp. Expanded: the smallest of a block is e4m3's smallest code, half a step of it is 1/2, and k = 4 divides that."""
+
+TOLERANCE["int8"] = 0.5 / 127 * math.exp(3) * 1.001
+"""Half a step, 1/254 of the block's amax, relative to the smallest of `narrow`, exp(3) below it."""
 
 
 def narrow(numel=300, seed=0):
@@ -19,7 +24,7 @@ def narrow(numel=300, seed=0):
     return torch.exp(torch.rand(numel, generator=generator) * 3 - 10)
 
 
-@pytest.mark.parametrize("fmt", STATE_FORMATS)
+@pytest.mark.parametrize("fmt", EXP_AVG_FORMATS)
 def test_what_is_written_is_read(fmt):
     values = narrow()
     state = states.new_state(fmt, 300, "cpu")
@@ -30,7 +35,7 @@ def test_what_is_written_is_read(fmt):
     assert torch.allclose(states.read(state), values, rtol=2.1 * TOLERANCE[fmt], atol=0)
 
 
-@pytest.mark.parametrize("fmt", STATE_FORMATS)
+@pytest.mark.parametrize("fmt", EXP_AVG_FORMATS)
 @pytest.mark.parametrize("numel", [0, 1, 127, 128, 129, 1000])
 def test_bytes_are_those_of_the_table(fmt, numel):
     state = states.new_state(fmt, numel, "cpu")
@@ -63,13 +68,15 @@ def test_roots_below_fp16_survive_in_their_own_block():
 
 
 @pytest.mark.parametrize("squares", STATE_FORMATS)
-@pytest.mark.parametrize("fmt", STATE_FORMATS)
+@pytest.mark.parametrize("fmt", EXP_AVG_FORMATS)
 def test_moments_are_m_and_v_whatever_is_stored(fmt, squares):
     """The tolerance of m is that of its own format, however coarse sqrt(v) is: the divisor cancels.
 
-    Ratios span a factor of exp(4.5) here, so k is 17.8 / 6.5 = 2.7, and half a step at the smallest code 1 - 1.5^(-1 / 2.7).
+    Ratios span a factor of exp(4.5) here, so k is 17.8 / 6.5 = 2.7, and half a step at the smallest code 1 - 1.5^(-1 / 2.7);
+    in int8 half a step is exp(4.5) / 254 of the smallest.
     """
-    tolerance = 0.14 if fmt == "e4m3_expanded" else TOLERANCE[fmt] + 2.0**-22
+    wide = {"e4m3_expanded": 0.14, "int8": 0.5 / 127 * math.exp(4.5)}
+    tolerance = wide.get(fmt, TOLERANCE[fmt] + 2.0**-22)
     m, v = narrow(seed=1) * torch.tensor([1.0, -1.0]).repeat(150), narrow(seed=2)
     exp_avg, exp_avg_sq = states.new_state(fmt, 300, "cpu"), states.new_state(squares, 300, "cpu")
     states.write_exp_avg_sq(exp_avg_sq, v, v.sqrt())
@@ -117,5 +124,38 @@ def test_nan_and_infinity_stay_visible_in_a_ratio(fmt, squares):
 
 
 def test_an_unknown_format_is_named():
-    with pytest.raises(ValueError, match="int8"):
-        states.new_state("int8", 3, "cpu")
+    with pytest.raises(ValueError, match="int4"):
+        states.new_state("int4", 3, "cpu")
+
+
+def test_int8_divides_a_block_into_127_steps_to_each_side():
+    """amax is code 127 exactly; between two codes the nearer one, at a tie the even one; a short block has its own scale."""
+    x = torch.arange(-127.0, 128.0, 0.5)[:128] * 0.25
+    codes, scale_inv = blocks8.encode(torch.cat([x, torch.tensor([3.0, -1.0])]))
+    assert scale_inv.tolist() == [0.25, torch.tensor(3.0).div(127).item()]
+    assert torch.equal(codes[:128].float(), (x / 0.25).round())
+    assert codes[:3].tolist() == [-127, -126, -126]
+    assert codes[128:].tolist() == [127, -42]
+
+
+def test_int8_rounds_stochastically_without_bias_and_never_beyond_127():
+    """A whole number stays; a value between takes the upper neighbour with the probability of its fraction (4,000 draws:
+    four standard deviations are .032); largest and smallest codes are +-127 whatever is drawn."""
+    x = torch.linspace(-1, 1, 128).repeat(4000) * torch.tensor(127.0)
+    x[1::128], x[2::128] = 5.0, 4.3
+    codes, scale_inv = blocks8.encode(x, rounding=Stochastic(3, 1, 1))
+    assert scale_inv.eq(1.0).all()
+    found = codes.float().view(-1, 128)
+    assert found[:, 0].eq(-127).all() and found[:, 127].eq(127).all() and found[:, 1].eq(5.0).all()
+    assert set(found[:, 2].tolist()) == {4.0, 5.0}
+    assert torch.allclose(found.mean(0), x[:128], atol=0.032)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rounding", [None, Stochastic(1, 2, 2)])
+def test_an_int8_block_that_is_not_finite_is_nan_all_over(bad, rounding):
+    x = torch.ones(256)
+    x[7] = bad
+    codes, scale_inv = blocks8.encode(x, rounding=rounding)
+    assert scale_inv[0].isnan() and codes[:128].eq(127).all()
+    assert torch.equal(blocks8.decode(codes, scale_inv)[128:], x[128:])
