@@ -127,8 +127,11 @@ def yardstick(found: dict[Any, list[dict]]) -> list[str]:
     if len(plain) > 1:
         apart = [max(losses) - min(losses) for losses in zip(*plain, strict=True)]
         shown = ", ".join(f"{gap:.4f}" for gap in apart)
-        lines += ["", f"With one seed, bf16 differs between these stages and accumulations by {shown}: only sums are ordered"]
-        lines += ["otherwise there, so a gap of that size says nothing about a format."]
+        lines += [
+            "",
+            f"With one seed, bf16 differs by {shown} between these stages and accumulations, where only the order",
+        ]
+        lines += ["of sums differs: a gap of that size says nothing about a format."]
     return lines
 
 
