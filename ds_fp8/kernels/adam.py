@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import BLOCK_SIZE, E4M3, Format
+from ..levels import STATE_FORMATS
 from ..numerics import cast, masters, states
 from ..numerics.adam import AdamScalars, update
 from ..numerics.masters import MasterCodes
@@ -90,6 +91,9 @@ class AdamStep:
     torch_sqrt: bool = False
     weight16: torch.Tensor | None = None
     weight_codes: WeightCodes | None = None
+
+    def __post_init__(self) -> None:
+        assert self.exp_avg_sq.format in STATE_FORMATS, "int8 holds exp_avg alone"
 
     @property
     def scalars(self) -> AdamScalars:

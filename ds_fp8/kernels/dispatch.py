@@ -190,8 +190,8 @@ def _is_fast(step: AdamStep) -> bool:
     """Whether a fast path may take the step."""
     if not all(tensor.is_contiguous() for tensor in step.tensors()):
         return False
-    # Until the fast steps know int8, PyTorch does it.
-    if step.exp_avg.format == "int8":
+    # Until the Triton step knows int8, PyTorch does it.
+    if step.param.device.type != "cpu" and step.exp_avg.format == "int8":
         return False
     if step.param.device.type != "cpu" or not step.torch_sqrt or torch_sqrt_is_ieee():
         return True

@@ -17,7 +17,7 @@ from ds_fp8.kernels import cpu
 from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
 from ds_fp8.kernels.cpu import loader, torch_sqrt
 from ds_fp8.kernels.cpu.adam import adam_step
-from ds_fp8.levels import STATE_FORMATS
+from ds_fp8.levels import EXP_AVG_FORMATS, STATE_FORMATS
 from ds_fp8.numerics import masters, states
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler on this machine")
@@ -91,15 +91,25 @@ def run_twins(step: AdamStep, steps: int, *, gradient=gradients) -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize(("base", "master"), COMBINATIONS)
 def test_every_master_and_every_pair_of_states(path, base, master, rounding):
-    """25 pairs of states for each master and rounding, three steps, 5 blocks and a tail of 37."""
-    for m, v in itertools.product(STATE_FORMATS, STATE_FORMATS):
+    """30 pairs of states for each master and rounding, three steps, 5 blocks and a tail of 37."""
+    for m, v in itertools.product(EXP_AVG_FORMATS, STATE_FORMATS):
         run_twins(make_step(5 * 128 + 37, base, master, m, v, torch.float32, rounding=rounding), 3)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("master", ["split24", "split32", "fp16"])
+@pytest.mark.parametrize("m", ["int8", "e4m3"])
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16])
+def test_the_grouped_step_of_o2(path, grad, m, master, rounding):
+    """Whole groups of 8 blocks over several pieces, and what is left over; see kernels/cpu/groups.h."""
+    run_twins(make_step(70 * 128 + 3, "bf16", master, m, "fp16", grad, rounding=rounding), 3)
 
 
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [1, 127, 128, 129, 4096 + 5])
 def test_gradient_dtypes_and_sizes(path, grad, numel):
-    run_twins(make_step(numel, "bf16", "split24", "e4m3", "fp16", grad), 4)
+    for m in ("int8", "e4m3"):
+        run_twins(make_step(numel, "bf16", "split24", m, "fp16", grad), 4)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +130,8 @@ def test_gradient_dtypes_and_sizes(path, grad, numel):
 def test_hyper_parameters(path, changes):
     """Adam's L2 and AdamW's decay, no correction, momenta on both sides of one half, eps 0."""
     run_twins(make_step(1000, "bf16", "split32", "fp32", "fp32", torch.float32, **changes), 4)
-    run_twins(make_step(1000, "bf16", "split24", "e4m3", "fp16", torch.bfloat16, **changes), 4)
+    for m in ("int8", "e4m3"):
+        run_twins(make_step(9 * 128, "bf16", "split24", m, "fp16", torch.bfloat16, **changes), 4)
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["AdamW", "Adam"])
@@ -171,7 +182,7 @@ def test_with_torchs_own_square_root_they_are_unfused_torch_adam(path, decoupled
 @pytest.mark.skipif(torch_sqrt.entry() is None, reason="torch's square root has no name in this build")
 def test_torchs_own_square_root_beside_every_pair_of_states(path):
     """The root that is stored is torch's; the divisor of an 8-bit exp_avg beside fp32 and bf16 stays the rounded one."""
-    for m, v in itertools.product(STATE_FORMATS, STATE_FORMATS):
+    for m, v in itertools.product(EXP_AVG_FORMATS, STATE_FORMATS):
         run_twins(make_step(3 * 128 + 37, "bf16", "split24", m, v, torch.float32, torch_sqrt=True), 3)
 
 
@@ -183,17 +194,18 @@ def test_not_finite_gradients_stay_visible(path):
         grad[5], grad[300], grad[700] = float("nan"), float("inf"), -float("inf")
         return grad
 
-    for m, v in (("e4m3", "fp16"), ("fp32", "bf16"), ("e4m3_expanded", "e4m3_expanded"), ("fp16", "e4m3")):
+    pairs = (("int8", "fp16"), ("e4m3", "fp16"), ("fp32", "bf16"), ("e4m3_expanded", "e4m3_expanded"), ("fp16", "e4m3"))
+    for m, v in pairs:
         for base, master in COMBINATIONS:
-            run_twins(make_step(1000, base, master, m, v, torch.float32), 2, gradient=poisoned)
+            run_twins(make_step(9 * 128 + 5, base, master, m, v, torch.float32), 2, gradient=poisoned)
 
 
 def test_tiny_and_huge_moments(path):
     """Gradients of 1e-30 underflow v, those of 1e15 reach 1e30: both as in the reference."""
     for factor in (1e-30, 1e-20, 1e15):
         scaled = lambda numel, dtype, step, by=factor: gradients(numel, dtype, step) * by  # noqa: E731
-        for v in STATE_FORMATS:
-            run_twins(make_step(700, "bf16", "split24", "e4m3", v, torch.float32), 3, gradient=scaled)
+        for m, v in itertools.product(("int8", "e4m3"), STATE_FORMATS):
+            run_twins(make_step(9 * 128 + 5, "bf16", "split24", m, v, torch.float32), 3, gradient=scaled)
 
 
 @pytest.mark.parametrize("weight16", [None, torch.bfloat16, torch.float16])
@@ -203,7 +215,7 @@ def test_weights_in_16_bits_and_in_fp8_in_the_same_pass(path, base, weight16, fm
     """Segments begin and end anywhere, one spans several pieces, one is empty; what lies between stays untouched."""
     numel = 3 * 4096 + 77
     segments = ((3, 60), (60, 5000), (5000, 5000), (5100, numel))
-    step = make_step(numel, base, "split24", "e4m3", "fp16", torch.float32)
+    step = make_step(numel, base, "split24", "int8", "fp16", torch.float32)
     step.weight16 = None if weight16 is None else torch.zeros(numel, dtype=weight16)
     step.weight_codes = WeightCodes(
         codes=torch.full((numel,), 9, dtype=torch.uint8),
@@ -221,7 +233,7 @@ def test_threads_do_not_change_a_bit(path):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        step = make_step(128 * 1000 + 3, "bf16", "split24", "e4m3", "fp16", torch.float32, rounding="stochastic")
+        step = make_step(128 * 1000 + 3, "bf16", "split24", "int8", "fp16", torch.float32, rounding="stochastic")
         run_twins(step, 2)
     finally:
         torch.set_num_threads(before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3, E5M2
-from ds_fp8.numerics import blocks16, flat
+from ds_fp8.numerics import blocks8, blocks16, flat
 from ds_fp8.numerics.random_bits import Stochastic, mix, mix_tensor
 from ds_fp8.numerics.states import round_bf16
 
@@ -39,6 +39,7 @@ def test_bits_are_fair_and_streams_differ():
 CASES = {
     "e4m3": lambda x, source: flat.decode(*flat.encode(x, E4M3, rounding=source), E4M3),
     "e5m2": lambda x, source: flat.decode(*flat.encode(x, E5M2, rounding=source), E5M2),
+    "int8": lambda x, source: blocks8.decode(*blocks8.encode(x, rounding=source)),
     "fp16 blocks": lambda x, source: blocks16.decode(*blocks16.encode(x, rounding=source)),
     "bf16": lambda x, source: round_bf16(x, source).float(),
 }

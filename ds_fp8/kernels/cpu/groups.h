@@ -1,4 +1,4 @@
-// The step for the states of levels O2 and O3: exp_avg in e4m3, exp_avg_sq as fp16 roots, in groups of 8 blocks.
+// The step for the states of levels O2 and O3: exp_avg in int8 or e4m3, exp_avg_sq as fp16 roots, in groups of 8 blocks.
 //
 // A block cannot be encoded before its amax is known, and its ratios m / r not before r is encoded. Done block by block
 // these two chains (reduce, divide, divide, spread) leave the processor waiting, and five blocks of 128 floats do not fit
@@ -50,7 +50,26 @@ __attribute__((noinline)) void draw_words(Group& group, int64_t first_block, uin
     for (int i = 0; i < GROUP_NUMEL; i += LANES) store(group.words + i, random_bits(first + i, {key, 0}));
 }
 
-template <class D>
+// The two formats of exp_avg that come here: value = decode * scale_inv * UNIT.
+struct Ratio8 {
+    static constexpr float UNIT = 1.0f, TOP = BLOCKS8_TOP;
+    static INLINE Floats decode(const uint8_t* codes) { return decode_int8((const int8_t*)codes); }
+    template <bool stochastic>
+    static INLINE Words encode(Floats x, const uint32_t* words) {
+        return stochastic ? encode_int8_stochastic(x, load<Words>(words)) : encode_int8(x);
+    }
+};
+
+struct RatioE4m3 {
+    static constexpr float UNIT = E4m3::UNIT, TOP = E4m3::MAX;
+    static INLINE Floats decode(const uint8_t* codes) { return E4m3::decode<true>(load<Bytes>(codes)); }
+    template <bool stochastic>
+    static INLINE Words encode(Floats x, const uint32_t* words) {
+        return stochastic ? encode_stochastic<E4m3>(x, load<Words>(words)) : encode_nearest_within<E4m3>(x);
+    }
+};
+
+template <class D, class R>
 __attribute__((noinline)) void update_moments(const AdamJob& job, Group& group, int64_t first_block) {
     Update update(job);
     Floats grad_scale = splat(*job.grad_scale);
@@ -63,13 +82,13 @@ __attribute__((noinline)) void update_moments(const AdamJob& job, Group& group, 
         prefetch_ahead(grad + block, BLOCK * sizeof(typename D::Type));
         prefetch_ahead(ratios + block, BLOCK);
         prefetch_ahead(roots + block, BLOCK * 2);
-        Floats ratio_unit = splat(job.exp_avg.scale_inv[first_block + k] * E4m3::UNIT);
+        Floats ratio_unit = splat(job.exp_avg.scale_inv[first_block + k] * R::UNIT);
         Floats root_unit = splat(job.exp_avg_sq.scale_inv[first_block + k]);
         Words top = {};
 #pragma GCC unroll 2
         for (int i = block; i < block + BLOCK; i += LANES) {
             Floats r = half_to_float(load<Halves>(roots + i)) * root_unit;
-            Floats m = E4m3::decode<true>(load<Bytes>(ratios + i)) * ratio_unit * divisor(r);
+            Floats m = R::decode(ratios + i) * ratio_unit * divisor(r);
             r = update.moments(D::read(grad + i) * grad_scale, m, r * r);
             top = larger(top, bits_of(r));  // never -0; a NaN of either sign stays on top
             store(group.root + i, r);
@@ -155,18 +174,17 @@ __attribute__((noinline)) void encode_roots(const AdamJob& job, Group& group, in
     }
 }
 
-template <bool stochastic>
+template <class R, bool stochastic>
 __attribute__((noinline)) void encode_ratios(const AdamJob& job, Group& group, int64_t first_block) {
     uint8_t* codes = static_cast<uint8_t*>(job.exp_avg.data) + first_block * BLOCK;
-    make_scales(group, job.exp_avg.scale_inv + first_block, E4m3::MAX);
+    make_scales(group, job.exp_avg.scale_inv + first_block, R::TOP);
     for (int k = 0; k < GROUP; k++) {
         int block = k * BLOCK;
         Floats scale = splat(group.scale[k]);
 #pragma GCC unroll 4
         for (int i = block; i < block + BLOCK; i += LANES) {
             Floats x = load<Floats>(group.mean + i) * scale;
-            Words code = stochastic ? encode_stochastic<E4m3>(x, load<Words>(group.words + i)) : encode_nearest_within<E4m3>(x);
-            store(codes + i, low_bytes(code));
+            store(codes + i, low_bytes(R::template encode<stochastic>(x, group.words + i)));
         }
         if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(codes + block, NAN_CODE);
     }
@@ -190,19 +208,20 @@ __attribute__((noinline)) void encode_scaled_masters(const AdamJob& job, Group& 
     }
 }
 
+template <class R>
 INLINE void update_group(const AdamJob& job, Group& group, int64_t first_block) {
-    if (job.grad_dtype == BF16) update_moments<Bf16>(job, group, first_block);
-    else update_moments<Fp32>(job, group, first_block);
+    if (job.grad_dtype == BF16) update_moments<Bf16, R>(job, group, first_block);
+    else update_moments<Fp32, R>(job, group, first_block);
     if (job.master.format == MASTER_FP16) return update_weights<SCALED16>(job, group, first_block);
     if (job.master.format == MASTER_SPLIT32) return update_weights<SPLIT32>(job, group, first_block);
     if (!job.stochastic) return update_weights<SPLIT24>(job, group, first_block);
     update_weights<SPLIT24_STOCHASTIC>(job, group, first_block);
 }
 
-template <bool stochastic>
+template <class R, bool stochastic>
 INLINE void encode_group(const AdamJob& job, Group& group, int64_t first_block) {
     encode_roots<stochastic>(job, group, first_block);
-    encode_ratios<stochastic>(job, group, first_block);
+    encode_ratios<R, stochastic>(job, group, first_block);
     if (job.master.format != MASTER_FP16) return;
     for (int k = 0; k < GROUP; k++) group.amax[k] = group.amax_weight[k];
     encode_scaled_masters<stochastic>(job, group, first_block);
@@ -211,15 +230,22 @@ INLINE void encode_group(const AdamJob& job, Group& group, int64_t first_block) 
 INLINE bool fits_groups(const AdamJob& job) {
     int32_t master = job.master.format;
     bool has_master = master == MASTER_SPLIT24 || master == MASTER_SPLIT32 || master == MASTER_FP16;
-    return job.exp_avg.format == STATE_E4M3 && job.exp_avg_sq.format == STATE_FP16 && has_master &&
+    bool has_ratio = job.exp_avg.format == STATE_INT8 || job.exp_avg.format == STATE_E4M3;
+    return has_ratio && job.exp_avg_sq.format == STATE_FP16 && has_master &&
            job.param_dtype == BF16 && (job.grad_dtype == BF16 || job.grad_dtype == FP32) && !job.weight16 &&
            job.l2 == 0.0f && job.one_minus_beta1 < 0.5f;
 }
 
-INLINE void step_group(const AdamJob& job, Group& group, int64_t first_block) {
+template <class R>
+INLINE void step_group_of(const AdamJob& job, Group& group, int64_t first_block) {
     if (job.stochastic) draw_words(group, first_block, job.master.key);
-    update_group(job, group, first_block);
-    job.stochastic ? encode_group<true>(job, group, first_block) : encode_group<false>(job, group, first_block);
+    update_group<R>(job, group, first_block);
+    job.stochastic ? encode_group<R, true>(job, group, first_block) : encode_group<R, false>(job, group, first_block);
+}
+
+INLINE void step_group(const AdamJob& job, Group& group, int64_t first_block) {
+    if (job.exp_avg.format == STATE_INT8) step_group_of<Ratio8>(job, group, first_block);
+    else step_group_of<RatioE4m3>(job, group, first_block);
 }
 
 }  // namespace

@@ -71,12 +71,12 @@ struct TileJob {
     int32_t power_of_two, unused;
 };
 
-enum StateFormat : int32_t { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_EXPANDED };
+enum StateFormat : int32_t { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_EXPANDED, STATE_INT8 };
 enum MasterFormat : int32_t { MASTER_OWN, MASTER_FP32, MASTER_SPLIT32, MASTER_SPLIT24, MASTER_FP16 };
 
 struct State {
     void* data;
-    float* scale_inv;    // one per block; fp16, e4m3, expanded
+    float* scale_inv;    // one per block; fp16, e4m3, expanded, int8
     uint8_t* expansion;  // one per block; expanded
     int32_t format;
     uint32_t key;  // of its random bits

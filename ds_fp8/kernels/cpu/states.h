@@ -1,10 +1,11 @@
-// exp_avg and exp_avg_sq of one block, in any of the five formats. Twin: ds_fp8/numerics/states.py.
+// exp_avg and exp_avg_sq of one block, in any of the six formats. Twin: ds_fp8/numerics/states.py.
 //
-// The format is looked at once per block, in a branch that always goes the same way: 5 x 5 x 5 x 4 combinations of
+// The format is looked at once per block, in a branch that always goes the same way: 6 x 5 x 5 x 4 combinations of
 // formats need no 500 copies of the code. All but fp32 are calls, which keeps the build short.
 #pragma once
 
 #include "blocks16.h"
+#include "blocks8.h"
 #include "expansion.h"
 
 namespace {
@@ -16,6 +17,8 @@ __attribute__((noinline)) void read_codes(Block& x, const State& state, const fl
             return decode_half_block(x, static_cast<const uint16_t*>(state.data) + b * BLOCK, state.scale_inv[b], count);
         case STATE_E4M3:
             return decode_block<E4m3>(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, state.scale_inv[b], count);
+        case STATE_INT8:
+            return decode_int8_block(x, static_cast<const int8_t*>(state.data) + b * BLOCK, state.scale_inv[b], count);
         case STATE_EXPANDED:
             return decode_expanded_block(x, static_cast<const uint8_t*>(state.data) + b * BLOCK, state.scale_inv[b],
                                          table + state.expansion[b] * BLOCK, count);
@@ -61,6 +64,10 @@ __attribute__((noinline)) void write_codes(const State& state, Block& x, int64_t
         case STATE_E4M3:
             state.scale_inv[b] = encode_flat_block<E4m3>(static_cast<uint8_t*>(state.data) + b * BLOCK, x, count,
                                                          stochastic, first, source, keep_positive);
+            return;
+        case STATE_INT8:  // exp_avg only, which may be zero
+            state.scale_inv[b] = encode_int8_block(static_cast<uint8_t*>(state.data) + b * BLOCK, x, count, stochastic, first,
+                                                   source);
             return;
         case STATE_EXPANDED: {
             ExpandedScale scale = encode_expanded_block(static_cast<uint8_t*>(state.data) + b * BLOCK, x, count,
