@@ -36,28 +36,28 @@ def matmul(
     if rows == 0 or inner == 0:
         out = a.data.new_zeros((rows, columns), dtype=dtype)
         return out if bias is None else out + bias.to(dtype)
-    if a.extent == b.extent == TENSOR and _multiplies_fp8(a.data.device):
+    if a.extent == b.extent == TENSOR and multiplies_fp8(a.data.device):
         return _scaled(a, b, dtype, bias, fast)
     return _emulated(a, b, dtype, bias)
 
 
 def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
-    inside = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    left, right = a.decode(inside), b.decode(inside).t()
+    between = inside(dtype)
+    left, right = a.decode(between), b.decode(between).t()
     factor = a.scale_inv * b.scale_inv if a.extent == b.extent == TENSOR else None
-    if inside == torch.bfloat16 and left.device.type == "cpu":
+    if between == torch.bfloat16 and left.device.type == "cpu":
         # bias + factor * sum in fp32, rounded to bf16 once (tests/layers/test_gemm.py). Not for fp32: MKL's sgemm drops
         # an alpha of NaN, which says here that the operand was not finite.
         alpha = 1.0 if factor is None else float(factor)
         if bias is None:
             return torch.addmm(left.new_empty(right.shape[1]), left, right, beta=0, alpha=alpha)
-        return torch.addmm(bias.to(inside), left, right, alpha=alpha)
+        return torch.addmm(bias.to(between), left, right, alpha=alpha)
     out = left @ right
     if factor is not None and bias is not None and out.device.type == "cpu":
-        return torch.add(bias.to(inside), out, alpha=float(factor)).to(dtype)
+        return torch.add(bias.to(between), out, alpha=float(factor)).to(dtype)
     if factor is not None:
         out = out.mul_(factor)
-    return (out if bias is None else out.add_(bias.to(inside))).to(dtype)
+    return (out if bias is None else out.add_(bias.to(between))).to(dtype)
 
 
 def _scaled(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None, fast: bool) -> torch.Tensor:
@@ -88,6 +88,12 @@ def _padded(codes: torch.Tensor, row_step: int) -> torch.Tensor:
     return padded
 
 
+def inside(dtype: torch.dtype) -> torch.dtype:
+    """What operands are decoded to for an emulated product that comes out in `dtype`."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 @functools.cache
-def _multiplies_fp8(device: torch.device) -> bool:
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether products of operands with one scale run in FP8; everywhere else they are emulated."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_SINCE

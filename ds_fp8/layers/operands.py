@@ -17,7 +17,7 @@ import torch
 
 from ..formats import BLOCK_SIZE, Format
 from ..kernels import amax as amax_of
-from ..kernels import dequantize, quantize, quantize_1x128, quantize_128x128
+from ..kernels import dequantize, quantize, quantize_1x128, quantize_128x128, quantize_with_amax
 from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
 from ..numerics.scaling import scale_from_amax, scale_inv_of
 
@@ -36,6 +36,7 @@ class Operand:
     scale      what was multiplied on the way in, where it was known beforehand (delayed)
     amax       0-d fp32, where it was measured
     turned     the transposed operand, dense in memory, where both were made at once (on a GPU)
+    values     the bare codes decoded already, where an emulated operand serves two products; see `decoded`
     """
 
     data: torch.Tensor
@@ -44,15 +45,23 @@ class Operand:
     scale: torch.Tensor | None = None
     amax: torch.Tensor | None = None
     turned: Operand | None = None
+    values: torch.Tensor | None = None
 
     def t(self) -> Operand:
         """The transposed operand, as views. 1x128 groups do not transpose: such an operand is cast again."""
         assert self.extent != GROUPS, "1x128 groups lie along one axis"
         scale_inv = self.scale_inv.t() if self.extent == TILES else self.scale_inv
-        return replace(self, data=self.data.t(), scale_inv=scale_inv)
+        values = None if self.values is None else self.values.t()
+        return replace(self, data=self.data.t(), scale_inv=scale_inv, values=values)
+
+    def decoded(self, dtype: torch.dtype) -> Operand:
+        """The same operand, which carries its codes in `dtype`, so that two products decode them once (TENSOR only)."""
+        return replace(self, values=self.decode(dtype))
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         """The bare codes in `dtype` for TENSOR (exact in bf16 and fp32), else codes times their block's scale_inv."""
+        if self.values is not None and self.values.dtype == dtype:
+            return self.values
         if self.extent == TENSOR:
             return self._inflate(1.0, dtype)
         if not self.data.is_contiguous() and self.extent == TILES:
@@ -92,11 +101,12 @@ def cast(x: torch.Tensor, call: Call, column: int) -> Operand:
         return Operand(*quantize_1x128(x, fmt), GROUPS)
     if kind == "current":
         return _cast_current(x, fmt)
-    amax = amax_of(x) if call.records_column(column) else None
-    if amax is not None:
-        call.record(column, amax)
     scale, scale_inv = call.scale(column)
-    return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale, amax)
+    if not call.records_column(column):
+        return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale)
+    codes, amax = quantize_with_amax(x, scale, fmt)
+    call.record(column, amax)
+    return Operand(codes, scale_inv, TENSOR, scale, amax)
 
 
 def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: int) -> Operand:

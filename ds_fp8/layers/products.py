@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BackendError
-from .gemm import matmul
+from .gemm import inside, matmul, multiplies_fp8
 from .operands import (
     GROUPS,
     TENSOR,
@@ -109,6 +109,8 @@ class LinearProducts(torch.autograd.Function):
             codes = None
             if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
                 codes = cast(grad_output, call, page.grad_output_column)
+                if needs_dgrad and needs_wgrad and not high.dgrad and not high.wgrad:
+                    codes = _shared(codes, ctx.dtype, ctx.weight_dtype)
             hidden = not needs_bias and not (needs_dgrad and high.dgrad) and not (needs_wgrad and high.wgrad)
 
             # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
@@ -129,8 +131,17 @@ class LinearProducts(torch.autograd.Function):
                 grad_weight = matmul(left, right, ctx.weight_dtype)
 
             if needs_bias:
-                grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+                # In one dtype torch's own sum, as nn.Linear takes it: accumulated in fp32 and rounded once, without a copy.
+                exact = None if grad_output.dtype == ctx.bias_dtype else torch.float32
+                grad_bias = grad_output.sum(0, dtype=exact).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None
+
+
+def _shared(codes: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dtype) -> Operand:
+    """grad_output for both products: where they are emulated in one dtype it is decoded once, for both."""
+    if codes.extent != TENSOR or multiplies_fp8(codes.data.device) or inside(dgrad_dtype) != inside(wgrad_dtype):
+        return codes
+    return codes.decoded(inside(dgrad_dtype))
 
 
 def _poison(operand: Operand, x: torch.Tensor) -> Operand:

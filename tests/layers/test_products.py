@@ -12,7 +12,7 @@ from torch import nn
 from ds_fp8.errors import BackendError
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import dequantize, quantize
-from ds_fp8.layers import Fp8Linear
+from ds_fp8.layers import Fp8Linear, operands
 from ds_fp8.recipe import HighPrecision, Recipe
 from tests.layers.small_models import swapped
 
@@ -134,6 +134,21 @@ def test_the_backward_keeps_one_byte_per_element_of_the_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
         model(torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True))
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 32 * 64 + 48 * 64 + 2 * 4
+
+
+def test_an_emulated_backward_decodes_each_operand_once(monkeypatch):
+    """grad_output serves dgrad and wgrad with one decode; weight and input make three."""
+    decoded = []
+
+    def counting(codes, *rest):
+        decoded.append(codes.dtype)
+        return dequantize(codes, *rest)
+
+    model, *_ = pair(Recipe(amax_history_len=4), torch.bfloat16)
+    loss = model(torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)).float().square().sum()
+    monkeypatch.setattr(operands, "dequantize", counting)
+    loss.backward()
+    assert sorted(map(str, decoded)) == ["torch.float8_e4m3fn", "torch.float8_e4m3fn", "torch.float8_e5m2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
