@@ -116,7 +116,9 @@ def attach(engine: Any, model: Any) -> Attachment | None:
     attachment = Attachment(engine, model, settings, plan)
     if settings.fp8.enabled:
         from ..layers import swap_layers
+        from ..zero.autocast import mark_comm_dtypes
 
+        mark_comm_dtypes(engine, model)
         attachment.book = swap_layers(model, plan)
     # Set past nn.Module's bookkeeping: an attachment is no submodule.
     engine.__dict__[ATTRIBUTE] = attachment

@@ -74,6 +74,12 @@ SEAMS: dict[str, Seam] = {
         "self optimizer",
         why="ZeRO's optimizer is specialised",
     ),
+    "init_autocast_params": _seam(
+        "deepspeed.runtime.torch_autocast",
+        "init_autocast_params",
+        "engine dtype torch_autocast_lower_precision_safe_modules",
+        why="it marks parameters for the 16-bit wire by the class of their module, so it looks before the swap too",
+    ),
     "take_model_step": _seam(
         ENGINE,
         "DeepSpeedEngine._take_model_step",

@@ -78,6 +78,8 @@ class Stage0Optimizer(FP16_UnfusedOptimizer):
         # The same objects: whoever walks DeepSpeed's fp32 copies meets the model's parameters.
         self.fp32_groups = self.fp16_groups
         self.low_precision_dtype = self.fp16_groups[0][0].dtype
+        if self.low_precision_dtype == torch.float32:
+            self._global_grad_norm = None  # clipped by the engine, which reports no norm for it
         self.overflow_checker = CheckOverflow(self.fp16_groups, mpu=mpu, deepspeed=engine)
         if self.low_precision_dtype == torch.float16:
             engine.torch_autocast_z0_gradscaler = LossScaleDoor(self)

@@ -280,3 +280,27 @@ def pipeline_job(rank: int, world_size: int, settings: dict[str, Any], count: in
         "losses": losses,
         "scales_moved": not torch.equal(before, attachment.book.scales),
     }
+
+
+def autocast_job(rank: int, world_size: int, settings: dict[str, Any], plugin: bool, count: int = 6) -> dict[str, Any]:
+    """One job under DeepSpeed's `torch_autocast` section: in which dtype each parameter travels, and the losses."""
+    from deepspeed.runtime.torch_autocast import get_comm_dtype
+
+    import ds_fp8
+    import ds_fp8.engine
+    from ds_fp8.comm import counters
+
+    ds_fp8.activate() if plugin else ds_fp8.deactivate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = make_engine(settings)
+        counters.reset()
+        losses = steps(engine, settings, rank, 0, count)
+    return {
+        "attached": ds_fp8.engine.of(engine) is not None,
+        "comm_dtypes": {name: str(get_comm_dtype(param)) for name, param in engine.module.named_parameters()},
+        "buckets": sorted(map(str, getattr(engine.optimizer, "ipg_buckets", {}))),
+        "codes": counters.sent["gradient"],
+        "norm": engine.get_global_grad_norm(),
+        "losses": losses,
+        "weights": full_weights(engine),
+    }
