@@ -66,3 +66,16 @@ def import_master(state: dict[str, Any], fmt: str, param: torch.Tensor, values: 
     for first, last in pieces(0, param.numel()):
         piece = values[first:last].detach().to(param.device, torch.float32)
         masters.write(codes.piece(first, last), param[first:last], piece)
+
+
+def upper_half(fmt: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The parameter that `import_master` of flat fp32 `values` leaves, for ranks that have no master of it.
+
+    A remainder is rounded half up and a cast half to even, so at ties a plain cast is not what the owner has.
+    """
+    param = values.to(dtype)
+    real = format_for(fmt, param)
+    for first, last in pieces(0, param.numel()):
+        piece = param[first:last]
+        masters.write(masters.new_master(real, piece), piece, values[first:last].float())
+    return param

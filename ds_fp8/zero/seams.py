@@ -129,6 +129,11 @@ _WIRE = (
         ("_get_param_partition_group", "self param"),
     )),
     (ENGINE, "DeepSpeedEngine", (("allreduce_bucket", "self bucket dp_group dp_world_size"),)),
+    ("deepspeed.runtime.zero.partition_parameters", "GatheredParameters", (
+        ("__init__", "self params modifier_rank fwd_module enabled"),
+        ("__enter__", "self"),
+        ("__exit__", "self exc"),
+    )),
 )  # fmt: skip
 for _module, _class, _methods in _WIRE:
     for _method, _names in _methods:

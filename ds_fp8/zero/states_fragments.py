@@ -24,6 +24,7 @@ from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
 from deepspeed.utils.tensor_fragment import tensor_fragment
 from torch import Tensor
 
+from ..optim.masters import upper_half
 from .states_view import MOMENTS
 
 
@@ -82,7 +83,8 @@ def set_full_hp_param(self: Any, value: Tensor, optim_state_key: str | None = No
     """Set a whole parameter or state from its full value; every rank calls it with the same value."""
     wrapper = self.fp8_wrapper
     if optim_state_key is None:
-        wrapper.fp8_set_weight(self, value)
+        flat = value.detach().reshape(-1).to(self.device)
+        wrapper.fp8_set_weight(self, upper_half(wrapper.optimizer.level.master, flat, self.dtype))
     if self._hp_mapping is not None:
         address = self._hp_mapping.lp_fragment_address
         self._hp_mapping.set_hp_fragment(

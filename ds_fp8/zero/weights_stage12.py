@@ -10,8 +10,8 @@ Both keep the flat's order, so the share of a rank is one range of each store: t
 into its range and the gather fills the others in place.
 
 The 16-bit weights come back (`restore`, a gather from the masters, collective like any ZeRO-3 gather) for checkpoints,
-`state_dict()`, evaluation in high precision and `gathered(engine)`, and leave again with the next step. A released
-parameter reads as NaN: loud, never wrong.
+`state_dict()`, evaluation in high precision and `deepspeed.zero.GatheredParameters`, and leave again with the next step
+(after a context, at its end). A released parameter reads as NaN: loud, never wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from torch import Tensor
 
 from ..comm.counters import all_gather_bytes, counters
 from ..comm.gather import all_gather_shares
+from ..comm.route import group_ranks
+from . import weights_gathered
+from .states_fragments import CodedFragment
 from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, set_codes, stand_in
 
 ALIGNMENT = 16
@@ -75,12 +78,12 @@ class GroupStore:
         """After a step: `own` is this rank's new 16-bit partition; codes and rest go out, the flat's memory goes."""
         segments = []
         for weight, offset, at in self.coded:
-            for start, stop in self._own_part(offset, weight.numel):
-                here = own[start + offset - self._first : stop + offset - self._first]
+            for start, stop in self.own_part(offset, weight.numel):
+                here = own[start + offset - self.first : stop + offset - self.first]
                 segments.append(Segment(weight, start, here, self.codes[at + start : at + stop]))
         for param, offset, at in self.rest:
-            for start, stop in self._own_part(offset, param.numel()):
-                here = own[start + offset - self._first : stop + offset - self._first]
+            for start, stop in self.own_part(offset, param.numel()):
+                here = own[start + offset - self.first : stop + offset - self.first]
                 self.others[at + start : at + stop].copy_(here)
         scale_inv = self.caster.cast(segments)
         all_gather_shares(self.codes, self.code_bounds, self.group)
@@ -103,7 +106,7 @@ class GroupStore:
         """Gather the 16-bit weights from the masters again. Codes stay: FP8 products go on using them."""
         if self.is_released:
             self.flat.untyped_storage().resize_(self.flat_bytes)
-        mine = self.flat[self._first : self._first + self.partition_numel]
+        mine = self.flat[self.first : self.first + self.partition_numel]
         mine.copy_(own)
         if self.world_size > 1:
             dist.all_gather_into_tensor(self.flat, mine.clone(), group=self.group)
@@ -119,13 +122,13 @@ class GroupStore:
             drop_codes(weight)
 
     @property
-    def _first(self) -> int:
+    def first(self) -> int:
         return self.rank * self.partition_numel
 
-    def _own_part(self, offset: int, numel: int) -> Iterator[tuple[int, int]]:
+    def own_part(self, offset: int, numel: int) -> Iterator[tuple[int, int]]:
         """(start, stop) within the parameter that lie in this rank's partition; nothing if none do."""
-        start = max(0, self._first - offset)
-        stop = min(numel, self._first + self.partition_numel - offset)
+        start = max(0, self.first - offset)
+        stop = min(numel, self.first + self.partition_numel - offset)
         if start < stop:
             yield start, stop
 
@@ -167,8 +170,12 @@ class WeightsStage12:
         """Bring 16-bit weights back wherever somebody is about to read them."""
         module = engine.module
         module.register_forward_pre_hook(lambda root, args: self._fp8_before_forward(root), prepend=True)
-        module.register_state_dict_pre_hook(lambda *args: self.fp8_restore_weights())
-        module.register_load_state_dict_pre_hook(lambda *args: self.fp8_weights_replaced())
+        # The root, and each layer with codes: so state_dict() of any module that holds one comes here.
+        coded = [weight.layer for store in self.fp8_stores for weight, _, _ in store.coded]
+        for one in dict.fromkeys([module, *coded]):
+            one.register_state_dict_pre_hook(lambda *args: self.fp8_restore_weights())
+            one.register_load_state_dict_pre_hook(lambda *args: self.fp8_weights_replaced())
+        weights_gathered.watch(self)
         for name in ("save_checkpoint", "save_16bit_model", "load_checkpoint"):
             setattr(engine, name, self._fp8_with_weights(getattr(engine, name), name == "load_checkpoint"))
 
@@ -205,6 +212,44 @@ class WeightsStage12:
                     self._fp8_keep_rest(store)
                     store.release()
 
+    def fp8_stored_params(self: Any) -> Iterator[Any]:
+        """Every parameter that may read as a stand-in, or whose memory moves when weights are released."""
+        for store in self.fp8_stores:
+            yield from (weight.param for weight, _, _ in store.coded)
+            yield from (param for param, _, _ in store.rest)
+
+    @contextmanager
+    def fp8_gathered(self: Any, params: list[Any], modifier_rank: int | None) -> Iterator[None]:
+        """What `GatheredParameters` does with these parameters (see weights_gathered); collective."""
+        with self.fp8_high_precision_weights():
+            yield
+            if modifier_rank is None:
+                return
+            chosen = {id(param) for param in params}
+            for index, store in enumerate(self.fp8_stores):
+                old = self._fp8_own16(index)
+                source = group_ranks(store.group)[modifier_rank]
+                for param, offset in flat_layout(self, index):
+                    if id(param) in chosen:
+                        dist.broadcast(param.data, source, group=store.group)
+                        self._fp8_write_master(store, param, offset, old)
+            self.fp8_weights_replaced()
+
+    @staticmethod
+    def _fp8_write_master(store: GroupStore, param: Any, offset: int, old: Tensor) -> None:
+        """Elements of the own part that differ from the master's 16 bits replace it; the others keep their low bits."""
+        for start, stop in store.own_part(offset, param.numel()):
+            new = param.data.view(-1)[start:stop]
+            changed = new != old[start + offset - store.first : stop + offset - store.first]
+            if changed.any():
+                fragment = param._hp_mapping
+                master = fragment.get_hp_fragment()
+                value = torch.where(changed.to(master.device), new.to(master), master)
+                if isinstance(fragment, CodedFragment):
+                    fragment.set_hp_fragment(value)
+                else:
+                    master.copy_(value)
+
     @staticmethod
     def _fp8_keep_rest(store: GroupStore) -> None:
         for param, _, at in store.rest:
@@ -214,6 +259,18 @@ class WeightsStage12:
         for index, store in enumerate(self.fp8_stores):
             if store.is_released:
                 store.restore(self._fp8_own16(index))
+
+    def fp8_set_weight(self: Any, param: Any, value: Tensor) -> None:
+        """A setter of fp32 values (`safe_set_full_fp32_param`) writes the 16-bit weight too: it must be there."""
+        self.fp8_restore_weights()
+        super().fp8_set_weight(param, value)
+
+    def fp8_weights_changed(self: Any) -> None:
+        """New masters (a load, a setter): no codes until the next step."""
+        self.fp8_weights_replaced()
+        changed = getattr(super(), "fp8_weights_changed", None)
+        if changed is not None:
+            changed()
 
     def _fp8_own16(self: Any, index: int) -> Tensor:
         """This rank's 16-bit partition, on the device of the weights."""

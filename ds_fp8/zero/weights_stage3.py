@@ -157,13 +157,15 @@ class WeightsStage3:
         return all_gather
 
     def _fp8_partition_instead(self: Any, param: Any, original: Any) -> Any:
-        """Codes go when the parameter goes."""
+        """Codes go when the parameter goes. Values written in GatheredParameters make all of them stale."""
 
-        def partition(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
-            result = original(param_list, *args, **kwargs)
+        def partition(param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, **kwargs: Any) -> Any:
+            result = original(param_list, hierarchy, has_been_updated, **kwargs)
             for one in [param] if param_list is None else param_list:
                 if id(one) in self.fp8_coded:
                     drop_codes(self.fp8_coded[id(one)].weight)
+                    if has_been_updated:
+                        self.fp8_codes_fresh = False
             return result
 
         return partition
