@@ -35,6 +35,7 @@ PIECES = {
     "block": "one GPT block of width 4096, 16K tokens",
     "gpt": "GPT of 1.25B parameters under ZeRO-2: tokens/s and memory for bf16, fp8, O1, O2, O3",
     "largest": "largest model that trains on the card, bf16 against O3 with expanded states",
+    "wire": "two ranks on one device over gloo, and NCCL as far as one device lets it",
     "hooks": "time that our hooks add to a step without FP8 work",
 }
 """Piece -> question. The script is `piece_<name>.py`; to add a piece, add the file and a line here."""
