@@ -170,7 +170,8 @@ def _finding(model: Any, settings: Any, plan: Any, error: DsFp8Error | None) -> 
     if plan is None:
         return Finding(error=None if error is None else str(error), part=part)
     partial = plan.partial and settings.fp8.enabled
-    return Finding(plan.digest(), None, part, partial, len(plan.swaps), plan.unmatched)
+    layers = tuple(decision.fqn for decision in plan.modules) if plan.unmatched else ()
+    return Finding(plan.digest(), None, part, partial, len(plan.swaps), plan.unmatched, layers)
 
 
 def _tell(text: str) -> None:

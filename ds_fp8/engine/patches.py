@@ -27,6 +27,10 @@ def _configure_distributed_model(original: Callable, engine: Any, model: Any) ->
         from .attach import attach
 
         attachment = attach(engine, model)
+    else:
+        from .roll_call import pass_by
+
+        pass_by()
     original(engine, model)
     if attachment is not None:
         attachment.placed()

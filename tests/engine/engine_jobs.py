@@ -256,20 +256,38 @@ def recompute_job(rank: int, world_size: int, settings: dict[str, Any], kind: st
     return {"losses": losses, "scales": book.scales.clone()}
 
 
-def pipeline_job(rank: int, world_size: int, settings: dict[str, Any], count: int) -> dict[str, Any]:
-    """Two pipeline stages of plain Linear layers, trained by `train_batch`."""
+def pipeline_engine(settings: dict[str, Any]) -> Any:
+    """Two pipeline stages of plain Linear layers, named 0, 2 and 4."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
     import ds_fp8
-    import ds_fp8.engine
 
     ds_fp8.activate()
     torch.manual_seed(0)
     layers = [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)]
     model = PipelineModule(layers=layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
     with contextlib.redirect_stdout(io.StringIO()):
-        engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+        return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+
+
+def pipeline_patterns(rank: int, world_size: int, settings: dict[str, Any]) -> str:
+    """The error of a pipeline with patterns, or the names of the layers that this stage swapped."""
+    import ds_fp8.engine
+    from ds_fp8.errors import DsFp8Error
+
+    try:
+        engine = pipeline_engine(settings)
+    except DsFp8Error as error:
+        return f"{type(error).__name__}: {error}"
+    return " ".join(decision.fqn for decision in ds_fp8.engine.of(engine).plan.swaps)
+
+
+def pipeline_job(rank: int, world_size: int, settings: dict[str, Any], count: int) -> dict[str, Any]:
+    """A pipeline trained by `train_batch`."""
+    import ds_fp8.engine
+
+    engine = pipeline_engine(settings)
     data = [(batch(0, number).to(torch.bfloat16),) * 2 for number in range(3)]
     attachment = ds_fp8.engine.of(engine)
     before = attachment.book.scales.clone()

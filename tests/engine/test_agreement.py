@@ -37,13 +37,15 @@ def test_stages_of_a_pipeline_have_plans_of_their_own():
 
 
 def test_a_pattern_must_match_in_some_stage():
-    """`head` lives in the last stage only; `haed` lives nowhere."""
+    """`head` lives in the last stage only; `haed` lives nowhere: the error of a model in one piece."""
+    missing = ("exclude: head", "exclude: haed")
     stages = [
-        Finding("aa", part="0", partial=True, converted=1, unmatched=("head", "haed")),
-        Finding("bb", part="1", partial=True, converted=1, unmatched=("haed",)),
+        Finding("aa", part="0", partial=True, converted=1, unmatched=missing, layers=("up", "down")),
+        Finding("bb", part="1", partial=True, converted=1, unmatched=missing[1:], layers=("head",)),
     ]
-    with pytest.raises(PlanError, match="matches haed"):
+    with pytest.raises(PlanError, match="fp8/layers/exclude: 'haed' matches no Linear") as caught:
         judge(0, stages)
+    assert "Closest names: head" in str(caught.value)
 
 
 def test_a_pipeline_must_convert_something():

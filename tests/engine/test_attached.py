@@ -116,3 +116,14 @@ def test_pipeline_stages_swap_their_own_layers_and_train():
     for found in results:
         assert found["swapped"] > 0 and found["losses"][-1] < found["losses"][0]
         assert found["scales_moved"]
+
+
+def test_a_pattern_needs_a_match_in_one_pipeline_stage():
+    """Layer 4 is in the second stage only, so excluding it is right on both; layer 5 is nowhere: both stop."""
+    section = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 3}
+    here, nowhere = (
+        config(1, **section, fp8={"enabled": True, "layers": {"exclude": [pattern]}}) for pattern in ("4", "5")
+    )
+    good, bad = together(("pipeline_patterns", here), ("pipeline_patterns", nowhere))
+    assert " ".join(good).split() == ["0", "2"]
+    assert all("fp8/layers/exclude: '5' matches no Linear" in error for error in bad), bad

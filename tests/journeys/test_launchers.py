@@ -105,6 +105,17 @@ def test_bad_input_ends_the_launcher_with_an_error(folder, section, told):
     assert said.count(told) >= 2, said
 
 
+def test_a_json_that_differs_between_ranks_ends_the_job(folder):
+    """Rank 1 reads a JSON without our section: without a word before the first collective both would wait for ever."""
+    (folder / "plain.json").write_text(json.dumps(PLAIN))
+    other = 'import os, sys\nsys.argv[-1] = "plain.json" if os.environ["RANK"] == "1" else sys.argv[-1]\n'
+    script = (folder / "train.py").read_text()
+    (folder / "train.py").write_text(script.replace("import argparse\n", f"import argparse\n{other}", 1))
+    code, said = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
+    assert code != 0 and "LOSSES" not in said
+    assert "rank 1 made a DeepSpeed engine without an fp8 or msamp section" in said, said
+
+
 def test_a_script_that_imports_the_package_needs_no_door(folder):
     """`import ds_fp8`, one line, for sites that read no .pth files."""
     script = (folder / "train.py").read_text()

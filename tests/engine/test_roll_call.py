@@ -1,0 +1,65 @@
+"""Before ranks meet in a collective: whoever lacks the section is named, in the store, with a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+
+import pytest
+from ranks import run_ranks
+
+from ds_fp8.engine import roll_call
+from ds_fp8.errors import PlanError
+
+pytestmark = pytest.mark.dist
+
+
+def outcome(meet) -> str:
+    """What was printed, and the error."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            meet()
+        except PlanError as error:
+            return said.getvalue() + str(error)
+    return said.getvalue()
+
+
+def scenes(rank: int, world_size: int) -> dict[str, str]:
+    """Four engines in a row, each met in another way."""
+    from torch import distributed as dist
+
+    found = {"all here": outcome(roll_call.gather_ranks)}
+
+    if rank == 1:
+        found["plain first"] = outcome(roll_call.pass_by)
+    dist.barrier()
+    if rank == 0:
+        found["plain first"] = outcome(roll_call.gather_ranks)
+
+    if rank == 0:
+        found["plain last"] = outcome(roll_call.gather_ranks)
+    else:
+        here = roll_call._RollCall(dist.distributed_c10d._get_default_store(), "ds_fp8/engine2", rank, world_size)
+        while not here.count():
+            time.sleep(0.01)
+        found["plain last"] = outcome(roll_call.pass_by)
+
+    roll_call.NOTICE_S, roll_call.PATIENCE_S = 0.2, 1.0
+    found["absent"] = "" if rank == 1 else outcome(roll_call.gather_ranks)
+    dist.barrier()
+    return found
+
+
+def test_ranks_that_lack_the_section_are_named():
+    """Rank 1's JSON is plain, seen from both sides and in both orders; or rank 1 has no plugin and says nothing."""
+    first, second = run_ranks(2, scenes)
+    assert first["all here"] == second["all here"] == ""
+    ours = "rank 1 made a DeepSpeed engine without an fp8 or msamp section; rank 0 has one."
+    theirs = "rank 1 made a DeepSpeed engine without an fp8 or msamp section; 1 other has one."
+    assert first["plain first"].startswith(ours) and first["plain last"].startswith(ours)
+    assert second["plain first"] == "" and second["plain last"].startswith(theirs)
+    notice, error, cure = first["absent"].splitlines()
+    assert notice == "ds_fp8: waiting for rank 1 to make the same DeepSpeed engine"
+    assert error.startswith("rank 1 did not come within 1 s, so rank 0 stops") and "ds_fp8 doctor" in cure
