@@ -6,8 +6,8 @@ divides the sharded ones by the world size:
     level  weight  master            gradient wire  exp_avg        exp_avg_sq           states + master
     AMP    2       fp32 4            2 or 4         fp32 4         fp32 4               12
     O1     2       split32 +2        e4m3 1         fp32 4         fp32 4               10
-    O2     2       split24 +1        e4m3 1         e4m3 1.03      sqrt in fp16 2.03    4.1
-    O3     e4m3 1  split24 +1 (+2)   e4m3 1         e4m3 1.03      sqrt in fp16 2.03    6.1
+    O2     2       split24 +1        e4m3 1         int8 1.03      sqrt in fp16 2.03    4.1
+    O3     e4m3 1  split24 +1 (+2)   e4m3 1         int8 1.03      sqrt in fp16 2.03    6.1
 
 `split32` is the 16-bit weight plus a 16-bit remainder: fp32, exactly. `split24` keeps eight bits of the remainder.
 At O3 the 16-bit half of the master is no longer the working weight of every rank, so it counts as sharded state.
@@ -49,8 +49,8 @@ MASTER_EXTRA_BYTES = {"fp32": 4.0, "split32": 2.0, "split24": 1.0, "fp16": 2.0 +
 class Level:
     """The formats of one level, after overrides.
 
-    exp_avg, exp_avg_sq    one of STATE_FORMATS; `exp_avg_sq` in fp16 or e4m3 stores sqrt(v), `exp_avg` in e4m3 its
-                           ratio to that root
+    exp_avg                one of EXP_AVG_FORMATS; the 8-bit ones store its ratio to the root of exp_avg_sq
+    exp_avg_sq             one of STATE_FORMATS; fp16 and the 8-bit ones store its root
     master                 one of MASTER_FORMATS
     rounding               how codes of states and masters are rounded
     gradient_wire          format in which gradients cross the network
@@ -84,6 +84,6 @@ class Level:
 
 LEVELS = {
     "O1": Level("O1", exp_avg="fp32", exp_avg_sq="fp32", master="split32"),
-    "O2": Level("O2", exp_avg="e4m3", exp_avg_sq="fp16", master="split24"),
-    "O3": Level("O3", exp_avg="e4m3", exp_avg_sq="fp16", master="split24", weight_wire="e4m3"),
+    "O2": Level("O2", exp_avg="int8", exp_avg_sq="fp16", master="split24"),
+    "O3": Level("O3", exp_avg="int8", exp_avg_sq="fp16", master="split24", weight_wire="e4m3"),
 }

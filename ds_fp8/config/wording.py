@@ -20,6 +20,8 @@ CURES = {
     ("fp8_format", "E5M2"): "its two mantissa bits are too coarse for activations and "
     "weights. Use HYBRID, which takes E5M2 for gradients only",
     ("fp8_format", "FP8"): "FP8 is two formats; use HYBRID (E4M3 forward, E5M2 backward) or E4M3",
+    ("exp_avg_sq", "int8"): "its codes are evenly spaced, and the roots of a block span decades: small ones would be "
+    "lost. Use fp16, or e4m3_expanded for 8 bits; int8 is for exp_avg",
 }
 """Values that people are known to try, each with the reason why not."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError
-from ..levels import MASTER_FORMATS, STATE_FORMATS
+from ..levels import EXP_AVG_FORMATS, MASTER_FORMATS, STATE_FORMATS
 from ..numerics.dtypes import BASE_DTYPES
 from . import codecs, masters
 from .algorithm import REFUSED
@@ -34,7 +34,7 @@ KEY = "ds_fp8"
 VERSION = 2
 """2: an 8-bit exp_avg is a ratio to the root of exp_avg_sq; in 1, which was never released, it was exp_avg itself."""
 
-_FORMAT_NAMES = {"exp_avg": STATE_FORMATS, "exp_avg_sq": STATE_FORMATS, "master": MASTER_FORMATS}
+_FORMAT_NAMES = {"exp_avg": EXP_AVG_FORMATS, "exp_avg_sq": STATE_FORMATS, "master": MASTER_FORMATS}
 _NOT_OURS = {*REFUSED, "foreach", "fused", "decoupled_weight_decay", "params"}
 """Keys of a foreign parameter group that mean nothing here."""
 

@@ -83,7 +83,7 @@ def test_codes_are_safe_to_load(tmp_path: Path):
     codes = torch.load(tmp_path / "codes.pt", weights_only=True)
     assert codes["version"] == 1
     assert codes["codes"][0]["version"] == 2
-    assert codes["layout"]["formats"]["exp_avg"] == "e4m3"
+    assert codes["layout"]["formats"]["exp_avg"] == "int8"
 
 
 def save_codes(rank: int, world_size: int, folder: str) -> None:

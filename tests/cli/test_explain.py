@@ -50,7 +50,7 @@ def test_every_key_of_both_sections_is_told():
         ("fp8/interval", "1", "default"),
         ("fp8/layers/exclude", '["head"]', "file"),
         ("fp8/layers/min_features", "decided by the plan", "default"),
-        ("msamp/exp_avg", "e4m3", "level O2"),
+        ("msamp/exp_avg", "int8", "level O2"),
         ("msamp/exp_avg_sq", "e4m3", "file"),
         ("msamp/use_te", "false", "default"),
     ],

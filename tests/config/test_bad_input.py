@@ -73,6 +73,15 @@ def test_each_mistake_has_its_cure(key, value, words):
     assert words in found[path]
 
 
+def test_int8_is_for_exp_avg_alone():
+    """It is the default there, and people will try it for both."""
+    data = {"msamp": {"enabled": True, "opt_level": "O2", "exp_avg": "int8", "exp_avg_sq": "int8"}}
+    ((path, message),) = messages(data).items()
+    assert path.startswith("msamp/exp_avg_sq")
+    assert message.startswith("'int8' is not one of fp32, bf16, fp16, e4m3, e4m3_expanded: its codes are evenly spaced")
+    assert "Use fp16" in message
+
+
 @pytest.mark.parametrize("exclude", [[""], [3], ["a", "a"], "lm_head"])
 def test_patterns_are_lists_of_distinct_nonempty_texts(exclude):
     """A single text is the likeliest slip: "exclude": "lm_head" would be read as seven letters."""

@@ -161,7 +161,7 @@ def test_every_msamp_key_arrives():
 
 def test_level_sets_the_defaults_and_a_key_overrides_one():
     level = config.load({**BOTH, "msamp": {"enabled": True, "opt_level": "O2", "exp_avg_sq": "e4m3"}}).msamp.level
-    assert (level.exp_avg, level.exp_avg_sq, level.master) == ("e4m3", "e4m3", "split24")
+    assert (level.exp_avg, level.exp_avg_sq, level.master) == ("int8", "e4m3", "split24")
 
 
 def test_fp16_master_rounds_stochastically_unless_told_otherwise():

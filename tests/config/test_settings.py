@@ -57,7 +57,7 @@ def test_every_key_has_a_home():
         ("fp8", "fp8_format", recipe.FP8_FORMATS),
         ("fp8", "amax_compute_algo", recipe.AMAX_ALGORITHMS),
         ("msamp", "opt_level", levels.OPT_LEVELS),
-        ("msamp", "exp_avg", levels.STATE_FORMATS),
+        ("msamp", "exp_avg", levels.EXP_AVG_FORMATS),
         ("msamp", "exp_avg_sq", levels.STATE_FORMATS),
         ("msamp", "master", levels.MASTER_FORMATS),
         ("msamp", "rounding", levels.ROUNDINGS),

@@ -20,6 +20,7 @@ LEVEL_CASES = {
     "O3": LEVELS["O3"],
     "O2 stochastic": LEVELS["O2"].override(**STOCHASTIC),
     "fp16 master": LEVELS["O3"].override(master="fp16"),
+    "e4m3": LEVELS["O2"].override(exp_avg="e4m3"),
     "expanded": LEVELS["O3"].override(exp_avg="e4m3_expanded", exp_avg_sq="e4m3_expanded", **STOCHASTIC),
     "bf16 states": LEVELS["O2"].override(exp_avg="bf16", exp_avg_sq="bf16", master="fp32", **STOCHASTIC),
 }
@@ -156,7 +157,7 @@ def test_ranges_of_an_export_are_ranges_of_the_whole():
 
 
 @pytest.mark.parametrize("exp_avg_sq", ["fp32", "bf16", "fp16", "e4m3", "e4m3_expanded"])
-@pytest.mark.parametrize("exp_avg", ["e4m3", "e4m3_expanded"])
+@pytest.mark.parametrize("exp_avg", ["int8", "e4m3", "e4m3_expanded"])
 def test_a_moment_set_alone_leaves_the_other(exp_avg, exp_avg_sq):
     """A new exp_avg_sq has other roots, so the ratio is encoded anew and exp_avg keeps its value, to one more rounding.
 
@@ -187,6 +188,33 @@ def test_an_exported_state_comes_back_to_its_codes():
     codes = {key: value.clone() for key, value in ours.state[param].items() if key.endswith(".data")}
     ours.import_fp32(param, **ours.export_fp32(param))
     assert all(torch.equal(ours.state[param][key], value) for key, value in codes.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [("int8", "e4m3"), ("e4m3", "int8"), ("int8", "fp32"), ("bf16", "int8")])
+def test_another_exp_avg(before, after):
+    """A state that was saved in one format goes on in the other: decoded, encoded anew, wrong by e4m3's half ulp, 2^-4, at most."""
+    params = parameters(torch.bfloat16)
+    ours = ScaledAdamW(params, level=LEVELS["O2"].override(exp_avg=before))
+    train(ours, params, 1, 3)
+    weights = copies(params)
+    theirs = ScaledAdamW(weights, level=LEVELS["O2"].override(exp_avg=after))
+    theirs.load_state_dict(through_file(ours.state_dict()))
+    for param, weight in zip(params, weights, strict=True):
+        wanted, found = ours.export_fp32(param), theirs.export_fp32(weight)
+        assert (found["exp_avg"] - wanted["exp_avg"]).norm() <= 2.0**-4 * wanted["exp_avg"].norm()
+        assert torch.equal(found["exp_avg_sq"], wanted["exp_avg_sq"])
+        assert torch.equal(found["master"], wanted["master"])
+
+
+def test_int8_for_exp_avg_sq_is_refused():
+    """It would be read as something that no step writes."""
+    params = parameters()
+    ours = ScaledAdamW(params, level="O2")
+    train(ours, params, 1, 1)
+    saved = through_file(ours.state_dict())
+    saved["ds_fp8"]["formats"]["exp_avg_sq"] = "int8"
+    with pytest.raises(CheckpointError, match="exp_avg_sq format 'int8' is not one of fp32, bf16, fp16, e4m3"):
+        ours.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("other", ["fp32", "bf16", "e4m3"])

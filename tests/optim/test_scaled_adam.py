@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_fp8.errors import PlanError
-from ds_fp8.levels import LEVELS, STATE_FORMATS
+from ds_fp8.levels import EXP_AVG_FORMATS, LEVELS, STATE_FORMATS
 from ds_fp8.optim import ScaledAdam, ScaledAdamW
 from tests.optim.given_gradients import SHAPES, gradients, parameters, train, train_fp32_reference
 
@@ -70,7 +70,7 @@ def test_four_steps_of_o2_are_within_3e4(kind, base, level):
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("exp_avg_sq", STATE_FORMATS)
-@pytest.mark.parametrize("exp_avg", STATE_FORMATS)
+@pytest.mark.parametrize("exp_avg", EXP_AVG_FORMATS)
 def test_every_pair_of_formats_trains(exp_avg, exp_avg_sq, rounding):
     """Thirty steps towards a target, and torch's distance from it within a tenth.
 
@@ -119,7 +119,7 @@ def test_one_giant_gradient_does_not_let_its_neighbours_jump():
         assert ours.export_fp32(param)["master"].abs().max() <= 10.5 * 1e-3
 
 
-@pytest.mark.parametrize(("exp_avg", "error"), [("e4m3", 0.025), ("e4m3_expanded", 0.0125)])
+@pytest.mark.parametrize(("exp_avg", "error"), [("int8", 0.006), ("e4m3", 0.025), ("e4m3_expanded", 0.0125)])
 def test_neighbours_of_other_sizes_cost_nothing(exp_avg, error):
     """Gradients whose sizes are exp(2 z): the update after one store is wrong by beta1 times e4m3's rms error of .026.
 
@@ -142,6 +142,29 @@ def test_neighbours_of_other_sizes_cost_nothing(exp_avg, error):
     ours.step()
     assert (coded - exact).norm() < error * exact.norm()
     assert coded.abs().max() < 1.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_o2_over_300_steps(spread):
+    """The target of O2: an update wrong by at most 2.5 % when every step's storage error is in it, and never 1.05 times the
+    right one's largest. int8 gives .012; with e4m3 it was .053. Sizes exp(spread * z), each element for itself.
+    """
+    sizes = torch.randn(2048, generator=torch.Generator().manual_seed(1)).mul(spread).exp() * 1e-3
+    generator = torch.Generator().manual_seed(2)
+    exact, coded = (torch.nn.Parameter(torch.zeros(2048)) for _ in range(2))
+    options = {"lr": 1.0, "betas": (0.9, 0.95)}
+    reference, ours = ScaledAdam([exact], level="O1", **options), ScaledAdam([coded], level="O2", **options)
+    errors, largest = [], {exact: 0.0, coded: 0.0}
+    for _ in range(300):
+        for param in (exact, coded):
+            param.data.zero_()
+        exact.grad = coded.grad = torch.randn(2048, generator=generator) * sizes
+        reference.step()
+        ours.step()
+        errors.append(((coded - exact).norm() / exact.norm()).item())
+        largest = {param: max(top, param.abs().max().item()) for param, top in largest.items()}
+    assert sum(errors) / len(errors) < 0.025
+    assert largest[coded] < 1.05 * largest[exact]
 
 
 def test_grad_scale_is_folded_into_the_pass():

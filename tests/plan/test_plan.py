@@ -56,7 +56,7 @@ def test_banner():
             "75% of the linear layers' FLOPs in FP8"
         ),
         (
-            "ds_fp8: msamp O3: exp_avg e4m3, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
+            "ds_fp8: msamp O3: exp_avg int8, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
             "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks"
         ),
         f"ds_fp8: plan {plan_at('O3').digest()[:12]}",
@@ -73,9 +73,9 @@ def test_parameters_name_formats_and_owner():
     plan = plan_at("O3")
     found = {parameter.fqn: parameter for parameter in plan.parameters}
     up, embed = found["blocks.0.up.weight"], found["embed.weight"]
-    assert (up.exp_avg, up.exp_avg_sq, up.master, up.gradient_wire) == ("e4m3", "fp16", "split24", "e4m3")
+    assert (up.exp_avg, up.exp_avg_sq, up.master, up.gradient_wire) == ("int8", "fp16", "split24", "e4m3")
     assert (up.weight_wire, up.owner) == ("e4m3", "blocks.0.up")
-    assert (embed.weight_wire, embed.owner, embed.exp_avg) == ("none", "", "e4m3")
+    assert (embed.weight_wire, embed.owner, embed.exp_avg) == ("none", "", "int8")
     assert "head.weight" not in found, "a shared parameter appears once"
     assert plan.comm.fp8_weights == tuple(f"blocks.{n}.{name}.weight" for n in (0, 1) for name in ("up", "down"))
 
