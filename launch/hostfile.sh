@@ -14,6 +14,7 @@ source "$LAUNCH_DIR/preflight.sh"
 
 check_config
 build_command "$@"
+check_machine
 set_caches "$$"
 # Remote ranks get no environment but what this file lists.
 DS_ENV_FILE=$(mktemp)

@@ -14,6 +14,7 @@ source "$LAUNCH_DIR/preflight.sh"
 
 check_config
 build_command "$@"
+check_machine
 set_caches "$JOB_NAME"
 GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || GPUS=0
 GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}

@@ -17,6 +17,7 @@ source "$LAUNCH_DIR/preflight.sh"
 
 check_config
 build_command "$@"
+check_machine
 JOB=${PBS_JOBID:-${SLURM_JOB_ID:-$$}}
 set_caches "${JOB//[^0-9]/}"
 GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || GPUS=0

@@ -9,7 +9,8 @@
 #   RESUME_ARGS      arguments for the script when there is a checkpoint       (default: none, it finds it itself)
 #   MASTER_PORT      rendezvous port                                           (default: from the job id)
 #   NODE_CACHE       node-local folder for compiled kernels                    (default: under /tmp, by user and job)
-#   SKIP_CHECK=1     do not run `ds_fp8 check`
+#   DOCTOR_ARGS      more for `ds_fp8 doctor`; "--other-door" if the script imports ds_fp8 itself   (default: none)
+#   SKIP_CHECK=1     run neither `ds_fp8 check` nor `ds_fp8 doctor`
 
 say() { echo "launch: $*" >&2; }
 die() { say "$*"; exit 2; }
@@ -22,6 +23,16 @@ read -ra CONTAINER_PREFIX <<<"$CONTAINER"
 check_config() {
   [[ ${SKIP_CHECK:-0} == 1 ]] && return
   "$@" "${CONTAINER_PREFIX[@]}" ds_fp8 check "$DS_CONFIG" || die "ds_fp8 check refuses $DS_CONFIG, nothing was started"
+}
+
+# A Python without the plugin trains on in 16 bits and says nothing, so it is asked for here, where the ranks will run:
+# the door, versions, DeepSpeed's seams. Arguments: a prefix that reaches the environment.
+check_machine() {
+  [[ ${SKIP_CHECK:-0} == 1 ]] && return
+  local more
+  read -ra more <<<"${DOCTOR_ARGS:-}"
+  "$@" "${CONTAINER_PREFIX[@]}" "$PYTHON" -m ds_fp8.cli.main doctor "$DS_CONFIG" "${more[@]}" ||
+    die "ds_fp8 doctor: $PYTHON on $(hostname) cannot run $DS_CONFIG, nothing was started"
 }
 
 # Sets COMMAND: the interpreter, the script and its arguments, the configuration, and what resuming needs.

@@ -51,11 +51,13 @@ trap requeue USR1
 STEP=()
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
   STEP=(--container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
-  check_config srun --nodes=1 --ntasks=1 "${STEP[@]}"
+  REACH=(srun --nodes=1 --ntasks=1 "${STEP[@]}")
 else
-  check_config
+  REACH=()
 fi
+check_config "${REACH[@]}"
 build_command "$@"
+check_machine "${REACH[@]}"
 set_caches "$SLURM_JOB_ID"
 FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 set_rendezvous "$FIRST_NODE" "$SLURM_JOB_ID"

@@ -1,7 +1,11 @@
-"""`ds_fp8 doctor`: does this machine fit, and if not, what exactly cures it.
+"""`ds_fp8 doctor [FILE]`: does this machine fit, and if not, what exactly cures it.
 
 It looks, it changes nothing: versions, DeepSpeed's seams, the device, Transformer Engine, the kernels, the door that
 activates the plugin, and the `msamp` package if one is installed. Exit code 0: a job can run; 1: it cannot.
+
+With the job's DeepSpeed JSON a missing door is a failure, if the JSON has our sections: DeepSpeed ignores sections that
+it does not know, so without the plugin such a job trains in 16 bits and nobody tells. The job itself cannot: nothing of
+ours runs in it. Run it with the Python of the job: `python -m ds_fp8.cli.main doctor ds.json`.
 """
 
 from __future__ import annotations
@@ -10,9 +14,11 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
+from .. import config
+from .check import brief
 from .probes import PROBES, Finding
 from .tables import print_table
 
@@ -22,11 +28,19 @@ MARKS = {"ok": "ok", "note": "note", "fail": "FAIL"}
 def main(argv: Sequence[str]) -> int:
     """Run all probes and print what they found."""
     parser = argparse.ArgumentParser(prog="ds_fp8 doctor", description=__doc__.split("\n")[0])
+    parser.add_argument("file", nargs="?", metavar="FILE", help="the job's DeepSpeed JSON: does this machine fit *it*")
+    parser.add_argument(
+        "--other-door",
+        action="store_true",
+        help="the script imports ds_fp8, or is started by ds_fp8.run: it needs no ds_fp8.pth",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
     with contextlib.redirect_stdout(sys.stderr):
         findings = [finding for probe in PROBES for finding in _run(probe)]
+    if options.file is not None:
+        findings = list(_fit(findings, options.file, options.other_door))
     failed = [finding for finding in findings if finding.status == "fail"]
     if options.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -38,6 +52,19 @@ def main(argv: Sequence[str]) -> int:
             print(f"{MARKS[finding.status]}: {finding.what}: {finding.cure}")
     print(f"{len(failed)} thing(s) to repair before a job can run" if failed else "a job can run here")
     return int(bool(failed))
+
+
+def _fit(findings: Sequence[Finding], file: str, other_door: bool) -> Iterator[Finding]:
+    """The same findings, as one job sees them, and what its file asks for."""
+    errors = [problem for problem in config.check(file) if problem.severity == "error"]
+    settings = None if errors else config.load(file)
+    for finding in findings:
+        is_missed = finding.what == "door" and finding.status == "note" and settings is not None and settings.enabled
+        yield replace(finding, status="fail") if is_missed and not other_door else finding
+    if settings is None:
+        yield Finding(file, f"errors: {len(errors)}", "fail", f"`ds_fp8 check {file}` lists them")
+    else:
+        yield Finding(file, brief(settings), "ok" if settings.enabled else "note")
 
 
 def _run(probe) -> list[Finding]:

@@ -58,6 +58,40 @@ def test_the_door_is_found_in_a_site_directory_only(monkeypatch, tmp_path):
     assert finding.status == "ok"
 
 
+SECTION = {"train_batch_size": 2, "fp8": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "code"),
+    [
+        (SECTION, [], 1),
+        (SECTION, ["--other-door"], 0),
+        ({"train_batch_size": 2}, [], 0),
+        ({**SECTION, "fp8": {"enabled": False}}, [], 0),
+    ],
+    ids=["sections", "import ds_fp8 in the script", "plain", "disabled"],
+)
+def test_a_missing_door_fails_a_job_that_needs_it(monkeypatch, tmp_path, capsys, data, options, code):
+    """Such a job would train in bf16 without a word: DeepSpeed ignores the section, and nothing of ours is there."""
+    monkeypatch.setattr(doctor, "PROBES", (probes.door,))
+    monkeypatch.setattr(probes.site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
+    monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
+    (tmp_path / "ds.json").write_text(json.dumps(data))
+    assert main(["doctor", str(tmp_path / "ds.json"), "--json", *options]) == code
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["findings"][0]["status"] == ("fail" if code else "note")
+    (tmp_path / "ds_fp8.pth").write_text("import ds_fp8")
+    assert main(["doctor", str(tmp_path / "ds.json"), *options]) == 0
+
+
+def test_a_file_with_errors_fails_and_points_to_check(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(doctor, "PROBES", ())
+    (tmp_path / "ds.json").write_text(json.dumps({**SECTION, "fp8": {"enabled": True, "margn": 1}}))
+    assert main(["doctor", str(tmp_path / "ds.json")]) == 1
+    assert "ds_fp8 check" in capsys.readouterr().out
+
+
 def test_a_shut_door_fails(monkeypatch):
     monkeypatch.setenv("DS_FP8_DISABLE", "1")
     (finding,) = probes.door()

@@ -29,6 +29,10 @@ with open(os.environ["NOTES"], "a") as file:
 """
 SCONTROL = NOTE + "if sys.argv[1:3] == ['show', 'hostnames']: print('node7\\nnode8')\n"
 CHECK = NOTE + "sys.exit(int(os.environ.get('CHECK_CODE', 0)))\n"
+PYTHON = (
+    NOTE.replace("with open", "name = 'doctor' if sys.argv[1:3] == ['-m', 'ds_fp8.cli.main'] else name\nwith open", 1)
+    + "sys.exit(int(os.environ.get('DOCTOR_CODE', 0)) if name == 'doctor' else 0)\n"
+)
 SRUN = (
     NOTE
     + """
@@ -72,7 +76,7 @@ STAND_INS = {
     "deepspeed": NOTE,
     "torchrun": NOTE,
     "ds_fp8": CHECK,
-    "python": NOTE,
+    "python": PYTHON,
     "nvidia-smi": "#!/bin/sh\nprintf 'GPU 0\\nGPU 1\\n'\n",
 }
 
@@ -181,10 +185,11 @@ def test_slurm_address_and_port_may_be_given(cluster):
 
 def test_slurm_container_serves_check_and_ranks(cluster):
     _, notes, _ = cluster("slurm.sh", *TRAIN, **SLURM, CONTAINER_IMAGE="me/image", CONTAINER_MOUNTS="/data")
-    check, job = (arguments for arguments, _ in of(notes, "srun"))
+    check, doctor, job = (arguments for arguments, _ in of(notes, "srun"))
     wanted = ["--container-image=me/image", "--container-mounts=/data"]
-    assert all(word in check and word in job for word in wanted)
+    assert all(word in check and word in doctor and word in job for word in wanted)
     assert check[-3:] == ["ds_fp8", "check", "ds.json"]
+    assert doctor[-5:] == ["python", "-m", "ds_fp8.cli.main", "doctor", "ds.json"]
 
 
 def test_slurm_requeues_before_the_limit_and_waits_for_the_end(cluster):
@@ -218,6 +223,18 @@ def test_a_refused_configuration_starts_nothing(cluster, script):
     assert code == 2
     assert "nothing was started" in errors
     assert [who for who, *_ in notes] == ["ds_fp8"]
+
+
+@pytest.mark.parametrize("script", ["slurm.sh", "mpi.sh", "hostfile.sh", "kubernetes.sh"])
+def test_a_machine_without_the_plugin_starts_nothing(cluster, script):
+    """The Python that will train is asked, on the node, with the job's JSON: a missing door trains in bf16 in silence."""
+    job = SLURM if script == "slurm.sh" else {}
+    code, notes, errors = cluster(script, *TRAIN, **job, DOCTOR_CODE="1", DOCTOR_ARGS="--other-door")
+    assert code == 2
+    assert "cannot run ds.json, nothing was started" in errors
+    assert [who for who, *_ in notes] == ["ds_fp8", "doctor"]
+    assert of(notes, "doctor")[0][0] == ["-m", "ds_fp8.cli.main", "doctor", "ds.json", "--other-door"]
+    assert of(cluster(script, *TRAIN, **job, SKIP_CHECK="1")[1], "doctor") == of(notes, "doctor")
 
 
 @pytest.mark.parametrize("script", ["slurm.sh", "mpi.sh", "hostfile.sh", "kubernetes.sh"])

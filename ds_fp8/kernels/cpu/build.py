@@ -6,8 +6,8 @@ it a matter of seconds, and one library serves every version of torch.
 
 The cache must survive 64 ranks that start together on one NFS home, and a job that is killed in the middle. So a build
 happens in a private directory and appears by an atomic rename; two builds at once are wasteful, never wrong. To save
-the waste one rank builds and the others wait for its result, but only for a while: a lock left behind by a dead rank
-costs `PATIENCE_S`, it cannot hang a job.
+the waste one rank builds and the others wait for its result, as long as it gives signs of life: a lock left behind by a
+dead rank costs `PATIENCE_S`, it cannot hang a job. A compiler that refuses is asked once, not by every rank in turn.
 
 This file imports nothing of the package: setup.py loads it by path, in an environment without torch.
 """
@@ -23,12 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Event, Thread
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 60.0
+HEARTBEAT_S = 5.0
+POLL_S = 0.1
 COMPILE_LIMIT_S = 300.0
 
 # Nothing may be fused or reassociated: the kernels promise the bits of the PyTorch reference.
@@ -166,27 +171,67 @@ def build_cached() -> Path:
     """The library in the user's cache, compiled if it is not there yet. Raises BuildError."""
     directory = cache_dir()
     directory.mkdir(parents=True, exist_ok=True)
-    library, lock = directory / library_name(), directory / "building"
-    if library.exists():
-        return library
+    library, lock, refusal = directory / library_name(), directory / "building", directory / "refused"
+    while not library.exists():
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            _wait(library, lock)
+            if not library.exists() and refusal.exists():
+                raise BuildError(refusal.read_text(encoding="utf-8")) from None
+            continue
+        refusal.unlink(missing_ok=True)
+        with _alive(lock):
+            try:
+                return build(directory)
+            except BuildError as error:
+                refusal.write_text(str(error), encoding="utf-8")
+                raise
+    return library
+
+
+@contextmanager
+def _alive(lock: Path) -> Iterator[None]:
+    """Touch `lock` again and again while the block runs, and remove it at the end."""
+    done = Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError):
+                lock.touch()
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
     try:
-        os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        mine = True
-    except FileExistsError:
-        mine = False
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline and lock.exists():
-            if library.exists():
-                return library
-            time.sleep(0.1)
-        if library.exists():
-            return library
-    try:
-        return build(directory)
+        yield
     finally:
-        if mine or library.exists():
+        done.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            lock.unlink()
+
+
+def _wait(library: Path, lock: Path) -> None:
+    """Until the library is there or the lock has gone. A lock that nobody touches for `PATIENCE_S` is removed."""
+    seen, since = _state(lock), time.monotonic()
+    while seen is not None and not library.exists():
+        time.sleep(POLL_S)
+        # Compared with itself only: clocks of an NFS server and of its clients differ.
+        now = _state(lock)
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > PATIENCE_S:
             with contextlib.suppress(OSError):
                 lock.unlink()
+
+
+def _state(lock: Path) -> tuple[int, int] | None:
+    """What changes with every sign of life; None without a lock."""
+    try:
+        found = lock.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 if __name__ == "__main__":

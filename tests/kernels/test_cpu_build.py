@@ -1,0 +1,142 @@
+"""The compile at first use by many ranks at once, and the library on a CPU that lacks what this one has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_fp8.kernels.cpu import build, loader
+
+ROOT = Path(build.__file__).resolve().parents[3]
+
+COMPILER = """#!/bin/sh
+# Stands for the compiler: as slow, a thousandth of the work. Notes every link.
+for last; do :; done
+case "$*" in
+  --version) echo "stand-in 1.0"; exit ;;
+  *-shared*) echo link >>"$NOTES"; sleep 0.3 ;;
+esac
+[ -z "$REFUSE" ] || { echo "no room on the disk" >&2; exit 1; }
+echo "$last of a library" >"$last"
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a process with an empty cache and the stand-in compiler; returns it."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    code = "from ds_fp8.kernels.cpu import build; build.PATIENCE_S = 1.0; build.HEARTBEAT_S = 0.1; print(build.build_cached())"
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DS_FP8_DISABLE": "1",
+        "CXX": str(compiler),
+        "NOTES": str(tmp_path / "notes"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+
+    def one(**more):
+        return subprocess.Popen(
+            [sys.executable, "-c", code], env={**env, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return one
+
+
+def links(tmp_path):
+    notes = tmp_path / "notes"
+    return len(notes.read_text().split()) if notes.exists() else 0
+
+
+def test_many_ranks_on_one_cache_make_one_library(start, tmp_path):
+    """Eight start together with an empty cache: one compiles, all get the same file, and nothing else is left."""
+    ends = [(*process.communicate(timeout=120), process.returncode) for process in [start() for _ in range(8)]]
+    assert [code for *_, code in ends] == [0] * 8, ends
+    (library,) = {said.strip() for said, *_ in ends}
+    assert Path(library).read_text().endswith("of a library\n")
+    assert links(tmp_path) == 1
+    assert [file.name for file in Path(library).parent.iterdir()] == [build.library_name()]
+
+
+def test_a_lock_of_a_dead_rank_costs_patience_only(start, tmp_path):
+    """Killed in the middle: the next ones wait, take the lock away, and one of them compiles."""
+    process = start()
+    said, errors = process.communicate(timeout=60)
+    library = Path(said.strip())
+    assert process.returncode == 0, errors
+    library.unlink()
+    (library.parent / "building").touch()
+    ends = [process.wait(timeout=120) for process in [start() for _ in range(4)]]
+    assert ends == [0] * 4 and library.exists()
+    assert not (library.parent / "building").exists()
+
+
+def test_a_compiler_that_refuses_is_quoted_to_those_who_wait(start, tmp_path):
+    """Sixty-four ranks must not meet the same full disk one after the other; a later start tries again."""
+    ends = [
+        (process.communicate(timeout=120)[1], process.returncode) for process in [start(REFUSE="1") for _ in range(8)]
+    ]
+    assert all(code != 0 and "no room on the disk" in errors for errors, code in ends), ends
+    assert start().wait(timeout=60) == 0
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
+@pytest.mark.skipif(build.machine() != "x86_64", reason="looks for AVX")
+def test_code_of_one_path_is_shared_with_no_other():
+    """Vector code lies in functions of its own unit: a function that the linker merges would crash an older CPU."""
+    library = loader.load()
+    if library is None:
+        pytest.skip("no compiled kernels here")
+    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library._name], capture_output=True, text=True).stdout
+    found, function = set(), ""
+    for line in text.splitlines():
+        head = re.match(r"[0-9a-f]+ <(.*)>:", line)
+        if head:
+            function = head.group(1)
+        elif re.search(r"\tv[a-z0-9]+ .*%[xyz]mm|%zmm", line):
+            found.add(function)
+    assert len(found) > 20, "the disassembly was not read"
+    assert [name for name in found if "_GLOBAL__N_1" not in name] == []
+
+
+DRIVER = """
+import ctypes, struct
+library = ctypes.CDLL({path!r})
+library.ds_fp8_choose.restype = ctypes.c_char_p
+library.ds_fp8_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
+class Job(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "amax")),
+                ("numel", ctypes.c_int64), ("dtype", ctypes.c_int32), ("fmt", ctypes.c_int32)]
+values = (ctypes.c_float * 1000)(*(((i * 7919) % 2003 - 1001) / 3 for i in range(1000)))
+for best in (2, 1, 0):
+    codes, scale, amax = (ctypes.c_uint8 * 1000)(), ctypes.c_float(1.25), ctypes.c_float()
+    job = Job(*map(ctypes.addressof, (values, codes, scale, amax)), 1000, 0, 0)
+    name = library.ds_fp8_choose(best).decode()
+    library.ds_fp8_run(0, ctypes.byref(job), 8, 256, 1)
+    print(name, amax.value, bytes(codes).hex())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is the CPU without AVX-512")
+def test_a_cpu_without_avx512_runs_the_next_path_with_the_same_bits():
+    """Valgrind's CPU has AVX2 and no AVX-512: one library, chosen at run time, the codes of this CPU's best path."""
+    library = loader.load()
+    if library is None:
+        pytest.skip("no compiled kernels here")
+    command = [sys.executable, "-S", "-c", DRIVER.format(path=library._name)]
+    here, there = (
+        [line.split() for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()]
+        for words in (command, ["valgrind", "--tool=none", "-q", *command])
+    )
+    assert [name for name, *_ in there] == ["avx2", "avx2", "portable"]
+    assert {tuple(result) for _, *result in here} == {tuple(result) for _, *result in there}
+    assert len({tuple(result) for _, *result in there}) == 1
