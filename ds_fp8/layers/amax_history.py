@@ -17,12 +17,9 @@ Source: Transformer Engine 2.x, delayed scaling.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..formats import Format
-from ..kernels import library_for
 from ..numerics.scaling import scale_from_amax
 from ..recipe import Recipe
 
@@ -46,13 +43,9 @@ class AmaxHistory:
 
     def fold(self, amax: torch.Tensor) -> None:
         """Take the amaxes [columns] of one region; every `interval` folds (the first one too) renew the scales."""
-        library = library_for(amax.device) if amax.is_cuda else None
-        if library is not None:
-            self._fold_in_one_launch(amax, library.history)
-            return
         seen = amax > 0
         history = torch.cat([amax.unsqueeze(0), self.history[1:]])
-        if self.folds % self.recipe.interval == 0:
+        if self.renews:
             found = amax if self.recipe.amax_compute_algo == "most_recent" else history.amax(dim=0)
             scale = scale_from_amax(found, self.format, margin=self.recipe.margin, previous=self.scale)
             self.scale.copy_(torch.where(seen, scale, self.scale))
@@ -61,17 +54,20 @@ class AmaxHistory:
         rolled[0].zero_()
         self.history.copy_(torch.where(seen, rolled, self.history))
 
-    def _fold_in_one_launch(self, amax: torch.Tensor, kernels: Any) -> None:
-        rolled = torch.empty_like(self.history) if self._spare is None else self._spare
-        kernels.fold(
-            amax,
-            self.history,
-            rolled,
-            self.scale,
-            fmax=self.format.max,
-            margin=self.recipe.margin,
-            renew=self.folds % self.recipe.interval == 0,
-            most_recent=self.recipe.amax_compute_algo == "most_recent",
-        )
-        self.folds += 1
-        self.history, self._spare = rolled, self.history
+    @property
+    def renews(self) -> bool:
+        """Whether the next fold renews the scales."""
+        return self.folds % self.recipe.interval == 0
+
+    @property
+    def spare(self) -> torch.Tensor:
+        """A buffer of the history's shape, for a kernel that folds: rows move while others are read."""
+        if self._spare is None:
+            with torch.inference_mode(False):  # it will be the history, and is written in training too
+                self._spare = torch.empty_like(self.history)
+        return self._spare
+
+    def take_spare(self, *, folded: bool) -> None:
+        """What the kernel left in `spare` is the history now; `folded` if amaxes were pending, which counts as a fold."""
+        self.history, self._spare = self.spare, self.history
+        self.folds += folded

@@ -12,8 +12,7 @@ Codes and scales are those of `products`; what this road does not take (`takes`)
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,7 +37,7 @@ COMPUTE = (torch.bfloat16, torch.float16)
 
 
 def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
-    """Whether `CudaProducts` can do this call; `input` [M, K] in the compute dtype."""
+    """Whether `CudaProducts` can do this call; contiguous `input` [..., K] in the compute dtype."""
     if not input.is_cuda or call.warming or input.dtype not in COMPUTE:
         return False
     page = call.page
@@ -46,15 +45,14 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
         return False
     if page.fast_step is None:
         page.fast_step = _fast_step(page, weight)
-    step, rows = page.fast_step, input.shape[0]
+    step, rows = page.fast_step, input.numel() // input.shape[-1]
     return step > 0 and rows > 0 and rows % step == 0 and weight.is_contiguous()
 
 
 def _fast_step(page: Page, weight: torch.Tensor) -> int:
     """What the number of rows must be a multiple of; 0 when this layer never takes the fast road."""
-    recipe = page.book.recipe
-    high = recipe.override_linear_precision
-    blocks = recipe.kind == "block"
+    high = page.book.recipe.override_linear_precision
+    blocks = page.book.kind == "block"
     if blocks and not (MULTIPLIES_BLOCKS and torch.cuda.get_device_capability(weight.device)[0] == 9):
         return 0
     if high.fprop or high.dgrad or high.wgrad or any(size % (TILE_STEP if blocks else STEP) for size in weight.shape):
@@ -65,34 +63,39 @@ def _fast_step(page: Page, weight: torch.Tensor) -> int:
 
 
 class CudaProducts(torch.autograd.Function):
-    """output = input @ weight.T + bias; arguments as those of `LinearProducts`."""
+    """output = input @ weight.T + bias; arguments as those of `LinearProducts`, but `input` may be [..., K].
+
+    Axes are folded in here, where autograd does not record each view.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, grad: bool
     ) -> torch.Tensor:
-        needs_dgrad, needs_wgrad = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
-        dtype = input.dtype
-        left, kept_input = _cast(input, call, call.page.input_column, plain=True, turned=needs_wgrad)
-        right, kept_weight = _cast_weight(weight, call, turned=needs_dgrad)
+        needs = ctx.needs_input_grad
+        page, dtype, shape = call.page, input.dtype, input.shape
+        plain, turned = _cast(input, call, page.input_column, True, grad and needs[1])
+        ready = _ready_weight(weight, call, turned=grad and needs[0])
         # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
         output = torch._scaled_mm(
-            left[0],
-            right[0].t(),
-            scale_a=left[1],
-            scale_b=right[1].t(),
-            bias=None if bias is None else bias.to(dtype),
+            plain[0],
+            ready.fprop,
+            scale_a=plain[1],
+            scale_b=ready.fprop_scale_inv,
+            bias=bias if bias is None or bias.dtype == dtype else bias.to(dtype),
             out_dtype=dtype,
-            use_fast_accum=call.page.book.recipe.kind != "block",
+            use_fast_accum=page.book.kind != "block",
         )
-        ctx.save_for_backward(*kept_weight, *kept_input)
+        if len(shape) != 2:
+            output.resize_(*shape[:-1], output.shape[1])  # no view: nobody may write into a view that was made in here
+        ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *turned)
         ctx.call, ctx.dtype, ctx.weight_dtype = call, dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        call: Call = ctx.call
+        call, dtype = ctx.call, ctx.dtype
         if torch.is_grad_enabled():
             raise BackendError(
                 f"{call.page.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
@@ -100,105 +103,137 @@ class CudaProducts(torch.autograd.Function):
             )
         weight, weight_scale_inv, kept, kept_scale_inv = ctx.saved_tensors
         needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
-        grad_output = grad_output.to(ctx.dtype).contiguous()
-        column = call.page.grad_output_column
+        if grad_output.dtype != dtype:
+            grad_output = grad_output.to(dtype)
+        if not grad_output.is_contiguous():
+            grad_output = grad_output.contiguous()
         grad_input = grad_weight = grad_bias = None
         if needs_dgrad or needs_wgrad:
-            plain, turned = _cast(grad_output, call, column, plain=needs_dgrad, turned=needs_wgrad)
-            if not needs_bias:
-                # A cast saturates infinities; where no sum in high precision shows an overflow, the scale does.
-                shown = turned if needs_wgrad else plain
-                shown[1] = _poisoned(shown[1], grad_output, call)
+            column = call.page.grad_output_column
+            plain, turned = _cast(grad_output, call, column, needs_dgrad, needs_wgrad, guarded=not needs_bias)
             # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
             if needs_dgrad:
                 grad_input = torch._scaled_mm(
-                    plain[0], weight.t(), scale_a=plain[1], scale_b=weight_scale_inv.t(), out_dtype=ctx.dtype
+                    plain[0], weight, scale_a=plain[1], scale_b=weight_scale_inv, out_dtype=dtype
                 )
+                if grad_output.dim() != 2:
+                    grad_input.resize_(*grad_output.shape[:-1], grad_input.shape[1])
             # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
             if needs_wgrad:
                 grad_weight = torch._scaled_mm(
-                    turned[0], kept.t(), scale_a=turned[1], scale_b=kept_scale_inv.t(), out_dtype=ctx.weight_dtype
+                    turned[0], kept.t(), scale_a=turned[1], scale_b=_t(kept_scale_inv), out_dtype=ctx.weight_dtype
                 )
         if needs_bias:
-            grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            rows = grad_output if grad_output.dim() == 2 else grad_output.view(-1, grad_output.shape[-1])
+            exact = None if dtype == ctx.bias_dtype else torch.float32  # as in `products`
+            grad_bias = rows.sum(0, dtype=exact).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None
 
 
-Coded = list[Any]
-"""[codes, scale_inv]; codes are None where nobody asked for them."""
+Coded = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Codes and scale_inv; None where nobody asked for them."""
 
 
-def _cast(x: torch.Tensor, call: Call, column: int, *, plain: bool, turned: bool) -> tuple[Coded, Coded]:
-    """An input or grad_output `x` as it lies and transposed; under delayed scaling its amax is recorded if it counts."""
+def _cast(
+    x: torch.Tensor, call: Call, column: int, plain: bool, turned: bool, *, guarded: bool = False
+) -> tuple[Coded, Coded]:
+    """An input or grad_output `x` [..., K] as [M, K], and transposed; under delayed scaling its amax is recorded if it counts.
+
+    guarded  nothing in high precision shows an overflow of `x`, and a cast saturates infinities: the scale_inv of what is
+             asked for last (transposed, else plain) is NaN then
+    """
+    page = call.page
+    book = page.book
+    fmt = book.backward_format if column == page.grad_output_column else book.forward_format
     casts = library_for(x.device).operands
-    fmt, kind = call.format_of(column), call.page.book.recipe.kind
-    if kind == "block":
+    if book.kind == "block":
         found = casts.cast_groups(x, fmt, plain=plain, turned=turned)
-        return [[None, None] if one is None else list(one) for one in found]  # type: ignore[return-value]
-    if kind == "current":
-        codes, scale_inv, _ = casts.cast_current(x, fmt, plain=plain, turned=turned)
+        pair = [(None, None) if one is None else one for one in found]
+        if guarded:
+            pair[turned] = pair[turned][0], _poisoned(pair[turned][1], library_for(x.device).amax(x))
+        return pair[0], pair[1]
+    if book.kind == "current":
+        (codes, back), scale_inv, shown = casts.cast_current(x, fmt, plain=plain, turned=turned, guarded=guarded)
     else:
-        slot = call.slot(column) if call.records_column(column) else None
-        scale, scale_inv = call.scale(column)
-        codes = casts.cast_delayed(x, scale, fmt, slot, plain=plain, turned=turned)
-    return [codes[0], scale_inv], [codes[1], scale_inv]
+        region, pending = call.region, call.raised(column)
+        codes, back = casts.cast_delayed(x, region.frozen, column, fmt, pending, plain=plain, turned=turned)
+        scale_inv = shown = region.scale_inv[column]
+        if guarded:
+            # The cast has just raised it; an older infinity in it poisons the same step anyway.
+            amax = library_for(x.device).amax(x) if pending is None else book.raised_slot(region, column)
+            shown = _poisoned(scale_inv, amax)
+    return (codes, scale_inv if turned else shown), (back, shown) if turned else (None, None)
 
 
-def _cast_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> tuple[Coded, Coded]:
-    """The weight [N, K] as codes both ways round: set from outside (O3), cached, or cast now; see `cast_weight`."""
+class ReadyWeight(NamedTuple):
+    """A weight as its two products read it, with scales where cuBLASLt can read them.
+
+    fprop   codes [K, N] dense by columns, and scale_inv
+    dgrad   codes [N, K] dense by columns, and scale_inv; None where no backward was expected
+    source  what they were made of: while the page caches that, these are good too
+    """
+
+    fprop: torch.Tensor
+    fprop_scale_inv: torch.Tensor
+    dgrad: torch.Tensor | None
+    dgrad_scale_inv: torch.Tensor | None
+    source: Operand
+
+
+def _ready_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> ReadyWeight:
+    """The weight [N, K] for fprop, and for dgrad if `turned`: set from outside (O3), cached, or cast now; see `cast_weight`."""
     page = call.page
     if page.weight_codes is not None:
-        return _both(cast_weight(weight, call), turned=turned)
-    key = (page.book.weights_version, weight._version, weight.data_ptr()) if call.caches_weight else None
-    found = page.cached_weight
+        return _ready(cast_weight(weight, call), turned=turned)
+    book = page.book
+    key = (book.weights_version, weight._version, weight.data_ptr()) if book.plan.weight_cache else None
+    found, ready = page.cached_weight, page.ready
     if key is None or page.cached_key != key or found is None:
         found = _cast_weight_now(weight, call, turned=turned)
-        if key is not None and (call.records or not call.recipe.is_delayed) and not torch.is_inference_mode_enabled():
+        if key is not None and (call.records or not book.is_delayed) and not torch.is_inference_mode_enabled():
             # As in `cast_weight`: a forward that does not record must not rob the next one of recording.
             page.cached_key, page.cached_weight = key, found
-            page.cached_scale = None if found.scale is None else (found.scale, found.scale_inv)
-    elif turned and found.turned is None:  # cached by a forward without gradients
-        found = page.cached_weight = replace(found, turned=_turned(found))
-    return _both(found, turned=turned)
+            page.cached_scale = None  # for sharded weights only, which do not come here
+    elif ready is not None and ready.source is found and (ready.dgrad is not None or not turned):
+        return ready
+    ready = _ready(found, turned=turned)
+    if found is page.cached_weight:
+        page.ready = ready
+    return ready
+
+
+def _ready(operand: Operand, *, turned: bool) -> ReadyWeight:
+    back = back_scale_inv = None
+    if turned:  # a cached forward without gradients, and codes from outside, have none yet
+        other = operand.turned or Operand(dense(operand.data.t()), _t(operand.scale_inv), operand.extent)
+        back, back_scale_inv = other.data.t(), _t(_fit(other.scale_inv))
+    return ReadyWeight(operand.data.t(), _t(_fit(operand.scale_inv)), back, back_scale_inv, operand)
 
 
 def _cast_weight_now(weight: torch.Tensor, call: Call, *, turned: bool) -> Operand:
-    column, fmt = call.page.weight_column, call.recipe.forward_format
-    casts = library_for(weight.device).operands
-    weight = weight.detach()
-    if call.recipe.kind == "block":
+    book, column, weight = call.page.book, call.page.weight_column, weight.detach()
+    fmt, casts = book.forward_format, library_for(weight.device).operands
+    if book.kind == "block":
         plain, back = casts.cast_tiles(weight, fmt, turned=turned)
         return Operand(*plain, TILES, turned=None if back is None else Operand(*back, TILES))
-    if call.recipe.kind == "current":
-        (codes, back), scale_inv, amax = casts.cast_current(weight, fmt, turned=turned)
-        return Operand(codes, scale_inv[0], amax=amax[0], turned=None if back is None else Operand(back, scale_inv[0]))
-    scale, scale_inv = call.scale(column)
-    slot = call.slot(column) if call.records else None
-    codes, back = casts.cast_delayed(weight, scale, fmt, slot, turned=turned)
-    return Operand(codes, scale_inv, TENSOR, scale, turned=None if back is None else Operand(back, scale_inv))
+    if book.kind == "current":
+        (codes, back), scale_inv, _ = casts.cast_current(weight, fmt, turned=turned)
+        scale_inv = scale_inv[0]
+    else:
+        codes, back = casts.cast_delayed(weight, call.region.frozen, column, fmt, call.raised(column), turned=turned)
+        scale_inv = call.region.scale_inv[column]
+    return Operand(codes, scale_inv, TENSOR, turned=None if back is None else Operand(back, scale_inv))
 
 
-def _turned(operand: Operand) -> Operand:
-    return Operand(dense(operand.data.t()), operand.scale_inv.t(), operand.extent)
-
-
-def _both(operand: Operand, *, turned: bool) -> tuple[Coded, Coded]:
-    """The operand and, if wanted, its transpose, with scales where cuBLASLt can read them."""
-    if not turned:
-        return [operand.data, _fit(operand.scale_inv)], [None, None]
-    back = operand.turned or _turned(operand)
-    return [operand.data, _fit(operand.scale_inv)], [back.data, _fit(back.scale_inv)]
+def _t(scale_inv: torch.Tensor) -> torch.Tensor:
+    """Scales of the transposed operand; one scale is its own transpose."""
+    return scale_inv if scale_inv.dim() < 2 else scale_inv.t()
 
 
 def _fit(scale_inv: torch.Tensor) -> torch.Tensor:
     return aligned(scale_inv.contiguous())
 
 
-def _poisoned(scale_inv: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
-    """`scale_inv`, as NaN if `x` is not finite; no host sync."""
-    column = call.page.grad_output_column
-    if call.recipe.is_delayed and call.records_gradient:
-        amax = call.slot(column)  # the cast has just raised it; an older infinity in it poisons the same step anyway
-    else:
-        amax = library_for(x.device).amax(x)
+def _poisoned(scale_inv: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """`scale_inv`, as NaN if `amax` is not finite; no host sync."""
     return torch.add(scale_inv, amax, alpha=0.0)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import BackendError
 from .cuda_products import CudaProducts, takes
+from .opaque import opaque
 from .page import Call, Page, WeightCodes
 from .products import LinearProducts
 
@@ -36,11 +37,10 @@ class Fp8Linear(nn.Linear):
         self.page.weight_codes = codes
         self.page.forget_weight()
 
-    # torch.compile sees one opaque call per layer: scales and histories change from step to step, and guards on them
-    # would compile everything anew each time.
-    @torch.compiler.disable
+    @opaque
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        call = self.page.call(training=self.training, device=input.device)
+        page = self.page
+        call = page.book.call(page, training=self.training, device=input.device)
         if call is None:
             return F.linear(input, self.weight, self.bias)
         return multiply(input, self.weight, self.bias, call)
@@ -66,10 +66,12 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     columns = weight_shape(weight)[1]
     if input.dim() == 0 or input.shape[-1] != columns:
         raise BackendError(f"{call.page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}.")
-    rows = input.reshape(-1, columns).to(dtype).contiguous()
-    if takes(rows, weight, call):
-        output = CudaProducts.apply(rows, weight, bias, call, torch.is_grad_enabled())
-        return output.view(*input.shape[:-1], output.shape[-1])
+    # Asked first: on a GPU each call that finds nothing to do is a part of what the host costs.
+    x = input if input.dtype == dtype else input.to(dtype)
+    x = x if x.is_contiguous() else x.contiguous()
+    if takes(x, weight, call):
+        return CudaProducts.apply(x, weight, bias, call, torch.is_grad_enabled())
+    rows = x.view(-1, columns)
     with torch.autocast(device, enabled=False):
         output = LinearProducts.apply(rows, weight, bias, call, torch.is_grad_enabled())
     return output.view(*input.shape[:-1], output.shape[-1])

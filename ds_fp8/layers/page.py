@@ -39,6 +39,7 @@ class Page:
     index               position in the book
     weight_codes        codes set from outside (O3); the layer then never reads its weight
     staged_weight_amax  amax of those codes, recorded at the layer's next recording call
+    ready               the codes of `cached_weight` as the GPU's products read them (cuda_products)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast road, 0 for never (cuda_products)
     """
 
@@ -58,6 +59,7 @@ class Page:
         """Drop codes that this layer made itself."""
         self.cached_key: tuple[int, ...] | None = None
         self.cached_weight: Operand | None = None
+        self.ready: Any = None
         self.cached_scale: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,7 +75,7 @@ def _page_of(book: ScaleBook, fqn: str) -> Page:
     return book.page(fqn)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One forward of one layer, and its backward.
 
@@ -117,10 +119,13 @@ class Call:
         assert self.region is not None, "only delayed scaling records"
         self.page.book.record(self.region, column, amax)
 
-    def slot(self, column: int) -> torch.Tensor:
-        """0-d fp32: where a kernel itself raises the amax of `column`."""
+    def raised(self, column: int) -> torch.Tensor | None:
+        """The book's pending amaxes, whose entry `column` a kernel itself raises; None where it does not count."""
+        if not self.records_column(column):
+            return None
         assert self.region is not None, "only delayed scaling records"
-        return self.page.book.raised_slot(self.region, column)
+        self.page.book.raised_slot(self.region, column)
+        return self.page.book.pending
 
     def format_of(self, column: int) -> Format:
         recipe: Any = self.recipe

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,18 +26,27 @@ import torch
 class Region:
     """Scales of one forward, frozen.
 
-    scale, scale_inv  one 0-d fp32 view per column of the book
+    frozen            [columns of the book, 4] fp32: scale_inv, at multiples of 16 bytes because cuBLASLt reads it only there,
+                      then scale
+    scale, scale_inv  the same as 0-d fp32 views, made when somebody asks: the GPU's casts do not
     records           amaxes of this region are folded into the histories
     implicit          opened by a layer, not by the root
     seen              pages called in it, kept for implicit regions only
     """
 
-    scale: tuple[torch.Tensor, ...]
-    scale_inv: tuple[torch.Tensor, ...]
+    frozen: torch.Tensor
     records: bool
     implicit: bool = False
     saw_backward: bool = False
     seen: set[int] = field(default_factory=set)
+
+    @cached_property
+    def scale_inv(self) -> tuple[torch.Tensor, ...]:
+        return self.frozen.select(1, 0).unbind(0)
+
+    @cached_property
+    def scale(self) -> tuple[torch.Tensor, ...]:
+        return self.frozen.select(1, 1).unbind(0)
 
 
 def in_backward() -> bool:

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from ..kernels import library_for
 from ..plan import Fp8Plan
 from .amax_history import AmaxHistory
+from .opaque import opaque
 from .page import Call, Page
 from .regions import Region, in_backward, tensors_of
 
@@ -39,6 +41,8 @@ class ScaleBook:
         self.names = tuple(names)
         self.plan = plan
         self.recipe = plan.recipe
+        self.kind, self.is_delayed = plan.recipe.kind, plan.recipe.is_delayed
+        self.forward_format, self.backward_format = plan.recipe.forward_format, plan.recipe.backward_format
         self.group = group
         self.steps = 0
         self.weights_version = 0
@@ -62,6 +66,7 @@ class ScaleBook:
         self.forward = AmaxHistory(self.recipe, self.recipe.forward_format, self.scales[:split])
         self.backward = AmaxHistory(self.recipe, self.recipe.backward_format, self.scales[split:])
         self._slots = self.pending.unbind(0)
+        self._kernels = library_for(device) if torch.device(device).type == "cuda" else None
 
     def _move(self, device: torch.device) -> None:
         """Follow the model: DeepSpeed moves it to its device after the layers were swapped."""
@@ -98,7 +103,7 @@ class ScaleBook:
                 del hooks[key]
                 root._forward_hooks_always_called.pop(key, None)
 
-    @torch.compiler.disable
+    @opaque
     def _before_root(self, root: torch.nn.Module, args: Any) -> None:
         if in_backward():
             return
@@ -106,7 +111,7 @@ class ScaleBook:
         if self._depth == 1:
             self._open(records=torch.is_grad_enabled() and root.training)
 
-    @torch.compiler.disable
+    @opaque
     def _after_root(self, root: torch.nn.Module, args: Any, output: Any) -> None:
         if in_backward() or self._depth == 0:
             return
@@ -122,12 +127,9 @@ class ScaleBook:
         self._in_backward = region
 
     def _open(self, *, records: bool, implicit: bool = False) -> Region:
-        self.fold()
-        scale = self.scales.clone()
-        # One scale_inv every 16 bytes: cuBLASLt reads a scale only from such an address.
-        scale_inv = torch.empty(scale.numel(), 4, dtype=torch.float32, device=scale.device)[:, 0]
-        torch.reciprocal(scale, out=scale_inv)
-        self._latest = Region(scale.unbind(0), scale_inv.unbind(0), records, implicit)
+        frozen = torch.empty(3 * len(self.names), 4, dtype=torch.float32, device=self.scales.device)
+        self._fold(frozen)
+        self._latest = Region(frozen, records, implicit)
         self._in_backward = None
         return self._latest
 
@@ -154,7 +156,7 @@ class ScaleBook:
         if not (training or self.plan.eval):
             return None
         warming = self.steps < self.plan.start_step
-        if not self.recipe.is_delayed:
+        if not self.is_delayed:
             return None if warming else Call(page, None, False, False)
         if self.scales.device != device and device.type != "meta":
             self._move(device)
@@ -190,17 +192,45 @@ class ScaleBook:
 
     def fold(self) -> None:
         """Bring recorded amaxes into histories and scales. Collective over `group` if `reduce_amax`: all ranks call it."""
-        if not (self._forward_pending or self._backward_pending):
-            return
-        if self.recipe.reduce_amax and _world_size(self.group) > 1:
+        self._fold(None)
+
+    def _fold(self, frozen: torch.Tensor | None) -> None:
+        """Fold what is pending; then leave scale_inv and scale in `frozen`, if given (see `Region`)."""
+        pending = self._forward_pending or self._backward_pending
+        if pending and self.recipe.reduce_amax and _world_size(self.group) > 1:
             torch.distributed.all_reduce(self.pending, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        split = 2 * len(self.names)
-        if self._forward_pending:
-            self.forward.fold(self.pending[:split])
-        if self._backward_pending:
-            self.backward.fold(self.pending[split:])
-        self.pending.zero_()
+        if self._kernels is not None:
+            if pending or frozen is not None:
+                self._fold_in_one_launch(frozen, pending)
+        elif pending:
+            split = 2 * len(self.names)
+            if self._forward_pending:
+                self.forward.fold(self.pending[:split])
+            if self._backward_pending:
+                self.backward.fold(self.pending[split:])
+            self.pending.zero_()
+        if frozen is not None and self._kernels is None:
+            frozen[:, 1] = self.scales
+            torch.reciprocal(self.scales, out=frozen[:, 0])
         self._forward_pending = self._backward_pending = False
+
+    def _fold_in_one_launch(self, frozen: torch.Tensor | None, pending: bool) -> None:
+        """All columns at once: to those of a half without amaxes (they are zero) nothing happens."""
+        forward, backward, recipe = self.forward, self.backward, self.recipe
+        history = self._kernels.history
+        history.open_region(
+            self.pending,
+            self.scales,
+            frozen,
+            history.Half(forward.history, forward.spare, forward.format.max, forward.renews),
+            history.Half(backward.history, backward.spare, backward.format.max, backward.renews),
+            margin=recipe.margin,
+            most_recent=recipe.amax_compute_algo == "most_recent",
+            fold=pending,
+        )
+        if pending:
+            forward.take_spare(folded=self._forward_pending)
+            backward.take_spare(folded=self._backward_pending)
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -209,7 +239,7 @@ class ScaleBook:
         self.steps += 1
         self.weights_version += 1
         for page in self.pages:
-            page.cached_weight = None  # a byte per parameter that nobody will read again
+            page.cached_weight = page.ready = None  # a byte per parameter that nobody will read again
 
     def weight_scale(self, layer: torch.nn.Module | str) -> torch.Tensor:
         """0-d scale with which the layer would cast its weight in the next region (delayed scaling).

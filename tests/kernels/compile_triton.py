@@ -60,8 +60,9 @@ def main() -> None:
             build(cast._transpose_kernel, pointers, measured | {"TILE": cast.TILE})
             for current in (False, True):
                 wanted = {"FMAX": fmax, "PLAIN": True, "TURNED": True, "MEASURE": not current, "CURRENT": current}
+                wanted |= {"GUARDED": current, "PARTS": operands.PARTS, "FROZEN": operands.FROZEN}
                 wanted |= {"EVEN": current, "TILE_ROWS": operands.TILE_ROWS, "TILE_COLUMNS": operands.TILE_COLUMNS}
-                pointers = ["*bf16", "*fp32", "*u8", "*u8", "*fp32", "*fp32", "i32", "i32"]
+                pointers = ["*bf16", "*u8", "*u8"] + ["*fp32"] * 4 + ["i32"] * 3
                 build(operands._operand_kernel, pointers, same | wanted)
             for tiles in (False, True):
                 wanted = {"FMAX": fmax, "TILES": tiles, "PLAIN": True, "TURNED": True, "POWER_OF_TWO": True}
@@ -88,15 +89,13 @@ def main() -> None:
             "ORDINARY": True,
         }
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 2, constants, fused=2)
-    for renew in (False, True):
-        constants = {
-            "LENGTH": 1024,
-            "RENEW": renew,
-            "MOST_RECENT": False,
-            "ROWS": history.ROWS,
-            "COLUMNS": history.COLUMNS,
-        }
-        build(history._fold_kernel, ["*fp32"] * 4 + ["i32", "fp32", "fp32"], constants)
+    for fold in (False, True):
+        constants = {"FORWARD_MAX": 448.0, "BACKWARD_MAX": 57344.0, "MARGIN_FACTOR": 2.0, "LENGTH": 1024}
+        constants |= {"MOST_RECENT": False, "FOLD": fold, "FREEZE": True, "FROZEN": operands.FROZEN}
+        constants |= {"ROWS": history.ROWS, "COLUMNS": history.COLUMNS}
+        build(history._open_kernel, ["*fp32"] * 7 + ["i32"] * 4, constants)
+    parts = {"PARTS": operands.PARTS, "ELEMENTS": operands.PART_ELEMENTS}
+    build(operands._parts_kernel, ["*bf16", "*fp32", "i32"], parts)
     build(cast._turn_kernel, ["*u8", "*u8", "i32", "i32"], {"TILE": cast.TILE})
     build(cast._amax_kernel, ["*bf16", "*i32", "i32"], {"ELEMENTS": cast.ELEMENTS})
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3, E5M2, Format
-from ds_fp8.kernels.triton import blocks, cast, flat, history, launch, operands
-from ds_fp8.layers.amax_history import AmaxHistory
+from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands
+from ds_fp8.layers import ScaleBook
 from ds_fp8.numerics import cast as reference_cast
 from ds_fp8.numerics import flat as reference
 from ds_fp8.numerics import gemm_blocks, scaling
 from ds_fp8.numerics.dtypes import torch_dtype
 from ds_fp8.numerics.random_bits import Stochastic
+from ds_fp8.plan import Fp8Plan
 from ds_fp8.recipe import Recipe
 
 assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
@@ -169,19 +170,33 @@ def test_block_scales_along_both_axes_from_one_read(fmt, power_of_two):
 def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
     """Known scale and own amax; whole tiles and edges; what is not asked for is not made."""
     x = wide(shape[0] * shape[1]).view(shape).to(dtype).clamp(-6e4, 6e4)
-    slot, scale = torch.zeros(()), torch.tensor(3.7)
-    codes, turned = operands.cast_delayed(x, scale, fmt, slot)
+    pending, frozen = torch.zeros(3), torch.full((3, operands.FROZEN), float("nan"))
+    frozen[1, 1] = 3.7
+    codes, turned = operands.cast_delayed(x.view(2, shape[0] // 2, -1), frozen, 1, fmt, pending)
     wanted = reference_cast.quantize(x, 3.7, fmt)
     assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
-    assert slot.item() == reference_cast.amax(x).item()
-    alone, none = operands.cast_delayed(x, scale, fmt, None, turned=False)
+    assert pending.tolist() == [0, reference_cast.amax(x).item(), 0]
+    alone, none = operands.cast_delayed(x, frozen, 1, fmt, None, turned=False)
     assert none is None and same_codes(alone, wanted)
 
-    (codes, turned), scale_inv, amax = operands.cast_current(x, fmt)
+    (codes, turned), scale_inv, shown = operands.cast_current(x, fmt)
     scale = scaling.scale_from_amax(reference_cast.amax(x), fmt)
     wanted = reference_cast.quantize(x, scale, fmt)
     assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
-    assert scale_inv.item() == scaling.scale_inv_of(scale).item() and amax.item() == reference_cast.amax(x).item()
+    assert scale_inv.item() == scaling.scale_inv_of(scale).item() and shown is scale_inv
+
+
+@pytest.mark.parametrize("spoiled", [None, float("inf"), float("nan")])
+@pytest.mark.parametrize("numel", [256, 4096, 4096 * 513 + 128])
+def test_current_scaling_shows_what_is_not_finite(numel, spoiled):
+    """The amax of less than a program, of one, and of more than all programs take at once; a guarded scale_inv."""
+    x = wide(numel).view(-1, 128).bfloat16()
+    x[-1, -1] = 3e4 if spoiled is None else spoiled
+    (codes, _), scale_inv, shown = operands.cast_current(x, E5M2, turned=False, guarded=True)
+    scale = scaling.scale_from_amax(reference_cast.amax(x), E5M2)
+    assert same_codes(codes, reference_cast.quantize(x, scale, E5M2))
+    assert scale_inv.item() == scaling.scale_inv_of(scale).item()
+    assert bool(shown.isnan()) if spoiled is not None else torch.equal(shown, scale_inv)
 
 
 def test_block_operands_have_the_strides_that_cublas_wants():
@@ -199,21 +214,33 @@ def test_block_operands_have_the_strides_that_cublas_wants():
     assert same_codes(turned, wanted[0].t().contiguous()) and torch.equal(turned_tiles, wanted[1].t())
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 100])
+@pytest.mark.parametrize("length", [1, 2, 5, 300])
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 @pytest.mark.parametrize(("margin", "interval"), [(0, 1), (3, 2)])
-def test_a_fold_in_one_launch_is_the_fold(length, algorithm, margin, interval):
-    """Zero, tiny, infinite and ordinary amaxes, more folds than the history is long."""
+def test_a_region_opens_in_one_launch(length, algorithm, margin, interval):
+    """Zero, tiny, infinite and ordinary amaxes, more folds than the history is long; with and without a backward; the
+    frozen scales and their reciprocals."""
     recipe = Recipe(amax_history_len=length, amax_compute_algo=algorithm, margin=margin, interval=interval)
-    plain, fast = (AmaxHistory(recipe, E4M3, torch.ones(20)) for _ in range(2))
+    names = [f"layer{number}" for number in range(7)]
+    plain, fast = (ScaleBook(names, Fp8Plan(enabled=True, recipe=recipe)) for _ in range(2))
+    fast._kernels = entry
     generator = torch.Generator().manual_seed(0)
-    for _ in range(7):
-        amax = torch.rand(20, generator=generator) * 10
-        amax[torch.rand(20, generator=generator) < 0.3] = 0
-        amax[3], amax[4], amax[5] = float("inf"), 1e-44, 1e38
-        plain.fold(amax)
-        fast._fold_in_one_launch(amax, history)
-        assert torch.equal(fast.history, plain.history) and torch.equal(fast.scale, plain.scale)
+    for step in range(7):
+        amax = torch.rand(21, generator=generator) * 10
+        amax[torch.rand(21, generator=generator) < 0.3] = 0
+        amax[3], amax[4], amax[5], amax[15] = float("inf"), 1e-44, 1e38, float("inf")
+        if step == 2:
+            amax[14:] = 0
+        for book in (plain, fast):
+            book.pending.copy_(amax)
+            book._forward_pending, book._backward_pending = True, step != 2
+            if step == 4:
+                book.fold()  # for somebody who wants the scales, without a region
+        regions = [book._open(records=True) for book in (plain, fast)]
+        assert torch.equal(*(region.frozen[:, :2] for region in regions))
+        assert torch.equal(fast.scales, plain.scales) and not fast.pending.any()
+        for found, wanted in ((fast.forward, plain.forward), (fast.backward, plain.backward)):
+            assert torch.equal(found.history, wanted.history) and found.folds == wanted.folds
 
 
 def test_transposed_views_become_dense():

@@ -9,13 +9,15 @@ The rule for one group is that of `numerics.gemm_blocks`, to the bit.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ...formats import Format
+from ...formats import FORMATS, Format
 from . import codec
-from .launch import LAUNCH, hardware_casts, on_device
+from .launch import Launch, hardware_casts
 
 
 @triton.jit
@@ -47,6 +49,8 @@ def _block_kernel(x_ptr, codes_ptr, scale_ptr, turned_ptr, turned_scale_ptr, row
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     x = codec.load(x_ptr + row[:, None] * columns + column[None, :], inside)
     bits = codec.magnitude_bits(x)
+    codes_ptr = codes_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    turned_ptr = turned_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     turned_index = column[:, None] * rows + row[None, :]
     turned_inside = (column[:, None] < columns) & (row[None, :] < rows)
     if TILES:
@@ -75,7 +79,7 @@ Coded = tuple[torch.Tensor, torch.Tensor]
 
 def quantize_groups(x: torch.Tensor, fmt: Format, plain: Coded | None, turned: Coded | None,
                     power_of_two: bool = True) -> None:  # fmt: skip
-    """1x128 groups of contiguous `x` [M, K], from one read.
+    """1x128 groups of contiguous `x` [..., K] (M rows in all), from one read.
 
     plain    codes [M, K], scale_inv [M, ceil(K / 128)]: groups along K
     turned   codes [K, M], scale_inv [K, ceil(M / 128)]: groups along M, transposed
@@ -94,14 +98,25 @@ def quantize_tiles(x: torch.Tensor, fmt: Format, plain: Coded, power_of_two: boo
 
 def _launch(x: torch.Tensor, fmt: Format, plain: Coded | None, turned: Coded | None, power_of_two: bool, *,
             tiles: bool) -> None:  # fmt: skip
-    rows, columns = x.shape
+    columns = x.shape[-1]
+    rows = x.numel() // columns if columns else 0
+    if not rows or not (plain or turned):
+        return
     codes, scale_inv = plain or turned or (x, x)
     turned_codes, turned_scale_inv = turned or plain or (x, x)
-    if x.numel() and (plain or turned):
-        with on_device(x):
-            _block_kernel[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))](
-                x, codes.view(torch.uint8), scale_inv, turned_codes.view(torch.uint8), turned_scale_inv, rows, columns,
-                scale_inv.stride(0), scale_inv.stride(1), turned_scale_inv.stride(0), turned_scale_inv.stride(1),
-                codec.MODES[fmt.name], fmt.max, tiles, plain is not None, turned is not None, power_of_two,
-                hardware_casts(x), num_warps=8, **LAUNCH,
-            )  # fmt: skip
+    tensors = (x, codes, scale_inv, turned_codes, turned_scale_inv)
+    numbers = (rows, columns, *scale_inv.stride(), *turned_scale_inv.stride())
+    launch = _launch_of(
+        x.dtype, codes.dtype, tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors),
+        tuple(number == 1 or (number % 16 == 0 and 2) for number in numbers),
+        fmt.name, tiles, plain is not None, turned is not None, power_of_two, hardware_casts(x),
+    )  # fmt: skip
+    launch((-(-rows // 128), -(-columns // 128)), tensors, *numbers)
+
+
+@functools.cache
+def _launch_of(dtype: torch.dtype, codes: torch.dtype, addresses: tuple[bool, ...], numbers: tuple[int, ...], fmt: str,
+               tiles: bool, plain: bool, turned: bool, power_of_two: bool, hardware: bool) -> Launch:  # fmt: skip
+    """The launch for one set of everything by which Triton compiles another kernel."""
+    constants = (codec.MODES[fmt], FORMATS[fmt].max, tiles, plain, turned, power_of_two, hardware)
+    return Launch(_block_kernel, constants, num_warps=8)

@@ -1,60 +1,113 @@
-"""Folding amaxes into histories and scales: the twin of `layers.amax_history` in one launch instead of thirty.
+"""Opening a region in one launch: amaxes folded into histories, scales renewed, and frozen for the region.
 
-A region opens once per forward, and in a small model the host's time for it is what FP8 costs. A program takes a few columns
-(tensors) with their whole history; the rolled history goes to a second buffer, because rows move while others are read.
-The rules and their order are those of `AmaxHistory.fold` and `numerics.scaling`, to the bit.
+A region opens once per forward, and in a small model the host's time for it is what FP8 costs: in PyTorch these are forty
+launches. A program takes a few columns (tensors) with their whole history; the rolled history goes to a second buffer,
+because rows move while others are read. The rules and their order are those of `layers.amax_history` and
+`numerics.scaling`, to the bit.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import LAUNCH, on_device
+from .launch import Launch
+from .operands import FROZEN
 
-COLUMNS, ROWS = 16, 64
+COLUMNS, ROWS = 4, 256
 
 
-@triton.jit
-def _fold_kernel(amax_ptr, history_ptr, rolled_ptr, scale_ptr, columns, fmax, margin_factor, LENGTH: tl.constexpr,
-                 RENEW: tl.constexpr, MOST_RECENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+class Half(NamedTuple):
+    """The columns of one format: input and weight, or grad_output.
+
+    history, rolled  [length, columns] fp32: as it is, and where the folded one goes (all of it is written)
+    fmax             largest value of the format
+    renew            whether this fold renews the scales
+    """
+
+    history: torch.Tensor
+    rolled: torch.Tensor
+    fmax: float
+    renew: bool
+
+
+@triton.jit(do_not_specialize=["forward_columns", "backward_columns", "forward_renews", "backward_renews"])
+def _open_kernel(pending_ptr, scale_ptr, frozen_ptr, forward_ptr, forward_rolled_ptr, backward_ptr, backward_rolled_ptr,
+                 forward_columns, backward_columns, forward_renews, backward_renews, FORWARD_MAX: tl.constexpr,
+                 BACKWARD_MAX: tl.constexpr, MARGIN_FACTOR: tl.constexpr, LENGTH: tl.constexpr,
+                 MOST_RECENT: tl.constexpr, FOLD: tl.constexpr, FREEZE: tl.constexpr, FROZEN: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    # Second axis of the grid: 0 for the columns of forward, 1 for those of backward, which come after them.
+    is_backward = tl.program_id(1) == 1
+    columns = tl.where(is_backward, backward_columns, forward_columns)
+    first_column = tl.where(is_backward, forward_columns, 0)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
-    amax = tl.load(amax_ptr + column, mask=inside, other=0.0)
-    seen = amax > 0.0
-    found = amax
-    for first in range(0, LENGTH, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row[:, None] < LENGTH) & inside[None, :]
-        held = tl.load(history_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
-        # Slot 0 becomes the newest amax; what it held counts no more.
-        older = tl.where(row[:, None] == 0, 0.0, held)
-        if not MOST_RECENT:
-            found = tl.maximum(found, tl.max(older, axis=0))
-        # Rolled by -1 and slot 0 zeroed: slot i takes what slot i + 1 held, slot 1's content is dropped.
-        target = tl.where(seen[None, :], row[:, None] - 1, row[:, None])
-        kept = mask & ((row[:, None] > 1) | (seen[None, :] == 0))
-        tl.store(rolled_ptr + target * columns + column[None, :], held, mask=kept)
-    seen_inside = seen & inside
-    if LENGTH > 1:
-        tl.store(rolled_ptr + (LENGTH - 1) * columns + column, amax, mask=seen_inside)
-    tl.store(rolled_ptr + column, tl.zeros_like(amax), mask=seen_inside)
-    if RENEW:
+    place = first_column + column
+    scale = tl.load(scale_ptr + place, mask=inside, other=1.0)
+    if FOLD:
+        history_ptr, rolled_ptr = forward_ptr, forward_rolled_ptr
+        if is_backward:
+            history_ptr, rolled_ptr = backward_ptr, backward_rolled_ptr
+        amax = tl.load(pending_ptr + place, mask=inside, other=0.0)
+        seen = amax > 0.0
+        found = amax
+        for first in range(0, LENGTH, ROWS):
+            row = first + tl.arange(0, ROWS)
+            mask = (row[:, None] < LENGTH) & inside[None, :]
+            held = tl.load(history_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+            # Slot 0 becomes the newest amax; what it held counts no more.
+            older = tl.where(row[:, None] == 0, 0.0, held)
+            if not MOST_RECENT:
+                found = tl.maximum(found, tl.max(older, axis=0))
+            # Rolled by -1 and slot 0 zeroed: slot i takes what slot i + 1 held, slot 1's content is dropped.
+            target = tl.where(seen[None, :], row[:, None] - 1, row[:, None])
+            kept = mask & ((row[:, None] > 1) | (seen[None, :] == 0))
+            tl.store(rolled_ptr + target * columns + column[None, :], held, mask=kept)
+        seen_inside = seen & inside
+        if LENGTH > 1:
+            tl.store(rolled_ptr + (LENGTH - 1) * columns + column, amax, mask=seen_inside)
+        tl.store(rolled_ptr + column, tl.zeros_like(amax), mask=seen_inside)
+        tl.store(pending_ptr + place, tl.zeros_like(amax), mask=inside)
         one = tl.full(found.shape, 1.0, tl.float32)
         bits = found.to(tl.int32, bitcast=True)
         ordinary = (bits > 0) & (bits < 0x7F800000)
-        scale = tl.div_rn(tl.div_rn(one * fmax, tl.where(ordinary, found, 1.0)), one * margin_factor)
-        scale_bits = tl.minimum(scale.to(tl.int32, bitcast=True), 0x7F7FFFFF)  # infinite: the largest finite fp32
-        tl.store(scale_ptr + column, scale_bits.to(tl.float32, bitcast=True), mask=seen_inside & ordinary)
+        fmax = tl.where(is_backward, BACKWARD_MAX, FORWARD_MAX)
+        renewed = tl.div_rn(tl.div_rn(one * fmax, tl.where(ordinary, found, 1.0)), one * MARGIN_FACTOR)
+        renewed_bits = tl.minimum(renewed.to(tl.int32, bitcast=True), 0x7F7FFFFF)  # infinite: the largest finite fp32
+        renews = tl.where(is_backward, backward_renews, forward_renews) != 0
+        scale = tl.where(seen & ordinary & renews, renewed_bits.to(tl.float32, bitcast=True), scale)
+        tl.store(scale_ptr + place, scale, mask=inside)
+    if FREEZE:
+        tl.store(frozen_ptr + place * FROZEN, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), mask=inside)
+        tl.store(frozen_ptr + place * FROZEN + 1, scale, mask=inside)
 
 
-def fold(amax: torch.Tensor, history: torch.Tensor, rolled: torch.Tensor, scale: torch.Tensor, *, fmax: float, margin: int,
-         renew: bool, most_recent: bool) -> None:  # fmt: skip
-    """Fold `amax` [n] into `history` [length, n], leaving the result in `rolled`; renew `scale` [n] in place if asked."""
-    length, columns = history.shape
+def open_region(pending: torch.Tensor, scale: torch.Tensor, frozen: torch.Tensor | None, forward: Half, backward: Half,
+                *, margin: int, most_recent: bool, fold: bool) -> None:  # fmt: skip
+    """Fold if asked, then freeze if `frozen` is given.
+
+    pending  [columns] fp32: the amaxes, forward's columns first; zeroed by a fold
+    scale    [columns] fp32: renewed in place by a fold
+    frozen   [columns, FROZEN] fp32: gets scale_inv and scale
+    """
+    forward_columns, backward_columns = forward.history.shape[1], backward.history.shape[1]
+    columns = max(forward_columns, backward_columns)
     if columns:
-        with on_device(history):
-            _fold_kernel[(triton.cdiv(columns, COLUMNS),)](
-                amax, history, rolled, scale, columns, fmax, 2.0**margin, length, renew, most_recent, ROWS, COLUMNS, **LAUNCH,
-            )  # fmt: skip
+        launch = _launch(
+            forward.fmax, backward.fmax, 2.0**margin, forward.history.shape[0], most_recent, fold, frozen is not None
+        )
+        tensors = (pending, scale, pending if frozen is None else frozen, *forward[:2], *backward[:2])
+        numbers = (forward_columns, backward_columns, int(forward.renew), int(backward.renew))
+        launch((-(-columns // COLUMNS), 2), tensors, *numbers)
+
+
+@functools.cache
+def _launch(forward_max: float, backward_max: float, margin_factor: float, length: int, most_recent: bool, fold: bool,
+            freeze: bool) -> Launch:  # fmt: skip
+    constants = (forward_max, backward_max, margin_factor, length, most_recent, fold, freeze, FROZEN, ROWS, COLUMNS)
+    return Launch(_open_kernel, constants)

@@ -23,28 +23,56 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _hardware = True
 _HERE = nullcontext()
 
-
-_REPEATS = triton.__version__.startswith("3.6.") and not INTERPRETED
-_compiled: dict[Any, Any] = {}
+_LAUNCHER_IS_KNOWN = triton.__version__.startswith("3.6.") and not INTERPRETED
 
 
-def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], key: tuple[Any, ...], **options: Any) -> None:
-    """`kernel[grid](*arguments)`, where the host's time counts: the second launch under one `key` skips Triton's binder.
+class Launch:
+    """One kernel with its constants, started where the host's time counts.
 
-    arguments  all of them in order, constants too, the tensors on the current device
-    key        everything by which Triton would compile another kernel: dtypes, constants, whether addresses and integers
-               are multiples of 16
-    Only with a Triton whose launcher is known (3.6: half of the 34 microseconds of a launch); others go the long way.
+    Triton's binder looks at every argument of every launch: half of the 34 microseconds that one costs on the host of an H200,
+    and its launcher asks the driver about each tensor. So the first call on a device goes that way and compiles; later ones
+    hand addresses and integers to the compiled kernel's launcher. Only with a Triton whose launcher is known (3.6).
+
+    One instance is one compilation: its caller keeps dtypes, alignment to 16 bytes and divisibility by 16 the same, and
+    names integers in `do_not_specialize` that are neither.
+    constants  the last arguments of the kernel, in order
     """
-    key = (kernel, torch.cuda.current_device() if not INTERPRETED else -1, key)
-    found = _compiled.get(key)
-    if found is None:
-        found = kernel[grid](*arguments, **options, **LAUNCH)
-        if _REPEATS:
-            _compiled[key] = found
-        return
-    stream = triton.runtime.driver.active.get_current_stream(key[1])
-    found.run(grid[0], grid[1], 1, stream, found.function, found.packed_metadata, None, None, None, *arguments)
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], **options: Any):
+        self._kernel = kernel
+        self._constants = constants
+        self._options = options
+        self._built: dict[int, Any] = {}
+
+    def __call__(self, grid: tuple[int, int], tensors: tuple[torch.Tensor, ...], *integers: int) -> None:
+        """Start on the current stream of the device of `tensors`, which are the kernel's first arguments."""
+        device = tensors[0].get_device()
+        built = self._built.get(device)
+        if built is None or torch._C._cuda_getDevice() != device:
+            with on_device(tensors[0]):
+                found = self._kernel[grid](*tensors, *integers, *self._constants, **self._options, **LAUNCH)
+            if _LAUNCHER_IS_KNOWN and not (found.run.global_scratch_size or found.run.profile_scratch_size):
+                self._built[device] = found.run, found.function, found.packed_metadata
+            return
+        run, function, metadata = built
+        run.launch(
+            grid[0],
+            grid[1],
+            1,
+            torch._C._cuda_getCurrentRawStream(device),
+            function,
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            None,  # scratch memory
+            None,
+            metadata,
+            None,  # hooks
+            None,
+            None,
+            *[tensor.data_ptr() for tensor in tensors],
+            *integers,
+            *self._constants,
+        )
 
 
 def use_hardware_casts(wanted: bool) -> bool:

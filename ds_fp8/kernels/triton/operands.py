@@ -5,117 +5,177 @@ transposed: both are written here from one read of the 16-bit original. The call
 nothing, and the addresses of scales and amaxes never change, so a CUDA graph can replay it.
 
     delayed   the scale is known; the amax goes to its slot in the scale book
-    current   a launch before measures; every program derives the same scale from the amax
+    current   a launch before leaves partial amaxes; every program derives the same scale from them
     block     1x128 groups both ways, or 128x128 tiles, with scales as `torch._scaled_mm` wants them (strides)
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ...formats import Format
+from ...formats import FORMATS, Format
 from ...numerics.dtypes import torch_dtype
 from . import blocks, cast, codec
-from .launch import hardware_casts, on_device, start
+from .launch import Launch, hardware_casts
 
 TILE_ROWS, TILE_COLUMNS, WARPS = 64, 128, 4
 """Tile of one program; chosen by measurement (docs/gpu.md)."""
 
+PARTS, PART_ELEMENTS, PART_WARPS = 512, 4096, 8
+"""Programs that look for an amax, each leaving its own: nothing to zero before, no atomics."""
 
-@triton.jit
-def _operand_kernel(x_ptr, scale_ptr, codes_ptr, turned_ptr, amax_ptr, scale_inv_ptr, rows, columns, FMT: tl.constexpr,
-                    FMAX: tl.constexpr, PLAIN: tl.constexpr, TURNED: tl.constexpr, MEASURE: tl.constexpr,
-                    CURRENT: tl.constexpr, EVEN: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+FROZEN = 4
+"""fp32 per column of a region's frozen scales: scale_inv where cuBLASLt reads it (at multiples of 16 bytes), then scale."""
+
+
+@triton.jit(do_not_specialize=["column"])
+def _operand_kernel(x_ptr, codes_ptr, turned_ptr, frozen_ptr, amax_ptr, scale_inv_ptr, shown_ptr, rows, columns, column,
+                    FMT: tl.constexpr, FMAX: tl.constexpr, PLAIN: tl.constexpr, TURNED: tl.constexpr,
+                    MEASURE: tl.constexpr, CURRENT: tl.constexpr, GUARDED: tl.constexpr, EVEN: tl.constexpr,
+                    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, PARTS: tl.constexpr, FROZEN: tl.constexpr,
                     HARDWARE: tl.constexpr):  # fmt: skip
     first_row, first_column = tl.program_id(0).to(tl.int64) * TILE_ROWS, tl.program_id(1).to(tl.int64) * TILE_COLUMNS
-    row, column = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
+    row, place = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
     origin = first_row * columns + first_column
-    inner = row[:, None] * columns + column[None, :]
+    inner = row[:, None] * columns + place[None, :]
     if EVEN:
         inside = tl.full([TILE_ROWS, TILE_COLUMNS], 1, tl.int1)
         turned_inside = tl.full([TILE_COLUMNS, TILE_ROWS], 1, tl.int1)
     else:
-        inside = (first_row + row[:, None] < rows) & (first_column + column[None, :] < columns)
-        turned_inside = (first_column + column[:, None] < columns) & (first_row + row[None, :] < rows)
+        inside = (first_row + row[:, None] < rows) & (first_column + place[None, :] < columns)
+        turned_inside = (first_column + place[:, None] < columns) & (first_row + row[None, :] < rows)
     x = codec.load(x_ptr + origin + inner, inside)
     if CURRENT:
-        bits = tl.load(amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, 1))
+        parts = tl.load(amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, PARTS))
+        bits = tl.max(parts, axis=0) + tl.zeros([1], tl.int32)
         scale = blocks.group_scale(bits, FMAX, False)
         if tl.program_id(0) + tl.program_id(1) == 0:
-            tl.store(scale_inv_ptr + tl.arange(0, 1), blocks.reciprocal(scale))
+            scale_inv = blocks.reciprocal(scale)
+            tl.store(scale_inv_ptr + tl.arange(0, 1), scale_inv)
+            if GUARDED:
+                tl.store(shown_ptr + tl.arange(0, 1), tl.where(bits >= 0x7F800000, float("nan"), scale_inv))
         codes = codec.encode(x * scale[:, None], FMT, HARDWARE)
     else:
-        codes = codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE)
+        codes = codec.encode(x * tl.load(frozen_ptr + column * FROZEN + 1), FMT, HARDWARE)
     if PLAIN:
         codes_bytes = codes_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
         tl.store(codes_bytes + origin + inner, codes, mask=inside)
     if TURNED:
         turned_bytes = turned_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-        turned_inner = column[:, None] * rows + row[None, :]
+        turned_inner = place[:, None] * rows + row[None, :]
         tl.store(turned_bytes + first_column * rows + first_row + turned_inner, tl.trans(codes), mask=turned_inside)
     if MEASURE:
-        cast.raise_slot(amax_ptr, tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0))
+        cast.raise_slot(amax_ptr + column, tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0))
+
+
+@triton.jit
+def _parts_kernel(x_ptr, parts_ptr, n, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ELEMENTS
+    largest = tl.zeros([ELEMENTS], tl.int32)
+    while first < n:  # no range: the interpreter takes constants only
+        index = first + tl.arange(0, ELEMENTS)
+        largest = tl.maximum(largest, codec.magnitude_bits(codec.load(x_ptr + index, index < n)))
+        first += PARTS * ELEMENTS
+    found = tl.minimum(tl.max(largest, axis=0), 0x7F800000)  # NaN counts as inf
+    tl.store(parts_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.program_id(0), found)
 
 
 Cast = tuple[torch.Tensor | None, torch.Tensor | None]
 """Codes [M, K] and transposed codes [K, M]; None where not asked for."""
 
 
-def cast_delayed(x: torch.Tensor, scale: torch.Tensor, fmt: Format, amax: torch.Tensor | None, *, plain: bool = True,
-                 turned: bool = True) -> Cast:  # fmt: skip
-    """Cast contiguous `x` [M, K] with a known `scale` (fp32, one element); raise `amax` (fp32, one element) if given."""
-    codes, transposed = _empty(x, fmt, plain, turned)
-    _launch(x, scale, codes, transposed, amax, scale, fmt, measure=amax is not None, current=False)
+def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format, pending: torch.Tensor | None, *,
+                 plain: bool = True, turned: bool = True) -> Cast:  # fmt: skip
+    """Cast contiguous `x` [..., K] (M rows in all) with a known scale.
+
+    frozen   [columns of the book, FROZEN] fp32: a region's scales, of which number `column` is used
+    pending  [columns of the book] fp32: entry `column` is raised to the amax of `x`; None measures nothing
+    """
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    codes, transposed = _empty(x, rows, columns, fmt, plain, turned)
+    launch = _launch(
+        x.dtype, fmt.name, plain, turned, pending is not None, False, False, x.data_ptr() % 16 == 0,
+        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
+    )  # fmt: skip
+    any_codes = codes if transposed is None else transposed
+    assert any_codes is not None, "a cast without codes"
+    launch(
+        (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)),
+        (x, any_codes if codes is None else codes, any_codes, frozen, frozen if pending is None else pending, frozen, frozen),
+        rows, columns, column,
+    )  # fmt: skip
     return codes, transposed
 
 
 def cast_current(
-    x: torch.Tensor, fmt: Format, *, plain: bool = True, turned: bool = True
+    x: torch.Tensor, fmt: Format, *, plain: bool = True, turned: bool = True, guarded: bool = False
 ) -> tuple[Cast, torch.Tensor, torch.Tensor]:
-    """Cast `x` by the scale of its own amax; returns the codes, scale_inv and amax (fp32 [1] each)."""
-    codes, transposed = _empty(x, fmt, plain, turned)
-    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
-    scale_inv = torch.empty(1, dtype=torch.float32, device=x.device)
-    cast.raise_amax(x, amax)
-    _launch(x, scale_inv, codes, transposed, amax, scale_inv, fmt, measure=False, current=True)
-    return (codes, transposed), scale_inv, amax
+    """Cast contiguous `x` [..., K] (M rows in all) by the scale of its own amax; returns codes and two scale_inv, fp32 [1].
 
-
-def _empty(x: torch.Tensor, fmt: Format, plain: bool, turned: bool) -> Cast:
-    rows, columns = x.shape
-    dtype = torch_dtype(fmt)
-    codes = torch.empty((rows, columns), dtype=dtype, device=x.device) if plain else None
-    return codes, torch.empty((columns, rows), dtype=dtype, device=x.device) if turned else None
-
-
-def _launch(x: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor | None, turned: torch.Tensor | None,
-            amax: torch.Tensor | None, scale_inv: torch.Tensor, fmt: Format, *, measure: bool,
-            current: bool) -> None:  # fmt: skip
-    rows, columns = x.shape
-    assert codes is not None or turned is not None, "a cast without codes"
-    any_codes = turned if codes is None else codes
-    slot = scale if amax is None else amax
-    constants = (
-        codec.MODES[fmt.name], fmt.max, codes is not None, turned is not None, measure, current,
-        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, TILE_ROWS, TILE_COLUMNS, hardware_casts(x),
+    guarded  the second scale_inv is NaN if `x` is not finite; otherwise both are the same tensor
+    """
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    is_aligned, device = x.data_ptr() % 16 == 0, x.device
+    codes, transposed = _empty(x, rows, columns, fmt, plain, turned)
+    parts = torch.empty(PARTS, dtype=torch.float32, device=device)
+    scale_inv = torch.empty(1, dtype=torch.float32, device=device)
+    shown = torch.empty(1, dtype=torch.float32, device=device) if guarded else scale_inv
+    n = rows * columns
+    _parts_launch(x.dtype, is_aligned, _kind(n), n < 2**31)((PARTS, 1), (x, parts), n)
+    launch = _launch(
+        x.dtype, fmt.name, plain, turned, False, True, guarded, is_aligned,
+        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
     )  # fmt: skip
-    numbers = (rows, columns)
-    addresses = tuple(tensor.data_ptr() % 16 == 0 for tensor in (x, scale, slot, scale_inv))
-    key = (x.dtype, constants, addresses, *(number % 16 == 0 or (number == 1 and "one") for number in numbers))
-    pointers = (x, scale, any_codes, any_codes if turned is None else turned, slot, scale_inv)
-    grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))
-    with on_device(x):
-        start(_operand_kernel, grid, (*pointers, *numbers, *constants), key, num_warps=WARPS)
+    any_codes = codes if transposed is None else transposed
+    assert any_codes is not None, "a cast without codes"
+    launch(
+        (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)),
+        (x, any_codes if codes is None else codes, any_codes, parts, parts, scale_inv, shown),
+        rows, columns, 0,
+    )  # fmt: skip
+    return (codes, transposed), scale_inv, shown
+
+
+def _kind(number: int) -> int:
+    """What Triton looks at in an integer: a multiple of 16, one, or any."""
+    return 16 if number % 16 == 0 else number == 1
+
+
+@functools.cache
+def _launch(dtype: torch.dtype, fmt: str, plain: bool, turned: bool, measure: bool, current: bool, guarded: bool,
+            is_aligned: bool, even: bool, rows: int, columns: int, hardware: bool) -> Launch:  # fmt: skip
+    """The launch for one set of everything by which Triton compiles another kernel."""
+    constants = (
+        codec.MODES[fmt], FORMATS[fmt].max, plain, turned, measure, current, guarded, even, TILE_ROWS, TILE_COLUMNS, PARTS,
+        FROZEN, hardware,
+    )  # fmt: skip
+    return Launch(_operand_kernel, constants, num_warps=WARPS)
+
+
+@functools.cache
+def _parts_launch(dtype: torch.dtype, is_aligned: bool, n: int, is_short: bool) -> Launch:
+    return Launch(_parts_kernel, (PARTS, PART_ELEMENTS), num_warps=PART_WARPS)
+
+
+def _empty(x: torch.Tensor, rows: int, columns: int, fmt: Format, plain: bool, turned: bool) -> Cast:
+    dtype, device = torch_dtype(fmt), x.device
+    codes = torch.empty(rows, columns, dtype=dtype, device=device) if plain else None
+    return codes, torch.empty(columns, rows, dtype=dtype, device=device) if turned else None
 
 
 def cast_groups(
     x: torch.Tensor, fmt: Format, *, plain: bool = True, turned: bool = True
 ) -> tuple[blocks.Coded | None, blocks.Coded | None]:
-    """1x128 groups of `x` [M, K] along K, and along M transposed; scale_inv with the outer axis contiguous."""
-    rows, columns = x.shape
-    codes, transposed = _empty(x, fmt, plain, turned)
+    """1x128 groups of `x` [..., K] along K, and along its M rows transposed; scale_inv with the outer axis contiguous."""
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    codes, transposed = _empty(x, rows, columns, fmt, plain, turned)
     found = None if codes is None else (codes, _scales(columns // 128, rows, x.device).t())
     found_turned = None if transposed is None else (transposed, _scales(rows // 128, columns, x.device).t())
     blocks.quantize_groups(x, fmt, found, found_turned)
@@ -124,7 +184,7 @@ def cast_groups(
 
 def cast_tiles(x: torch.Tensor, fmt: Format, *, turned: bool = True) -> tuple[blocks.Coded, blocks.Coded | None]:
     """128x128 tiles of `x` [N, K] and of its transpose, scale_inv [N / 128, K / 128] with padded rows."""
-    codes, transposed = _empty(x, fmt, True, turned)
+    codes, transposed = _empty(x, x.shape[0], x.shape[1], fmt, True, turned)
     rows, columns = x.shape[0] // 128, x.shape[1] // 128
     assert codes is not None
     plain = (codes, _scales(rows, columns, x.device))

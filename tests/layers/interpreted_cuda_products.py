@@ -1,0 +1,146 @@
+"""The GPU's fast road on a CPU: its kernels in Triton's interpreter, its products by `gemm.matmul`, against the plain road.
+
+So the code around kernels and products (scales, recording, caches, axes, autograd) is held to the plain road bit for bit
+where no GPU is; what the compiler makes of the kernels, and cuBLASLt's products, are for `tests/gpu`. Triton reads
+TRITON_INTERPRET when it is imported, so `test_cuda_products.py` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ds_fp8.kernels.triton import entry, launch, operands
+from ds_fp8.layers import cuda_products, fp8_linear
+from ds_fp8.layers.gemm import matmul
+from ds_fp8.layers.operands import GROUPS, TENSOR, TILES, Operand
+from ds_fp8.layers.page import WeightCodes
+from ds_fp8.recipe import Recipe
+from tests.layers.small_models import swapped
+
+assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
+
+RECIPES = [Recipe(amax_history_len=3), Recipe(fp8_format="E4M3", margin=1, amax_history_len=3), Recipe(kind="current"),
+           Recipe(kind="block")]  # fmt: skip
+WIDTH, HIDDEN = 128, 128
+operands.PARTS = 4  # the interpreter runs programs one after the other
+
+
+def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_b: torch.Tensor,
+              bias: torch.Tensor | None = None, out_dtype: torch.dtype, use_fast_accum: bool = False) -> torch.Tensor:  # fmt: skip
+    """`torch._scaled_mm` for any device; it refuses the layouts that cuBLASLt refuses."""
+    assert a.is_contiguous() and b.t().is_contiguous()
+    operands = []
+    for codes, scale_inv in ((a, scale_a), (b.t(), scale_b.t() if scale_b.dim() == 2 else scale_b)):
+        extent = TENSOR if scale_inv.dim() < 2 else GROUPS if scale_inv.shape[0] == codes.shape[0] else TILES
+        assert extent != TENSOR or scale_inv.data_ptr() % 16 == 0
+        operands.append(Operand(codes, scale_inv.reshape(()) if extent == TENSOR else scale_inv.contiguous(), extent))
+    return matmul(*operands, out_dtype, bias=bias)
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(cuda_products, "library_for", lambda device: entry)
+    monkeypatch.setattr(fp8_linear, "takes", takes)
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
+    """Whoever set `fast_step` takes the fast road."""
+    assert x.is_contiguous()
+    return bool(call.page.fast_step) and not call.warming and x.numel() // x.shape[-1] % call.page.fast_step == 0
+
+
+def passes(recipe: Recipe, *, fast: bool, bias: bool = True, cached: bool = True, spoiled: int = -1, codes: bool = False,
+           shape: tuple[int, ...] = (2, 64), micro_batches: int = 1) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
+    """Outputs and gradients of some steps, each after an evaluation, and the book."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(WIDTH, HIDDEN, bias=bias), nn.GELU(), nn.Linear(HIDDEN, WIDTH, bias=bias)
+    ).bfloat16()
+    book = swapped(model, recipe, weight_cache=cached, backend="torch", eval=True)
+    book._kernels = entry if fast else None
+    for page in book.pages:
+        page.fast_step = 16 if fast else 0
+    found = []
+    for step in range(3):
+        if codes:
+            for layer in (model[0], model[2]):
+                scales = torch.full((3,), 0.01)
+                data = (layer.weight.detach().float() * 100).to(torch.float8_e4m3fn)
+                layer.weight_codes = WeightCodes(data, scales[1])  # at an address that cuBLASLt does not take
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(step)
+        for _ in range(micro_batches):
+            x = torch.randn(*shape, WIDTH, generator=generator).bfloat16().requires_grad_()
+            gradient = (torch.randn(*shape, WIDTH, generator=generator) * 1e-3).bfloat16()
+            if step == spoiled:
+                gradient.view(-1, WIDTH)[3, 5] = float("inf")
+            model.eval()
+            with torch.no_grad():
+                found.append(model(x))
+            model.train()
+            output = model(x)
+            output.backward(gradient)
+            found += [output.detach(), x.grad]
+        found += [parameter.grad.clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.where(parameter.grad.isfinite(), parameter.grad, 0), alpha=-1.0)
+        book.weights_changed()
+    return found, book
+
+
+def hold_together(recipe: Recipe, **how: Any) -> list[torch.Tensor]:
+    """The two roads: every bit of outputs, gradients, scales and histories. NaN equals NaN."""
+    ours, book = passes(recipe, fast=True, **how)
+    plain, plain_book = passes(recipe, fast=False, **how)
+    for number, (found, wanted) in enumerate(zip(ours, plain, strict=True)):
+        assert found.shape == wanted.shape, f"tensor {number}"
+        assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0)), f"tensor {number}"
+    states = book.state_dict(), plain_book.state_dict()
+    for name in ("scales", "forward_history", "backward_history"):
+        assert torch.equal(states[0][name], states[1][name]), name
+    assert states[0]["forward_folds"] == states[1]["forward_folds"]
+    assert states[0]["backward_folds"] == states[1]["backward_folds"]
+    return ours
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_the_fast_road_is_the_plain_road(recipe):
+    hold_together(recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:3], ids=str)
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
+def test_over_micro_batches(recipe, cached):
+    """Codes of the weight serve all of them, and after an evaluation they lack nothing for the backward."""
+    hold_together(recipe, cached=cached, micro_batches=2, shape=(48,))
+
+
+def test_codes_from_outside():
+    """O3's codes, whose scale lies at any address."""
+    hold_together(RECIPES[0], codes=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_an_overflow_is_seen_without_a_bias(recipe):
+    """A cast saturates infinities; the weight's gradient says NaN in that step, on both roads."""
+    found = hold_together(recipe, bias=False, spoiled=1)
+    weights = [found[step * 5 + 4] for step in range(3)]
+    assert [bool(gradient.isfinite().all()) for gradient in weights] == [True, False, True]
+
+
+def test_an_output_may_be_written_into():
+    """`x += residual` after a layer, as models do: what the function returns is no view that was made without autograd."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).bfloat16()
+    book = swapped(model, RECIPES[2], backend="torch")
+    book.pages[0].fast_step = 16
+    x = torch.randn(2, 16, WIDTH).bfloat16().requires_grad_()
+    output = model(x)
+    output += x
+    output.sum().backward()
+    assert x.grad.isfinite().all()
