@@ -37,8 +37,10 @@ def hand_written(plain: nn.Module, scaling: Any) -> tuple[nn.Module, Any]:
 def accelerated(plain: nn.Module, scaling: Any) -> tuple[nn.Module, Any]:
     """Accelerate's convert_model, as `Accelerator(mixed_precision="fp8")` does it."""
     import transformer_engine.pytorch as te
+    from accelerate import Accelerator
     from accelerate.utils.transformer_engine import convert_model
 
+    Accelerator()  # convert_model asks for the state that this leaves behind (accelerate 1.15)
     model = copy.deepcopy(plain)
     with torch.no_grad():
         convert_model(model)
