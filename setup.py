@@ -1,10 +1,11 @@
-"""What the package is, and the two things a declarative file cannot say.
+"""What the package is, and the things a declarative file cannot say.
 
 1. The door. `ds_fp8.pth` and `ds_fp8.start` must lie in the root of site-packages, where Python looks at start. A
    wheel gets them there from the root of the build; an editable install builds no such root, so its temporary wheel
    is given the same two files.
 2. The kernels. With a C++ compiler at hand they are built into the wheel; without one they are built at first use,
    and without any compiler PyTorch does the work (slower, the same bits).
+3. The tag. A wheel with kernels in it is of their platform, one without is of any.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -74,6 +77,31 @@ class BuildWithDoor(build_py):
         return outputs
 
 
+class WheelOfItsPlatform(bdist_wheel):
+    """bdist_wheel whose tag follows from what was built: py3-none-linux_x86_64 with kernels, py3-none-any without.
+
+    The kernels use neither Python nor torch, so any Python of that platform may have them (asked for here, after the
+    build, since only then it is known whether there was a compiler). manylinux is auditwheel's to say.
+    """
+
+    def _has_kernels(self) -> bool:
+        build = self.get_finalized_command("build_py")
+        if getattr(build, "editable_mode", False):
+            return False
+        return any((Path(build.build_lib) / "ds_fp8" / "kernels" / "cpu").glob("*.so"))
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if not self._has_kernels():
+            return super().get_tag()
+        platform = self.plat_name or get_platform()
+        return self.python_tag, "none", platform.lower().replace("-", "_").replace(".", "_")
+
+    def write_wheelfile(self, *args, **kwargs) -> None:
+        self.root_is_pure = not self._has_kernels()
+        super().write_wheelfile(*args, **kwargs)
+        self.root_is_pure = True  # where files lie in the archive is the same in both
+
+
 class EditableWithDoor(editable_wheel):
     """editable_wheel, plus the door in the root of the temporary wheel."""
 
@@ -116,10 +144,12 @@ setup(
         "plot": ["matplotlib>=3.7"],
         "example": ["tqdm", "matplotlib>=3.7"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib>=3.7", "tqdm"],
+        # Peers of benchmarks/bench_optimizer.py; both take the torch that is there.
+        "bench": ["torchao>=0.18", "bitsandbytes>=0.50"],
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
     },
     entry_points={"console_scripts": ["ds_fp8 = ds_fp8.cli.main:main"]},
-    cmdclass={"build_py": BuildWithDoor, "editable_wheel": EditableWithDoor},
+    cmdclass={"build_py": BuildWithDoor, "bdist_wheel": WheelOfItsPlatform, "editable_wheel": EditableWithDoor},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -10,6 +10,8 @@ than the cache, and each writes into memory that was touched before.
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
 
 import torch
 from harness import Report, alternate
@@ -22,29 +24,69 @@ from ds_fp8.numerics.dtypes import torch_dtype
 
 def assert_equal(fmt) -> None:
     """All 256 codes, and 4 million inputs of every exponent, before anything is timed."""
-    codes = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt))
-    ours, torchs = casts.dequantize(codes, 1.0), codes.float()
-    assert torch.equal(ours.nan_to_num(-1.0), torchs.nan_to_num(-1.0)), f"{fmt.name}: decode differs"
+    assert_decodes(fmt)
     x = torch.arange(-(2**31), 2**31, 1021, dtype=torch.int64).to(torch.int32).view(torch.float32)
     assert torch.equal(casts.quantize(x, 1.0, fmt).view(torch.uint8), cast.quantize(x, 1.0, fmt).view(torch.uint8))
 
 
+def assert_decodes(fmt) -> None:
+    """All 256 codes, into every dtype, as torch's own cast does it."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ours, torchs = casts.dequantize(codes, 1.0, dtype), codes.to(dtype)
+        assert torch.equal(ours.isnan(), torchs.isnan()), f"{fmt.name} to {dtype}: other NaN"
+        assert torch.equal(ours.nan_to_num(-1.0), torchs.nan_to_num(-1.0)), f"{fmt.name} to {dtype}: decode differs"
+
+
 def exhaustive(report: Report) -> None:
-    """Every fp32 pattern through every path, in pieces of 2^26."""
-    size = 1 << 26
-    for path in ("portable", "avx2", "avx512"):
-        if loader.choose(path) != path:
-            report.note(f"exhaustive: this CPU has no {path}")
-            continue
+    """Every fp32, bf16 and fp16 pattern through every path into both formats, and every code back, against PyTorch.
+
+    fp32 goes in pieces of 2^25; the reference of a piece is made once, for all paths. Its scale is 1, so every pattern meets
+    the cast as it is; NaN must come out as NaN with the same bits.
+    """
+    begun = time.perf_counter()
+    best = loader.path()
+    paths = [path for path in ("portable", "avx2", "avx512") if loader.choose(path) == path]
+    wrong = {(path, fmt.name): 0 for path in paths for fmt in (E4M3, E5M2)}
+    for x in patterns():
         for fmt in (E4M3, E5M2):
-            wrong = 0
-            for begin in range(-(2**31), 2**31, size):
-                x = torch.arange(begin, begin + size, dtype=torch.int64).to(torch.int32).view(torch.float32)
-                ours, torchs = casts.quantize(x, 1.0, fmt), cast.quantize(x, 1.0, fmt)
-                wrong += int((ours.view(torch.uint8) != torchs.view(torch.uint8)).sum())
-            report.note(f"exhaustive: {path} {fmt.name} encode, {wrong} of 2^32 inputs differ from torch")
-            assert wrong == 0
-    loader.choose("avx512")
+            expected = cast.quantize(x, 1.0, fmt).view(torch.uint8)
+            for path in paths:
+                loader.choose(path)
+                codes = casts.quantize(x, 1.0, fmt).view(torch.uint8)
+                if not torch.equal(codes, expected):
+                    wrong[path, fmt.name] += int((codes != expected).sum())
+    for path in paths:
+        loader.choose(path)
+        for fmt in (E4M3, E5M2):
+            assert_decodes(fmt)
+    loader.choose(best)
+    taken_s = time.perf_counter() - begun
+    for (path, name), count in wrong.items():
+        report.note(f"exhaustive: {path} {name} encode, {count} of 2^32 fp32, 2^16 bf16 and 2^16 fp16 inputs differ")
+    report.note(
+        f"exhaustive: all codes decode alike into fp32, bf16 and fp16; {taken_s:.0f} s, {torch.get_num_threads()} threads"
+    )
+    what = "inputs and codes, of all there are, that any path casts other than PyTorch"
+    report.goal(
+        what,
+        result=float(sum(wrong.values())),
+        goal=0.0,
+        unit="",
+        at_most=True,
+        reason="see the notes",
+        peer="numerics",
+    )
+    assert not any(wrong.values()), wrong
+
+
+def patterns() -> Iterator[torch.Tensor]:
+    """All numbers of three dtypes, in pieces."""
+    size = 1 << 25
+    for begin in range(-(2**31), 2**31, size):
+        yield torch.arange(begin, begin + size, dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
 
 
 def measure(report: Report, numel: int, threads: int, repeats: int) -> None:
@@ -94,13 +136,15 @@ def measure(report: Report, numel: int, threads: int, repeats: int) -> None:
             report.timing(name, case, timing, value=timing.per(numel), unit="ns/element")
         if case in goals:
             faster = timings["torch copy_"].median_s / timings["ds_fp8"].median_s
-            report.goal(f"{case} against torch's cast", result=faster, goal=goals[case], reason=bound_by(case, timings))
+            peer = f"torch copy_ {timings['torch copy_'].per(numel):.3g} ns/element"
+            what = f"{case} against torch's cast"
+            report.goal(what, result=faster, goal=goals[case], reason=bound_by(case, timings, numel), peer=peer)
 
 
-def bound_by(case: str, timings) -> str:
-    """Bytes per second that our side moved, for a goal that was missed."""
-    per_s = 5.0 / timings["ds_fp8"].median_s / 1e9
-    return f"5 bytes per element moved; see the ns/element of {case} and the memory bandwidth ({per_s:.2g} G passes/s)"
+def bound_by(case: str, timings, numel: int) -> str:
+    """What our side took, and the bytes per second that it moved, for a goal that was missed."""
+    taken_s = timings["ds_fp8"].median_s
+    return f"{taken_s / numel * 1e9:.3g} ns/element; 5 bytes of it move at {5 * numel / taken_s / 1e9:.1f} GB/s"
 
 
 def main() -> None:
@@ -108,12 +152,13 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=200_000_000)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--exhaustive", action="store_true")
+    parser.add_argument("--exhaustive", action="store_true", help="all inputs there are; see above")
     arguments = parser.parse_args()
     report = Report("codec", "How fast are the casts?")
     for fmt in (E4M3, E5M2):
         assert_equal(fmt)
     if arguments.exhaustive:
+        torch.set_num_threads(max(arguments.threads))
         exhaustive(report)
     for threads in arguments.threads:
         measure(report, arguments.numel, threads, arguments.repeats)

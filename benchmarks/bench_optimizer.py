@@ -5,8 +5,8 @@
 All contestants start from equal weights; ours must first agree with `reference_step` to the bit on a small partition.
 Goals: O2 2.0x torch's fused fp32 AdamW at one thread and 2.2x at two; with stochastic rounding 1.9x; O3, which writes
 the FP8 weight besides, 1.8x; 12x torchao, 25x bitsandbytes, 60x the same step in eager PyTorch.
-`--peers` adds the slow ones; one that is not installed is noted. The slow ones run on a tenth of the elements: their
-time per parameter does not depend on the size.
+`--peers` adds DeepSpeedCPUAdam, which it compiles first, and the slow ones (`pip install .[bench]`) on a tenth of the
+elements, with O2 on as many beside them; one that cannot run is a row with the reason.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from harness import Report, Timing, alternate
@@ -25,6 +26,7 @@ from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
 from ds_fp8.kernels.cpu.adam import adam_step
 from ds_fp8.numerics import masters, states
 
+ROOT = Path(__file__).resolve().parent.parent
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 # name: master, exp_avg, exp_avg_sq, rounding, FP8 weight besides
@@ -97,8 +99,13 @@ def torch_fused(numel: int) -> Callable[[], object]:
 
 
 def deepspeed_cpu_adam(numel: int) -> Callable[[], object]:
-    """Compiled by DeepSpeed at first use; in a folder of its own, so that no lock of another job is met."""
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="bench_extensions_"))
+    """Compiled by DeepSpeed at first use, a minute or two; into a folder of our own, so that no other job's lock is met."""
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        folder = ROOT / "runs" / "bench" / "torch_extensions"
+        folder.mkdir(parents=True, exist_ok=True)
+        for lock in folder.rglob("lock"):
+            lock.unlink()  # of a build that was stopped: torch would wait for it for ever
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     weight = torch.nn.Parameter(torch.empty(numel).normal_(std=0.02))
@@ -107,11 +114,16 @@ def deepspeed_cpu_adam(numel: int) -> Callable[[], object]:
 
 
 def torchao_fp8(numel: int) -> Callable[[], object]:
+    """Compiled by torch.inductor at the first step. Its states are FP8 only in multiples of 256 elements."""
     from torchao.optim import AdamWFp8
 
     weight = torch.nn.Parameter(torch.empty(numel, dtype=torch.bfloat16).normal_(std=0.02))
     weight.grad = torch.empty_like(weight).normal_(std=1e-3)
-    return AdamWFp8([weight], **HYPER).step
+    optimizer = AdamWFp8([weight], **HYPER)
+    optimizer.step()
+    codes = getattr(optimizer.state[weight]["exp_avg"], "codes", None)
+    assert codes is not None and codes.dtype == torch.float8_e4m3fn, "torchao keeps its state in high precision"
+    return optimizer.step
 
 
 def bitsandbytes_8bit(numel: int) -> Callable[[], object]:
@@ -119,7 +131,10 @@ def bitsandbytes_8bit(numel: int) -> Callable[[], object]:
 
     weight = torch.nn.Parameter(torch.empty(numel).normal_(std=0.02))
     weight.grad = torch.empty_like(weight).normal_(std=1e-3)
-    return bitsandbytes.optim.AdamW8bit([weight], **HYPER).step
+    optimizer = bitsandbytes.optim.AdamW8bit([weight], **HYPER)
+    optimizer.step()
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8, "bitsandbytes keeps its state in high precision"
+    return optimizer.step
 
 
 def eager_o2(numel: int) -> Callable[[], object]:
@@ -127,10 +142,20 @@ def eager_o2(numel: int) -> Callable[[], object]:
     return lambda: reference_step(step)
 
 
+@dataclass(frozen=True)
+class Peer:
+    """How to make its step, the goal for our O2 at one and at two threads, and the part of the elements it gets."""
+
+    make: Callable[[int], Callable[[], object]]
+    goals: tuple[float, float]
+    share: float = 0.1
+
+
 PEERS = {
-    "torchao AdamWFp8": (torchao_fp8, 12.0),
-    "bitsandbytes AdamW8bit": (bitsandbytes_8bit, 25.0),
-    "eager O2 in PyTorch": (eager_o2, 60.0),
+    "torchao AdamWFp8": Peer(torchao_fp8, (12.0, 12.0)),
+    "bitsandbytes AdamW8bit": Peer(bitsandbytes_8bit, (25.0, 25.0)),
+    "eager O2 in PyTorch": Peer(eager_o2, (60.0, 60.0)),
+    "DeepSpeedCPUAdam fp32": Peer(deepspeed_cpu_adam, (2.0, 2.2), 1.0),
 }
 
 
@@ -158,31 +183,28 @@ def measure(report: Report, arguments: argparse.Namespace, threads: int) -> None
     for variant, goal in ((O2, o2_goal), ("O2 stochastic", 1.9), ("O3 (O2 + FP8 weight)", 1.8)):
         result = fused[variant] / ours[variant]
         reason = f"{ours[variant]:.2f} ns a parameter; torch moves 28 bytes in {fused[variant]:.2f} ns"
-        report.goal(f"{variant} against {TORCH}", result=result, goal=goal, reason=reason)
-    if arguments.deepspeed:
-        try:
-            timing = alternate({"deepspeed": deepspeed_cpu_adam(numel)}, repeats=arguments.repeats, warmup=1)[
-                "deepspeed"
-            ]
-            value = per_parameter(report, "DeepSpeedCPUAdam fp32", timing, numel)
-            report.goal(f"{O2} against DeepSpeedCPUAdam", result=value / ours[O2], goal=o2_goal, reason="see above")
-        except Exception as error:  # noqa: BLE001 - its own compiler may fail in many ways; the rest still counts
-            report.note(f"DeepSpeedCPUAdam could not be built here: {error!r:.200}")
+        peer = f"{TORCH} {fused[variant]:.2f} ns"
+        report.goal(f"{variant} against {TORCH}", result=result, goal=goal, reason=reason, peer=peer)
     if arguments.peers:
-        measure_peers(report, numel // 10, ours[O2])
+        for name, peer in PEERS.items():
+            measure_peer(report, name, peer, int(numel * peer.share) // 256 * 256, threads, arguments.repeats)
 
 
-def measure_peers(report: Report, numel: int, o2: float) -> None:
-    """The slow ones, a few runs each on a tenth of the elements."""
-    for name, (make, goal) in PEERS.items():
-        try:
-            run = make(numel)
-            timing = alternate({name: run}, repeats=3, warmup=1)[name]
-        except Exception as error:  # noqa: BLE001 - a peer that is missing or fails is a note, not our failure
-            report.note(f"{name}: not measured ({error!r:.160})")
-            continue
-        value = per_parameter(report, name, timing, numel)
-        report.goal(f"{O2} against {name}", result=value / o2, goal=goal)
+def measure_peer(report: Report, name: str, peer: Peer, numel: int, threads: int, repeats: int) -> None:
+    """One peer and our O2 in turn, over as many elements; one that cannot run is a row with the reason."""
+    what, goal = f"{O2} against {name}", peer.goals[min(threads, 2) - 1]
+    try:
+        run = peer.make(numel)
+        step = make_step(numel, O2)
+        timings = alternate({name: run, O2: lambda: adam_step(step)}, repeats=repeats, warmup=1)
+    except Exception as error:  # noqa: BLE001 - a peer may be missing or fail in any way; the others still count
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        report.goal(what, result=None, goal=goal, reason=f"{type(error).__name__}: {first_line:.200}", peer=name)
+        return
+    theirs = per_parameter(report, name, timings[name], numel)
+    ours = per_parameter(report, O2, timings[O2], numel, f", beside {name}")
+    reason = f"{ours:.2f} ns a parameter, {numel / 1e6:.0f}M parameters"
+    report.goal(what, result=theirs / ours, goal=goal, reason=reason, peer=f"{name} {theirs:.2f} ns")
 
 
 def main() -> None:
@@ -190,8 +212,9 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=200_000_000)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peers", action="store_true", help="torchao, bitsandbytes and eager PyTorch too")
-    parser.add_argument("--deepspeed", action="store_true", help="DeepSpeedCPUAdam too (compiles for minutes)")
+    parser.add_argument(
+        "--peers", action="store_true", help="DeepSpeedCPUAdam, torchao, bitsandbytes, eager PyTorch too"
+    )
     arguments = parser.parse_args()
     assert_bits()
     report = Report("optimizer", "How long does the optimizer step take?")

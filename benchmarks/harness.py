@@ -17,7 +17,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,49 @@ def versions() -> dict[str, str]:
     return found
 
 
+def goal_row(
+    bench: str,
+    what: str,
+    result: float | None,
+    goal: float,
+    *,
+    unit: str = "x",
+    reason: str = "",
+    peer: str = "",
+    at_most: bool = False,
+) -> dict[str, Any]:
+    """What was wanted and what came out, as one JSON line and one row of the table.
+
+    result   None when it could not be measured; `reason` then says why, and the row stays
+    reason   printed when the goal was missed
+    peer     who was beside us, with its own figure: "torch AdamW(fused) 0.58 ns"
+    at_most  the goal is an upper bound
+    """
+    met = result is not None and (result <= goal if at_most else result >= goal)
+    row = {"bench": bench, "goal_of": what, "goal": goal, "unit": unit, "at_most": at_most, "met": met, "peer": peer}
+    row["result"] = None if result is None else round(result, 4)
+    row["threads"] = torch.get_num_threads()
+    if not met:
+        assert result is not None or reason, f"{what}: what was not measured has a reason"
+        row["reason"] = reason
+    return row
+
+
+def goal_cells(row: Mapping[str, Any]) -> list[str]:
+    """What, threads, wanted, result, peer and verdict of a goal, as both tables show them."""
+    wanted = f"{'<=' if row['at_most'] else '>='} {row['goal']:g} {row['unit']}"
+    result = "-" if row["result"] is None else f"{row['result']:.3g} {row['unit']}"
+    missed = "not measured" if row["result"] is None else "missed"
+    verdict = "met" if row["met"] else f"{missed}: {row.get('reason', '')}".rstrip(": ")
+    return [row["goal_of"], str(row["threads"]), wanted, result, row["peer"] or "-", verdict]
+
+
+def goal_table(goals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The goals in Markdown."""
+    rows = [f"| {' | '.join(cell.replace('|', '/') for cell in goal_cells(row))} |" for row in goals]
+    return ["| goal | threads | wanted | result | peer | |", "|---|---|---|---|---|---|", *rows]
+
+
 class Report:
     """Rows of one benchmark, and the goals among them; printed as JSON lines, written as Markdown at the end."""
 
@@ -105,13 +148,19 @@ class Report:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
-    def goal(self, what: str, *, result: float, goal: float, unit: str = "x", reason: str = "") -> None:
-        """One line of the table: what was wanted, what came out; `reason` is printed when it fell short."""
-        met = result >= goal
-        row = {"bench": self.what, "goal_of": what, "result": round(result, 3), "goal": goal, "unit": unit, "met": met}
-        row["threads"] = torch.get_num_threads()
-        if not met and reason:
-            row["reason"] = reason
+    def goal(
+        self,
+        what: str,
+        *,
+        result: float | None,
+        goal: float,
+        unit: str = "x",
+        reason: str = "",
+        peer: str = "",
+        at_most: bool = False,
+    ) -> None:
+        """One line of the table; see `goal_row`."""
+        row = goal_row(self.what, what, result, goal, unit=unit, reason=reason, peer=peer, at_most=at_most)
         self.goals.append(row)
         print(json.dumps(row), flush=True)
 
@@ -141,13 +190,7 @@ class Report:
         ]
         lines += [f"{software}  ", f"`{command}`", ""]
         if self.goals:
-            lines += ["| goal | threads | wanted | result | |", "|---|---|---|---|---|"]
-            for row in self.goals:
-                verdict = "met" if row["met"] else f"missed: {row.get('reason', '')}".rstrip(": ")
-                result = f"{row['result']:.2f} {row['unit']}"
-                lines.append(
-                    f"| {row['goal_of']} | {row['threads']} | {row['goal']} {row['unit']} | {result} | {verdict} |"
-                )
+            lines += goal_table(self.goals)
             lines.append("")
         lines += ["| case | contestant | threads | median | spread |", "|---|---|---|---|---|"]
         for row in self.rows:

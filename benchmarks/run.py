@@ -4,12 +4,14 @@
 
 Each benchmark is a process of its own with a time limit; its JSON lines are kept, its reports lie under `results/`. One
 that fails or runs out of time is a row of the table, not a reason to stop. Sizes are cut where the full ones take
-longer; the sizes are in the reports, and every file runs alone at full size.
+longer; the sizes are in the reports, and every file runs alone at full size. The table is written to
+`results/bench_<hardware>_<month>.md` as well, unless only some of the benchmarks ran.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -18,19 +20,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness import RESULTS, cpu_name, goal_cells, goal_table, hardware_slug, versions
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 SUITE: dict[str, tuple[list[str], int]] = {
     "check": (["bench_check.py"], 60),
-    "startup": (["bench_startup.py"], 120),
+    "startup": (["bench_startup.py", "--repeats", "8"], 120),
+    "build": (["bench_build.py"], 120),
     "codec": (["bench_codec.py", "--numel", "100000000"], 120),
     "linear": (["bench_linear.py", "--repeats", "5"], 120),
-    "optimizer": (["bench_optimizer.py", "--numel", "200000000", "--repeats", "5", "--peers"], 240),
+    "optimizer": (["bench_optimizer.py", "--repeats", "3", "--peers"], 480),
     "states": (["bench_states.py"], 60),
     "fidelity": (["bench_fidelity.py", "--numel", "16384"], 180),
-    "wire": (["bench_wire.py", "--small"], 180),
+    "tokens": (["bench_tokens.py"], 180),
+    "wire": (["bench_wire.py", "--small"], 240),
 }
 """Name: the command, and the seconds after which it is stopped."""
 
@@ -52,7 +57,7 @@ def run(name: str, out: Path) -> dict[str, Any]:
     took_s = time.monotonic() - begun
     rows = [row for line in log.read_text().splitlines() if (row := parsed(line))]
     ended = "done" if code == 0 else f"stopped after {limit_s} s" if code is None else f"exit code {code}, see {log}"
-    return {"name": name, "ended": ended, "took_s": took_s, "goals": [row for row in rows if "goal" in row]}
+    return {"name": name, "ended": ended, "took_s": took_s, "goals": [row for row in rows if "goal_of" in row]}
 
 
 def parsed(line: str) -> dict[str, Any] | None:
@@ -69,25 +74,42 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "bench")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    console, table = (
-        Console(width=None if sys.stdout.isatty() else 150),
-        Table("benchmark", "goal", "threads", "wanted", "result", ""),
-    )
-    failed = 0
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    table = Table("benchmark", "goal", "threads", "wanted", "result", "peer", "")
+    found = []
     for name in options.only:
-        found = run(name, options.out)
-        console.print(f"{name}: {found['ended']}, {found['took_s']:.0f} s")
-        failed += found["ended"] != "done"
-        for row in found["goals"]:
-            what, unit = str(row.get("goal_of", row.get("case", ""))), row.get("unit", "")
-            verdict = "met" if row.get("met") else f"missed: {row.get('reason', '')}".rstrip(": ")
-            table.add_row(
-                name, what, str(row.get("threads", "")), f"{row['goal']} {unit}", f"{row.get('result')} {unit}", verdict
-            )
-        if found["ended"] != "done":
-            table.add_row(name, "-", "", "", "", found["ended"])
+        found.append(run(name, options.out))
+        console.print(f"{name}: {found[-1]['ended']}, {found[-1]['took_s']:.0f} s")
+        for row in found[-1]["goals"]:
+            table.add_row(name, *goal_cells(row))
+        if found[-1]["ended"] != "done":
+            table.add_row(name, "-", "", "", "", "", found[-1]["ended"])
     console.print(table)
-    return 1 if failed else 0
+    if options.only == list(SUITE):
+        console.print(f"written: {write(found)}")
+    return 1 if any(each["ended"] != "done" for each in found) else 0
+
+
+def write(found: list[dict[str, Any]]) -> Path:
+    """All goals in one report; returns its path."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    total_s = sum(each["took_s"] for each in found)
+    lines = ["# The CPU benchmarks: goal, result, peer", "", f"{now:%Y-%m-%d}, {cpu_name()}, {os.cpu_count()} cores  "]
+    lines += [f"{software}  ", f"`python benchmarks/run.py`, {total_s / 60:.1f} minutes in all"]
+    for each in found:
+        ended = "" if each["ended"] == "done" else f"; {each['ended']}"
+        lines += [
+            "",
+            f"## {each['name']}",
+            "",
+            f"`{' '.join(SUITE[each['name']][0])}`, {each['took_s']:.0f} s{ended}",
+            "",
+        ]
+        lines += goal_table(each["goals"]) if each["goals"] else ["No goals; its report is beside this one."]
+    file = RESULTS / f"bench_{hardware_slug()}_{now:%Y%m}.md"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file.relative_to(HERE.parent)
 
 
 if __name__ == "__main__":

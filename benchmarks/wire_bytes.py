@@ -1,7 +1,8 @@
 """Bytes that the kernel counts for one optimizer step, by stage and level; run inside a namespace by bench_wire.py.
 
 The model is a stack of Linear and LayerNorm with an embedding, so that some parameters travel in 16 bits at O3. The
-loopback carries what all ranks send; divided by ranks and parameters it is bytes per parameter and rank.
+loopback carries what all ranks send; divided by ranks and parameters it is bytes per parameter and rank. All jobs run one
+after another in the same ranks: starting Python and DeepSpeed takes longer than a job.
 """
 
 from __future__ import annotations
@@ -48,14 +49,25 @@ def config_of(stage: int, kind: str, gas: int) -> dict[str, Any]:
     return config
 
 
-def on_ranks(rank: int, world_size: int, stage: int, kind: str, gas: int, steps: int) -> dict[str, Any]:
+def on_ranks(rank: int, world_size: int, gas: int, steps: int) -> list[dict[str, Any]]:
+    import ds_fp8
+
+    ds_fp8.activate()
+    jobs = [(stage, kind) for stage in (0, 1, 2, 3) for kind in KINDS if (stage, kind) != (0, "O3")]
+    case = {"gas": gas, "world_size": world_size}
+    return [
+        {"stage": stage, "kind": kind, **case, **count(rank, world_size, stage, kind, gas, steps)}
+        for stage, kind in jobs
+    ]
+
+
+def count(rank: int, world_size: int, stage: int, kind: str, gas: int, steps: int) -> dict[str, Any]:
+    """Bytes of one job, over `steps` steps after two."""
     import deepspeed
     from deepspeed import comm as dist
 
-    import ds_fp8
     from ds_fp8.comm import counters
 
-    ds_fp8.activate()
     torch.manual_seed(0)
     engine, *_ = deepspeed.initialize(model=Stack(), config=config_of(stage, kind, gas))
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
@@ -84,11 +96,4 @@ def on_ranks(rank: int, world_size: int, stage: int, kind: str, gas: int, steps:
 
 if __name__ == "__main__":
     world_size, gas, steps = (int(argument) for argument in sys.argv[1:4])
-    rows = []
-    for stage in (0, 1, 2, 3):
-        for kind in KINDS:
-            if (stage, kind) == (0, "O3"):
-                continue
-            found = run_ranks(world_size, on_ranks, stage, kind, gas, steps)[0]
-            rows.append({"stage": stage, "kind": kind, "gas": gas, "world_size": world_size, **found})
-    print(json.dumps(rows))
+    print(json.dumps(run_ranks(world_size, on_ranks, gas, steps)[0]))
