@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -50,6 +51,35 @@ def build(tree: Path, kind: str) -> Path:
     with zipfile.ZipFile(next(target.glob("*.whl"))) as wheel:
         wheel.extractall(site)
     return site
+
+
+COMPILER = """#!/bin/sh
+for last; do :; done
+[ "$1" = --version ] && echo "stand-in 1.0" || echo library >"$last"
+"""
+
+
+@pytest.mark.parametrize("compiler", ["there", "missing", "not asked"])
+def test_a_wheel_is_of_the_platform_of_its_kernels(tree, tmp_path, compiler):
+    """With kernels inside any Python of this platform takes it; without them any machine, also after a failed build."""
+    program = tmp_path / "c++"
+    program.write_text(COMPILER if compiler == "there" else "#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    asked = "0" if compiler == "not asked" else "1"
+    env = {**os.environ, "CXX": str(program), "DS_FP8_BUILD_KERNELS": asked}
+    command = ["wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(tree)]
+    done = subprocess.run([sys.executable, "-m", "pip", *command], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_") if compiler == "there" else "any"
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        text = archive.read(next(name for name in names if name.endswith(".dist-info/WHEEL"))).decode()
+    assert f"Tag: py3-none-{platform}" in text
+    assert f"Root-Is-Purelib: {str(compiler != 'there').lower()}" in text
+    assert any(name.endswith(".so") for name in names) == (compiler == "there")
+    assert {"ds_fp8/__init__.py", "ds_fp8.pth", "ds_fp8.start"} <= set(names), "the root is the same in both"
 
 
 def start_python(site: Path, code: str, **environment: str) -> str:
