@@ -13,6 +13,6 @@ The arithmetic is in `numerics.adam`; `kernels.adam_step` does it in one pass ov
 from __future__ import annotations
 
 from .scaled_adam import ScaledAdam, ScaledAdamW
-from .take_over import take_over
+from .take_over import client_states, take_over
 
-__all__ = ["ScaledAdam", "ScaledAdamW", "take_over"]
+__all__ = ["ScaledAdam", "ScaledAdamW", "client_states", "take_over"]

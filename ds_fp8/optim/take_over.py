@@ -8,6 +8,9 @@ Recognised by class, because two optimizers that share a name of a base class ma
 
 The parameter groups stay the client's own dicts, so a scheduler built on them goes on working. Anything else is
 refused by name.
+
+DeepSpeed's FusedAdam (0.19.8) counts the steps of a group in the state of the group's last parameter alone; the others
+stay at 0. So for an optimizer of that name the step of a group is the largest found in it.
 """
 
 from __future__ import annotations
@@ -34,9 +37,18 @@ _NUMBERS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
 
 
 def take_over(
-    client: torch.optim.Optimizer, *, level: Level | str = "O2", base_dtype: str | None = None, seed: int = 0
+    client: torch.optim.Optimizer,
+    *,
+    level: Level | str = "O2",
+    base_dtype: str | None = None,
+    seed: int = 0,
+    with_state: bool = True,
 ) -> ScaledAdam:
-    """ScaledAdam or ScaledAdamW in place of `client`; PlanError, naming the class, if it is neither Adam nor AdamW."""
+    """ScaledAdam or ScaledAdamW in place of `client`; PlanError, naming the class, if it is neither Adam nor AdamW.
+
+    with_state  False where ours will step other tensors than the client's (ZeRO's partitions): `client_states` then
+                gives the caller what is to be cut
+    """
     if isinstance(client, ScaledAdam):
         return client
     name = f"{type(client).__module__}.{type(client).__name__}"
@@ -50,10 +62,22 @@ def take_over(
     cls = ScaledAdamW if decoupled else ScaledAdam
     defaults = {key: client.defaults[key] for key in _NUMBERS if key in client.defaults}
     ours = cls(client.param_groups, **defaults, level=level, base_dtype=base_dtype, seed=seed)
-    for group in client.param_groups:
-        for param in group["params"]:
-            _take_state(ours, param, client.state.get(param) or {}, group, name)
+    if with_state:
+        for param, state in client_states(client).items():
+            ours.import_fp32(param, **state)
     return ours
+
+
+def client_states(client: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
+    """`step` and the moments (fp32) of every parameter that `client` has stepped; PlanError for a state of another kind."""
+    found: dict[torch.Tensor, dict[str, Any]] = {}
+    for group in client.param_groups:
+        own = {param: _state_of(client, param, group) for param in group["params"] if client.state.get(param)}
+        if type(client).__name__ == "FusedAdam" and own:
+            step = max(state["step"] for state in own.values())
+            own = {param: {**state, "step": step} for param, state in own.items()}
+        found |= own
+    return found
 
 
 def _is_decoupled(client: torch.optim.Optimizer, name: str) -> bool:
@@ -72,12 +96,16 @@ def _is_decoupled(client: torch.optim.Optimizer, name: str) -> bool:
     )
 
 
-def _take_state(ours: ScaledAdam, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any], name: str) -> None:
-    """Moments and step of one parameter, if it has been stepped."""
-    if not state:
-        return
+def _state_of(client: torch.optim.Optimizer, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """Moments and step of one parameter that has been stepped."""
+    if isinstance(client, ScaledAdam):
+        return client.export_fp32(param, only=MOMENTS)
+    state = client.state[param]
     step = state.get("step", group.get("step"))
     if step is None or not all(moment in state for moment in MOMENTS):
+        name = f"{type(client).__module__}.{type(client).__name__}"
         raise PlanError(f"{name}: a state without {', '.join(MOMENTS)} or step, found {', '.join(map(str, state))}.")
-    moments = {moment: state[moment].detach().float() for moment in MOMENTS}
-    ours.import_fp32(param, step=int(step), **moments)
+    # Transformer Engine keeps fp16 and uint8 moments apart from their scales.
+    unscaled = getattr(client, "get_unscaled_state", None)
+    moments = {moment: unscaled(param, moment) if unscaled else state[moment] for moment in MOMENTS}
+    return {"step": int(step), **{moment: value.detach().float() for moment, value in moments.items()}}

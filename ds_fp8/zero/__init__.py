@@ -16,8 +16,9 @@ Contract for `engine` (one hook is enough, `DeepSpeedEngine._configure_optimizer
         replaced by `Stage0Optimizer`; nothing stays patched afterwards. Call it only when `plan.optim` is not None.
 
     build_optimizer(engine, model_parameters, plan) -> ScaledAdam       from DeepSpeed's own `optimizer` section
-    take_over(engine, client_optimizer, plan) -> ScaledAdam             client Adam/AdamW; others refused by name
-    specialize(engine, zero_optimizer, plan, book) -> zero_optimizer    the same object, idempotent
+    take_over(engine, client_optimizer, model_parameters, plan) -> ScaledAdam, ClientStates
+        client Adam/AdamW (others refused by name), and what it has in its states
+    specialize(engine, zero_optimizer, plan, book, given=ClientStates) -> zero_optimizer    the same object, idempotent
         `configure_optimizer` uses these three; they are public for tests and for callers that bring their own order.
 
 Contract for `wire`: `specialize` composes, first to last, `wire.mixins(zero_optimizer, plan)` (a tuple of classes; may

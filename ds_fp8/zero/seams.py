@@ -180,6 +180,10 @@ _STATES = (
         ("update_lp_params", "self"),
         ("step", "self closure"),
     )),
+    ("deepspeed.runtime.pipe.engine", "PipelineEngine", (
+        ("_bf16_reduce_grads", "self"),
+        ("_exec_backward_pass", "self buffer_id"),
+    )),
     ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", (
         ("_skip_invalid_grad_norm", "self"),
         ("unscale_and_clip_grads", "self total_norm apply_scale"),

@@ -24,6 +24,7 @@ from ..errors import PlanError
 from . import wire
 from .states import ScaledStates
 from .states_bf16 import StatesBF16
+from .states_client import ClientStates
 from .states_optimizer import build_optimizer, refuse_unsupported, take_over
 from .states_stage0 import Stage0Optimizer
 from .states_stage3 import StatesStage3
@@ -41,23 +42,25 @@ def configure_optimizer(
 ) -> None:
     """DeepSpeed's `_configure_optimizer` with our Adam, states and wire. `engine.optimizer` is set afterwards."""
     refuse_unsupported(engine)
-    client = None if client_optimizer is None else take_over(engine, client_optimizer, plan)
-    if client is not None and not isinstance(client, torch.optim.Optimizer):
-        client = client(model_parameters)
+    client, given = None, ClientStates({})
+    if client_optimizer is not None:
+        client, given = take_over(engine, client_optimizer, model_parameters, plan)
     layout = plain_layout(engine, client_optimizer)
 
     def basic(parameters: Any) -> Any:
         return build_optimizer(engine, parameters, plan) if client is None else client
 
+    def partitioned(configure: Callable) -> Callable:
+        return lambda optimizer: specialize(engine, configure(optimizer), plan, book, layout=layout, given=given)
+
     def fp16(optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         return _stage0(engine, optimizer, low_precision_dtype, layout)
 
-    zero, bf16 = engine._configure_zero_optimizer, engine._configure_bf16_optimizer
     hooks = {
         "_configure_basic_optimizer": basic,
         "_configure_fp16_optimizer": fp16,
-        "_configure_zero_optimizer": lambda optimizer: specialize(engine, zero(optimizer), plan, book, layout=layout),
-        "_configure_bf16_optimizer": lambda optimizer: specialize(engine, bf16(optimizer), plan, book, layout=layout),
+        "_configure_zero_optimizer": partitioned(engine._configure_zero_optimizer),
+        "_configure_bf16_optimizer": partitioned(engine._configure_bf16_optimizer),
     }
     register_optimizers()
     with _on_this_engine(engine, hooks), base_dtype_masters():
@@ -69,10 +72,19 @@ def configure_optimizer(
         _attach_wire(engine, engine.optimizer, plan, book)
 
 
-def specialize(engine: Any, zero_optimizer: Any, plan: Any, book: Any = None, *, layout: str = "fused") -> Any:
+def specialize(
+    engine: Any,
+    zero_optimizer: Any,
+    plan: Any,
+    book: Any = None,
+    *,
+    layout: str = "fused",
+    given: ClientStates | None = None,
+) -> Any:
     """Graft states and wire onto an optimizer wrapper of DeepSpeed; the same object comes back. Twice is once.
 
     layout  of checkpoints, as `plain_layout` tells it
+    given   states of a client's optimizer, cut to the partitions here
     """
     if isinstance(zero_optimizer, (ScaledStates, Stage0Optimizer)):
         return zero_optimizer
@@ -88,6 +100,8 @@ def specialize(engine: Any, zero_optimizer: Any, plan: Any, book: Any = None, *,
     mixins = (*wire.mixins(zero_optimizer, plan), states)
     zero_optimizer.__class__ = type("Fp8" + base.__name__, (*mixins, base), {"__module__": __name__})
     zero_optimizer.fp8_adopt_masters()
+    if given is not None:
+        given.adopt(zero_optimizer)
     _attach_wire(engine, zero_optimizer, plan, book)
     return zero_optimizer
 

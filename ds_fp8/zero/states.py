@@ -24,6 +24,7 @@ from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, ZER
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .states_client import Piece
 from .states_view import PlainAdam, PlainView
 
 KEY = "ds_fp8"
@@ -52,6 +53,19 @@ class ScaledStates(PlainView):
                 if master.dtype == own.dtype and master.device == own.device and master.numel() == own.numel():
                     master.data = own.data
         self._fp8_relink()
+
+    def fp8_params(self: Any, index: int) -> list[Any]:
+        """The 16-bit parameters that master `index` belongs to, those of other ranks' partitions too."""
+        raise TypeError(f"{type(self).__name__} has no list of parameters")
+
+    def fp8_pieces(self: Any, index: int) -> list[Piece]:
+        """Which parts of which parameters lie in master `index`: by default, DeepSpeed's fragments."""
+        pieces = []
+        for param in self.fp8_params(index):
+            if param._hp_mapping is not None:
+                of_param, of_flat = param._hp_mapping.lp_fragment_address, param._hp_mapping.hp_fragment_address
+                pieces.append(Piece(param, of_param.start, of_flat.start, of_flat.numel))
+        return pieces
 
     def fp8_weights_changed(self: Any) -> None:
         """Weights were written outside of a step. Nothing to do here: O3 gathers its codes again."""

@@ -3,6 +3,9 @@
 DeepSpeed chooses this wrapper for bf16 with `data_types.grad_accum_dtype` fp32 in stage 1, and for bf16 under a pipeline
 without ZeRO. It partitions like ZeRO 1: `fp32_groups_flat_partition[i]` is this rank's master, a slice of
 `bf16_groups_flat[i]`. Gradients stay in its accumulation buffer; the step reads the rank's slice of it as it is.
+
+The pipeline engine asks once, at the end of its constructor, whether the optimizer is of this very class, and for any
+other does not accumulate into that buffer. Ours is another, so the engine is told before its first forward.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from .states import ScaledStates
@@ -28,6 +32,9 @@ class StatesBF16(ScaledStates):
             for partitions, group in zip(self.bf16_partitioned_groups, self.real_dp_process_group, strict=True)
         ]
 
+    def fp8_params(self: Any, index: int) -> list[Any]:
+        return self.bf16_groups[index]
+
     def fp8_shares_storage(self: Any) -> bool:
         return self.fp8_plan.comm.weight_wire == "none" or not self.fp8_plan.comm.fp8_weights
 
@@ -40,6 +47,8 @@ class StatesBF16(ScaledStates):
             self.fp8_masters[index] = replacement
             self.optimizer.param_groups[index]["params"] = [replacement]
         self._fp8_relink()
+        if isinstance(self.fp8_engine, PipelineEngine):
+            tell_pipeline(self.fp8_engine)
 
     def _fp8_relink(self: Any) -> None:
         self._link_all_hp_params()
@@ -80,3 +89,13 @@ class StatesBF16(ScaledStates):
     def fp8_gather_weights(self: Any) -> None:
         self.update_lp_params()
         self.fp8_weights_changed()
+
+
+def tell_pipeline(engine: Any) -> None:
+    """Before the first forward, which is after its constructor, `engine` learns that it has a BF16_Optimizer."""
+
+    def tell(*_: Any) -> None:
+        engine.using_bf16_optimizer = True
+        handle.remove()
+
+    handle = engine.module.register_forward_pre_hook(tell)

@@ -16,6 +16,7 @@ from deepspeed import comm as dist
 
 from .. import optim
 from ..errors import PlanError
+from .states_client import ClientStates
 
 IMPLEMENTATION_KEYS = {"torch_adam", "foreach", "fused", "capturable", "differentiable", "set_grad_none"}
 """Keys that choose between implementations of the same numbers."""
@@ -57,14 +58,34 @@ def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Any) -> 
     return cls(model_parameters, **arguments, **_ours(engine, plan))
 
 
-def take_over(engine: Any, client_optimizer: Any, plan: Any) -> Any:
-    """Our Adam with a client's parameters, hyper-parameters and state; for a callable, one that does so when called.
+def take_over(engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any) -> tuple[Any, ClientStates]:
+    """Our Adam with a client's parameters and hyper-parameters, and the states to cut to ZeRO's partitions.
 
-    The parameter groups stay the client's own dicts, so a scheduler that was built on them goes on working.
+    client_optimizer  an optimizer, or a callable that makes one of `model_parameters`
+    The parameter groups stay the client's own dicts, so a scheduler that was built on them goes on working. In stage 0,
+    where the parameters themselves are stepped, the states have been taken already.
     """
-    if not isinstance(client_optimizer, torch.optim.Optimizer) and callable(client_optimizer):
-        return lambda parameters: take_over(engine, client_optimizer(parameters), plan)
-    return optim.take_over(client_optimizer, **_ours(engine, plan))
+    client = client_optimizer
+    if not isinstance(client, torch.optim.Optimizer) and callable(client):
+        client = client(model_parameters)
+    ours = optim.take_over(client, **_ours(engine, plan), with_state=False)
+    if ours is client and ours.formats() != _formats(plan):
+        raise PlanError(
+            f"optimizer {type(client).__name__} was built with {ours.formats()}, the msamp section says {_formats(plan)}.\n"
+            "  Give it the same level, or pass torch.optim.AdamW and let msamp choose."
+        )
+    given = ClientStates.of(client, engine)
+    if int(engine.zero_optimization_stage()) > 0:
+        # ZeRO steps partitions: states of whole parameters would stay behind in memory.
+        ours.state.clear()
+    elif ours is not client:
+        for param, state in given.states.items():
+            ours.import_fp32(param, **state)
+    return ours, given
+
+
+def _formats(plan: Any) -> dict[str, str]:
+    return {name: getattr(plan.optim.level, name) for name in ("exp_avg", "exp_avg_sq", "master", "rounding")}
 
 
 def _ours(engine: Any, plan: Any) -> dict[str, Any]:

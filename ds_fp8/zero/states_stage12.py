@@ -31,6 +31,9 @@ class StatesStage12(FewLaunches, ScaledStates):
             )
         ]
 
+    def fp8_params(self: Any, index: int) -> list[Any]:
+        return self.bit16_groups[index]
+
     def fp8_shares_storage(self: Any) -> bool:
         # At O3 the 16-bit weights are released between steps: the master then is the only 16-bit copy, W times smaller.
         released = self.fp8_plan.comm.weight_wire != "none" and self.fp8_plan.comm.fp8_weights
@@ -40,7 +43,13 @@ class StatesStage12(FewLaunches, ScaledStates):
         self._link_all_hp_params()
 
     def _link_all_hp_params(self: Any) -> None:
-        super()._link_all_hp_params()
+        # DeepSpeed 0.19.8 links in the order of `bit16_groups`; with round_robin_gradients the flats have another, and its
+        # fragments show a neighbour's values. In the order of the flats they are right in either case.
+        groups, self.bit16_groups = self.bit16_groups, self.round_robin_bit16_groups
+        try:
+            super()._link_all_hp_params()
+        finally:
+            self.bit16_groups = groups
         if not self._fp8_viewing:
             link_coded_fragments(self, self.bit16_groups, self.fp8_masters)
 

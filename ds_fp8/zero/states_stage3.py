@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from .states import ScaledStates
+from .states_client import Piece
 from .states_fragments import read_slice, write_slice
 from .wire import join
 
@@ -26,6 +27,20 @@ class StatesStage3(ScaledStates):
 
     def fp8_slices(self: Any) -> list[Tensor]:
         return self.fp16_partitioned_groups_flat
+
+    def fp8_params(self: Any, index: int) -> list[Any]:
+        return self.fp16_groups[index]
+
+    def fp8_pieces(self: Any, index: int) -> list[Piece]:
+        """This rank's shares; the last rank's ends in padding."""
+        pieces = []
+        for param in self.fp16_groups[index]:
+            _, start_in_flat, share = self.grad_position[self.get_param_id(param)]
+            start = share * self._get_param_partition_rank(param)
+            numel = min(share, param.ds_numel - start)
+            if numel > 0:
+                pieces.append(Piece(param, start, start_in_flat, numel))
+        return pieces
 
     def fp8_shares_storage(self: Any) -> bool:
         return not self.offload_optimizer

@@ -64,6 +64,23 @@ def test_fused_adams_say_which_adam_they_are(client, expected):
     assert ours.param_groups[0]["betas"] == (0.9, 0.99)
 
 
+def test_scaled_moments_of_transformer_engine_are_read_unscaled():
+    """Its FusedAdam keeps uint8 and fp16 moments beside a scale; the step stands in the group."""
+    client = fused("transformer_engine", "FusedAdam", adam_w_mode=1)
+    values = {}
+    for group in client.param_groups:
+        group["step"] = 4
+        for param in group["params"]:
+            values[param] = torch.full_like(param, 0.5)
+            client.state[param] = {key: torch.ones_like(param, dtype=torch.uint8) for key in ("exp_avg", "exp_avg_sq")}
+    client.get_unscaled_state = lambda param, key: values[param]
+    ours = take_over(client, level="O1")
+    for param, value in values.items():
+        taken = ours.export_fp32(param)
+        assert taken["step"] == 4
+        assert torch.equal(taken["exp_avg"], value.reshape(-1))
+
+
 def test_the_real_classes_of_deepspeed_have_these_attributes():
     """DeepSpeed 0.19.8: read in their sources, because building one compiles an extension."""
     import inspect
