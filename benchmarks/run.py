@@ -27,9 +27,9 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 SUITE: dict[str, tuple[list[str], int]] = {
     "check": (["bench_check.py"], 60),
-    "startup": (["bench_startup.py", "--repeats", "8"], 120),
+    "startup": (["bench_startup.py", "--repeats", "4"], 120),
     "build": (["bench_build.py"], 120),
-    "codec": (["bench_codec.py", "--numel", "100000000"], 120),
+    "codec": (["bench_codec.py", "--numel", "100000000", "--exhaustive"], 300),
     "linear": (["bench_linear.py", "--repeats", "5"], 120),
     "optimizer": (["bench_optimizer.py", "--repeats", "3", "--peers"], 480),
     "states": (["bench_states.py"], 60),
