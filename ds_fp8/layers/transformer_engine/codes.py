@@ -65,7 +65,10 @@ def weight_of(layer: Any, engine: TransformerEngine, state: LayerState) -> Itera
     """
     codes = state.codes()
     if codes is None:
-        yield state.microbatch()
+        fresh = state.microbatch()
+        if fresh:
+            rebind_cached(layer, state)
+        yield fresh
         return
     # Now, because a layer that meets a new recipe empties its cache.
     layer.init_fp8_metadata(num_gemms=1)
@@ -87,6 +90,18 @@ def weight_of(layer: Any, engine: TransformerEngine, state: LayerState) -> Itera
         cache.pop("weight", None)  # never left to a call that would quantise into it
 
 
+def rebind_cached(layer: Any, state: LayerState) -> None:
+    """Point the quantiser of a cached weight at the slots of this region.
+
+    A cached weight is cast again by the copy of the quantiser that it was made with (2.20.2), and our slots change with every
+    region: without this it would keep the scale of the first one, which is 1.
+    """
+    kept = getattr(getattr(layer, WORKSPACE, {}).get("weight"), "_quantizer", None)
+    if kept is not None and state.scale("weight") is not None:
+        quantizer = layer.quantizers["scaling_fwd"][1]
+        kept.scale, kept.amax = quantizer.scale, quantizer.amax
+
+
 def wrap(codes: WeightCodes, quantizer: Any, dtype: torch.dtype, kind: str) -> Any:
     """The codes as Transformer Engine's tensor; `dtype` is the one it passes for."""
     made = codes_class(kind)
@@ -94,7 +109,8 @@ def wrap(codes: WeightCodes, quantizer: Any, dtype: torch.dtype, kind: str) -> A
     common = {"shape": data.shape, "dtype": dtype, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
     common["device"] = data.device
     if kind != "block":
-        scale_inv = aligned(codes.scale_inv.reshape(1))
+        # To the codes' device: before its first region the book lies on the CPU, and cuBLASLt would take a host address.
+        scale_inv = aligned(codes.scale_inv.reshape(1).to(data.device))
         return made(data=data, fp8_scale_inv=scale_inv, data_transpose=None, **common)
     rows, columns = codes.scale_inv.shape
     scale_inv = torch.zeros(quantizer.get_scale_shape(data.shape, False), dtype=torch.float32, device=data.device)

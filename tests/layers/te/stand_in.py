@@ -126,9 +126,9 @@ class Float8Tensor:
         elif columnwise_usage is False:
             self._transpose = None
 
-    def quantize_(self, x: torch.Tensor, quantizer: Float8Quantizer) -> None:
-        """In place, as the original refreshes a cached weight."""
-        codes, scale_inv = quantizer.codes(x)
+    def quantize_(self, x: torch.Tensor) -> None:
+        """In place, as the original refreshes a cached weight: by the copy of the quantiser that it was made with."""
+        codes, scale_inv = self._quantizer.codes(x)
         self._data.copy_(codes.view(torch.uint8))
         self._scale_inv.copy_(scale_inv)
         self._transpose = None if self._transpose is None else self._data.t().contiguous()
@@ -286,7 +286,7 @@ class Linear(nn.Module):
             if is_first_microbatch is not None:
                 self._fp8_workspaces["weight"] = cached
         elif is_first_microbatch:
-            cached.quantize_(self.weight, quantizer)
+            cached.quantize_(self.weight)
         cached.update_usage(rowwise_usage=True)
         return cached
 

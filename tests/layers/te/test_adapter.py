@@ -144,13 +144,33 @@ def test_weight_cache_quantises_once_per_optimizer_step(te):
     """Four micro-batches, one cast of the weight; after `weights_changed` one more."""
     _, (theirs, book) = twins(weight_cache=True)
     run(theirs, 4)
+    # The cached weight keeps a copy of the quantiser, which is asked when the weight has changed.
     assert theirs.up.quantizers["scaling_fwd"][1].calls == 1
+    assert theirs.up._fp8_workspaces["weight"]._quantizer.calls == 0
     book.weights_changed()
     run(theirs, 2)
-    assert theirs.up.quantizers["scaling_fwd"][1].calls == 2
+    assert theirs.up.quantizers["scaling_fwd"][1].calls == 1
+    assert theirs.up._fp8_workspaces["weight"]._quantizer.calls == 1
     _, (theirs, _) = twins(weight_cache=False)
     run(theirs, 4)
     assert theirs.up.quantizers["scaling_fwd"][1].calls == 4
+
+
+def test_a_cached_weight_is_cast_with_the_scale_of_its_own_step(te):
+    """Under delayed scaling the copy of the quantiser in the cache kept the scale of the first region: 1, for ever.
+
+    Weights of 0.02 then lay among e4m3's subnormals. Twins: our layers, and one without a cache whose weight is the same.
+    """
+    (ours, book), (theirs, their_book) = twins(weight_cache=True)
+    for _ in range(3):
+        assert_close(run(theirs, 2), run(ours, 2))
+        assert_same_state(book, their_book)
+        cached = theirs.up._fp8_workspaces["weight"]
+        assert float(cached._quantizer.scale) == float(1 / cached._scale_inv)
+        for one in (book, their_book):
+            one.weights_changed()
+    scale = float(1 / theirs.up._fp8_workspaces["weight"]._scale_inv)
+    assert scale == pytest.approx(448 / float(theirs.up.weight.detach().abs().max()))
 
 
 def test_eval_is_plain_unless_asked_and_never_records(te):

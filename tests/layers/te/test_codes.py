@@ -199,6 +199,15 @@ def test_block_codes_carry_scales_padded_to_four(te, monkeypatch):
     assert made.rowwise_data.shape == (200, 300) and made.columnwise_data is None
 
 
+def test_a_scale_on_the_host_follows_its_codes(monkeypatch):
+    """Before its first region the book lies on the CPU; its scale_inv there became an illegal memory access in cuBLASLt."""
+    seen = {}
+    monkeypatch.setattr(codes, "codes_class", lambda kind: lambda **given: seen.update(given))
+    data = torch.zeros(16, 32, dtype=torch.float8_e4m3fn, device="meta")
+    codes.wrap(WeightCodes(data, torch.tensor(0.5)), types.SimpleNamespace(dtype="e4m3"), torch.bfloat16, "delayed")
+    assert seen["fp8_scale_inv"].device == seen["data"].device == torch.device("meta")
+
+
 def trained(rank, world_size, stage, kind, gas):
     """O2 and O3 of one rank, with the stand-in in place of Transformer Engine."""
     folder = Path(__file__).parent
