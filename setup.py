@@ -142,8 +142,9 @@ setup(
         "transformer-engine": ["transformer-engine[pytorch]>=2.2"],
         "triton": ["triton>=3.0"],
         "plot": ["matplotlib>=3.7"],
+        "report": ["plotly>=5"],
         "example": ["tqdm", "matplotlib>=3.7"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib>=3.7", "tqdm"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib>=3.7", "plotly>=5", "tqdm"],
         # Peers of benchmarks/bench_optimizer.py; both take the torch that is there.
         "bench": ["torchao>=0.18", "bitsandbytes>=0.50"],
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],

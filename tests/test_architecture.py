@@ -62,6 +62,7 @@ NAMED_ONLY_IN = {
     "transformer_engine": {"layers", "capabilities", "cli"},
     "triton": {"kernels", "capabilities", "cli"},
     "jsonschema": {"config"},
+    "plotly": {"cli"},
 }
 """Library -> packages that may import it. Everyone else asks one of those."""
 

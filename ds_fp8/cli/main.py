@@ -15,6 +15,10 @@ COMMANDS = {
         "ds_fp8.cli.doctor",
         "look at this machine: versions, hardware, DeepSpeed, Transformer Engine, the door",
     ),
+    "report": (
+        "ds_fp8.cli.report",
+        "a page with plots of what telemetry wrote: loss, ranges, underflow, bytes, alarms",
+    ),
     "convert": ("ds_fp8.checkpoint.convert", "a checkpoint as plain safetensors, or for another level"),
 }
 """Name -> module with `main(argv) -> int`, and one line of help."""

@@ -12,6 +12,7 @@ without `reduce_amax` ranks differ, and a bad batch is one rank's.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from typing import Any
@@ -36,6 +37,8 @@ class Watch:
         self._known_alarms: set[tuple[str, str, str]] = set()
         self._is_looking = False
         self._hooks: list[Any] = []
+        self._losses: list[torch.Tensor] = []
+        self._stop_hearing: Any = lambda: None
         self._seen: dict[tuple[str, str], list[torch.Tensor]] = {}
         self._formats: dict[tuple[str, str], Format] = {}
 
@@ -61,6 +64,7 @@ class Watch:
         if (self.attachment.engine.global_steps + 1) % self.interval:
             return
         self._is_looking = True
+        self._hear_losses()
         book = self.attachment.book
         modules = dict(self.attachment.model.named_modules())
         for page in () if book is None else book.pages:
@@ -73,7 +77,35 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._stop_hearing()
         self._is_looking = False
+
+    def _hear_losses(self) -> None:
+        """Note the loss of each micro-batch as it comes to `engine.backward`; scripts that go without have none."""
+        own = vars(self.attachment.engine)
+        before, backward = own.get("backward"), self.attachment.engine.backward
+
+        @functools.wraps(backward)
+        def noting_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._is_looking and isinstance(loss, torch.Tensor) and loss.numel() == 1:
+                self._losses.append(loss.detach().float().reshape(()))
+            return backward(loss, *args, **kwargs)
+
+        def stop() -> None:
+            if own.get("backward") is noting_backward:  # else somebody has wrapped it since, and keeps what he has
+                del own["backward"]
+                if before is not None:
+                    own["backward"] = before
+
+        own["backward"] = noting_backward
+        self._stop_hearing = stop
+
+    def _loss(self) -> float | None:
+        """Mean over the micro-batches of this rank; None when none was heard, or it is not finite."""
+        losses = [loss.item() for loss in self._losses]
+        self._losses.clear()
+        loss = sum(losses) / len(losses) if losses else math.nan
+        return loss if math.isfinite(loss) else None
 
     def _operands(self, page: Any) -> Any:
         def before(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -141,7 +173,7 @@ class Watch:
         from ..comm import counters
 
         engine = self.attachment.engine
-        readings = self._readings()
+        readings, loss = self._readings(), self._loss()
         values = aggregate(readings)
         sent = counters.to_json()
         for kind, sent_bytes in counters.sent.items():
@@ -156,6 +188,7 @@ class Watch:
                 "step",
                 step=engine.global_steps,
                 samples=engine.global_samples,
+                loss=loss,
                 values={name: value for name, value in values.items() if math.isfinite(value)},
                 wire=sent,
                 readings=[reading.to_json() for reading in readings],

@@ -16,13 +16,17 @@ def test_every_second_step_is_written_down_and_no_bit_is_changed(tmp_path):
     fp8 = {"enabled": True, "amax_history_len": 4}
     watched = {**fp8, "telemetry": {"enabled": True, "interval": 2, "path": str(tmp_path)}}
     calls = [("train", (config(2, fp8=fp8), True)), ("train", (config(2, fp8=watched), True))]
-    for quiet, seen in run_ranks(2, several, calls):
+    run = run_ranks(2, several, calls)
+    for quiet, seen in run:
         assert seen["losses"] == quiet["losses"]
     for rank in range(2):
         first, *events = read_journal(tmp_path / f"telemetry_rank{rank}.jsonl")
         assert first["event"] == "plan" and len(first["plan"]["modules"]) > 4
         steps = [event for event in events if event["event"] == "step"]
         assert [event["step"] for event in steps] == [2, 4]
+        # Losses are those of engine.backward: steps 2 and 4 of `train`, this rank's.
+        losses = run[rank][1]["losses"]
+        assert [step["loss"] for step in steps] == [losses[1], losses[3]]
         for step in steps:
             readings = step["readings"]
             assert {(found["role"], found["format"]) for found in readings} == {
