@@ -105,6 +105,29 @@ def test_the_grouped_step_of_o2(path, grad, m, master, rounding):
     run_twins(make_step(70 * 128 + 3, "bf16", master, m, "fp16", grad, rounding=rounding), 3)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("m", ["int8", "e4m3"])
+def test_the_grouped_step_meets_blocks_of_every_kind(path, m, rounding):
+    """It asks each block once whether its roots are zeros or subnormal codes: none, some, all; and NaN of either sign."""
+
+    def mixed(numel, dtype, step):
+        grad = gradients(numel, torch.float32, step).view(-1, 128)
+        grad[0] = 0  # zero for ever
+        grad[1, ::3] = 0
+        grad[2] *= torch.logspace(-12, 3, 128)  # wider than fp16's normal numbers
+        grad[3] *= torch.logspace(-5, 0, 128)
+        grad[4] *= 1e-22  # v below fp32's normal numbers, and some of it zero
+        grad[5] *= 1e-37
+        if step == 3:
+            grad[6] = grad[0]  # the roots stay, the gradient goes
+            grad[7, 5] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)  # NaN with a sign
+        return grad.view(-1).to(dtype)
+
+    for master in ("split24", "split32", "fp16"):
+        for grad in (torch.bfloat16, torch.float32):
+            run_twins(make_step(16 * 128, "bf16", master, m, "fp16", grad, rounding=rounding), 5, gradient=mixed)
+
+
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [1, 127, 128, 129, 4096 + 5])
 def test_gradient_dtypes_and_sizes(path, grad, numel):

@@ -9,8 +9,8 @@
     torch_sqrt.py  the square root of torch.optim.Adam, for steps that promise its bits
 
 and in C++, from the bottom: vectors.h (one vector, any width), formats.h (what a code means), blocks.h (128 elements
-between two trips to memory), rounding.h (random bits), then codec.h, flat.h, tiles.h, and for the step blocks16.h,
-expansion.h, states.h, masters.h, adam.cpp.
+between two trips to memory), rounding.h (random bits), then codec.h, flat.h, tiles.h, and for the step blocks8.h,
+blocks16.h, expansion.h, states.h, masters.h, packs.h, groups.h, adam.cpp.
 
 `library()` is what `ds_fp8.kernels.dispatch` asks for; `path()` says which path runs, `torch` for none.
 """
@@ -32,7 +32,6 @@ class CpuKernels:
     dequantize_1x128 = staticmethod(casts.dequantize_1x128)
     dequantize_128x128 = staticmethod(casts.dequantize_128x128)
     flat_encode = staticmethod(flat.encode)
-    flat_encode_into = staticmethod(flat.encode_into)
     flat_decode = staticmethod(flat.decode)
     flat_sum = staticmethod(flat.sum_contributions)
     flat_sum_encode = staticmethod(flat.sum_and_encode)

@@ -23,6 +23,20 @@ INLINE Halves smallest_if_positive(Halves code, Floats x) {
 #endif
 }
 
+constexpr float SMALLEST_NORMAL_HALF = 0x1p-14f;
+
+// Stochastic code of positive x that are normal in fp16 and below its end: bits added below the mantissa, and cut.
+INLINE Halves normal_half_stochastic(Floats x, Words random) {
+    Floats raised = floats_of(bits_of(x) + (random >> 19));
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtps_ph((__m512)raised, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return (Halves)_mm256_cvtps_ph((__m256)raised, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#else
+    return narrow_to_halves((bits_of(raised) >> 13) - (112u << 10));
+#endif
+}
+
 // Codes of one block; returns its scale_inv. `decoded`: the block becomes what the codes say. `keep_positive`: a zero
 // code of a positive number becomes the smallest code (sqrt(v), which must not divide by eps alone).
 template <bool decoded>

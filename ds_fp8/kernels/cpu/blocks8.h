@@ -17,6 +17,12 @@ INLINE Words encode_int8(Floats x) { return bits_of(x + splat(12582912.0f)); }
 
 // The lower neighbour in magnitude of min(|x|, 127) plus a random fraction, with the sign of x.
 INLINE Words encode_int8_stochastic(Floats x, Words random) {
+#if defined(__AVX512F__)
+    __m512 fraction = _mm512_cvtepi32_ps((__m512i)(random >> 15));
+    __m512 bounded = _mm512_range_ps((__m512)x, (__m512)splat(BLOCKS8_TOP), 0x2);  // the smaller magnitude, the sign of x
+    fraction = (__m512)((Words)fraction | (bits_of(x) & SIGN));
+    return (Words)_mm512_cvttps_epi32(_mm512_fmadd_ps(fraction, (__m512)splat(0x1p-17f), bounded));  // an exact product
+#endif
     Words bits = bits_of(x);
     Floats magnitude = floats_of(smaller(bits & MAGNITUDE, splat(0x42fe0000u)));
     Words whole = (Words)__builtin_convertvector(magnitude + random_fraction<17>(random), Ints);  // towards zero

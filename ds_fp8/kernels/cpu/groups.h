@@ -12,7 +12,7 @@
 // general path in adam.cpp, to the bit. Only whole groups come here.
 #pragma once
 
-#include "masters.h"
+#include "packs.h"
 #include "states.h"
 #include "update.h"
 
@@ -24,6 +24,7 @@ constexpr int GROUP_NUMEL = GROUP * BLOCK;
 enum MasterKind { SPLIT24, SPLIT24_STOCHASTIC, SPLIT32, SCALED16 };
 
 struct alignas(64) Group {
+    Floats smallest[GROUP];  // root, by lane
     float root[GROUP_NUMEL], mean[GROUP_NUMEL], weight[GROUP_NUMEL];
     uint32_t words[GROUP_NUMEL];  // random bits, one word per element
     uint32_t amax[GROUP], amax_weight[GROUP];
@@ -69,6 +70,100 @@ struct RatioE4m3 {
     }
 };
 
+// A block without zeros among its roots, the usual case, spares a look at each divisor, and one whose roots are normal
+// fp16 numbers an easier rounding. One question per block decides; a path that cannot ask quickly says no.
+
+// Above this scale_inv no code but zero decodes to zero.
+constexpr float SAFE_SCALE_INV = 0x1p-100f;
+
+INLINE bool has_zero_code(const uint16_t* codes) {
+#if defined(__AVX512F__)
+    __m512i low = _mm512_loadu_si512(codes);
+#pragma GCC unroll 3
+    for (int i = 32; i < BLOCK; i += 32) low = _mm512_min_epu16(low, _mm512_loadu_si512(codes + i));
+    return _mm512_testn_epi16_mask(low, low);
+#elif defined(__AVX2__)
+    __m256i low = _mm256_loadu_si256((const __m256i*)codes);
+#pragma GCC unroll 7
+    for (int i = 16; i < BLOCK; i += 16) low = _mm256_min_epu16(low, _mm256_loadu_si256((const __m256i*)(codes + i)));
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi16(low, _mm256_setzero_si256()));
+#else
+    return true;
+#endif
+}
+
+// Whether every lane is at least `bound`; NaN is not.
+INLINE bool all_reach(Floats x, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_GE_OQ) == 0xffff;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)splat(bound), _CMP_GE_OQ)) == 0xff;
+#else
+    return false;
+#endif
+}
+
+template <bool zeros>
+INLINE Floats divisor_if(Floats r) {
+    return zeros ? divisor(r) : r;
+}
+
+// The largest of each block's vector of amaxes; eight reductions at once where shuffles are dear.
+INLINE void reduce_amaxes(uint32_t* amax, const Words* tops) {
+#if defined(__AVX512F__)
+    const __m512i* t = (const __m512i*)tops;
+    __m512i halves[4], quarters[2];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++)
+        halves[k] = _mm512_max_epu32(_mm512_shuffle_i64x2(t[2 * k], t[2 * k + 1], 0x44),
+                                     _mm512_shuffle_i64x2(t[2 * k], t[2 * k + 1], 0xee));
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++)  // 128 bits for each of four blocks
+        quarters[k] = _mm512_max_epu32(_mm512_shuffle_i64x2(halves[2 * k], halves[2 * k + 1], 0x88),
+                                       _mm512_shuffle_i64x2(halves[2 * k], halves[2 * k + 1], 0xdd));
+    __m512i pairs = _mm512_max_epu32(_mm512_unpacklo_epi64(quarters[0], quarters[1]),
+                                     _mm512_unpackhi_epi64(quarters[0], quarters[1]));
+    pairs = _mm512_max_epu32(pairs, _mm512_shuffle_epi32(pairs, (_MM_PERM_ENUM)0xb1));
+    __m512i places = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 10, 6, 2, 12, 8, 4, 0);
+    _mm256_storeu_si256((__m256i*)amax, _mm512_castsi512_si256(_mm512_permutexvar_epi32(places, pairs)));
+#else
+    for (int k = 0; k < GROUP; k++) amax[k] = largest(tops[k]);
+#endif
+}
+
+// What one block's moments are made of.
+template <class D>
+struct MomentsOfBlock {
+    const typename D::Type* grad;
+    const uint8_t* ratios;
+    const uint16_t* roots;
+    Floats grad_scale, ratio_unit, root_unit;
+};
+
+// Leaves m and r in the group; returns the largest r by lane, and the smallest.
+template <class R, bool zeros, class D>
+INLINE Words update_block_moments(const Update& update, Group& group, int block, const MomentsOfBlock<D>& from, Floats& smallest) {
+    Words top = {}, low = ~Words{};
+#pragma GCC unroll 2
+    for (int i = block; i < block + BLOCK; i += PACK * LANES) {
+        Floats g[PACK];
+        read_pack(g, from.grad + i);
+#pragma GCC unroll 4
+        for (int p = 0; p < PACK; p++) {
+            int at = i + p * LANES;
+            Floats r = half_to_float(load<Halves>(from.roots + at)) * from.root_unit;
+            Floats m = R::decode(from.ratios + at) * from.ratio_unit * divisor_if<zeros>(r);
+            r = update.moments(g[p] * from.grad_scale, m, r * r);
+            top = larger(top, bits_of(r));  // never -0; a NaN of either sign stays on top
+            low = smaller(low, bits_of(r));
+            store(group.root + at, r);
+            store(group.mean + at, m);
+        }
+    }
+    smallest = floats_of(low);
+    return top;
+}
+
 template <class D, class R>
 __attribute__((noinline)) void update_moments(const AdamJob& job, Group& group, int64_t first_block) {
     Update update(job);
@@ -77,25 +172,20 @@ __attribute__((noinline)) void update_moments(const AdamJob& job, Group& group, 
     const typename D::Type* grad = static_cast<const typename D::Type*>(job.grad) + start;
     const uint8_t* ratios = static_cast<const uint8_t*>(job.exp_avg.data) + start;
     const uint16_t* roots = static_cast<const uint16_t*>(job.exp_avg_sq.data) + start;
+    Words tops[GROUP];
     for (int k = 0; k < GROUP; k++) {
         int block = k * BLOCK;
         prefetch_ahead(grad + block, BLOCK * sizeof(typename D::Type));
         prefetch_ahead(ratios + block, BLOCK);
         prefetch_ahead(roots + block, BLOCK * 2);
         Floats ratio_unit = splat(job.exp_avg.scale_inv[first_block + k] * R::UNIT);
-        Floats root_unit = splat(job.exp_avg_sq.scale_inv[first_block + k]);
-        Words top = {};
-#pragma GCC unroll 2
-        for (int i = block; i < block + BLOCK; i += LANES) {
-            Floats r = half_to_float(load<Halves>(roots + i)) * root_unit;
-            Floats m = R::decode(ratios + i) * ratio_unit * divisor(r);
-            r = update.moments(D::read(grad + i) * grad_scale, m, r * r);
-            top = larger(top, bits_of(r));  // never -0; a NaN of either sign stays on top
-            store(group.root + i, r);
-            store(group.mean + i, m);
-        }
-        group.amax[k] = largest(top);
+        float root_scale_inv = job.exp_avg_sq.scale_inv[first_block + k];
+        bool zeros = has_zero_code(roots + block) || root_scale_inv < SAFE_SCALE_INV;
+        MomentsOfBlock<D> from = {grad, ratios, roots, grad_scale, ratio_unit, splat(root_scale_inv)};
+        tops[k] = zeros ? update_block_moments<R, true>(update, group, block, from, group.smallest[k])
+                        : update_block_moments<R, false>(update, group, block, from, group.smallest[k]);
     }
+    reduce_amaxes(group.amax, tops);
 }
 
 template <MasterKind kind>
@@ -112,6 +202,20 @@ __attribute__((noinline)) void update_weights(const AdamJob& job, Group& group, 
         if (kind == SPLIT24 || kind == SPLIT24_STOCHASTIC) prefetch_ahead(remainders8 + block, BLOCK);
         if (kind == SPLIT32) prefetch_ahead(remainders16 + block, BLOCK * 2);
         if (kind == SCALED16) prefetch_ahead(scaled + block, BLOCK * 2);
+        if (kind == SPLIT24 || kind == SPLIT24_STOCHASTIC) {
+#pragma GCC unroll 2
+            for (int i = block; i < block + BLOCK; i += PACK * LANES) {
+                Floats w[PACK];
+                read_split24_pack(w, weights + i, remainders8 + i);
+#pragma GCC unroll 4
+                for (int p = 0; p < PACK; p++) {
+                    int at = i + p * LANES;
+                    w[p] = update.weight(w[p] * update.decay, load<Floats>(group.mean + at), load<Floats>(group.root + at));
+                }
+                write_split24_pack<kind == SPLIT24_STOCHASTIC>(w, weights + i, remainders8 + i, group.words + i);
+            }
+            continue;
+        }
         Floats scaled_unit = splat(kind == SCALED16 ? job.master.scale_inv[first_block + k] : 0.0f);
         Words top = {};
 #pragma GCC unroll 2
@@ -151,27 +255,43 @@ INLINE void fill_block(T* codes, T code) {
     for (int i = 0; i < BLOCK; i++) codes[i] = code;
 }
 
+// Codes of one block of roots; `plain`: all are normal numbers of fp16.
+template <bool stochastic, bool plain>
+INLINE Words encode_block_roots(Group& group, uint16_t* codes, int block, Floats scale, Floats scale_inv) {
+    Words top = {};
+#pragma GCC unroll 2
+    for (int i = block; i < block + BLOCK; i += LANES) {
+        Floats r = load<Floats>(group.root + i);
+        Halves code;
+        if (plain) {
+            code = stochastic ? normal_half_stochastic(r * scale, load<Words>(group.words + i) << EXP_AVG_SQ_SHIFT)
+                              : float_to_half(r * scale);
+        } else {
+            code = smallest_if_positive(half_codes<stochastic, EXP_AVG_SQ_SHIFT>(r * scale, group.words + i), r);
+        }
+        store(codes + i, code);
+        Floats ratio = load<Floats>(group.mean + i) / divisor_if<!plain>(half_to_float(code) * scale_inv);
+        store(group.mean + i, ratio);
+        top = larger(top, bits_of(ratio) & MAGNITUDE);
+    }
+    return top;
+}
+
 template <bool stochastic>
 __attribute__((noinline)) void encode_roots(const AdamJob& job, Group& group, int64_t first_block) {
     uint16_t* codes = static_cast<uint16_t*>(job.exp_avg_sq.data) + first_block * BLOCK;
     make_scales(group, job.exp_avg_sq.scale_inv + first_block, BLOCKS16_TOP);
+    Words tops[GROUP];
     for (int k = 0; k < GROUP; k++) {
         int block = k * BLOCK;
         Floats scale = splat(group.scale[k]), scale_inv = splat(group.scale_inv[k]);
-        Words top = {};
-#pragma GCC unroll 2
-        for (int i = block; i < block + BLOCK; i += LANES) {
-            Floats r = load<Floats>(group.root + i);
-            Halves code = smallest_if_positive(half_codes<stochastic, EXP_AVG_SQ_SHIFT>(r * scale, group.words + i), r);
-            store(codes + i, code);
-            Floats ratio = load<Floats>(group.mean + i) / divisor(half_to_float(code) * scale_inv);
-            store(group.mean + i, ratio);
-            top = larger(top, bits_of(ratio) & MAGNITUDE);
-        }
+        tops[k] = all_reach(group.smallest[k] * scale, SMALLEST_NORMAL_HALF)
+                      ? encode_block_roots<stochastic, true>(group, codes, block, scale, scale_inv)
+                      : encode_block_roots<stochastic, false>(group, codes, block, scale, scale_inv);
         // A block that is not finite has a NaN scale_inv: all ratios have become NaN, whatever the code.
         if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(codes + block, NAN_HALF);
-        group.amax[k] = largest(top);
     }
+    reduce_amaxes(group.amax, tops);
 }
 
 template <class R, bool stochastic>

@@ -50,7 +50,13 @@ INLINE Words encode_magnitude_stochastic(Words magnitude, Words random) {
     Words exponent = larger(magnitude & INFINITE, splat(smallest_exponent));
     // 1 / mark, a power of two: 2^(MANTISSA - e).
     Words marks_per_unit = splat((uint32_t(254 + MANTISSA)) << 23) - exponent;
+#if defined(__FMA__)
+    Floats fraction = __builtin_convertvector((Ints)(random >> (32 - dropped)), Floats);
+    Floats marks = floats_of(magnitude) * floats_of(marks_per_unit);
+    marks = fma(fraction, splat(1.0f / (1 << dropped)), marks);  // an exact product: the same as to add it
+#else
     Floats marks = floats_of(magnitude) * floats_of(marks_per_unit) + random_fraction<dropped>(random);
+#endif
     Words whole = (Words)__builtin_convertvector(marks, Ints);  // towards zero
     return whole + (exponent >> dropped) - (uint32_t(128 - BIAS) << MANTISSA);
 }

@@ -74,7 +74,7 @@ INLINE Words larger(Words a, Words b) {
 #elif defined(__AVX2__)
     return (Words)_mm256_max_epu32((__m256i)a, (__m256i)b);
 #else
-    return (Words)((Ints)a > (Ints)b ? (Ints)a : (Ints)b);  // both below 2^31: magnitudes
+    return a > b ? a : b;
 #endif
 }
 
@@ -84,7 +84,7 @@ INLINE Words smaller(Words a, Words b) {
 #elif defined(__AVX2__)
     return (Words)_mm256_min_epu32((__m256i)a, (__m256i)b);
 #else
-    return (Words)((Ints)a < (Ints)b ? (Ints)a : (Ints)b);
+    return a < b ? a : b;
 #endif
 }
 
