@@ -37,18 +37,18 @@ def main() -> None:
         for fmt, fmax in ((0, 448.0), (1, 57344.0)):
             same = {"FMT": fmt, "HARDWARE": hardware}
             more = same | {"FMAX": fmax, "ROWS": flat.ROWS}
-            for stochastic in (False, True):
+            for stochastic, fitted in ((False, False), (True, False), (False, True)):
                 build(
                     flat._encode_kernel,
                     ["*fp32", "*u8", "*fp32", "i32", "i32", "i32"],
-                    more | {"STOCHASTIC": stochastic},
+                    more | {"STOCHASTIC": stochastic, "FITTED": fitted},
                     fused=int(hardware),
                 )
             for again, out in ((True, "*u8"), (False, "*bf16")):
-                total = more | {"OUT_FMT": fmt, "WORLD": 4, "REQUANTISE": again}
+                total = more | {"OUT_FMT": fmt, "WORLD": 4, "REQUANTISE": again, "OWN": again, "FITTED": again}
                 build(
                     flat._sum_kernel,
-                    ["*u8", "*fp32", out, "*fp32", "fp32", "i32", "i32", "i32"],
+                    ["*bf16", "*u8", "*fp32", out, "*fp32", "fp32", "i32", "i32", "i32"],
                     total,
                     fused=int(hardware and again),
                 )
@@ -65,7 +65,14 @@ def main() -> None:
                 pointers = ["*bf16", "*u8", "*u8"] + ["*fp32"] * 4 + ["i32"] * 3
                 build(operands._operand_kernel, pointers, same | wanted)
             for tiles in (False, True):
-                wanted = {"FMAX": fmax, "TILES": tiles, "PLAIN": True, "TURNED": True, "POWER_OF_TWO": True}
+                wanted = {
+                    "FMAX": fmax,
+                    "TILES": tiles,
+                    "PLAIN": True,
+                    "TURNED": True,
+                    "POWER_OF_TWO": True,
+                    "EVEN": tiles,
+                }
                 build(blocks._block_kernel, ["*bf16", "*u8", "*fp32", "*u8", "*fp32"] + ["i32"] * 6, same | wanted)
     build(flat._decode_kernel, ["*u8", "*fp32", "*bf16", "i32"], {"FMT": 0, "ROWS": flat.ROWS})
     data = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "e4m3": "*u8", "e4m3_expanded": "*u8"}

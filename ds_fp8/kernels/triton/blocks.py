@@ -19,6 +19,9 @@ from ...formats import FORMATS, Format
 from . import codec
 from .launch import Launch, hardware_casts
 
+WARPS = 4
+"""Of one program; chosen by measurement (docs/gpu.md)."""
+
 
 @triton.jit
 def group_scale(amax_bits, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
@@ -41,36 +44,43 @@ def reciprocal(scale):
 @triton.jit
 def _block_kernel(x_ptr, codes_ptr, scale_ptr, turned_ptr, turned_scale_ptr, rows, columns, scale_row, scale_column,
                   turned_scale_row, turned_scale_column, FMT: tl.constexpr, FMAX: tl.constexpr, TILES: tl.constexpr,
-                  PLAIN: tl.constexpr, TURNED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+                  PLAIN: tl.constexpr, TURNED: tl.constexpr, POWER_OF_TWO: tl.constexpr, EVEN: tl.constexpr,
                   HARDWARE: tl.constexpr):  # fmt: skip
     block_row, block_column = tl.program_id(0), tl.program_id(1)
-    row = block_row.to(tl.int64) * 128 + tl.arange(0, 128)
-    column = block_column.to(tl.int64) * 128 + tl.arange(0, 128)
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    x = codec.load(x_ptr + row[:, None] * columns + column[None, :], inside)
+    first_row, first_column = block_row.to(tl.int64) * 128, block_column.to(tl.int64) * 128
+    row, column = tl.arange(0, 128), tl.arange(0, 128)
+    # 64 bits for the tile's origin only, added to the pointers first: in every element's index they cost more than the cast.
+    origin, inner = first_row * columns + first_column, row[:, None] * columns + column[None, :]
+    turned_origin, turned_inner = first_column * rows + first_row, column[:, None] * rows + row[None, :]
+    if EVEN:
+        inside = tl.full([128, 128], 1, tl.int1)
+        turned_inside = inside
+        row_inside, column_inside = tl.full([128], 1, tl.int1), tl.full([128], 1, tl.int1)
+    else:
+        row_inside, column_inside = first_row + row < rows, first_column + column < columns
+        inside = row_inside[:, None] & column_inside[None, :]
+        turned_inside = column_inside[:, None] & row_inside[None, :]
+    x = codec.load(x_ptr + origin + inner, inside)
     bits = codec.magnitude_bits(x)
     codes_ptr = codes_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     turned_ptr = turned_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-    turned_index = column[:, None] * rows + row[None, :]
-    turned_inside = (column[:, None] < columns) & (row[None, :] < rows)
     if TILES:
         scale = group_scale(tl.max(tl.max(bits, axis=1, keep_dims=True), axis=0, keep_dims=True), FMAX, POWER_OF_TWO)
-        codes = codec.encode(x * scale, FMT, HARDWARE)
-        tl.store(codes_ptr + row[:, None] * columns + column[None, :], codes, mask=inside)
-        here = scale_ptr + block_row * scale_row + block_column * scale_column + tl.zeros([1, 1], tl.int32)
-        tl.store(here, reciprocal(scale))
+        tl.store(codes_ptr + origin + inner, codec.encode(x * scale, FMT, HARDWARE), mask=inside)
+        place = scale_ptr + block_row * scale_row + block_column * scale_column + tl.zeros([1, 1], tl.int32)
+        tl.store(place, reciprocal(scale))
     else:
         if PLAIN:
             scale = group_scale(tl.max(bits, axis=1), FMAX, POWER_OF_TWO)
-            codes = codec.encode(x * scale[:, None], FMT, HARDWARE)
-            tl.store(codes_ptr + row[:, None] * columns + column[None, :], codes, mask=inside)
-            tl.store(scale_ptr + row * scale_row + block_column * scale_column, reciprocal(scale), mask=row < rows)
+            tl.store(codes_ptr + origin + inner, codec.encode(x * scale[:, None], FMT, HARDWARE), mask=inside)
+            place = scale_ptr + (first_row + row) * scale_row + block_column * scale_column
+            tl.store(place, reciprocal(scale), mask=row_inside)
         if TURNED:
             scale = group_scale(tl.max(bits, axis=0), FMAX, POWER_OF_TWO)
             codes = codec.encode(x * scale[None, :], FMT, HARDWARE)
-            tl.store(turned_ptr + turned_index, tl.trans(codes), mask=turned_inside)
-            here = turned_scale_ptr + column * turned_scale_row + block_row * turned_scale_column
-            tl.store(here, reciprocal(scale), mask=column < columns)
+            tl.store(turned_ptr + turned_origin + turned_inner, tl.trans(codes), mask=turned_inside)
+            place = turned_scale_ptr + (first_column + column) * turned_scale_row + block_row * turned_scale_column
+            tl.store(place, reciprocal(scale), mask=column_inside)
 
 
 Coded = tuple[torch.Tensor, torch.Tensor]
@@ -109,14 +119,15 @@ def _launch(x: torch.Tensor, fmt: Format, plain: Coded | None, turned: Coded | N
     launch = _launch_of(
         x.dtype, codes.dtype, tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors),
         tuple(number == 1 or (number % 16 == 0 and 2) for number in numbers),
-        fmt.name, tiles, plain is not None, turned is not None, power_of_two, hardware_casts(x),
+        fmt.name, tiles, plain is not None, turned is not None, power_of_two, rows % 128 == 0 and columns % 128 == 0,
+        hardware_casts(x),
     )  # fmt: skip
     launch((-(-rows // 128), -(-columns // 128)), tensors, *numbers)
 
 
 @functools.cache
 def _launch_of(dtype: torch.dtype, codes: torch.dtype, addresses: tuple[bool, ...], numbers: tuple[int, ...], fmt: str,
-               tiles: bool, plain: bool, turned: bool, power_of_two: bool, hardware: bool) -> Launch:  # fmt: skip
+               tiles: bool, plain: bool, turned: bool, power_of_two: bool, even: bool, hardware: bool) -> Launch:  # fmt: skip
     """The launch for one set of everything by which Triton compiles another kernel."""
-    constants = (codec.MODES[fmt], FORMATS[fmt].max, tiles, plain, turned, power_of_two, hardware)
-    return Launch(_block_kernel, constants, num_warps=8)
+    constants = (codec.MODES[fmt], FORMATS[fmt].max, tiles, plain, turned, power_of_two, even, hardware)
+    return Launch(_block_kernel, constants, num_warps=WARPS)
