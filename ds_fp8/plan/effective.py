@@ -12,6 +12,7 @@ from ..capabilities import BLACKWELL_SINCE, BLOCK_SINCE, FP8_SINCE, Host
 from ..config.settings import Settings
 from ..errors import PlanError
 from ..levels import Level
+from . import crossover
 from .decisions import Fp8Plan
 
 BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
@@ -96,7 +97,11 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
             raise PlanError(f"fp8/recipe {kind} exists in Transformer Engine only, but fp8/backend is torch; use auto.")
         return "torch"
     if runs:
-        return _refuse_codes_in_transformer_engine(settings, notes) or "transformer_engine"
+        refused = _refuse_codes_in_transformer_engine(settings, notes)
+        fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear
+        if asked == "auto" and not fuses and crossover.faster_backend(host, kind) == "torch":
+            return "torch"
+        return refused or "transformer_engine"
     if kind in BLACKWELL_RECIPES:
         raise PlanError(
             f"fp8/recipe {kind} runs in Transformer Engine only, which does not run here: {why_not}.\n"

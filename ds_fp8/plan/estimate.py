@@ -28,7 +28,7 @@ class Estimate:
 
     weights, gradients, master, states   resident
     codes                                FP8 copies of weights kept between micro-batches (`weight_cache`), and the
-                                         transposes that Transformer Engine keeps beside them
+                                         transposes that a GPU's products want beside them
     gradient_wire, weight_wire           sent by one rank in one optimizer step
     """
 
@@ -82,8 +82,8 @@ def estimate(
         owned = {parameter.owner for parameter in plan.parameters if parameter.weight_wire == "e4m3"}
         numels = {m.fqn: m.shape[0] * m.shape[1] for m in plan.swaps if m.kind == "Linear"}
         totals["codes"] = float(sum(numel for fqn, numel in numels.items() if fqn not in owned))
-        if plan.fp8.backend == "transformer_engine":
-            # It keeps the transpose for dgrad as well, of codes that travelled (O3) too; on Blackwell it needs none.
+        if plan.fp8.backend == "transformer_engine" or _multiplies_codes(plan):
+            # Hopper's products want the transpose for dgrad as well, of codes that travelled (O3) too; Blackwell's do not.
             totals["codes"] += sum(numels.values())
     return Estimate(stage, ranks, *totals.values())
 
@@ -95,6 +95,11 @@ def gemm_share(plan: Plan) -> float:
     swapped = sum(module.shape[0] * module.shape[1] for module in linear if module.is_swap)
     products = 3 - sum(plan.fp8.recipe.override_linear_precision)
     return swapped / total * products / 3 if total else 0.0
+
+
+def _multiplies_codes(plan: Plan) -> bool:
+    """Whether our own layers multiply codes (`layers/cuda_products.py`) and do not decode them."""
+    return not plan.fp8.emulated and not any(plan.fp8.recipe.override_linear_precision)
 
 
 def _master_bytes(parameter: ParameterDecision, coded: bool, plan: Plan) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 from .. import capabilities
 from ..config.settings import Settings
 from ..errors import PlanError
+from . import crossover
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
 from .effective import Effective, decide_settings
 from .modules import Rules, decide_modules
@@ -69,7 +70,7 @@ def make_plan(
         device=str(host),
         partial=partial,
         unmatched=unmatched,
-        notes=(*effective.notes, *_notes(modules, parameters, effective, settings)),
+        notes=(*effective.notes, *_notes(modules, parameters, effective, settings, host)),
     )
 
 
@@ -121,14 +122,19 @@ def _notes(
     parameters: tuple[ParameterDecision, ...],
     effective: Effective,
     settings: Settings,
+    host: capabilities.Host,
 ) -> tuple[str, ...]:
-    """What `msamp` brings by default and this model cannot use: told, where an explicit wish would be refused."""
+    """What `msamp` brings by default and this model cannot use: told, where an explicit wish would be refused; and which
+    layers may lose."""
     notes = []
     if settings.fp8.implied and not any(decision.is_swap for decision in modules):
         notes.append("no layer computes in FP8 (see the kept ones): msamp works on states and gradients alone")
     level = effective.level
     if level is not None and level.weight_wire == "e4m3" and not any(p.weight_wire == "e4m3" for p in parameters):
         notes.append(f"{level.name}: no weight travels as FP8 codes, none belongs to an FP8 layer; all go in 16 bits")
+    if effective.fp8.enabled and not effective.fp8.emulated:
+        slower = crossover.slower_note(host, effective.fp8.backend, effective.fp8.recipe.kind, modules)
+        notes += [slower] if slower else []
     return tuple(notes)
 
 

@@ -127,3 +127,10 @@ def test_weight_cache_is_counted():
     assert estimate(plan, zero_stage=3).codes_bytes == 0
     theirs = replace(plan, fp8=replace(plan.fp8, backend="transformer_engine"))
     assert estimate(theirs).codes_bytes == 2 * estimate(plan).codes_bytes, "Transformer Engine keeps transposes beside"
+    hopper = replace(plan, fp8=replace(plan.fp8, emulated=False))
+    assert estimate(hopper).codes_bytes == 2 * estimate(plan).codes_bytes, (
+        "so do our layers where a GPU multiplies codes"
+    )
+    high = Recipe(override_linear_precision=HighPrecision(dgrad=True))
+    decoded = replace(hopper, fp8=replace(hopper.fp8, recipe=high))
+    assert estimate(decoded).codes_bytes == estimate(plan).codes_bytes, "the plain road keeps one orientation"
