@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from harness import goal_row
 
 from ds_fp8 import kernels
 from ds_fp8.formats import E4M3
@@ -337,6 +338,20 @@ def main() -> None:
         goals.append((f"sqrt(v) after the drop, {name}", "0.97 to 1.03", ratio, 0.97 <= ratio <= 1.03))
     for what, wanted, value, met in goals:
         tables.row(what, wanted, value, "met" if met else "missed")
+        low, _, high = wanted.partition(" to ")
+        if high:  # as the distance from the middle, so that it is one bound
+            middle = (float(low) + float(high)) / 2
+            row = goal_row(
+                "fidelity",
+                f"{what}, off by",
+                abs(value - middle),
+                round(float(high) - middle, 6),
+                unit="",
+                at_most=True,
+            )
+        else:
+            row = goal_row("fidelity", what, value, float(wanted[3:]), unit="", at_most=wanted.startswith("<="))
+        print(json.dumps(row), flush=True)
     if options.write:
         tables.write(RESULTS / f"fidelity_cpu_{datetime.datetime.now(datetime.timezone.utc):%Y%m}.md")
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -75,12 +74,6 @@ def output(python: Path, code: str) -> str:
     return subprocess.run([python, "-c", code], check=True, env=environment(), capture_output=True, text=True).stdout
 
 
-def timing_of(taken: list[float]) -> Timing:
-    quartiles = statistics.quantiles(taken, n=4)
-    median = statistics.median(taken)
-    return Timing(median, (quartiles[2] - quartiles[0]) / abs(median), len(taken))
-
-
 def measure(report: Report, what: str, pythons: tuple[Path, Path], code: str, repeats: int) -> tuple[Timing, Timing]:
     """(without the door, what the door adds), CPU time both, after one untimed pair."""
     for python in pythons:
@@ -88,8 +81,8 @@ def measure(report: Report, what: str, pythons: tuple[Path, Path], code: str, re
     pairs = [tuple(seconds(python, code) for python in pythons) for _ in range(repeats)]
     plain = difference = None
     for clock, name in ((0, "wall"), (1, "CPU")):
-        plain = timing_of([without[clock] for without, _ in pairs])
-        difference = timing_of([with_door[clock] - without[clock] for without, with_door in pairs])
+        plain = Timing.of([without[clock] for without, _ in pairs])
+        difference = Timing.of([with_door[clock] - without[clock] for without, with_door in pairs])
         report.timing(f"without the door, {name}", what, plain, value=plain.median_s * 1e3, unit="ms")
         report.timing(f"the door adds, {name}", what, difference, value=difference.median_s * 1e3, unit="ms")
     return plain, difference
@@ -108,7 +101,7 @@ def main() -> None:
         assert "True" in output(hooked, "import deepspeed, ds_fp8; print(ds_fp8.is_active())")
         start, added = measure(report, "python_start", (plain, hooked), "pass", 20 * repeats)
         imported, _ = measure(report, "import_deepspeed", (plain, hooked), "import deepspeed", repeats)
-        hooking = timing_of([float(output(plain, HOOKING).splitlines()[-1]) for _ in range(max(repeats // 2, 3))])
+        hooking = Timing.of([float(output(plain, HOOKING).splitlines()[-1]) for _ in range(max(repeats // 2, 3))])
     report.timing("hooking alone", "import_deepspeed", hooking, value=hooking.median_s * 1e3, unit="ms")
     report.goal(
         "the door at Python's start",

@@ -36,6 +36,12 @@ class Timing:
     spread: float
     repeats: int
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        median = statistics.median(seconds)
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
+        return cls(median, (quartiles[2] - quartiles[0]) / abs(median), len(seconds))
+
     def per(self, items: int) -> float:
         """Nanoseconds per item."""
         return self.median_s / items * 1e9
@@ -51,12 +57,7 @@ def alternate(contestants: Mapping[str, Callable[[], Any]], *, repeats: int = 7,
             elapsed = time.perf_counter() - begun
             if run >= warmup:
                 seconds[name].append(elapsed)
-    timings = {}
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
-        quartiles = statistics.quantiles(taken, n=4) if len(taken) > 1 else [median, median, median]
-        timings[name] = Timing(median, (quartiles[2] - quartiles[0]) / median, len(taken))
-    return timings
+    return {name: Timing.of(taken) for name, taken in seconds.items()}
 
 
 def cpu_name() -> str:

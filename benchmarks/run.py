@@ -33,7 +33,7 @@ SUITE: dict[str, tuple[list[str], int]] = {
     "linear": (["bench_linear.py", "--repeats", "5"], 120),
     "optimizer": (["bench_optimizer.py", "--repeats", "3", "--peers"], 480),
     "states": (["bench_states.py"], 60),
-    "fidelity": (["bench_fidelity.py", "--numel", "16384"], 180),
+    "fidelity": (["bench_fidelity.py", "--numel", "16384"], 240),
     "tokens": (["bench_tokens.py"], 180),
     "wire": (["bench_wire.py", "--small"], 240),
 }
