@@ -286,7 +286,10 @@ class WeightsStage12:
         return book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step
 
     def step(self: Any, closure: Any = None) -> None:
-        """DeepSpeed's step without its gather, then ours. A skipped step changes nothing, so nothing is gathered."""
+        """DeepSpeed's step without its gather, then ours.
+
+        Also after a skipped step: layers that cast for themselves would cast the same weights under a newer scale now.
+        """
         if not self._fp8_codes_next():
             self.fp8_restore_weights()
             super().step(closure)
@@ -303,9 +306,8 @@ class WeightsStage12:
         finally:
             self._fp8_stepping = False
             self.bit16_groups_flat, self.parallel_partitioned_bit16_groups = flats, partitions
-        if not self.overflow:
-            for index, store in enumerate(self.fp8_stores):
-                store.refresh(self._fp8_own16(index))
+        for index, store in enumerate(self.fp8_stores):
+            store.refresh(self._fp8_own16(index))
 
     def _fp8_master_copy(self: Any, index: int) -> Tensor:
         if self.cpu_offload:

@@ -172,8 +172,8 @@ class WeightsStage3:
 
     def step(self: Any, closure: Any = None) -> None:
         super().step(closure)
-        if not self.overflow:
-            self.fp8_make_codes()
+        # Also after a skipped step: layers that cast for themselves would do it under a newer scale now.
+        self.fp8_make_codes()
 
     def fp8_make_codes(self: Any) -> None:
         """Cast this rank's chunks from its new 16-bit partitions; collective for the amaxes only."""
