@@ -32,13 +32,14 @@ HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 # name: master, exp_avg, exp_avg_sq, rounding, FP8 weight besides
 VARIANTS = {
     "O1 (split32, fp32, fp32)": ("split32", "fp32", "fp32", "nearest", False),
-    "O2 (split24, e4m3, fp16)": ("split24", "e4m3", "fp16", "nearest", False),
-    "O2 stochastic": ("split24", "e4m3", "fp16", "stochastic", False),
-    "O2 fp16 master, stochastic": ("fp16", "e4m3", "fp16", "stochastic", False),
+    "O2 (split24, int8, fp16)": ("split24", "int8", "fp16", "nearest", False),
+    "O2 stochastic": ("split24", "int8", "fp16", "stochastic", False),
+    "O2 with e4m3": ("split24", "e4m3", "fp16", "nearest", False),
+    "O2 fp16 master, stochastic": ("fp16", "int8", "fp16", "stochastic", False),
     "O2 expanded": ("split24", "e4m3_expanded", "e4m3_expanded", "nearest", False),
-    "O3 (O2 + FP8 weight)": ("split24", "e4m3", "fp16", "nearest", True),
+    "O3 (O2 + FP8 weight)": ("split24", "int8", "fp16", "nearest", True),
 }
-O2 = "O2 (split24, e4m3, fp16)"
+O2 = "O2 (split24, int8, fp16)"
 TORCH = "torch AdamW(fused=True) fp32"
 
 

@@ -42,7 +42,48 @@ INLINE Floats exp2_of(Floats y) {  // y <= 0
     return floats_of((Words)(whole + 127) << 23) * (fraction * horner(EXP2_COEFFICIENTS, fraction) + splat(1.0f));
 }
 
-INLINE void decode_expanded_block(Block& x, const uint8_t* codes, float scale_inv, const float* row, int count) {
+#if defined(__AVX512F__)
+// A row of the table in registers: a look-up among 32 numbers is one instruction, where a gather takes dozens of cycles.
+struct Row {
+    __m512 part[8];
+
+    explicit INLINE Row(const float* row) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) part[i] = _mm512_loadu_ps(row + i * 16);
+    }
+
+    INLINE Floats operator[](Words code) const {  // the low 7 bits
+        __m512i index = (__m512i)code;
+        __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+        __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+        __m512 low = _mm512_permutex2var_ps(part[0], index, part[1]);
+        low = _mm512_mask_mov_ps(low, bit5, _mm512_permutex2var_ps(part[2], index, part[3]));
+        __m512 high = _mm512_permutex2var_ps(part[4], index, part[5]);
+        high = _mm512_mask_mov_ps(high, bit5, _mm512_permutex2var_ps(part[6], index, part[7]));
+        return (Floats)_mm512_mask_mov_ps(low, bit6, high);
+    }
+};
+#else
+struct Row {
+    const float* row;
+
+    explicit INLINE Row(const float* from) : row(from) {}
+
+    INLINE Floats operator[](Words code) const {
+        Words index = code & 0x7fu;
+#if defined(__AVX2__)
+        return (Floats)_mm256_i32gather_ps(row, (__m256i)index, 4);
+#else
+        Floats magnitude;
+        for (int lane = 0; lane < LANES; lane++) magnitude[lane] = row[index[lane]];
+        return magnitude;
+#endif
+    }
+};
+#endif
+
+INLINE void decode_expanded_block(Block& x, const uint8_t* codes, float scale_inv, const float* table_row, int count) {
+    Row row(table_row);
     uint8_t staged[BLOCK];
     if (count != BLOCK) {
         stage(staged, codes, count);
@@ -50,16 +91,7 @@ INLINE void decode_expanded_block(Block& x, const uint8_t* codes, float scale_in
     }
     each_vector([&](int i) {
         Words code = widen(load<Bytes>(codes + i * LANES));
-        Words index = code & 0x7fu;
-        Floats magnitude;
-#if defined(__AVX512F__)
-        magnitude = (Floats)_mm512_i32gather_ps((__m512i)index, row, 4);
-#elif defined(__AVX2__)
-        magnitude = (Floats)_mm256_i32gather_ps(row, (__m256i)index, 4);
-#else
-        for (int lane = 0; lane < LANES; lane++) magnitude[lane] = row[index[lane]];
-#endif
-        Words value = bits_of(magnitude * splat(scale_inv));
+        Words value = bits_of(row[code] * splat(scale_inv));
         x.v[i] = floats_of(value ^ ((code & 0x80u) << 24));
     });
 }

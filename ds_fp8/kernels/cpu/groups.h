@@ -10,6 +10,13 @@
 //
 // Scales are made between the phases, for 8 blocks at a time, so their divisions overlap. Every value is that of the
 // general path in adam.cpp, to the bit. Only whole groups come here.
+//
+// Where the time goes, in cycles for 16 elements of O2 (AVX-512 on an EPYC of the Zen 4 kind, 3.7 GHz, data in the second
+// cache level): moments 13.4, weights 9.7, roots 9.4, ratios 3.1, together 35 or .595 ns a parameter; random words 6.6
+// besides. The divider is busy for 22 of them (a root 10, two quotients 6 each) but not alone in the way: with the root
+// taken out the moments need 11.6, with its quotient the roots' phase 10.0 of 11.2. Nearly every instruction on 512 bits
+// takes a cycle there, so their number counts; to fuse moments and weights, or to interleave by stages, made it slower.
+// torch's fused fp32 step needs .58 ns (28 bytes at 48 GB/s): half of that would be 17 cycles, fewer than the divider's 22.
 #pragma once
 
 #include "packs.h"
