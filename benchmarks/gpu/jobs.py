@@ -11,14 +11,15 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
-FP8 = {"enabled": True, "recipe": "delayed"}
+FP8 = {"enabled": True, "recipe": "delayed", "backend": "torch"}
+THEIRS = FP8 | {"backend": "transformer_engine"}
 SECTIONS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "fp8 torch": {"fp8": FP8 | {"backend": "torch"}},
-    "O2 + fp8 torch": {"fp8": FP8 | {"backend": "torch"}, "msamp": {"enabled": True, "opt_level": "O2"}},
-    "fp8 transformer_engine": {"fp8": FP8 | {"backend": "transformer_engine"}},
-    "O1 + fp8": {"fp8": FP8, "msamp": {"enabled": True, "opt_level": "O1"}},
+    "fp8": {"fp8": FP8},
     "O2 + fp8": {"fp8": FP8, "msamp": {"enabled": True, "opt_level": "O2"}},
+    "fp8 transformer_engine": {"fp8": THEIRS},
+    "O2 + fp8 transformer_engine": {"fp8": THEIRS, "msamp": {"enabled": True, "opt_level": "O2"}},
+    "O1 + fp8": {"fp8": FP8, "msamp": {"enabled": True, "opt_level": "O1"}},
     "O3 + fp8": {"fp8": FP8, "msamp": {"enabled": True, "opt_level": "O3"}},
     "O3 expanded + fp8": {
         "fp8": FP8,
