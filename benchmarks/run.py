@@ -26,13 +26,13 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 SUITE: dict[str, tuple[list[str], int]] = {
-    "check": (["bench_check.py"], 60),
+    "check": (["bench_check.py"], 90),
     "startup": (["bench_startup.py", "--repeats", "4"], 120),
     "build": (["bench_build.py"], 120),
     "codec": (["bench_codec.py", "--numel", "100000000", "--exhaustive"], 300),
     "linear": (["bench_linear.py", "--repeats", "5"], 120),
     "optimizer": (["bench_optimizer.py", "--repeats", "3", "--peers"], 480),
-    "states": (["bench_states.py"], 60),
+    "states": (["bench_states.py"], 90),
     "fidelity": (["bench_fidelity.py", "--numel", "16384"], 240),
     "tokens": (["bench_tokens.py"], 180),
     "wire": (["bench_wire.py", "--small"], 240),
