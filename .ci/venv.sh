@@ -12,13 +12,16 @@ EXTRAS=${2:-example}
 
 say() { echo "[venv ${SECONDS}s] $*"; }
 
-new_enough() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+new_enough() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 if [ -z "${PYTHON:-}" ]; then
   for candidate in python3 python3.11 python3.12 python3.13 python3.10; do
     if new_enough "$candidate"; then PYTHON=$candidate; break; fi
   done
 fi
-[ -n "${PYTHON:-}" ] || { echo "no Python >= 3.10 found; set PYTHON" >&2; exit 1; }
+[ -n "${PYTHON:-}" ] || {
+  echo "no Python >= 3.10 that can make a virtual environment; set PYTHON (Debian, Ubuntu: apt install python3-venv)" >&2
+  exit 1
+}
 
 say "$("$PYTHON" --version) -> $VENV"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
@@ -32,11 +35,8 @@ say "$("$VENV/bin/python" -c 'import torch; print("torch", torch.__version__)')"
 "${PIP[@]}" -c constraints.txt "$(grep '^deepspeed==' constraints.txt)"
 say "deepspeed installed"
 
-# Without build isolation: the build needs only setuptools, which is there.
-if [ -n "${EDITABLE:-}" ]; then
-  "${PIP[@]}" -c constraints.txt --no-build-isolation -e ".[$EXTRAS]"
-else
-  "${PIP[@]}" -c constraints.txt --no-build-isolation --force-reinstall --no-deps .
-  "${PIP[@]}" -c constraints.txt --no-build-isolation ".[$EXTRAS]"
-fi
+# Without build isolation: the build needs only setuptools, which is there. What an earlier run installed goes first:
+# its version may be the same and its files not. One install, because each one compiles the kernels.
+"$VENV/bin/python" -m pip --quiet --disable-pip-version-check uninstall --yes ds-fp8 2>/dev/null || true
+"${PIP[@]}" -c constraints.txt --no-build-isolation ${EDITABLE:+-e} ".[$EXTRAS]"
 say "ds_fp8 installed: $("$VENV/bin/python" -c 'import ds_fp8; print(ds_fp8.__version__, ds_fp8.__file__)')"
