@@ -14,6 +14,7 @@ from .adam import AdamStep, WeightCodes
 from .dispatch import (
     adam_step,
     amax,
+    amax_many,
     dense,
     dequantize,
     dequantize_1x128,
@@ -27,6 +28,7 @@ from .dispatch import (
     quantize,
     quantize_1x128,
     quantize_128x128,
+    quantize_many,
     quantize_with_amax,
 )
 
@@ -35,6 +37,7 @@ __all__ = [
     "WeightCodes",
     "adam_step",
     "amax",
+    "amax_many",
     "dense",
     "dequantize",
     "dequantize_1x128",
@@ -48,5 +51,6 @@ __all__ = [
     "quantize",
     "quantize_1x128",
     "quantize_128x128",
+    "quantize_many",
     "quantize_with_amax",
 ]

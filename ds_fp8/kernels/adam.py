@@ -5,7 +5,7 @@ at a time, so no fp32 tensor of the partition's size exists. `reference_step` is
 65,536 elements; the C++ and Triton passes are its twins, bit for bit with nearest and with stochastic rounding.
 
     for each block of 128 elements
-        g = float(grad) * grad_scale
+        g = float(grad) * grad_scale            (a coded gradient: code * scale_inv first)
         w = master (numerics/masters.py);  m, v = states (numerics/states.py)
         update                             (numerics/adam.py);  r = sqrt(v) of the new v
         store v or r (a nonzero r never as code zero), then m or m over the r just stored, then master and param
@@ -20,7 +20,7 @@ import torch
 
 from ..formats import BLOCK_SIZE, E4M3, Format
 from ..levels import STATE_FORMATS
-from ..numerics import cast, masters, states
+from ..numerics import cast, flat, masters, states
 from ..numerics.adam import AdamScalars, update
 from ..numerics.masters import MasterCodes
 from ..numerics.random_bits import ADAM_STREAM, EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT, Stochastic
@@ -53,7 +53,8 @@ class AdamStep:
     """One step of one flat partition of n elements; all tensors on one device, contiguous, one-dimensional.
 
     param          [n] fp32, bf16 or fp16, updated in place: the 16-bit weight, or an fp32 parameter that is its own master
-    grad           [n] fp32, bf16 or fp16, read only
+    grad           [n] fp32, bf16 or fp16, read only; or uint8 codes of `grad_fmt` in blocks of 128 (numerics/flat.py)
+    grad_scale_inv  fp32 [ceil(n / 128)] if the gradient is coded, else None
     exp_avg        StateCodes, updated in place; holds m over the root of exp_avg_sq if its format is in RATIO_FORMATS
     exp_avg_sq     StateCodes, updated in place; holds sqrt(v) if its format is in ROOT_FORMATS
     master         MasterCodes, updated in place
@@ -91,6 +92,8 @@ class AdamStep:
     torch_sqrt: bool = False
     weight16: torch.Tensor | None = None
     weight_codes: WeightCodes | None = None
+    grad_scale_inv: torch.Tensor | None = None
+    grad_fmt: Format = E4M3
 
     def __post_init__(self) -> None:
         assert self.exp_avg_sq.format in STATE_FORMATS, "int8 holds exp_avg alone"
@@ -115,12 +118,18 @@ class AdamStep:
             return None
         return Stochastic(self.seed, self.step, ADAM_STREAM, first, shift)
 
+    def gradient(self, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the gradient in fp32, as they came; `start` is a multiple of 128."""
+        if self.grad_scale_inv is None:
+            return self.grad[start:stop].float()
+        blocks = slice(start // BLOCK_SIZE, flat.blocks_of(stop))
+        return flat.decode(self.grad[start:stop], self.grad_scale_inv[blocks], self.grad_fmt)
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the step, for a look at devices and strides."""
         found = [self.param, self.grad, *self.exp_avg.tensors().values(), *self.exp_avg_sq.tensors().values()]
         found += self.master.tensors().values()
-        if self.weight16 is not None:
-            found.append(self.weight16)
+        found += [one for one in (self.weight16, self.grad_scale_inv) if one is not None]
         if self.weight_codes is not None:
             found += [self.weight_codes.codes, self.weight_codes.scale, self.weight_codes.amax]
         return found
@@ -141,7 +150,7 @@ def _step_piece(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> 
     param, master = step.param[start:stop], step.master.piece(start, stop)
     exp_avg, exp_avg_sq = step.exp_avg.piece(start, stop), step.exp_avg_sq.piece(start, stop)
 
-    grad = step.grad[start:stop].float() * step.grad_scale
+    grad = step.gradient(start, stop) * step.grad_scale
     weight = masters.read(master, param)
     m, v = states.read_exp_avg(exp_avg, exp_avg_sq), states.read_exp_avg_sq(exp_avg_sq)
     divides = step.exp_avg_sq.format == "fp32"

@@ -5,6 +5,7 @@ is what `kernels.cpu.library()` or `kernels.triton.library()` gives: None when i
 an object with a string `path` and (some of) these functions, which compute the same bits as numerics:
 
     quantize(x, scale, fmt)   dequantize(codes, scale_inv, dtype)   amax(x)
+    amax_many(tensors)   quantize_many(tensors, scales, fmt, codes)
     quantize_with_amax(x, scale, fmt)   dequantize_1x128(codes, scale_inv, dtype)   dequantize_128x128(...)
     quantize_1x128(x, fmt, power_of_two)   quantize_128x128(x, fmt, power_of_two)
     flat_encode(x, fmt, rounding)   flat_decode(codes, scale_inv, fmt, out, dtype)
@@ -19,6 +20,8 @@ a square root of its own goes to PyTorch, unless the fast path says `has_torch_s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -86,6 +89,21 @@ def quantize_with_amax(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format
     """`quantize` and `amax` of the same tensor, in one pass where a fast path can."""
     result = _fast("quantize_with_amax", x, x, scale, fmt)
     return (quantize(x, scale, fmt), amax(x)) if result is NotImplemented else result
+
+
+def amax_many(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`amax` of each of some tensors on one device, fp32 [tensors]; one launch on a GPU."""
+    result = _call("amax_many", tensors[0].device, tensors)
+    return torch.stack([amax(one) for one in tensors]) if result is NotImplemented else result
+
+
+def quantize_many(
+    tensors: Sequence[torch.Tensor], scales: torch.Tensor, fmt: Format, codes: Sequence[torch.Tensor]
+) -> None:
+    """`quantize` of each under its own scale (fp32 [tensors]) into `codes` (uint8, contiguous); one launch on a GPU."""
+    if _call("quantize_many", tensors[0].device, tensors, scales, fmt, codes) is NotImplemented:
+        for one, scale, out in zip(tensors, scales, codes, strict=True):
+            out.copy_(quantize(one, scale, fmt).view(torch.uint8))
 
 
 def dense(codes: torch.Tensor) -> torch.Tensor:
@@ -182,6 +200,10 @@ def adam_step(step: AdamStep) -> None:
     """One pass of Adam over a flat partition; see kernels.adam."""
     if step.param.numel() == 0:
         return
+    if step.grad_scale_inv is not None and step.param.device.type == "cpu":
+        # The C++ step reads floats; on a GPU codes are read as they are.
+        grad = flat_decode(step.grad, step.grad_scale_inv, step.grad_fmt)
+        step = replace(step, grad=grad, grad_scale_inv=None)
     if not _is_fast(step) or _call("adam_step", step.param.device, step) is NotImplemented:
         reference_step(step)
 
@@ -189,9 +211,6 @@ def adam_step(step: AdamStep) -> None:
 def _is_fast(step: AdamStep) -> bool:
     """Whether a fast path may take the step."""
     if not all(tensor.is_contiguous() for tensor in step.tensors()):
-        return False
-    # Until the Triton step knows int8, PyTorch does it.
-    if step.param.device.type != "cpu" and step.exp_avg.format == "int8":
         return False
     if step.param.device.type != "cpu" or not step.torch_sqrt or torch_sqrt_is_ieee():
         return True

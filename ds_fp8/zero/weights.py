@@ -89,24 +89,30 @@ class WeightCaster:
                 block_scale(amax.view(w.tiles), E4M3, power_of_two=True)
                 for w, amax in zip(self.weights, per_weight, strict=True)
             ]
-        for segment in segments:
-            scale = scales[self.index[id(segment.weight)]]
-            if self.kind == "block":
-                cast_tiles(segment, scale)
-            else:
-                segment.codes.copy_(kernels.quantize(segment.source, scale, E4M3).view(torch.uint8))
+        if self.kind == "block":
+            for segment in segments:
+                cast_tiles(segment, scales[self.index[id(segment.weight)]])
+        elif segments:
+            of_segments = torch.stack([scales[self.index[id(segment.weight)]] for segment in segments])
+            sources, codes = [segment.source for segment in segments], [segment.codes for segment in segments]
+            kernels.quantize_many(sources, of_segments, E4M3, codes)
         return [torch.reciprocal(scale) for scale in scales]
 
     def _exchange_amaxes(self, segments: Sequence[Segment]) -> list[Tensor]:
         """MAX over the owners of every tensor's or tile's amax, in one message."""
         amaxes = torch.zeros(sum(self.counts), dtype=torch.float32, device=self.device)
         per_weight = list(amaxes.split(self.counts))
-        for segment in segments:
-            found = per_weight[self.index[id(segment.weight)]]
-            if self.kind == "block":
-                tile_amaxes(segment, found.view(segment.weight.tiles))
+        if self.kind == "block":
+            for segment in segments:
+                tile_amaxes(segment, per_weight[self.index[id(segment.weight)]].view(segment.weight.tiles))
+        elif segments:
+            found = kernels.amax_many([segment.source for segment in segments])
+            owners = [self.index[id(segment.weight)] for segment in segments]
+            if owners == list(range(len(self.weights))):
+                amaxes.copy_(found)
             else:
-                torch.maximum(found, kernels.amax(segment.source).view(1), out=found)
+                for owner, amax in zip(owners, found.split(1), strict=True):
+                    torch.maximum(per_weight[owner], amax, out=per_weight[owner])
         world_size = dist.get_world_size(group=self.group)
         if world_size > 1:
             dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=self.group)

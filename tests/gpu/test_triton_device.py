@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from ds_fp8 import kernels, numerics
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels.adam import AdamStep, reference_step
-from ds_fp8.kernels.triton import blocks, cast, launch
+from ds_fp8.kernels.triton import adam, blocks, cast, launch
 from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
 from ds_fp8.numerics import flat, gemm_blocks, masters, states
 from ds_fp8.numerics.dtypes import torch_dtype
@@ -127,6 +127,8 @@ def on_device(step: AdamStep) -> AdamStep:
 CASES = [(torch.bfloat16, name, name, "split24") for name in STATE_FORMATS]
 CASES += [(dtype, "e4m3", "fp16", name) for dtype in (torch.bfloat16, torch.float16) for name in MASTER_FORMATS]
 CASES += [(torch.float32, "e4m3", "fp16", "split32")]
+CASES += [(torch.bfloat16, "int8", name, "split24") for name in STATE_FORMATS]
+CASES += [(torch.bfloat16, "int8", "fp16", name) for name in MASTER_FORMATS]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -144,6 +146,42 @@ def test_the_fused_step_is_the_reference_step(dtype, m, v, master, rounding):
         for position, (found, wanted) in enumerate(zip(device.tensors(), step.tensors(), strict=True)):
             differs = found.cpu().view(torch.uint8) != wanted.contiguous().view(torch.uint8)
             assert not differs.any(), f"step {number}, tensor {position}: {int(differs.sum())} bytes differ"
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["short way", "general"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("master", ["split24", "fp16"])
+def test_millions_of_quotients_and_roots(master, rounding, short, monkeypatch):
+    """Gradients of one size and 4M elements: the short sequences round as IEEE asks in every one."""
+    if not short:
+        monkeypatch.setattr(adam, "_has_short_way", lambda step: False)
+    step = make_step(torch.bfloat16, "int8", "fp16", master, rounding, numel=2**22)
+    device = on_device(step)
+    for number in range(1, 3):
+        gradient = torch.randn(2**22, generator=torch.Generator().manual_seed(number)) * 1e-3
+        step.step = device.step = number
+        step.grad, device.grad = gradient, gradient.cuda()
+        reference_step(step)
+        kernels.adam_step(device)
+        for found, wanted in zip(device.tensors(), step.tensors(), strict=True):
+            assert torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8))
+
+
+@FORMATS
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_gradient_in_codes(fmt, rounding):
+    """Decoded inside the step, as the reference decodes it before."""
+    step = make_step(torch.bfloat16, "int8", "fp16", "fp16", rounding)
+    step.grad_fmt = fmt
+    device = on_device(step)
+    for number in range(1, 3):
+        step.step = device.step = number
+        step.grad, step.grad_scale_inv = flat.encode(wide(step.param.numel(), 10 + number) * 1e-3, fmt)
+        device.grad, device.grad_scale_inv = step.grad.cuda(), step.grad_scale_inv.cuda()
+        reference_step(step)
+        kernels.adam_step(device)
+        for found, wanted in zip(device.tensors(), step.tensors(), strict=True):
+            assert torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8))
 
 
 def test_no_kernel_waits_for_the_device():

@@ -10,8 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_fp8.kernels.triton import adam, blocks, cast, flat, history, masters, operands, states
+from ds_fp8.kernels.triton import adam, blocks, cast, flat, history, masters, operands, ordinary, segments, states
 from ds_fp8.kernels.triton.launch import LAUNCH
+from ds_fp8.numerics.states import RATIO_FORMATS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -30,6 +31,11 @@ def build(kernel: Any, types: list[str], constants: dict[str, Any], *, fused: in
     )
     assert "div.full" not in ptx, f"{kernel.__name__} {constants}: approximate division"
     assert not re.search(r"\bsqrt\.approx", ptx), f"{kernel.__name__} {constants}: approximate square root"
+
+
+def kind_is_short(base: str, master: str) -> bool:
+    """Whether a master of this kind on this base has the short way of an ordinary tile."""
+    return master in ordinary.MASTERS and (base == "bf16" or not master.startswith("split"))
 
 
 def main() -> None:
@@ -75,26 +81,35 @@ def main() -> None:
                 }
                 build(blocks._block_kernel, ["*bf16", "*u8", "*fp32", "*u8", "*fp32"] + ["i32"] * 6, same | wanted)
     build(flat._decode_kernel, ["*u8", "*fp32", "*bf16", "i32"], {"FMT": 0, "ROWS": flat.ROWS})
-    data = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "e4m3": "*u8", "e4m3_expanded": "*u8"}
+    data = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "e4m3": "*u8", "e4m3_expanded": "*u8", "int8": "*i8"}
     remainder = {"own": "*fp32", "fp32": "*fp32", "split32": "*i16", "split24": "*i8", "fp16": "*fp16"}
-    cases = [("bf16", name, name, "split24") for name in data]
+    cases = [("bf16", name, name, "split24") for name in data if name != "int8"]
+    cases += [("bf16", "int8", v, kind) for v in ordinary.ROOTS for kind in ordinary.MASTERS]
     cases.append(("bf16", "e4m3", "bf16", "split24"))
     cases += [(base, "e4m3", "fp16", kind) for base in ("bf16", "fp16") for kind in remainder if kind != "own"]
     cases.append(("fp32", "e4m3", "fp16", "own"))
     for number, (base, m, v, master) in enumerate(cases):
         state = [data[m], "*fp32", "*u8", data[v], "*fp32", "*u8"]
-        pointers = [f"*{base}", "*bf16", *state, remainder[master], "*fp32", "*bf16", "*fp32", "*fp32"]
-        constants = {"M_FORMAT": states.FORMATS[m], "M_RATIO": m.startswith("e4m3")}
+        coded = number % 2 == 1
+        pointers = [
+            f"*{base}",
+            "*u8" if coded else "*bf16",
+            "*fp32",
+            *state,
+            remainder[master],
+            "*fp32",
+            "*bf16",
+            "*fp32",
+            "*fp32",
+        ]
+        constants = {"M_FORMAT": states.FORMATS[m], "M_RATIO": m in RATIO_FORMATS}
         constants |= {"V_FORMAT": states.FORMATS[v], "V_ROOT": v not in ("fp32", "bf16")}
         constants |= {"MASTER": masters.KINDS[master], "HALF": base == "fp16", "SCALE_TENSOR": number % 2 == 0}
         constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True, "WEIGHT16": number % 3 == 0}
-        constants |= {
-            "STOCHASTIC": number % 2 == 1,
-            "ROWS": adam.ROWS,
-            "EVEN": number % 2 == 0,
-            "HARDWARE": True,
-            "ORDINARY": True,
-        }
+        short = m in ordinary.MOMENTS and v in ordinary.ROOTS and kind_is_short(base, master)
+        constants |= {"STOCHASTIC": coded, "ROWS": adam.ORDINARY_ROWS if short else adam.ROWS, "SHORT": short}
+        constants |= {"EVEN": not coded and not short, "HARDWARE": True, "ORDINARY": not short}
+        constants |= {"GRADIENT": 0 if coded else adam.NOT_CODED}
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 2, constants, fused=2)
     for fold in (False, True):
         constants = {"FORWARD_MAX": 448.0, "BACKWARD_MAX": 57344.0, "MARGIN_FACTOR": 2.0, "LENGTH": 1024}
@@ -103,6 +118,11 @@ def main() -> None:
         build(history._open_kernel, ["*fp32"] * 7 + ["i32"] * 4, constants)
     parts = {"PARTS": operands.PARTS, "ELEMENTS": operands.PART_ELEMENTS}
     build(operands._parts_kernel, ["*bf16", "*fp32", "i32"], parts)
+    for write in (False, True):
+        wanted = {"FMT": 0, "MEASURE": not write, "WRITE": write, "ALIGNED": write, "ELEMENTS": segments.ELEMENTS}
+        build(
+            segments._segments_kernel, ["*bf16", "*u8", "*i64", "*i32", "*fp32", "*fp32"], wanted | {"HARDWARE": True}
+        )
     build(cast._turn_kernel, ["*u8", "*u8", "i32", "i32"], {"TILE": cast.TILE})
     build(cast._amax_kernel, ["*bf16", "*i32", "i32"], {"ELEMENTS": cast.ELEMENTS})
 

@@ -7,15 +7,18 @@ so that states decode, change and encode again; zeros, a tiny and a huge block a
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
 
+from ds_fp8 import numerics
+from ds_fp8.formats import E4M3, FORMATS
 from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
-from ds_fp8.kernels.triton import adam, launch
+from ds_fp8.kernels.triton import adam, launch, ordinary, segments
 from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
-from ds_fp8.numerics import masters, states
+from ds_fp8.numerics import flat, masters, states
 
 assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
 
@@ -59,9 +62,55 @@ def compare(step: AdamStep, grad_dtype: torch.dtype = torch.bfloat16, steps: int
             assert same.all(), f"step {number}, tensor {position} ({found.dtype}): {int((~same).sum())} bytes differ"
 
 
+@pytest.fixture(params=[True, False], ids=["short way", "general"])
+def short(request, monkeypatch):
+    """Both ways of a step: ordinary tiles on their own, and everything by the general one."""
+    if not request.param:
+        monkeypatch.setattr(adam, "_has_short_way", lambda step: False)
+    return request.param
+
+
+def ordinary_gradient(seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(NUMEL, generator=torch.Generator().manual_seed(seed)) * 1e-3).to(dtype)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("master", ordinary.MASTERS)
+@pytest.mark.parametrize("v", ordinary.ROOTS)
+@pytest.mark.parametrize("m", ordinary.MOMENTS)
+def test_ordinary_tiles(m, v, master, rounding, monkeypatch):
+    """Gradients of one size: all tiles but the last go the short way, in each of its formats, with the same bits."""
+    monkeypatch.setattr(sys.modules[__name__], "gradient", ordinary_gradient)
+    step = make_step(torch.bfloat16, m, v, master, rounding=rounding, weight16=torch.zeros(NUMEL, dtype=torch.float16))
+    assert adam._has_short_way(step)
+    compare(step)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("v", ["fp32", "bf16", "fp16", "e4m3", "e4m3_expanded"])
+def test_int8_beside_every_root(v, rounding, short):
+    compare(make_step(torch.bfloat16, "int8", v, "split24", rounding=rounding))
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_a_gradient_in_codes(name, short):
+    """Decoded inside the step: code * scale_inv, then grad_scale; the last block is short."""
+    fmt = FORMATS[name]
+    step = make_step(torch.bfloat16, "int8", "fp16", "fp16", rounding="stochastic", grad_fmt=fmt)
+    twin = copy.deepcopy(step)
+    for number in (1, 2):
+        codes, scale_inv = flat.encode(gradient(number, torch.float32), fmt)
+        for one in (step, twin):
+            one.step, one.grad, one.grad_scale_inv = number, codes, scale_inv
+        adam.adam_step(step)
+        reference_step(twin)
+        for found, wanted in zip(step.tensors(), twin.tensors(), strict=True):
+            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("name", STATE_FORMATS)
-def test_every_state_format(name, rounding):
+def test_every_state_format(name, rounding, short):
     """Both moments in each format, over a split24 bf16 master."""
     compare(make_step(torch.bfloat16, name, name, "split24", rounding=rounding))
 
@@ -104,9 +153,10 @@ def test_every_variant_of_the_update(changes):
     compare(make_step(torch.bfloat16, "fp32", "fp32", "split32", **changes))
 
 
-def test_an_infinite_gradient_spoils_its_block_alone():
+@pytest.mark.parametrize("m", ["e4m3", "int8"])
+def test_an_infinite_gradient_spoils_its_block_alone(m):
     """It decodes to NaN, where a check can find it, and the other blocks go on."""
-    step = make_step(torch.bfloat16, "e4m3", "fp16", "split24")
+    step = make_step(torch.bfloat16, m, "fp16", "split24")
     twin = copy.deepcopy(step)
     for one in (step, twin):
         one.grad = gradient(1, torch.float32)
@@ -128,3 +178,18 @@ def test_weights_are_written_in_the_same_call(weight16):
         torch.zeros(NUMEL, dtype=torch.uint8), ((0, 300), (500, NUMEL)), torch.tensor([1000.0, 4000.0]), torch.ones(2)
     )
     compare(step, steps=2)
+
+
+def test_many_weights_in_one_launch():
+    """Amaxes and codes of weights of any length and place, each under its own scale; nothing beside them is written."""
+    store = torch.randn(20_000, generator=torch.Generator().manual_seed(3)).bfloat16()
+    bounds = [(0, 5000), (5008, 5009), (9000, 9000 + 4096), (14_000, 20_000)]
+    pieces = [store[start:stop] for start, stop in bounds]
+    store[14_003] = float("nan")
+    assert torch.equal(segments.amaxes(pieces), torch.stack([numerics.amax(piece) for piece in pieces]))
+    scales, codes = torch.tensor([1.0, 2.0, 30.0, 0.5]), torch.full((20_000,), 9, dtype=torch.uint8)
+    segments.quantize(pieces, scales, E4M3, [codes[start:stop] for start, stop in bounds])
+    wanted = torch.full((20_000,), 9, dtype=torch.uint8)
+    for (start, stop), piece, scale in zip(bounds, pieces, scales, strict=True):
+        wanted[start:stop] = numerics.quantize(piece, scale, E4M3).view(torch.uint8)
+    assert torch.equal(codes, wanted)

@@ -76,6 +76,30 @@ def test_quantize_with_amax_is_both(path):
     assert largest == x.abs().max()
 
 
+def test_many_tensors_are_each_by_itself(path):
+    """One call for the amaxes of several weights, one for their codes, each under its own scale."""
+    pieces = list(operand(False).reshape(-1).bfloat16().tensor_split([100, 101]))
+    assert torch.equal(kernels.amax_many(pieces), torch.stack([numerics.amax(piece) for piece in pieces]))
+    scales, codes = torch.tensor([1.0, 3.0, 0.5]), [torch.empty(piece.numel(), dtype=torch.uint8) for piece in pieces]
+    kernels.quantize_many(pieces, scales, E4M3, codes)
+    for piece, scale, found in zip(pieces, scales, codes, strict=True):
+        assert torch.equal(found, numerics.quantize(piece, scale, E4M3).view(torch.uint8))
+
+
+def test_a_gradient_in_codes_is_decoded_for_the_step(path):
+    """e4m3 codes with block scales give the step of their values, in fp32."""
+    coded, plain = make_step(300), make_step(300)
+    codes, scale_inv = flat.encode(coded.grad, E4M3)
+    plain.grad = flat.decode(codes, scale_inv, E4M3)
+    coded.grad, coded.grad_scale_inv = codes, scale_inv
+    reference = copy.deepcopy(coded)
+    kernels.adam_step(coded)
+    kernels.adam_step(plain)
+    reference_step(reference)
+    for one in (plain, reference):
+        assert torch.equal(coded.param, one.param) and torch.equal(coded.exp_avg.data, one.exp_avg.data)
+
+
 @pytest.mark.parametrize("numel", [0, 1, 130, 1000])
 def test_flat_operations_are_those_of_numerics(numel, path):
     x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))

@@ -14,37 +14,49 @@ import triton
 import triton.language as tl
 
 from ...numerics import expansion
-from ...numerics.random_bits import EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT
+from ...numerics.random_bits import EXP_AVG_SHIFT
 from ...numerics.states import RATIO_FORMATS, ROOT_FORMATS
 from ..adam import AdamStep
-from . import cast, codec, ieee, masters, states
+from . import codec, ieee, masters, ordinary, segments, states
 from .flat import signed
 from .launch import LAUNCH, hardware_casts, on_device
 
-SHIFT_M, SHIFT_V, SHIFT_W = (tl.constexpr(shift) for shift in (EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT))
+NOT_CODED = -1
+FLOATS = tl.constexpr(NOT_CODED)
+"""GRADIENT of a gradient that is not coded."""
 
-ROWS = 8
-"""Blocks per program: 1024 elements, eight per thread with four warps."""
+ROWS, WARPS = 8, 4
+"""Blocks and warps of a program, where the general step does all tiles: 1024 elements, eight per thread."""
+
+ORDINARY_ROWS, ORDINARY_WARPS = 4, 2
+"""The same where ordinary tiles go the short way."""
 
 
-@triton.jit(do_not_specialize=["key"])
-def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr,
-                 master_ptr, master_scale_ptr, weight16_ptr, table_ptr, grad_scale_ptr, grad_scale, decay, l2, beta2,
-                 lerp_weight, one_minus_beta2, correction, eps, step_size, n, key,
-                 M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr,
-                 MASTER: tl.constexpr, HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, DECAY: tl.constexpr,
-                 L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 ROWS: tl.constexpr, EVEN: tl.constexpr, ORDINARY: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
-    if EVEN:
-        inside, row_inside = tl.full([ROWS, 128], 1, tl.int1), tl.full([ROWS], 1, tl.int1)
+@triton.jit
+def _gradient(grad_ptr, grad_scale_inv_ptr, grad_scale_ptr, grad_scale, index, row, inside, row_inside,
+              SCALE_TENSOR: tl.constexpr, GRADIENT: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """The gradient in fp32, unscaled and clipped; GRADIENT: the format of its codes, or FLOATS."""
+    if GRADIENT == FLOATS:
+        g = codec.load(grad_ptr + index, inside)
     else:
-        inside, row_inside = index < n, row * 128 < n
+        codes = tl.load(grad_ptr + index, mask=inside, other=0)
+        scale_inv = tl.load(grad_scale_inv_ptr + row, mask=row_inside, other=1.0)
+        g = codec.value_of(codes, GRADIENT, HARDWARE) * scale_inv[:, None]
     if SCALE_TENSOR:
-        g = codec.load(grad_ptr + index, inside) * tl.load(grad_scale_ptr).to(tl.float32)
+        g = g * tl.load(grad_scale_ptr).to(tl.float32)
     else:
-        g = codec.load(grad_ptr + index, inside) * grad_scale
+        g = g * grad_scale
+    return g
+
+
+@triton.jit
+def _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr, master_ptr,
+             master_scale_ptr, weight16_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
+             one_minus_beta2, correction, eps, step_size, key, M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr,
+             V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr, HALF: tl.constexpr, DECAY: tl.constexpr,
+             L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr,
+             EVEN: tl.constexpr, ORDINARY: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """One tile, whatever is in it."""
     w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, row_inside, MASTER, HALF)
     m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, row_inside, M_FORMAT, HARDWARE)
     v = states.read(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, index, row, inside, row_inside, V_FORMAT, HARDWARE)
@@ -87,7 +99,7 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
     word_m, word_v, word_w = index, index, index  # not used when rounding to nearest
     if STOCHASTIC:
         word = codec.random_words(index, key)
-        word_m, word_v, word_w = word << SHIFT_M, word << SHIFT_V, word << SHIFT_W
+        word_m, word_v, word_w = word << states.SHIFT_M, word << states.SHIFT_V, word << states.SHIFT_W
     stored = root if V_ROOT else v
     kept = states.write(v_ptr, v_scale_ptr, v_expansion_ptr, table_ptr, stored, index, row, inside, row_inside, word_v,
                         V_FORMAT, V_ROOT, STOCHASTIC, HARDWARE)  # fmt: skip
@@ -119,6 +131,49 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
         codec.store(weight16_ptr + index, held, inside)
 
 
+@triton.jit(do_not_specialize=["key"])
+def _adam_kernel(param_ptr, grad_ptr, grad_scale_inv_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr,
+                 v_expansion_ptr, master_ptr, master_scale_ptr, weight16_ptr, table_ptr, grad_scale_ptr, grad_scale, decay,
+                 l2, beta2, lerp_weight, one_minus_beta2, correction, eps, step_size, n, key,
+                 M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr,
+                 MASTER: tl.constexpr, HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, GRADIENT: tl.constexpr,
+                 DECAY: tl.constexpr, L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr,
+                 STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ORDINARY: tl.constexpr,
+                 SHORT: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = first + tl.arange(0, ROWS)
+    index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
+    done = False
+    if SHORT:  # noqa: SIM102 - a constant: without it the rest is not compiled
+        # A tile that ends within the partition needs no mask. Small offsets from the tile's start are cheaper than 64-bit ones.
+        if (first + ROWS) * 128 <= n:
+            begin = first * 128
+            here, tile_row = tl.arange(0, ROWS)[:, None] * 128 + tl.arange(0, 128)[None, :], tl.arange(0, ROWS)
+            whole, all_rows = tl.full([ROWS, 128], 1, tl.int1), tl.full([ROWS], 1, tl.int1)
+            param, master, master_scale = param_ptr + begin, master_ptr + begin, master_scale_ptr + first
+            m_data, m_scale, v_data, v_scale = m_ptr + begin, m_scale_ptr + first, v_ptr + begin, v_scale_ptr + first
+            g = _gradient(grad_ptr + begin, grad_scale_inv_ptr + first, grad_scale_ptr, grad_scale, here, tile_row, whole,
+                          all_rows, SCALE_TENSOR, GRADIENT, HARDWARE)  # fmt: skip
+            w = masters.read(param, master, master_scale, here, tile_row, whole, all_rows, MASTER, HALF)
+            m = states.read(m_data, m_scale, m_scale, table_ptr, here, tile_row, whole, all_rows, M_FORMAT, HARDWARE)
+            v = states.read(v_data, v_scale, v_scale, table_ptr, here, tile_row, whole, all_rows, V_FORMAT, HARDWARE)
+            done = ordinary.step(param, m_data, m_scale, v_data, v_scale, master, master_scale, weight16_ptr + begin, g, w, m,
+                                 v, here, tile_row, begin, decay, l2, beta2, lerp_weight, one_minus_beta2, correction, eps,
+                                 step_size, key, M_FORMAT, V_FORMAT, MASTER, DECAY, L2, LERP_SMALL, WEIGHT16, STOCHASTIC,
+                                 HARDWARE)  # fmt: skip
+    if not done:
+        if EVEN:
+            inside, row_inside = tl.full([ROWS, 128], 1, tl.int1), tl.full([ROWS], 1, tl.int1)
+        else:
+            inside, row_inside = index < n, row * 128 < n
+        g = _gradient(grad_ptr, grad_scale_inv_ptr, grad_scale_ptr, grad_scale, index, row, inside, row_inside,
+                      SCALE_TENSOR, GRADIENT, HARDWARE)  # fmt: skip
+        _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr, master_ptr,
+                 master_scale_ptr, weight16_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
+                 one_minus_beta2, correction, eps, step_size, key, M_FORMAT, M_RATIO, V_FORMAT, V_ROOT, MASTER, HALF, DECAY,
+                 L2, LERP_SMALL, WEIGHT16, STOCHASTIC, EVEN, ORDINARY, HARDWARE)  # fmt: skip
+
+
 def adam_step(step: AdamStep) -> None:
     """One step of one flat partition on the device; see `AdamStep` for every buffer. Waits for nothing."""
     n = step.param.numel()
@@ -134,34 +189,51 @@ def adam_step(step: AdamStep) -> None:
     lerp_weight = scalars.one_minus_beta1 if from_m else c_float(scalars.one_minus_beta1).value - 1.0
     by_tensor = isinstance(step.grad_scale, torch.Tensor)
     hardware = hardware_casts(param)
-    ordinary = hardware and ieee.ordinary(scalars.eps, scalars.bias_correction2_sqrt)
+    quick = hardware and ieee.ordinary(scalars.eps, scalars.bias_correction2_sqrt)
 
     def pointer(tensor: torch.Tensor | None) -> torch.Tensor:
         return param if tensor is None else tensor  # never read: its branch is compiled away
 
+    short = _has_short_way(step)
+    rows, warps = (ORDINARY_ROWS, ORDINARY_WARPS) if short else (ROWS, WARPS)
+    coded = step.grad_scale_inv is not None
     with on_device(param):
-        _adam_kernel[(triton.cdiv(n, ROWS * 128),)](
-            param, step.grad, m.data, pointer(m.scale_inv), pointer(m.expansion),
+        _adam_kernel[(triton.cdiv(n, rows * 128),)](
+            param, step.grad, pointer(step.grad_scale_inv), m.data, pointer(m.scale_inv), pointer(m.expansion),
             v.data, pointer(v.scale_inv), pointer(v.expansion),
             pointer(master.data), pointer(master.scale_inv), pointer(step.weight16), table,
             step.grad_scale if by_tensor else param, 1.0 if by_tensor else float(step.grad_scale),
             scalars.decay, scalars.l2, scalars.beta2, lerp_weight, scalars.one_minus_beta2,
             correction, scalars.eps, scalars.step_size, n, key,
             states.FORMATS[m.format], m.format in RATIO_FORMATS, states.FORMATS[v.format], v.format in ROOT_FORMATS,
-            masters.KINDS[master.format], param.dtype == torch.float16, by_tensor, scalars.decay != 1.0, scalars.l2 != 0.0,
-            from_m, step.weight16 is not None, step.rounding == "stochastic", ROWS,
-            n % (ROWS * 128) == 0, ordinary, hardware, **LAUNCH,
+            masters.KINDS[master.format], param.dtype == torch.float16, by_tensor,
+            codec.MODES[step.grad_fmt.name] if coded else NOT_CODED, scalars.decay != 1.0, scalars.l2 != 0.0,
+            from_m, step.weight16 is not None, step.rounding == "stochastic", rows,
+            n % (rows * 128) == 0 and not short, quick and not short, short, hardware, num_warps=warps, **LAUNCH,
         )  # fmt: skip
     if step.weight_codes is not None:
         _write_weight_codes(step)
 
 
+def _has_short_way(step: AdamStep) -> bool:
+    """Whether the step's formats and numbers are those of `ordinary.py`."""
+    if step.exp_avg.format not in ordinary.MOMENTS or step.exp_avg_sq.format not in ordinary.ROOTS:
+        return False
+    if step.master.format not in ordinary.MASTERS:
+        return False
+    if step.master.format.startswith("split") and step.param.dtype != torch.bfloat16:
+        return False
+    return ieee.ordinary(step.eps, step.scalars.bias_correction2_sqrt)
+
+
 def _write_weight_codes(step: AdamStep) -> None:
-    """FP8 codes and amaxes of the new 16-bit weight, one launch per segment."""
+    """FP8 codes and amaxes of the new 16-bit weight: one launch for all segments' amaxes, one for their codes."""
     wanted = step.weight_codes
     assert wanted is not None
     weight = step.param if step.weight16 is None else step.weight16
-    wanted.amax.zero_()
-    for number, (start, stop) in enumerate(wanted.segments):
-        scale, amax = wanted.scale[number : number + 1], wanted.amax[number : number + 1]
-        cast.quantize(weight[start:stop], scale, wanted.fmt, wanted.codes[start:stop], amax)
+    pieces = [weight[start:stop] for start, stop in wanted.segments]
+    if pieces:
+        wanted.amax.copy_(segments.amaxes(pieces))
+        segments.quantize(
+            pieces, wanted.scale, wanted.fmt, [wanted.codes[start:stop] for start, stop in wanted.segments]
+        )

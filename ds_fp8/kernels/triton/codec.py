@@ -143,6 +143,18 @@ def store(pointer, x, mask):
 
 
 @triton.jit
+def store_finite(pointer, x, HARDWARE: tl.constexpr):
+    """The same for finite `x`, by the device's own rounding to bf16."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        if HARDWARE:
+            tl.store(pointer, x.to(tl.bfloat16))
+        else:
+            tl.store(pointer.to(tl.pointer_type(tl.int16), bitcast=True), bf16_bits(x).to(tl.int16))
+    else:
+        tl.store(pointer, x.to(pointer.dtype.element_ty))
+
+
+@triton.jit
 def mix(h):
     """One round of the counter-based generator: a bijection of uint32 that spreads every bit."""
     h = h ^ (h >> 16)
@@ -172,18 +184,24 @@ def fma(a, b, c):
 
 
 @triton.jit
+def minus(x):
+    """-x, as a sign that a fused multiply-add takes for nothing; Triton's own minus subtracts from zero."""
+    return x * -1.0
+
+
+@triton.jit
 def reciprocal(b):
     """1 / b of fp32, a bit wrong at most; needs a GPU."""
     r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
-    return tl.fma(tl.fma(-b, r, 1.0 + tl.zeros_like(b)), r, r)
+    return tl.fma(tl.fma(minus(b), r, 1.0 + tl.zeros_like(b)), r, r)
 
 
 @triton.jit
 def quotient(a, b, r):
     """a / b rounded to nearest, where no residual leaves fp32's exponents; `r` is about 1 / b."""
     q = a * r
-    q = tl.fma(tl.fma(-b, q, a), r, q)
-    return tl.fma(tl.fma(-b, q, a), r, q)
+    q = tl.fma(tl.fma(minus(b), q, a), r, q)
+    return tl.fma(tl.fma(minus(b), q, a), r, q)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ A dtype or shape that a kernel does not take gives NotImplemented, and PyTorch d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ...numerics.dtypes import torch_dtype
 from ...numerics.flat import blocks_of
 from ...numerics.random_bits import Stochastic
 from ..adam import AdamStep
-from . import adam, blocks, cast, flat, history, operands
+from . import adam, blocks, cast, flat, history, operands, segments
 
 __all__ = ["history", "operands", "path"]
 
@@ -50,6 +51,30 @@ def quantize_with_amax(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format
     found = torch.zeros(1, dtype=torch.float32, device=x.device)
     cast.quantize(x, _one(scale, x.device), fmt, codes, found)
     return codes, found[0]
+
+
+def amax_many(tensors: Sequence[torch.Tensor]) -> Any:
+    """The amax of each, fp32 [tensors], in one launch."""
+    return segments.amaxes(tensors) if _alike(tensors) else NotImplemented
+
+
+def quantize_many(tensors: Sequence[torch.Tensor], scales: torch.Tensor, fmt: Format,
+                  codes: Sequence[torch.Tensor]) -> Any:  # fmt: skip
+    """Codes of each under its own scale, in one launch."""
+    if not _alike(tensors) or fmt.name not in _FORMATS or not scales.is_contiguous() or scales.dtype != torch.float32:
+        return NotImplemented
+    segments.quantize(tensors, scales, fmt, codes)
+    return None
+
+
+def _alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """One dtype that kernels take, whole elements apart."""
+    first = tensors[0]
+    step = first.element_size()
+    return first.dtype in FLOATS and all(
+        one.dtype == first.dtype and one.is_contiguous() and (one.data_ptr() - first.data_ptr()) % step == 0
+        for one in tensors
+    )
 
 
 def dense(codes: torch.Tensor) -> Any:
@@ -124,8 +149,11 @@ def flat_sum_encode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, f
 
 def adam_step(step: AdamStep) -> Any:
     """One fused step in place."""
-    tensors = [step.param, step.grad] + ([] if step.weight16 is None else [step.weight16])
+    coded = step.grad_scale_inv is not None
+    tensors = [step.param, *([] if coded else [step.grad]), *([] if step.weight16 is None else [step.weight16])]
     if any(tensor.dtype not in FLOATS for tensor in tensors):
+        return NotImplemented
+    if coded and (step.grad.dtype != torch.uint8 or step.grad_fmt.name not in _FORMATS):
         return NotImplemented
     adam.adam_step(step)
     return None

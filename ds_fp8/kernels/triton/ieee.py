@@ -31,11 +31,11 @@ def ordinary(eps: float, bias_correction2_sqrt: float) -> bool:
 
 
 @triton.jit
-def _root(x):
+def root(x):
     """sqrt(x) rounded to nearest, for ordinary exponents."""
     r = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     g = x * r
-    return tl.fma(tl.fma(-g, g, x), r * 0.5, g)
+    return tl.fma(tl.fma(codec.minus(g), g, x), r * 0.5, g)
 
 
 @triton.jit
@@ -45,22 +45,22 @@ def root_and_change(v, numerator, correction, eps, DIVIDES: tl.constexpr):
     d is sqrt(v) / correction + eps, or, if it is not divided, fma(correction, sqrt(v), eps).
     """
     b = tl.zeros_like(v) + correction
-    root = _root(v)
+    found = root(v)
     if DIVIDES:
-        denominator = codec.quotient(root, b, codec.reciprocal(b)) + eps
+        denominator = codec.quotient(found, b, codec.reciprocal(b)) + eps
     else:
-        denominator = tl.fma(b, root, tl.zeros_like(v) + eps)
+        denominator = tl.fma(b, found, tl.zeros_like(v) + eps)
     change = codec.quotient(numerator, denominator, codec.reciprocal(denominator))
     # One unsigned maximum: what lies below the span wraps around to the top. Zeros do, too; they are rare, or whole tiles.
     v_above = (v.to(tl.int32, bitcast=True) - LEAST_ROOT).to(tl.uint32, bitcast=True)
     above = (codec.magnitude_bits(numerator) - LEAST_NUMERATOR).to(tl.uint32, bitcast=True)
     if tl.max(tl.max(tl.maximum(v_above, above), axis=1), axis=0) >= SPAN:
-        root = tl.sqrt_rn(v)
+        found = tl.sqrt_rn(v)
         if DIVIDES:
-            change = tl.div_rn(numerator, tl.div_rn(root, b) + eps)
+            change = tl.div_rn(numerator, tl.div_rn(found, b) + eps)
         else:
-            change = tl.div_rn(numerator, tl.fma(b, root, tl.zeros_like(v) + eps))
-    return root, change
+            change = tl.div_rn(numerator, tl.fma(b, found, tl.zeros_like(v) + eps))
+    return found, change
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def read(param_ptr, data_ptr, scale_inv_ptr, index, row, inside, row_inside, KIN
         elif KIND == SPLIT32:
             value = ((weight.to(tl.int32) << 16) + extra).to(tl.float32, bitcast=True)
         else:
-            value = (((weight.to(tl.int32) << 8) + extra) << 8).to(tl.float32, bitcast=True)
+            value = ((weight.to(tl.int32) << 16) + (extra << 8)).to(tl.float32, bitcast=True)
     return value
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...levels import STATE_FORMATS
+from ...levels import EXP_AVG_FORMATS
 from ...numerics import expansion as _expansion
+from ...numerics.random_bits import EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT
 from . import codec
 
-FORMATS = {name: number for number, name in enumerate(STATE_FORMATS)}
-FP32, BF16, FP16, E4M3, EXPANDED = (tl.constexpr(FORMATS[name]) for name in STATE_FORMATS)
+FORMATS = {name: number for number, name in enumerate(EXP_AVG_FORMATS)}
+FP32, BF16, FP16, E4M3, EXPANDED, INT8 = (
+    tl.constexpr(FORMATS[name]) for name in ("fp32", "bf16", "fp16", "e4m3", "e4m3_expanded", "int8")
+)
+SHIFT_M, SHIFT_V, SHIFT_W = (tl.constexpr(shift) for shift in (EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT))
 
 _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (tl.constexpr(value) for value in _expansion.LOG2_COEFFICIENTS)
 _X0, _X1, _X2, _X3, _X4 = (tl.constexpr(value) for value in _expansion.EXP2_COEFFICIENTS)
@@ -22,8 +26,8 @@ _SPAN = tl.constexpr(16 * _expansion.E4M3_SPAN)
 
 
 @triton.jit
-def round_fp16(x, nan, word, STOCHASTIC: tl.constexpr):
-    """Bits (int16) of fp32 `x` as fp16, nearest even or stochastic; 0x7e00 where `nan`."""
+def round_finite_fp16(x, word, STOCHASTIC: tl.constexpr):
+    """Bits (int16) of fp32 `x` as fp16, nearest even or stochastic; not for NaN."""
     bits = x.to(tl.int32, bitcast=True)
     if STOCHASTIC:
         random = (word >> 19).to(tl.int32)
@@ -35,7 +39,26 @@ def round_fp16(x, nan, word, STOCHASTIC: tl.constexpr):
         rounded = value.to(tl.float16).to(tl.int16, bitcast=True) | ((bits >> 16) & 0x8000).to(tl.int16)
     else:
         rounded = x.to(tl.float16).to(tl.int16, bitcast=True)
-    return tl.where(nan, 0x7E00, rounded.to(tl.int32)).to(tl.int16)
+    return rounded
+
+
+@triton.jit
+def round_fp16(x, nan, word, STOCHASTIC: tl.constexpr):
+    """The same, with 0x7e00 where `nan`."""
+    return tl.where(nan, 0x7E00, round_finite_fp16(x, word, STOCHASTIC).to(tl.int32)).to(tl.int16)
+
+
+@triton.jit
+def round_int8(x, word, STOCHASTIC: tl.constexpr):
+    """int8 of fp32 `x`, at most 127 but for the rounding of its scale; nearest even or stochastic; not for NaN."""
+    if STOCHASTIC:
+        fraction = (word >> 15).to(tl.int32).to(tl.float32) * 7.62939453125e-06  # 2^-17
+        whole = (tl.minimum(tl.abs(x), 127.0) + fraction).to(tl.int32)
+        rounded = tl.where(x < 0.0, -whole, whole).to(tl.int8)
+    else:
+        # 1.5 * 2^23: fp32's own addition rounds, and the sum's low byte is the code.
+        rounded = (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    return rounded
 
 
 @triton.jit
@@ -81,6 +104,8 @@ def _value(codes, scale_inv, expansion, table_ptr, inside, FORMAT: tl.constexpr,
         value = fp16_value(codes) * scale_inv[:, None]
     elif FORMAT == E4M3:
         value = codec.value_of(codes, 0, HARDWARE) * scale_inv[:, None]
+    elif FORMAT == INT8:
+        value = codes.to(tl.float32) * scale_inv[:, None]
     else:
         entry = expansion[:, None] * 128 + (codes & 0x7F).to(tl.int32)
         magnitude = tl.load(table_ptr + entry, mask=inside, other=0.0) * scale_inv[:, None]
@@ -159,6 +184,12 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, x, index, row, insi
             if ROOT:
                 codes = tl.where((codes == 0) & (x > 0.0), 1, codes.to(tl.int32)).to(tl.int16)
             tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, codes, mask=inside)
+        elif FORMAT == INT8:
+            scale, scale_inv = codec.block_scale(x, 127.0, 1, HARDWARE)
+            poisoned = (scale_inv != scale_inv)[:, None]
+            codes = round_int8(tl.where(poisoned, 0.0, x * scale[:, None]), word, STOCHASTIC)
+            codes = tl.where(poisoned, 127, codes.to(tl.int32)).to(tl.int8)
+            tl.store(data_ptr + index, codes, mask=inside)
         else:
             scale, scale_inv = codec.block_scale(x, 448.0, 1, HARDWARE)
             if FORMAT == EXPANDED:
