@@ -30,15 +30,16 @@ def make_step(m: str, v: str, master: str, rounding: str, grad: torch.Tensor, nu
 
 
 def moved_bytes(step: AdamStep) -> int:
-    """Everything but the gradient is read and written, the gradient only read."""
+    """States and master are read and written, the gradient only read."""
     held = [
-        step.param,
         *step.exp_avg.tensors().values(),
         *step.exp_avg_sq.tensors().values(),
         *step.master.tensors().values(),
     ]
     read = step.grad.nbytes + (0 if step.grad_scale_inv is None else step.grad_scale_inv.nbytes)
-    return 2 * sum(tensor.nbytes for tensor in held) + read
+    # A weight that is part of its master is read too, any other only written.
+    passes = 2 if step.master.format.startswith("split") else 1
+    return 2 * sum(tensor.nbytes for tensor in held) + passes * step.param.nbytes + read
 
 
 def run(ledger: Ledger, numel: int) -> None:

@@ -97,11 +97,10 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
             raise PlanError(f"fp8/recipe {kind} exists in Transformer Engine only, but fp8/backend is torch; use auto.")
         return "torch"
     if runs:
-        refused = _refuse_codes_in_transformer_engine(settings, notes)
         fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear
         if asked == "auto" and not fuses and crossover.faster_backend(host, kind) == "torch":
             return "torch"
-        return refused or "transformer_engine"
+        return "transformer_engine"
     if kind in BLACKWELL_RECIPES:
         raise PlanError(
             f"fp8/recipe {kind} runs in Transformer Engine only, which does not run here: {why_not}.\n"
@@ -116,28 +115,6 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
         notes.append(
             f"msamp/use_te: Transformer Engine does not run here ({why_not}); backend torch has the same numerics"
         )
-    return "torch"
-
-
-def _refuse_codes_in_transformer_engine(settings: Settings, notes: list[str]) -> str | None:
-    """`torch` where weights travel as codes: te.Linear with codes in its cache ends in an illegal memory access on an H200.
-
-    Seen with Transformer Engine 2.20.2 (docs/gpu.md), while the torch backend is proven there. A backend that the user
-    wrote himself is refused, one that was left to us, or that `use_te` implies, is replaced and told.
-    """
-    level = settings.msamp.level
-    if level is None or level.weight_wire != "e4m3" or settings.fp8.recipe.kind in BLACKWELL_RECIPES:
-        return None
-    asked = "opt_level O3" if level.name == "O3" else "msamp/weight_wire e4m3"
-    reason = (
-        f"{asked} hands FP8 layers their weights as codes, which Transformer Engine's layers do not take safely yet"
-    )
-    if settings.fp8.backend == "transformer_engine" and not settings.msamp.use_te:
-        raise PlanError(
-            f"{reason}, but fp8/backend is transformer_engine.\n"
-            "  Set fp8/backend to auto or torch, or msamp/weight_wire to none, or use opt_level O2."
-        )
-    notes.append(f"{reason}: backend torch, the same numerics")
     return "torch"
 
 

@@ -31,10 +31,6 @@ RECIPES = [Recipe(amax_history_len=4), Recipe(amax_history_len=4, fp8_format="E4
            Recipe(amax_history_len=4, override_linear_precision=HighPrecision(wgrad=True))]  # fmt: skip
 
 
-# An illegal access ends CUDA for the whole process, so not even run; the plan refuses the combination meanwhile.
-pytestmark = pytest.mark.xfail(run=False, reason="illegal memory access with 2.20.2 on an H200 (docs/gpu.md)")
-
-
 class Wide(Pair):
     """No dimension is a multiple of 128: tiles at the edges, scales that need padding."""
 
