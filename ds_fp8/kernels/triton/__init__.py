@@ -4,7 +4,8 @@
     cast.py      one scale per tensor: codes, transposed codes and amax from one read
     blocks.py    1x128 groups and 128x128 tiles of matrix operands
     flat.py      flat partitions: encode, decode, sum over ranks
-    states.py, masters.py, adam.py      the fused optimizer step
+    states.py, masters.py, adam.py      the fused optimizer step;  ordinary.py  its short way
+    segments.py  many weights in one launch
     entry.py     the names that `kernels.dispatch` calls
 
 With TRITON_INTERPRET=1 they run on CPU tensors too and give the same bits: that is how CI checks them.

@@ -10,7 +10,8 @@ follows then needs no case; else nothing is stored, and the general step does th
     hence       the root that is read again lies in [2^-51, 2^11): a zero code of a nonzero root is the smallest code, and
                 its block's amax is less than 2^10; no quotient leaves 2^-120 .. 2^120 (ieee.py)
 
-A program is one warp: a block of 128 elements lies in 16 threads, so amaxes need shuffles, but no barrier.
+A block of 128 elements lies in 16 threads of a warp, so its amaxes need shuffles and no barrier; the look at a tile of two warps is the
+only one.
 """
 
 from __future__ import annotations
