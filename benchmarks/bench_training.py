@@ -56,6 +56,8 @@ SETS: dict[str, list[tuple[str, int, int]]] = {
     ],
 }
 """Name of the sections, ZeRO stage, gradient accumulation."""
+LAST = 20
+"""Steps at the end over which the training loss is averaged."""
 
 
 def free_port() -> int:
@@ -104,17 +106,33 @@ def series(cases: list[tuple[str, int, int]], seeds: list[int], steps: int, out:
     return found
 
 
+def late_loss(metrics: dict[str, Any]) -> float:
+    """Mean training loss over the last steps."""
+    return statistics.mean(loss for _, loss in metrics["curve"]["train"][-LAST:])
+
+
 def table(found: dict[Any, list[dict]]) -> list[str]:
-    """Markdown rows: eval loss of every seed, mean gap to bf16 of the same stage, steps/s."""
-    lines = ["| case | ZeRO | gas | eval loss by seed | mean gap to bf16 | steps/s |", "|---|---|---|---|---|---|"]
+    """Markdown rows: eval loss of every seed, mean gaps to bf16 of the same stage, steps/s.
+
+    The training loss of the last steps is the steadier of the two: many batches, and the same ones for both.
+    """
+    lines = [
+        f"| case | ZeRO | gas | eval loss by seed | mean gap to bf16 | training loss of the last {LAST}, gap | steps/s |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
     for (name, stage, gas), runs in found.items():
         losses = [each["eval_loss"] for each in runs]
         base = [each["eval_loss"] for each in found.get(("bf16", stage, gas), [])]
         gaps = [loss - plain for loss, plain in zip(losses, base, strict=False)]
         gap = f"{statistics.mean(gaps):+.4f}" if gaps and name != "bf16" else "-"
+        late = [
+            late_loss(each) - late_loss(plain)
+            for each, plain in zip(runs, found.get(("bf16", stage, gas), []), strict=False)
+        ]
+        drift = f"{statistics.mean(late):+.4f}" if late and name != "bf16" else "-"
         shown = ", ".join(f"{loss:.4f}" for loss in losses)
         speed = statistics.median(each["steps_per_s"] for each in runs)
-        lines.append(f"| {name} | {stage} | {gas} | {shown} | {gap} | {speed:.2f} |")
+        lines.append(f"| {name} | {stage} | {gas} | {shown} | {gap} | {drift} | {speed:.2f} |")
     return lines
 
 
