@@ -75,10 +75,12 @@ def simulated(world_size: int, numel: int, wires: list[str]) -> list[dict[str, A
                 fmt = FORMATS[name]
                 total = contribution(0, numel, distribution, correlation)
                 for rank in range(1, world_size):
-                    codes, scale_inv = kernels.flat_encode(contribution(rank, numel, distribution, correlation), fmt)
+                    codes, scale_inv = kernels.flat_encode(
+                        contribution(rank, numel, distribution, correlation), fmt, fitted=True
+                    )
                     total += kernels.flat_decode(codes, scale_inv, fmt)
                 total /= world_size
-                again = kernels.flat_decode(*kernels.flat_encode(total, fmt), fmt)
+                again = kernels.flat_decode(*kernels.flat_encode(total, fmt, fitted=True), fmt)
                 rows.append(
                     {
                         "world_size": world_size,

@@ -5,8 +5,8 @@ have different amounts of each. `all_gather_into_tensor` wants equal shares and 
 than FP8 saves (an embedding fills one rank with 16-bit weights). So equal shares go by one all-gather, and unequal
 ones as one broadcast per owner, all in flight together; either way a byte crosses the network once per receiver.
 
-gloo's own all-gather is three to eight times slower than its broadcasts and all_to_all on the same bytes (torch 2.13,
-13 MB over a loopback, benchmarks/bench_wire.py measures around it), so on the CPU those two do the work.
+gloo's own all-gather was three to eight times slower than its broadcasts and all_to_all on the same bytes (torch 2.13,
+13 MB over a loopback; one microbenchmark on a busy machine, not repeated), so on the CPU those two do the work.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from . import scratch as scratch_memory
 from .counters import all_gather_bytes, counters
 from .route import Route, group_ranks
 
@@ -51,32 +52,27 @@ def all_gather_shares(store: Tensor, bounds: Sequence[int], group: Any, *, kind:
             handle.wait()
 
 
-def gather_messages(message: Tensor, route: Route) -> tuple[Any, list[Tensor]]:
-    """Send `message` [n] uint8, of equal size on all ranks, to everyone: (handle, all messages by rank).
+def gather_messages(message: Tensor, route: Route) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """Send `message` [n] uint8, of equal size on all ranks, to everyone: (handle, all messages by rank, scratch).
 
     The messages may be read once the handle's wait has returned; the own one is `message` itself where that saves a copy.
+    The scratch holds them and what is being sent: keep it until the wait, give it back when they have been read.
     """
     size, others = message.numel(), route.world_size - 1
     if message.device.type != "cpu":
         gathered = torch.empty(route.world_size * size, dtype=torch.uint8, device=message.device)
         work = dist.all_gather_into_tensor(gathered, message, group=route.group, async_op=True)
-        return work, list(gathered.split(size))
-    send = message.repeat(others) if others > 1 else message
+        return work, list(gathered.split(size)), [gathered, message]
+    scratch = [message]
+    send = message
+    if others > 1:
+        send = scratch_memory.take(others * size, message.device)
+        send.view(others, size).copy_(message)
+        scratch.append(send)
     splits = [0 if rank == route.rank else size for rank in range(route.world_size)]
-    gathered = torch.empty(others * size, dtype=torch.uint8)
+    gathered = scratch_memory.take(others * size, message.device)
+    scratch.append(gathered)
     work = dist.all_to_all_single(gathered, send, splits, splits, group=route.group, async_op=True)
     rows = list(gathered.split(size))
     rows.insert(route.rank, message)
-    return _Keeping(work, send), rows
-
-
-class _Keeping:
-    """A handle that keeps what is being sent alive until it has been waited for."""
-
-    def __init__(self, work: Any, sent: Tensor):
-        self.work, self.sent = work, sent
-
-    def wait(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        del self.sent
+    return work, rows, scratch

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..formats import BLOCK_SIZE
+from . import scratch
 from .counters import all_gather_bytes, all_reduce_bytes, counters
 from .gather import gather_messages
 from .route import Route, flat_route
@@ -91,29 +92,22 @@ def _finish(
 ) -> None:
     """One round has arrived: sum it, and put it where it belongs."""
     numel = own.numel()
-    total = own_share(own, average, None if out is None else out[start : start + numel])
-    _add_received(exchange, total, wire, average)
+    total = _sum_received(exchange, own, wire, average, None if out is None else out[start : start + numel])
     if deliver is not None and numel:
         deliver(start, total)
 
 
-def own_share(own: Tensor, average: float, out: Tensor | None = None) -> Tensor:
-    """The owner's contribution, in fp32 times `average`: it does not travel, so it enters the sum without a cast."""
-    if out is None:
-        out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
-    if own.dtype == out.dtype:
-        return torch.mul(own, average, out=out)
-    out.copy_(own)
-    return out if average == 1.0 else out.mul_(average)
-
-
 @dataclass
 class Exchange:
-    """One round on its way: the handle, what arrives, and what is sent and must live until then."""
+    """One round on its way: the handle, what arrives, and what is sent and must live until then. Both are scratch."""
 
     handle: Any
     received: Tensor
     sent: Tensor
+
+    def give_back(self) -> None:
+        """After the wait, when what was received has been read."""
+        scratch.give_back(self.received, self.sent)
 
 
 def _start_exchange(parts: list[Tensor], route: Route, wire: Wire) -> Exchange | None:
@@ -129,8 +123,8 @@ def _start_exchange(parts: list[Tensor], route: Route, wire: Wire) -> Exchange |
         dtype, sizes = torch.uint8, [message_bytes(n) for n in numels]
     sending = [0 if d == rank else sizes[d] for d in range(world_size)]
     arriving = [0 if d == rank else sizes[rank] for d in range(world_size)]
-    send = torch.empty(sum(sending), dtype=dtype, device=device)
-    received = torch.empty(sum(arriving), dtype=dtype, device=device)
+    send = scratch.take(sum(sending) * dtype.itemsize, device).view(dtype)
+    received = scratch.take(sum(arriving) * dtype.itemsize, device).view(dtype)
     for d, message in zip(range(world_size), send.split(sending), strict=True):
         if d == rank:
             continue
@@ -147,21 +141,40 @@ def _start_exchange(parts: list[Tensor], route: Route, wire: Wire) -> Exchange |
     return Exchange(handle, received, send)
 
 
-def _add_received(exchange: Exchange | None, total: Tensor, wire: Wire, average: float) -> None:
-    """Add what the others sent to `total`, in rank order."""
+def _sum_received(exchange: Exchange | None, own: Tensor, wire: Wire, average: float, out: Tensor | None) -> Tensor:
+    """fp32 sum of the own contribution and what the others sent, in rank order, times `average`.
+
+    The own one does not travel, so it enters the sum without a cast.
+    """
+    codes = _wait_for_codes(exchange, own, wire)
+    if codes is not None:
+        total = kernels.flat_sum(*codes, wire.fmt, factor=average, out=out, own=own)  # type: ignore[arg-type]
+        exchange.give_back()  # type: ignore[union-attr]
+        return total
+    if out is None:
+        out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
+    if own.dtype == out.dtype:
+        torch.mul(own, average, out=out)
+    else:
+        out.copy_(own).mul_(average)
+    if exchange is not None and own.numel():
+        for contribution in exchange.received.view(-1, own.numel()):
+            out.add_(contribution, alpha=average)
+    if exchange is not None:
+        exchange.give_back()
+    return out
+
+
+def _wait_for_codes(exchange: Exchange | None, own: Tensor, wire: Wire) -> tuple[Tensor, Tensor] | None:
+    """Wait; codes [W - 1, n] and scale_inv of the others. None where none were sent: one rank, no cast, an empty slice."""
     if exchange is None:
-        return
+        return None
     if exchange.handle is not None:
         exchange.handle.wait()
-    numel = total.numel()
-    if numel == 0:
-        return
-    if wire.fmt is None:
-        for contribution in exchange.received.view(-1, numel):
-            total.add_(contribution, alpha=average)
-        return
-    codes, scale_inv = message_views(exchange.received.view(-1, message_bytes(numel)), numel)
-    total.add_(kernels.flat_sum(codes, scale_inv, wire.fmt, factor=average))
+    numel = own.numel()
+    if wire.fmt is None or numel == 0:
+        return None
+    return message_views(exchange.received.view(-1, message_bytes(numel)), numel)
 
 
 def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) -> Tensor:
@@ -209,29 +222,33 @@ def owner_bounds(numel: int, world_size: int) -> list[int]:
 
 def _start_gather(
     exchange: Exchange | None, parts: list[Tensor], route: Route, wire: Wire, average: float
-) -> tuple[Any, list[Tensor], list[Tensor]]:
+) -> tuple[Any, list[Tensor], list[Tensor], list[Tensor]]:
     """Finish the sum of the own share, cast it again and send it to everyone."""
     own = parts[route.rank]
-    total = own_share(own, average)
-    _add_received(exchange, total, wire, average)
+    received = _wait_for_codes(exchange, own, wire)
     # Every rank sends as much as the largest share takes, so that messages are equal.
     size = message_bytes(parts[0].numel())
-    message = torch.empty(size, dtype=torch.uint8, device=own.device)
-    write_message(total, wire.fmt, message)  # type: ignore[arg-type]
-    work, rows = gather_messages(message, route)
+    message = scratch.take(size, own.device)
+    if received is not None:
+        target = message_views(message, own.numel())
+        kernels.flat_sum_encode(*received, wire.fmt, factor=average, own=own, fitted=True, out=target)  # type: ignore[arg-type]
+    if exchange is not None:
+        exchange.give_back()
+    work, rows, buffers = gather_messages(message, route)
     code_bytes = all_gather_bytes(own.numel(), route.world_size)
     counters.add("gradient", code_bytes)
     counters.add("scale", all_gather_bytes(size, route.world_size) - code_bytes)
-    return work, rows, parts
+    return work, rows, buffers, parts
 
 
-def _decode_gathered(work: Any, rows: list[Tensor], parts: list[Tensor], wire: Wire) -> None:
+def _decode_gathered(work: Any, rows: list[Tensor], buffers: list[Tensor], parts: list[Tensor], wire: Wire) -> None:
     if work is not None:
         work.wait()
     for row, part in zip(rows, parts, strict=True):
         if part.numel():
             codes, scale_inv = message_views(row, part.numel())
             kernels.flat_decode(codes, scale_inv, wire.fmt, out=part)
+    scratch.give_back(*buffers)
 
 
 def _reduce_two_level(

@@ -8,8 +8,9 @@ an object with a string `path` and (some of) these functions, which compute the 
     amax_many(tensors)   quantize_many(tensors, scales, fmt, codes)
     quantize_with_amax(x, scale, fmt)   dequantize_1x128(codes, scale_inv, dtype)   dequantize_128x128(...)
     quantize_1x128(x, fmt, power_of_two)   quantize_128x128(x, fmt, power_of_two)
-    flat_encode(x, fmt, rounding)   flat_decode(codes, scale_inv, fmt, out, dtype)
-    flat_sum(codes, scale_inv, fmt, factor, out)   flat_sum_encode(codes, scale_inv, fmt, factor, out_fmt)
+    flat_encode(x, fmt, rounding, fitted, out)   flat_decode(codes, scale_inv, fmt, out, dtype)
+    flat_sum(codes, scale_inv, fmt, factor, out, own)
+    flat_sum_encode(codes, scale_inv, fmt, factor, out_fmt, own, fitted, out)
     adam_step(step)
 
 A function that it lacks, or that returns NotImplemented for these dtypes or strides, is done by PyTorch: same bits.
@@ -141,11 +142,19 @@ def dequantize_128x128(
 
 
 def flat_encode(
-    x: torch.Tensor, fmt: Format, *, rounding: Stochastic | None = None
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    rounding: Stochastic | None = None,
+    fitted: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See numerics.flat.encode: codes (uint8 [n]) and scale_inv (fp32 [blocks])."""
-    result = _fast("flat_encode", x, x, fmt, rounding)
-    return flat.encode(x, fmt, rounding=rounding) if result is NotImplemented else result
+    if _rows_contiguous(*(out or ())):
+        result = _fast("flat_encode", x, x, fmt, rounding, fitted, out)
+        if result is not NotImplemented:
+            return result
+    return flat.encode(x, fmt, rounding=rounding, fitted=fitted, out=out)
 
 
 def flat_decode(
@@ -171,13 +180,14 @@ def flat_sum(
     *,
     factor: float = 1.0,
     out: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See numerics.flat.sum_contributions: fp32 sum over ranks in rank order, times `factor`."""
-    if _rows_contiguous(codes, scale_inv) and (out is None or out.is_contiguous()):
-        result = _call("flat_sum", codes.device, codes, scale_inv, fmt, factor, out)
+    if _rows_contiguous(codes, scale_inv) and all(t is None or t.is_contiguous() for t in (out, own)):
+        result = _call("flat_sum", codes.device, codes, scale_inv, fmt, factor, out, own)
         if result is not NotImplemented:
             return result
-    return flat.sum_contributions(codes, scale_inv, fmt, factor=factor, out=out)
+    return flat.sum_contributions(codes, scale_inv, fmt, factor=factor, out=out, own=own)
 
 
 def flat_sum_encode(
@@ -187,13 +197,16 @@ def flat_sum_encode(
     *,
     factor: float = 1.0,
     out_fmt: Format | None = None,
+    own: torch.Tensor | None = None,
+    fitted: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See numerics.flat.sum_and_encode: the sum, requantised."""
-    if _rows_contiguous(codes, scale_inv):
-        result = _call("flat_sum_encode", codes.device, codes, scale_inv, fmt, factor, out_fmt or fmt)
+    if _rows_contiguous(codes, scale_inv, *(out or ())) and (own is None or own.is_contiguous()):
+        result = _call("flat_sum_encode", codes.device, codes, scale_inv, fmt, factor, out_fmt or fmt, own, fitted, out)
         if result is not NotImplemented:
             return result
-    return flat.sum_and_encode(codes, scale_inv, fmt, factor=factor, out_fmt=out_fmt)
+    return flat.sum_and_encode(codes, scale_inv, fmt, factor=factor, out_fmt=out_fmt, own=own, fitted=fitted, out=out)
 
 
 def adam_step(step: AdamStep) -> None:

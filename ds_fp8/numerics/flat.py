@@ -9,6 +9,9 @@ vector, not to a tensor, make one code serve all ZeRO stages and offload. For a 
     decoded   = code * scale_inv                      in fp32, then rounded to the wanted dtype
 
 The scale is exact, not a power of two: with powers of two an 8-bit state freezes (docs/numerics.md). No fma anywhere.
+`fitted` blocks, as gradients travel, take the better of two scales: amax at format.max, which is 1.75 * 2^n, or at 2^n. The
+spacing of codes doubles at each power of two, so no one place of amax suits all blocks; both are exact codes, so amax
+itself survives. Better is the smaller squared error of the block (summed by halves: i + 64 onto i, i + 32 onto i, ...).
 A block that holds infinity or NaN gets scale_inv = NaN and the code 0x7f everywhere, so all of it decodes to NaN and
 an overflow on one rank is seen by every rank. Signs are kept, that of zero too. The last block may be short.
 Source: block-wise 8-bit optimizers (arXiv 2110.02861) for the idea of blocks; the rule is ours.
@@ -62,12 +65,57 @@ def round_fp8(x: torch.Tensor, fmt: Format, rounding: Stochastic | None) -> torc
     return torch.where(x.isnan(), torch.full_like(codes, NAN_CODE), codes)
 
 
-def encode(x: torch.Tensor, fmt: Format, *, rounding: Stochastic | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (uint8 [n]) and scale_inv (fp32 [ceil(n / 128)]) of `x` [n], fp32, bf16 or fp16."""
+def encode(
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    rounding: Stochastic | None = None,
+    fitted: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8 [n]) and scale_inv (fp32 [ceil(n / 128)]) of `x` [n], fp32, bf16 or fp16.
+
+    fitted  each block takes the better of two scales; with rounding to nearest only
+    out     where the two go, and what is returned
+    """
     values = x.detach().float()
-    scale_inv = block_scale_inv(values, fmt.max)
-    scaled = values * spread(torch.reciprocal(scale_inv), values.numel())
-    return round_fp8(scaled, fmt, rounding), scale_inv
+    if fitted:
+        assert rounding is None, "the better scale is chosen for rounding to nearest"
+        codes, scale_inv = encode_fitted(values, fmt)
+    else:
+        scale_inv = block_scale_inv(values, fmt.max)
+        scaled = values * spread(torch.reciprocal(scale_inv), values.numel())
+        codes = round_fp8(scaled, fmt, rounding)
+    return (codes, scale_inv) if out is None else (out[0].copy_(codes), out[1].copy_(scale_inv))
+
+
+def encode_fitted(values: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode` of fp32 `values` [n] under the better of two scales."""
+    made = []
+    for top in (fmt.max, lower_top(fmt)):
+        scale_inv = block_scale_inv(values, top)
+        scaled = values * spread(torch.reciprocal(scale_inv), values.numel())
+        codes = round_fp8(scaled, fmt, None)
+        missed = as_codes(codes, fmt).float() - scaled
+        made.append((codes, scale_inv, fold(as_blocks(missed * missed))))
+    (upper, upper_inv, upper_error), (lower, lower_inv, lower_error) = made
+    # Errors are in units of the codes; (top / lower_top)^2 = 49 / 16 is exact. A block of NaN takes the first.
+    is_lower = lower_error * (49 / 16) < upper_error
+    return torch.where(spread(is_lower, values.numel()), lower, upper), torch.where(is_lower, lower_inv, upper_inv)
+
+
+def lower_top(fmt: Format) -> float:
+    """The power of two below the format's maximum: 256 or 32768."""
+    return fmt.max * 4 / 7
+
+
+def fold(blocks: torch.Tensor) -> torch.Tensor:
+    """Sums of [blocks, 128] by halves: one order of additions, which vectors of any width can follow."""
+    width = blocks.shape[1]
+    while width > 1:
+        width //= 2
+        blocks = blocks[:, :width] + blocks[:, width:]
+    return blocks[:, 0]
 
 
 def decode(
@@ -90,15 +138,17 @@ def sum_contributions(
     *,
     factor: float = 1.0,
     out: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the ranks' contributions, times `factor`: what the owner of a slice does with the bytes it received.
 
+    own   [n], fp32, bf16 or fp16: the owner's contribution, never cast, with which the sum begins
     codes [W, n] uint8, scale_inv [W, ceil(n / 128)] fp32; rows may be strided views of one message
     returns `out`, or fp32 [n]. In fp32 and in rank order: total = d_0; total = total + d_w; total = total * factor;
     each operation rounded (no fma), then once to out's dtype.
     """
-    total = decode(codes[0], scale_inv[0], fmt)
-    for rank in range(1, codes.shape[0]):
+    total = decode(codes[0], scale_inv[0], fmt) if own is None else own.detach().float().clone()
+    for rank in range(1 if own is None else 0, codes.shape[0]):
         total.add_(decode(codes[rank], scale_inv[rank], fmt))
     total.mul_(factor)
     return total if out is None else out.copy_(total)
@@ -111,6 +161,10 @@ def sum_and_encode(
     *,
     factor: float = 1.0,
     out_fmt: Format | None = None,
+    own: torch.Tensor | None = None,
+    fitted: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode(sum_contributions(...), out_fmt or fmt)`: the requantised sum that stage 0 gathers."""
-    return encode(sum_contributions(codes, scale_inv, fmt, factor=factor), out_fmt or fmt)
+    total = sum_contributions(codes, scale_inv, fmt, factor=factor, own=own)
+    return encode(total, out_fmt or fmt, fitted=fitted, out=out)

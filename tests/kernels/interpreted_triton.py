@@ -71,9 +71,10 @@ def test_flat_codes_scales_and_values_are_the_references(fmt, dtype):
     """5001 elements: 39 full blocks and a short one."""
     x = wide(5001).to(dtype)
     codes, scale_inv = torch.empty(5001, dtype=torch.uint8), torch.empty(40)
-    flat.encode(x, fmt, codes, scale_inv)
-    wanted, wanted_scale_inv = reference.encode(x, fmt)
-    assert torch.equal(codes, wanted) and torch.equal(scale_inv, wanted_scale_inv)
+    for fitted in (True, False):
+        flat.encode(x, fmt, codes, scale_inv, None, fitted)
+        wanted, wanted_scale_inv = reference.encode(x, fmt, fitted=fitted)
+        assert torch.equal(codes, wanted) and torch.equal(scale_inv, wanted_scale_inv)
     out = torch.empty(5001, dtype=dtype)
     flat.decode(codes, scale_inv, fmt, out)
     assert torch.equal(out, reference.decode(codes, scale_inv, fmt, dtype=dtype))
@@ -116,13 +117,16 @@ def test_sum_over_ranks_is_in_rank_order_and_unfused(fmt, world):
     for rank in range(world):
         one, scales = reference.encode(contributions[rank], fmt)
         codes[rank], scale_inv[rank] = one, scales
-    out = torch.empty(1000)
-    flat.sum_contributions(codes, scale_inv, fmt, 1 / 3, out)
-    assert torch.equal(out, reference.sum_contributions(codes, scale_inv, fmt, factor=1 / 3))
-    again, again_scale_inv = torch.empty(1000, dtype=torch.uint8), torch.empty(8)
-    flat.sum_and_encode(codes, scale_inv, fmt, 1 / 3, E4M3, again, again_scale_inv)
-    wanted, wanted_scale_inv = reference.sum_and_encode(codes, scale_inv, fmt, factor=1 / 3, out_fmt=E4M3)
-    assert torch.equal(again, wanted) and torch.equal(again_scale_inv, wanted_scale_inv)
+    for own, fitted in ((None, False), (wide(1000, 9).bfloat16(), True)):
+        out = torch.empty(1000)
+        flat.sum_contributions(codes, scale_inv, fmt, 1 / 3, out, own)
+        assert torch.equal(out, reference.sum_contributions(codes, scale_inv, fmt, factor=1 / 3, own=own))
+        again, again_scale_inv = torch.empty(1000, dtype=torch.uint8), torch.empty(8)
+        flat.sum_and_encode(codes, scale_inv, fmt, 1 / 3, E4M3, again, again_scale_inv, own, fitted)
+        wanted, wanted_scale_inv = reference.sum_and_encode(
+            codes, scale_inv, fmt, factor=1 / 3, out_fmt=E4M3, own=own, fitted=fitted
+        )
+        assert torch.equal(again, wanted) and torch.equal(again_scale_inv, wanted_scale_inv)
 
 
 @FORMATS

@@ -107,6 +107,18 @@ def test_flat_round_trip(path, fmt, dtype, numel):
             assert same_values(values, flat.decode(codes, scale_inv, fmt, dtype=out))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [0, 1, 127, 128, 4096 + 17])
+def test_fitted_blocks_choose_the_same_scale(path, fmt, dtype, numel):
+    """The squared errors that decide are summed in one order, whatever the width of a vector; no padding is judged."""
+    x = samples(numel, seed=2 + numel).to(dtype)
+    codes, scale_inv = torch.empty(numel, dtype=torch.uint8), torch.empty(flat.blocks_of(numel))
+    found = fast_flat.encode(x, fmt, fitted=True, out=(codes, scale_inv))
+    expected, expected_scale_inv = flat.encode(x, fmt, fitted=True)
+    assert found[0] is codes and torch.equal(codes, expected)
+    assert same_values(scale_inv, expected_scale_inv)
+
+
 def test_flat_blocks_that_are_zero_tiny_or_not_finite(path, fmt):
     """A zero block and one of subnormals stay finite; NaN or inf spoils exactly its own block."""
     x = samples(7 * 128, seed=3)
@@ -115,6 +127,10 @@ def test_flat_blocks_that_are_zero_tiny_or_not_finite(path, fmt):
     x[300] = float("nan")
     x[500] = -float("inf")
     x[640:768] = 3.4e38
+    codes, scale_inv = fast_flat.encode(x, fmt, fitted=True)
+    expected, expected_scale_inv = flat.encode(x, fmt, fitted=True)
+    assert torch.equal(codes, expected)
+    assert same_values(scale_inv, expected_scale_inv)
     codes, scale_inv = fast_flat.encode(x, fmt)
     expected, expected_scale_inv = flat.encode(x, fmt)
     assert torch.equal(codes, expected)
@@ -132,14 +148,18 @@ def test_sum_over_ranks(path, fmt, world_size, numel):
     scale_inv = torch.stack([scales for _, scales in encoded])
     for rank, (row, _) in enumerate(encoded):
         codes[rank] = row
+    own = samples(numel, seed=99)
     for dtype in DTYPES:
         out = torch.empty(numel, dtype=dtype)
         fast_flat.sum_contributions(codes, scale_inv, fmt, factor=1 / world_size, out=out)
         expected = flat.sum_contributions(codes, scale_inv, fmt, factor=1 / world_size, out=torch.empty_like(out))
         assert same_values(out, expected)
-    for out_fmt in (None, E5M2):
-        got = fast_flat.sum_and_encode(codes, scale_inv, fmt, factor=0.3, out_fmt=out_fmt)
-        expected_pair = flat.sum_and_encode(codes, scale_inv, fmt, factor=0.3, out_fmt=out_fmt)
+        mine = own.to(dtype)
+        expected = flat.sum_contributions(codes, scale_inv, fmt, factor=0.3, own=mine)
+        assert same_values(fast_flat.sum_contributions(codes, scale_inv, fmt, 0.3, own=mine), expected)
+    for out_fmt, how in ((None, {}), (E5M2, {}), (None, {"own": own.bfloat16(), "fitted": True})):
+        got = fast_flat.sum_and_encode(codes, scale_inv, fmt, factor=0.3, out_fmt=out_fmt, **how)
+        expected_pair = flat.sum_and_encode(codes, scale_inv, fmt, factor=0.3, out_fmt=out_fmt, **how)
         assert torch.equal(got[0], expected_pair[0])
         assert torch.equal(got[1], expected_pair[1])
 

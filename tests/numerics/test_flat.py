@@ -135,6 +135,26 @@ def test_expansion_keeps_every_nonzero_of_a_narrow_block(numel, seed, exponent):
     assert torch.allclose(amax_at_each(back), amax_at_each(x), rtol=2.0**-21, atol=0)
 
 
+@pytest.mark.parametrize("fmt", [E4M3, E5M2])
+def test_a_fitted_block_is_never_worse_and_keeps_its_amax(fmt):
+    """Two places for amax, the format's maximum and the power of two below it: each block takes the better one.
+
+    On normal numbers the error falls from .0257 to .0243 in e4m3, on lognormal ones (s = 2) by a fifth: a few large
+    elements decide, and one scale of two hits them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(128 * 512, generator=generator)
+    wide = normal * (2 * torch.randn(128 * 512, generator=generator)).exp()
+    for x, gain in ((normal, 0.96), (wide, 0.85)):
+        errors = []
+        for fitted in (False, True):
+            back = flat.decode(*flat.encode(x, fmt, fitted=fitted), fmt)
+            assert torch.allclose(amax_at_each(back), amax_at_each(x), rtol=2.0**-22, atol=0)
+            errors.append(flat.as_blocks(back - x).square().sum(1))
+        assert (errors[1] <= errors[0] * (1 + 2.0**-18)).all()
+        assert (errors[1].sum() / errors[0].sum()).sqrt() < gain
+
+
 def test_expansion_halves_the_error_of_plain_e4m3():
     """Normal numbers, 128 to a block: they span 8 of the 17.8 powers of two, so k is about 2 and the error about half."""
     x = torch.randn(128 * 64, generator=torch.Generator().manual_seed(0))

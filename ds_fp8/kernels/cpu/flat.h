@@ -46,6 +46,69 @@ INLINE float encode_flat_block(uint8_t* codes, const Block& block, int count, bo
     return scale_inv;
 }
 
+// Sum of 128 floats by halves: element i + 64 onto i, then i + 32, and so on, whatever the width of a vector.
+INLINE float fold(Block& x) {
+#pragma GCC unroll 8
+    for (int half = VECTORS / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) x.v[i] += x.v[i + half];
+#if defined(__AVX512F__)
+    __m512 all = (__m512)x.v[0];
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_shuffle_ps(two, two, 1));
+#else
+    Floats v = x.v[0];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+#endif
+}
+
+// Nearest codes of x * scale, which lies within the format; returns the squared error, in units of the codes.
+template <class F>
+INLINE float encode_and_judge(uint8_t* codes, const Block& x, Floats scale) {
+    Block error;
+    each_vector([&](int i) {
+        Floats v = x.v[i] * scale, rounded;
+        Words bits = bits_of(v);
+        Words code = encode_magnitude<F::MANTISSA, F::BIAS>(bits & MAGNITUDE, rounded);
+        store(codes + i * LANES, low_bytes(code | ((bits >> 24) & 0x80u)));
+        Floats missed = rounded - floats_of(bits & MAGNITUDE);
+        error.v[i] = missed * missed;
+    });
+    return fold(error);
+}
+
+// Codes of one block under the better of two scales: amax at the format's maximum, 1.75 * 2^n, or at 2^n. No scale suits
+// all blocks, for the spacing of codes doubles at each power of two; both bring amax to a code that is exact.
+template <class F>
+INLINE float encode_fitted_block(uint8_t* codes, Block& block, int count) {
+    constexpr float LOWER = F::MAX * 4 / 7, RATIO = 49.0f / 16.0f;  // RATIO: (MAX / LOWER)^2
+    uint32_t amax = block_amax(block);
+    float scale_inv = block_scale_inv(amax, F::MAX);
+    if (__builtin_expect(amax >= INFINITE, 0)) {
+        for (int i = 0; i < count; i++) codes[i] = NAN_CODE;
+        return scale_inv;
+    }
+    if (__builtin_expect(count != BLOCK, 0)) {  // what pads a short block must not be judged
+        float staged[BLOCK];
+        each_vector([&](int i) { store(staged + i * LANES, block.v[i]); });
+        for (int i = count; i < BLOCK; i++) staged[i] = 0;
+        each_vector([&](int i) { block.v[i] = load<Floats>(staged + i * LANES); });
+    }
+    uint8_t made[2][BLOCK];
+    float other_inv = block_scale_inv(amax, LOWER);
+    float upper = encode_and_judge<F>(made[0], block, splat(1.0f / scale_inv));
+    float lower = encode_and_judge<F>(made[1], block, splat(1.0f / other_inv));
+    bool take_lower = lower * RATIO < upper;
+    if (__builtin_expect(count == BLOCK, 1))
+        __builtin_memcpy(codes, made[take_lower], BLOCK);
+    else
+        for (int i = 0; i < count; i++) codes[i] = made[take_lower][i];
+    return take_lower ? other_inv : scale_inv;
+}
+
 template <class D, class F>
 void flat_encode_range(const FlatEncodeJob& job, int64_t first, int64_t last) {
     const typename D::Type* x = static_cast<const typename D::Type*>(job.x);
@@ -53,20 +116,37 @@ void flat_encode_range(const FlatEncodeJob& job, int64_t first, int64_t last) {
         int count = elements_in_block(b, job.numel);
         Block block;
         read_block<D>(block, x + b * BLOCK, count);
+        if (job.fitted) {
+            job.scale_inv[b] = encode_fitted_block<F>(job.codes + b * BLOCK, block, count);
+            continue;
+        }
         job.scale_inv[b] = encode_flat_block<F>(job.codes + b * BLOCK, block, count, job.stochastic,
                                                 job.first + uint32_t(b * BLOCK), {job.key, 0});
     }
 }
 
-// D: type of `out`, F: format of the contributions, G: format of the sum encoded again.
+INLINE void read_own(Block& own, const FlatSumJob& job, int64_t b, int count) {
+    const uint16_t* halves = static_cast<const uint16_t*>(job.own) + b * BLOCK;
+    if (job.own_dtype == FP32) read_block<Fp32>(own, static_cast<const float*>(job.own) + b * BLOCK, count);
+    else if (job.own_dtype == BF16) read_block<Bf16>(own, halves, count);
+    else read_block<Fp16>(own, halves, count);
+}
+
+template <class G>
+INLINE float encode_sum(uint8_t* codes, Block& sum, int count, bool fitted) {
+    return fitted ? encode_fitted_block<G>(codes, sum, count) : encode_flat_block<G>(codes, sum, count, false, 0, {});
+}
+
+// D: type of `out`, F: format of the contributions.
 template <class D, class F>
 void flat_sum_range(const FlatSumJob& job, int64_t first, int64_t last) {
     typename D::Type* out = static_cast<typename D::Type*>(job.out);
     for (int64_t b = first; b < last; b++) {
         int count = elements_in_block(b, job.numel);
         Block sum;
-        decode_block<F>(sum, job.codes + b * BLOCK, job.scale_inv[b], count);
-        for (int64_t w = 1; w < job.contributions; w++) {
+        if (job.own) read_own(sum, job, b, count);
+        else decode_block<F>(sum, job.codes + b * BLOCK, job.scale_inv[b], count);
+        for (int64_t w = job.own ? 0 : 1; w < job.contributions; w++) {
             Block one;
             decode_block<F>(one, job.codes + w * job.codes_stride + b * BLOCK, job.scale_inv[w * job.scale_stride + b],
                             count);
@@ -76,8 +156,8 @@ void flat_sum_range(const FlatSumJob& job, int64_t first, int64_t last) {
         if (out) write_block<D>(out + b * BLOCK, sum, count);
         if (!job.out_codes) continue;
         uint8_t* codes = job.out_codes + b * BLOCK;
-        job.out_scale_inv[b] = job.out_fmt == E4M3 ? encode_flat_block<E4m3>(codes, sum, count, false, 0, {})
-                                                   : encode_flat_block<E5m2>(codes, sum, count, false, 0, {});
+        job.out_scale_inv[b] = job.out_fmt == E4M3 ? encode_sum<E4m3>(codes, sum, count, job.fitted)
+                                                   : encode_sum<E5m2>(codes, sum, count, job.fitted);
     }
 }
 

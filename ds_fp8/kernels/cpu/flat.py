@@ -11,25 +11,30 @@ from . import jobs
 from .casts import blocks_of, decode_into, readable, run
 
 
-def encode(x: Tensor, fmt: Format, rounding: Stochastic | None = None) -> tuple[Tensor, Tensor]:
-    """x [n], fp32, bf16 or fp16 -> codes uint8 [n], scale_inv fp32 [ceil(n / 128)]; one pass over x."""
+def encode(
+    x: Tensor,
+    fmt: Format,
+    rounding: Stochastic | None = None,
+    fitted: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x [n], fp32, bf16 or fp16 -> codes uint8 [n], scale_inv fp32 [ceil(n / 128)]; one pass over x.
+
+    out  contiguous buffers of the caller, say a message that is about to be sent
+    """
     x = readable(x.detach())
-    codes = torch.empty(x.numel(), dtype=torch.uint8)
-    scale_inv = torch.empty(blocks_of(x.numel()), dtype=torch.float32)
-    encode_into(x, fmt, codes, scale_inv, rounding=rounding)
-    return codes, scale_inv
-
-
-def encode_into(
-    x: Tensor, fmt: Format, codes: Tensor, scale_inv: Tensor, *, rounding: Stochastic | None = None
-) -> None:
-    """The same into the caller's contiguous buffers, say a message that is about to be sent."""
+    codes, scale_inv = out or _new_codes(x.numel())
     job = jobs.FlatEncodeJob(
         x.data_ptr(), codes.data_ptr(), scale_inv.data_ptr(), x.numel(), jobs.DTYPES[x.dtype],
         jobs.FORMATS[fmt.name], rounding is not None, rounding.key if rounding else 0,
-        rounding.first & 0xFFFFFFFF if rounding else 0, 0,
+        rounding.first & 0xFFFFFFFF if rounding else 0, fitted,
     )  # fmt: skip
     run(jobs.FLAT_ENCODE, job, blocks_of(x.numel()))
+    return codes, scale_inv
+
+
+def _new_codes(numel: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(numel, dtype=torch.uint8), torch.empty(blocks_of(numel), dtype=torch.float32)
 
 
 def decode(
@@ -42,22 +47,36 @@ def decode(
 
 
 def sum_contributions(
-    codes: Tensor, scale_inv: Tensor, fmt: Format, factor: float = 1.0, out: Tensor | None = None
+    codes: Tensor,
+    scale_inv: Tensor,
+    fmt: Format,
+    factor: float = 1.0,
+    out: Tensor | None = None,
+    own: Tensor | None = None,
 ) -> Tensor:
-    """codes [W, n], scale_inv [W, blocks] (rows may be strided) -> fp32 [n] or `out`: factor * sum in rank order."""
+    """codes [W, n], scale_inv [W, blocks] (rows may be strided) -> fp32 [n] or `out`: factor * sum in rank order.
+
+    own  [n], fp32, bf16 or fp16: a contribution that was never cast, the first of the sum; may be `out` itself
+    """
     target = _target(codes.shape[1], out, torch.float32)
-    _sum(codes, scale_inv, fmt, factor, target, None, None, fmt)
+    _sum(codes, scale_inv, fmt, factor, own, target, None, fmt, False)
     return _deliver(target, out, torch.float32)
 
 
 def sum_and_encode(
-    codes: Tensor, scale_inv: Tensor, fmt: Format, factor: float = 1.0, out_fmt: Format | None = None
+    codes: Tensor,
+    scale_inv: Tensor,
+    fmt: Format,
+    factor: float = 1.0,
+    out_fmt: Format | None = None,
+    own: Tensor | None = None,
+    fitted: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`encode(sum_contributions(...), out_fmt or fmt)` in one pass: no fp32 sum in memory."""
-    out_codes = torch.empty(codes.shape[1], dtype=torch.uint8)
-    out_scale_inv = torch.empty(blocks_of(codes.shape[1]), dtype=torch.float32)
-    _sum(codes, scale_inv, fmt, factor, None, out_codes, out_scale_inv, out_fmt or fmt)
-    return out_codes, out_scale_inv
+    out = out or _new_codes(codes.shape[1])
+    _sum(codes, scale_inv, fmt, factor, own, None, out, out_fmt or fmt, fitted)
+    return out
 
 
 def _sum(
@@ -65,18 +84,22 @@ def _sum(
     scale_inv: Tensor,
     fmt: Format,
     factor: float,
+    own: Tensor | None,
     out: Tensor | None,
-    out_codes: Tensor | None,
-    out_scale_inv: Tensor | None,
+    out_codes: tuple[Tensor, Tensor] | None,
     out_fmt: Format,
+    fitted: bool,
 ) -> None:
     contributions, numel = codes.shape
     codes = codes if codes.stride(1) == 1 or numel <= 1 else codes.contiguous()
     scale_inv = scale_inv if scale_inv.stride(1) == 1 or scale_inv.shape[1] <= 1 else scale_inv.contiguous()
+    own = None if own is None else readable(own.detach())
+    made, made_scale_inv = out_codes or (None, None)
     job = jobs.FlatSumJob(
-        codes.data_ptr(), scale_inv.data_ptr(), jobs.address(out), jobs.address(out_codes),
-        jobs.address(out_scale_inv), codes.stride(0), scale_inv.stride(0), numel, contributions,
+        jobs.address(own), codes.data_ptr(), scale_inv.data_ptr(), jobs.address(out), jobs.address(made),
+        jobs.address(made_scale_inv), codes.stride(0), scale_inv.stride(0), numel, contributions,
         jobs.DTYPES[out.dtype] if out is not None else 0, jobs.FORMATS[fmt.name], factor, jobs.FORMATS[out_fmt.name],
+        jobs.DTYPES[own.dtype] if own is not None else 0, fitted,
     )  # fmt: skip
     run(jobs.FLAT_SUM, job, blocks_of(numel))
 

@@ -20,15 +20,24 @@ constexpr uint32_t INFINITE = 0x7f800000u;
 // The code of |x| without sign, in the low bits of each lane; what stands above them is noise. `magnitude` holds the bits
 // of |x|, finite and within the format. The exponent's share of the code, (exponent >> ...) less that of the smallest
 // normal, is added in two parts: the constant hides in the low bits of M, where it costs nothing.
+// `rounded` becomes the value of the code.
 template <int MANTISSA, int BIAS>
-INLINE Words encode_magnitude(Words magnitude) {
+INLINE Words encode_magnitude(Words magnitude, Floats& rounded) {
     constexpr uint32_t smallest_exponent = uint32_t(128 - BIAS) << 23;
     constexpr uint32_t low_bits = MANTISSA < 8 ? 0xffu : 0xffffu;
     constexpr uint32_t constant = (0u - (uint32_t(128 - BIAS) << MANTISSA)) & low_bits;
     static_assert(constant % 2 == 0, "an odd constant would turn ties to even into ties to odd");
     Words exponent = larger(magnitude & INFINITE, splat(smallest_exponent));
     Words magic = exponent + ((uint32_t(23 - MANTISSA) << 23) + 0x400000u + constant);
-    return bits_of(floats_of(magnitude) + floats_of(magic)) + (exponent >> (23 - MANTISSA));
+    Floats sum = floats_of(magnitude) + floats_of(magic);
+    rounded = sum - floats_of(magic);
+    return bits_of(sum) + (exponent >> (23 - MANTISSA));
+}
+
+template <int MANTISSA, int BIAS>
+INLINE Words encode_magnitude(Words magnitude) {
+    Floats unused;
+    return encode_magnitude<MANTISSA, BIAS>(magnitude, unused);
 }
 
 template <int MANTISSA, int BIAS>

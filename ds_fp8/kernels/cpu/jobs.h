@@ -42,11 +42,12 @@ struct FlatEncodeJob {
     int32_t stochastic;
     uint32_t key;    // mix(seed ^ mix(step ^ mix(stream))), see rounding.h
     uint32_t first;  // number of the first element, for the random bits
-    int32_t unused;
+    int32_t fitted;  // the better of two scales for each block; not with `stochastic`
 };
 
-// out = factor * sum over contributions, in order; and/or the same encoded again. Unit: block.
+// out = factor * (own + sum over contributions, in order); and/or the same encoded again. Unit: block.
 struct FlatSumJob {
+    const void* own;         // [numel], not encoded; null: none
     const uint8_t* codes;    // [contributions, numel], rows `codes_stride` apart
     const float* scale_inv;  // [contributions, blocks], rows `scale_stride` apart
     void* out;               // null: not wanted
@@ -57,6 +58,7 @@ struct FlatSumJob {
     int32_t dtype, fmt;
     float factor;
     int32_t out_fmt;
+    int32_t own_dtype, fitted;
 };
 
 // GEMM operands: tiles of `tile_rows` x 128 elements share a scale; 1 row for activations, 128 for weights.

@@ -62,12 +62,13 @@ class FlatEncodeJob(ctypes.Structure):
         ("stochastic", c_int32),
         ("key", c_uint32),
         ("first", c_uint32),
-        ("unused", c_int32),
+        ("fitted", c_int32),
     )
 
 
 class FlatSumJob(ctypes.Structure):
     _fields_ = (
+        ("own", c_void_p),
         ("codes", c_void_p),
         ("scale_inv", c_void_p),
         ("out", c_void_p),
@@ -81,6 +82,8 @@ class FlatSumJob(ctypes.Structure):
         ("fmt", c_int32),
         ("factor", c_float),
         ("out_fmt", c_int32),
+        ("own_dtype", c_int32),
+        ("fitted", c_int32),
     )
 
 

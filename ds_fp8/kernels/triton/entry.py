@@ -107,14 +107,18 @@ def quantize_128x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
     return codes, scale_inv
 
 
-def flat_encode(x: torch.Tensor, fmt: Format, rounding: Stochastic | None) -> Any:
+def flat_encode(x: torch.Tensor, fmt: Format, rounding: Stochastic | None, fitted: bool,
+                out: tuple[torch.Tensor, torch.Tensor] | None) -> Any:  # fmt: skip
     """Codes uint8 [n] and scale_inv fp32 [blocks] of a flat partition."""
     if x.dtype not in FLOATS or x.dim() != 1:
         return NotImplemented
-    codes = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
-    scale_inv = torch.empty(blocks_of(x.numel()), device=x.device)
-    flat.encode(x, fmt, codes, scale_inv, rounding)
+    codes, scale_inv = out or _new_codes(x.numel(), x.device)
+    flat.encode(x, fmt, codes, scale_inv, rounding, fitted)
     return codes, scale_inv
+
+
+def _new_codes(numel: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(numel, dtype=torch.uint8, device=device), torch.empty(blocks_of(numel), device=device)
 
 
 def flat_decode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: torch.Tensor | None,
@@ -127,24 +131,26 @@ def flat_decode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: 
     return out
 
 
-def flat_sum(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor | None) -> Any:
+def flat_sum(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor | None,
+             own: torch.Tensor | None) -> Any:  # fmt: skip
     """Sum of the ranks' contributions."""
+    if own is not None and own.dtype not in FLOATS:
+        return NotImplemented
     out = torch.empty(codes.shape[1], dtype=torch.float32, device=codes.device) if out is None else out
     if out.dtype not in FLOATS or codes.dtype != torch.uint8:
         return NotImplemented
-    flat.sum_contributions(codes, scale_inv, fmt, factor, out)
+    flat.sum_contributions(codes, scale_inv, fmt, factor, out, own)
     return out
 
 
-def flat_sum_encode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format) -> Any:
+def flat_sum_encode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format,
+                    own: torch.Tensor | None, fitted: bool, out: tuple[torch.Tensor, torch.Tensor] | None) -> Any:  # fmt: skip
     """The same sum, requantised."""
-    if codes.dtype != torch.uint8:
+    if codes.dtype != torch.uint8 or (own is not None and own.dtype not in FLOATS):
         return NotImplemented
-    n = codes.shape[1]
-    out = torch.empty(n, dtype=torch.uint8, device=codes.device)
-    out_scale_inv = torch.empty(blocks_of(n), device=codes.device)
-    flat.sum_and_encode(codes, scale_inv, fmt, factor, out_fmt, out, out_scale_inv)
-    return out, out_scale_inv
+    out = out or _new_codes(codes.shape[1], codes.device)
+    flat.sum_and_encode(codes, scale_inv, fmt, factor, out_fmt, *out, own, fitted)
+    return out
 
 
 def adam_step(step: AdamStep) -> Any:

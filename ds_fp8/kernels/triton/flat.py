@@ -20,19 +20,52 @@ ROWS = 16
 """Blocks per program: 2048 elements, eight per thread and four warps; the best of 4 to 64 is a matter of benchmarks."""
 
 
+@triton.jit
+def _folded(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, WIDTH] by halves, as `numerics.flat.fold`: a sum of two has only one order."""
+    return tl.sum(tl.reshape(x, [ROWS, 2, WIDTH // 2]), axis=1)
+
+
+@triton.jit
+def _encode_under(x, FMT: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
+    """(codes, scale_inv, squared error in units of the codes) of x [ROWS, 128] with amax at TOP."""
+    scale, scale_inv = codec.block_scale(x, TOP, 1, HARDWARE)
+    scaled = x * scale[:, None]
+    codes = codec.encode(scaled, FMT, HARDWARE)
+    missed = codec.decode(codes, FMT) - scaled
+    error = _folded(missed * missed, ROWS, 128)
+    error = _folded(_folded(error, ROWS, 64), ROWS, 32)
+    error = _folded(_folded(error, ROWS, 16), ROWS, 8)
+    error = _folded(_folded(error, ROWS, 4), ROWS, 2)
+    return codes, scale_inv, tl.reshape(error, [ROWS])
+
+
+@triton.jit
+def _encode_fitted(x, FMT: tl.constexpr, FMAX: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
+    """(codes, scale_inv) under the better of two scales; `FMAX` is 7 / 4 of a power of two."""
+    upper, upper_inv, upper_error = _encode_under(x, FMT, FMAX, ROWS, HARDWARE)
+    lower, lower_inv, lower_error = _encode_under(x, FMT, FMAX * 4 / 7, ROWS, HARDWARE)
+    is_lower = lower_error * 3.0625 < upper_error
+    return tl.where(is_lower[:, None], lower, upper), tl.where(is_lower, lower_inv, upper_inv)
+
+
 @triton.jit(do_not_specialize=["key", "first"])
 def _encode_kernel(x_ptr, codes_ptr, scale_inv_ptr, n, key, first, FMT: tl.constexpr, FMAX: tl.constexpr,
-                   STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+                   STOCHASTIC: tl.constexpr, FITTED: tl.constexpr, ROWS: tl.constexpr,
+                   HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = index < n
     x = codec.load(x_ptr + index, inside)
-    scale, scale_inv = codec.block_scale(x, FMAX, 1, HARDWARE)
-    scaled = x * scale[:, None]
-    if STOCHASTIC:
-        codes = codec.encode_stochastic(scaled, codec.random_words(index + first, key), FMT)
+    if FITTED:
+        codes, scale_inv = _encode_fitted(x, FMT, FMAX, ROWS, HARDWARE)
     else:
-        codes = codec.encode(scaled, FMT, HARDWARE)
+        scale, scale_inv = codec.block_scale(x, FMAX, 1, HARDWARE)
+        scaled = x * scale[:, None]
+        if STOCHASTIC:
+            codes = codec.encode_stochastic(scaled, codec.random_words(index + first, key), FMT)
+        else:
+            codes = codec.encode(scaled, FMT, HARDWARE)
     tl.store(codes_ptr + index, codes, mask=inside)
     tl.store(scale_inv_ptr + row, scale_inv, mask=row * 128 < n)
 
@@ -48,9 +81,9 @@ def _decode_kernel(codes_ptr, scale_inv_ptr, out_ptr, n, FMT: tl.constexpr, ROWS
 
 
 @triton.jit
-def _sum_kernel(codes_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, code_stride, scale_stride,
+def _sum_kernel(own_ptr, codes_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, code_stride, scale_stride,
                 WORLD: tl.constexpr, FMT: tl.constexpr, OUT_FMT: tl.constexpr, FMAX: tl.constexpr, REQUANTISE: tl.constexpr,
-                ROWS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+                OWN: tl.constexpr, FITTED: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = index < n
@@ -58,6 +91,8 @@ def _sum_kernel(codes_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, cod
     codes = tl.load(codes_ptr + element, mask=inside, other=0)
     scale_inv = tl.load(scale_inv_ptr + block, mask=row * 128 < n, other=0.0)
     total = codec.decode(codes, FMT) * scale_inv[:, None]
+    if OWN:
+        total = codec.load(own_ptr + index, inside) + total
     # In rank order, so that every owner and every device gets the same sum.
     for _ in range(1, WORLD):
         element += code_stride
@@ -67,8 +102,12 @@ def _sum_kernel(codes_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, cod
         total = total + codec.decode(codes, FMT) * scale_inv[:, None]
     total = total * factor
     if REQUANTISE:
-        scale, scale_inv = codec.block_scale(total, FMAX, 1, HARDWARE)
-        tl.store(out_ptr + index, codec.encode(total * scale[:, None], OUT_FMT, HARDWARE), mask=inside)
+        if FITTED:
+            codes, scale_inv = _encode_fitted(total, OUT_FMT, FMAX, ROWS, HARDWARE)
+        else:
+            scale, scale_inv = codec.block_scale(total, FMAX, 1, HARDWARE)
+            codes = codec.encode(total * scale[:, None], OUT_FMT, HARDWARE)
+        tl.store(out_ptr + index, codes, mask=inside)
         tl.store(out_scale_ptr + row, scale_inv, mask=row * 128 < n)
     else:
         codec.store(out_ptr + index, total, inside)
@@ -84,7 +123,7 @@ def signed(word: int) -> int:
 
 
 def encode(x: torch.Tensor, fmt: Format, codes: torch.Tensor, scale_inv: torch.Tensor,
-           rounding: Stochastic | None = None) -> None:  # fmt: skip
+           rounding: Stochastic | None = None, fitted: bool = False) -> None:  # fmt: skip
     """Fill `codes` [n] uint8 and `scale_inv` [ceil(n / 128)] fp32 from contiguous `x` [n] in fp32, bf16 or fp16."""
     n = x.numel()
     key, first = (signed(rounding.key), rounding.first) if rounding else (0, 0)
@@ -92,7 +131,7 @@ def encode(x: torch.Tensor, fmt: Format, codes: torch.Tensor, scale_inv: torch.T
         with on_device(x):
             _encode_kernel[_grid(n)](
                 x, codes, scale_inv, n, key, first,
-                codec.MODES[fmt.name], fmt.max, rounding is not None, ROWS, hardware_casts(x), **LAUNCH,
+                codec.MODES[fmt.name], fmt.max, rounding is not None, fitted, ROWS, hardware_casts(x), **LAUNCH,
             )  # fmt: skip
 
 
@@ -105,25 +144,26 @@ def decode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: torch
 
 
 def sum_contributions(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float,
-                      out: torch.Tensor) -> None:  # fmt: skip
-    """Fill `out` [n] with factor * sum over ranks of codes [W, n] * scale_inv [W, blocks]; rows may be strided."""
-    _sum(codes, scale_inv, fmt, factor, out, scale_inv, None)
+                      out: torch.Tensor, own: torch.Tensor | None = None) -> None:  # fmt: skip
+    """Fill `out` [n] with factor * (own + sum over ranks of codes [W, n] * scale_inv [W, blocks]); rows may be strided."""
+    _sum(codes, scale_inv, fmt, factor, out, scale_inv, None, own, False)
 
 
 def sum_and_encode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format,
-                   out_codes: torch.Tensor, out_scale_inv: torch.Tensor) -> None:  # fmt: skip
+                   out_codes: torch.Tensor, out_scale_inv: torch.Tensor, own: torch.Tensor | None = None,
+                   fitted: bool = False) -> None:  # fmt: skip
     """The same sum, encoded again: `out_codes` [n] uint8 in `out_fmt` and `out_scale_inv` [blocks]."""
-    _sum(codes, scale_inv, fmt, factor, out_codes, out_scale_inv, out_fmt)
+    _sum(codes, scale_inv, fmt, factor, out_codes, out_scale_inv, out_fmt, own, fitted)
 
 
 def _sum(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor,
-         out_scale_inv: torch.Tensor, out_fmt: Format | None) -> None:  # fmt: skip
+         out_scale_inv: torch.Tensor, out_fmt: Format | None, own: torch.Tensor | None, fitted: bool) -> None:  # fmt: skip
     world, n = codes.shape
     target = out_fmt or fmt
     if n:
         with on_device(codes):
             _sum_kernel[_grid(n)](
-                codes, scale_inv, out, out_scale_inv, factor, n, codes.stride(0), scale_inv.stride(0), world,
-                codec.MODES[fmt.name], codec.MODES[target.name], target.max, out_fmt is not None, ROWS,
-                hardware_casts(codes), **LAUNCH,
+                scale_inv if own is None else own, codes, scale_inv, out, out_scale_inv, factor, n,
+                codes.stride(0), scale_inv.stride(0), world, codec.MODES[fmt.name], codec.MODES[target.name], target.max,
+                out_fmt is not None, own is not None, fitted, ROWS, hardware_casts(codes), **LAUNCH,
             )  # fmt: skip
