@@ -1,6 +1,6 @@
 """FP8 on the wire: how exact, how many bytes, how fast, beside what DeepSpeed sends today.
 
-    python benchmarks/bench_wire.py                all parts in full: about 40 minutes on two cores, as root
+    python benchmarks/bench_wire.py                all parts in full: about ten minutes on two quiet cores, as root
     python benchmarks/bench_wire.py --small        a minute or two per part, to see that everything runs
     python benchmarks/bench_wire.py --part time    one of error, bytes, time
 
