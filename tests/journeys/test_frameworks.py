@@ -16,10 +16,11 @@ pytestmark = pytest.mark.dist
 HERE = Path(__file__).parent
 
 
-def torchrun(folder: Path, script: str, *arguments: str) -> str:
-    """Two ranks of a script of this folder, with the door open; what they said."""
+def torchrun(folder: Path, script: str, *arguments: str, ranks: int = 2) -> str:
+    """Ranks of a script of this folder, with the door open; what they said."""
     shutil.copy(HERE / script, folder / script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += [f"--master_port={free_port()}"]
     path = f"{door_folder(folder / 'door')}:{PACKAGE_PARENT}"
     code, said = launch([*command, script, *arguments], folder, PYTHONPATH=path)
     assert code == 0, said
@@ -59,3 +60,15 @@ def test_hugging_face_trainer(tmp_path):
     optimizer = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
     said = torchrun(tmp_path, "train_hf.py", write(tmp_path, optimizer=optimizer), str(tmp_path / "out"))
     assert "15 of 15 Linear -> Fp8Linear" in said and falling(said), said
+
+
+@pytest.mark.parametrize("way", ["plain", "deepspeed"])
+def test_accelerate_with_its_ms_amp_backend(tmp_path, way):
+    """`mixed_precision="fp8"`, backend MSAMP: `msamp.initialize` without DeepSpeed, `msamp.deepspeed.initialize` with it."""
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    if way == "deepspeed":
+        pytest.importorskip("transformers", reason="Accelerate's DeepSpeed plugin asks for its version")
+    # On a CPU Accelerate counts one process and computes the batch size from that.
+    said = torchrun(tmp_path, "train_accelerate_msamp.py", way, ranks=1 if way == "deepspeed" else 2)
+    assert "ds_fp8: 3 of 3 Linear -> Fp8Linear" in said and "ds_fp8: msamp O2: exp_avg int8" in said, said
+    assert falling(said), said
