@@ -112,7 +112,7 @@ def measure(report: Report, numel: int, threads: int, repeats: int) -> None:
         "fp32 -> e4m3": {
             "torch copy_": lambda: out_codes.copy_(x),
             "ds_fp8": lambda: quantize_into(x),
-            "ds_fp8 flat blocks": lambda: flat.encode_into(x, E4M3, raw, scale_inv),
+            "ds_fp8 flat blocks": lambda: flat.encode(x, E4M3, out=(raw, scale_inv)),
         },
         "bf16 -> e4m3": {"torch copy_": lambda: out_codes.copy_(half), "ds_fp8": lambda: quantize_into(half)},
         "e4m3 -> fp32": {
