@@ -144,7 +144,17 @@ setup(
         "plot": ["matplotlib>=3.7"],
         "report": ["plotly>=5"],
         "example": ["tqdm", "matplotlib>=3.7"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib>=3.7", "plotly>=5", "tqdm"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "matplotlib>=3.7",
+            "plotly>=5",
+            "tqdm",
+            # Without a GPU its interpreter runs our kernels and its compiler makes the code that a GPU would run.
+            "triton>=3.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
         # Peers of benchmarks/bench_optimizer.py; both take the torch that is there.
         "bench": ["torchao>=0.18", "bitsandbytes>=0.50"],
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],

@@ -2,6 +2,7 @@
 
 Without a GPU it runs on the CPU with gloo: small sizes rehearse the whole path there.
 A process of its own gives each configuration a clean card, and an out-of-memory error ends only itself.
+Under torchrun (RANK and its kin are set) it is one rank of several, a GPU each; rank 0 prints, tokens are those of all ranks.
 Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed config),
 plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times the optimizer step by itself), profile (a file
 that gets the kernels and the host's operations of one more step, by time, and `.step` those of the optimizer's step).
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also without an installed ds_fp8
+
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if CUDA else "cpu"
 
 
 def wait() -> None:
@@ -31,6 +34,9 @@ def wait() -> None:
 
 
 def start_one_rank() -> None:
+    """A world of one, unless a launcher has made another."""
+    if "RANK" in os.environ:
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -52,6 +58,8 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     start_one_rank()
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
     if not job.get("plugin", True):
         os.environ["DS_FP8_DISABLE"] = "1"
     import deepspeed
@@ -72,7 +80,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     numel = sum(parameter.numel() for parameter in model.parameters())
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(job))[0]
     at_rest = torch.cuda.memory_allocated() if CUDA else 0
-    generator = torch.Generator(DEVICE).manual_seed(1)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    generator = torch.Generator(DEVICE).manual_seed(1 + rank)
     shape = (job["micro_batch"], job["context"])
     step_times, optimizer_times, losses = [], [], []
 
@@ -107,7 +116,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         profile(engine.step, job["profile"] + ".step")
     seconds = statistics.median(step_times)
     result = {"parameters": numel, "ms per step": round(seconds * 1e3, 2), "losses": losses[-3:]}
-    result |= {"tokens per s": round(job["micro_batch"] * job["gas"] * job["context"] / seconds)}
+    result |= {"tokens per s": round(world_size * job["micro_batch"] * job["gas"] * job["context"] / seconds)}
     result |= {
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else 0,
         "at rest GB": round(at_rest / 1e9, 2),
@@ -134,4 +143,5 @@ if __name__ == "__main__":
         found = run(json.loads(sys.argv[1]))
     except torch.OutOfMemoryError as error:
         found = {"out of memory": str(error).splitlines()[0][:160]}
-    print("RESULT " + json.dumps(found), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print("RESULT " + json.dumps(found), flush=True)

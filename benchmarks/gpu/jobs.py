@@ -29,9 +29,10 @@ SECTIONS: dict[str, dict[str, Any]] = {
 """What the JSON says in each configuration."""
 
 
-def train(job: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The job's result, `{"out of memory": ...}`, or `{"failed": reason}`."""
-    command = [sys.executable, str(HERE / "gpt_job.py"), json.dumps(job)]
+def train(job: dict[str, Any], seconds: float, ranks: int = 1) -> dict[str, Any]:
+    """The job's result, `{"out of memory": ...}`, or `{"failed": reason}`; on `ranks` GPUs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(HERE / "gpt_job.py"), json.dumps(job)]
     environment = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
@@ -40,4 +41,7 @@ def train(job: dict[str, Any], seconds: float) -> dict[str, Any]:
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line[7:])
-    return {"failed": (done.stderr or done.stdout)[-1200:]}
+    said = done.stderr or done.stdout
+    # The first rank's own error; behind it a launcher says only that a rank failed.
+    start = max(said.find("Traceback (most recent call last)"), 0) if ranks > 1 else max(len(said) - 1200, 0)
+    return {"failed": said[start : start + 1200]}

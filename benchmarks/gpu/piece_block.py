@@ -1,4 +1,7 @@
-"""One GPT block of width 4096 and 16K tokens, forward and backward: bf16, ours, hand-written TE, Accelerate, torchao."""
+"""One GPT block of width 4096 and 16K tokens, forward and backward: bf16, ours, hand-written TE, Accelerate, torchao.
+
+torchao's float8 is made for torch.compile, so bf16, torchao and ours are there compiled as well.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,11 @@ def torchao_converted(plain: nn.Module, scaling: Any) -> tuple[nn.Module, Any]:
     return convert_to_float8_training(copy.deepcopy(plain)), nullcontext
 
 
+def compiled(model: nn.Module, around: Any) -> tuple[nn.Module, Any]:
+    """A copy under torch.compile; around: the context of its passes, as for the model itself."""
+    return torch.compile(copy.deepcopy(model)), around
+
+
 def body(ledger: Ledger) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(Block(WIDTH, 4 * WIDTH)).to("cuda", torch.bfloat16)
@@ -65,6 +73,9 @@ def body(ledger: Ledger) -> None:
             models[name] = make(plain, recipe.DelayedScaling())
         except Exception as error:  # noqa: BLE001 - which peers are there is a finding
             ledger.problem(name, f"{type(error).__name__}: {str(error)[:300]}")
+    for name in ("bf16", "torchao", "torch current"):
+        if name in models:
+            models[f"{name}, compiled"] = compiled(*models[name])
     free()
     x = torch.randn(BATCH, LENGTH, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn_like(x) * 1e-3

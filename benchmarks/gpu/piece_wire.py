@@ -4,6 +4,7 @@ functions   sums to owners, all-reduce and gathered shares over gloo with tensor
             the same call with tensors on the CPU
 training    a small GPT in ZeRO-2 on two ranks: O2 and O3 give the same losses to the bit
 NCCL        two ranks on one device, if the library allows that; else one rank that sends bytes to itself
+casts       what the device spends on a message: encode, sum at the owner, decode, beside a copy
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ FP8 = {"enabled": True, "recipe": "delayed", "backend": "torch"}
 
 
 def _rank(rank: int, world_size: int, port: int, backend: str, what: str, out: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", NCCL_MULTI_RANK_GPU_ENABLE="1")
+    shared = torch.cuda.device_count() < world_size
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0" if shared else str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    if shared:
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    elif CUDA:
+        torch.cuda.set_device(rank)
     import deepspeed
 
     import ds_fp8
@@ -37,7 +43,12 @@ def _rank(rank: int, world_size: int, port: int, backend: str, what: str, out: s
     if not CUDA:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    result = {"functions": functions, "training": training, "bytes": bytes_by_nccl}[what](rank, world_size)
+    works = {"functions": functions, "training": training, "bytes": bytes_by_nccl}
+    if what == "exchange":
+        from piece_nccl import exchange
+
+        works[what] = exchange
+    result = works[what](rank, world_size)
     Path(out, str(rank)).write_text(json.dumps(result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -126,7 +137,36 @@ def bytes_by_nccl(rank: int, world_size: int) -> dict[str, bool]:
     return found
 
 
+def casts(numel: int = 2**28) -> list[dict[str, Any]]:
+    """Milliseconds of each kernel of the wire for `numel` bf16 gradients, and its share of the copy bandwidth."""
+    from timing import alternate, copy_bytes_per_ms, free
+
+    from ds_fp8 import kernels
+    from ds_fp8.formats import E4M3
+
+    ceiling = copy_bytes_per_ms(2**28)
+    free()
+    x = torch.randn(numel, device=DEVICE).bfloat16()
+    codes, scale_inv = kernels.flat_encode(x, E4M3)
+    out = codes.clone(), scale_inv.clone()
+    arrived, total = (codes.view(1, -1), scale_inv.view(1, -1)), torch.empty(numel, device=DEVICE)
+    works = {
+        "encode": (3, lambda: kernels.flat_encode(x, E4M3, out=out)),
+        "encode, better of two scales": (3, lambda: kernels.flat_encode(x, E4M3, fitted=True, out=out)),
+        "sum of own and one other": (7, lambda: kernels.flat_sum(*arrived, E4M3, factor=0.5, own=x, out=total)),
+        "sum, encoded": (4, lambda: kernels.flat_sum_encode(*arrived, E4M3, factor=0.5, own=x, fitted=True, out=out)),
+        "decode": (3, lambda: kernels.flat_decode(codes, scale_inv, E4M3, out=x)),
+    }
+    found = alternate({name: work for name, (_, work) in works.items()})
+    return [
+        {"kernel": name, **found[name], "of copy bandwidth": round(size * numel / found[name]["ms"] / ceiling, 3)}
+        for name, (size, _) in works.items()
+    ]
+
+
 def body(ledger: Ledger) -> None:
+    if CUDA:
+        ledger.attempt("casts of 256M elements", casts)
     ledger.attempt("two ranks on one device over gloo: equal to the CPU", lambda: on_ranks(2, "gloo", "functions"))
 
     def train_two() -> dict[str, Any]:

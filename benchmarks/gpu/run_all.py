@@ -37,6 +37,7 @@ PIECES = {
     "gpt": "GPT of 1.25B parameters under ZeRO-2: tokens/s and memory for bf16, fp8, O1, O2, O3",
     "largest": "largest model that trains on the card, bf16 against O3 with expanded states",
     "wire": "two ranks on one device over gloo, and NCCL as far as one device lets it",
+    "nccl": "several GPUs over NCCL: one exchange against NCCL's own, and the GPT in ZeRO-2 and ZeRO-3",
     "hooks": "time that our hooks add to a step without FP8 work",
 }
 """Piece -> question. The script is `piece_<name>.py`; to add a piece, add the file and a line here."""

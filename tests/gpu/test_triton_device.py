@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from ds_fp8 import kernels, numerics
+from ds_fp8.comm.wire import message_bytes, message_views, write_message
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.triton import adam, blocks, cast, launch
@@ -44,6 +45,11 @@ def codes_equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool(((found == wanted) | (nan & ((found & 0x7F) >= 0x7D))).all())
 
 
+def same_values(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Equal, NaN where NaN is wanted."""
+    return torch.equal(found.cpu().nan_to_num(nan=-3.0), wanted.nan_to_num(nan=-3.0))
+
+
 @FORMATS
 def test_all_bf16_values_and_all_halfway_cases(fmt):
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
@@ -75,6 +81,34 @@ def test_flat_partitions(fmt, dtype):
     again, again_scale_inv = kernels.flat_sum_encode(codes.cuda(), scale_inv.cuda(), fmt, factor=1 / 3)
     wanted, wanted_scale_inv = flat.sum_and_encode(codes, scale_inv, fmt, factor=1 / 3)
     assert torch.equal(again.cpu(), wanted) and torch.equal(again_scale_inv.cpu(), wanted_scale_inv)
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_wires_messages(fmt, dtype):
+    """As the wire calls: the better of two scales, codes and scales inside a message, the own slice uncast in the sum."""
+    numel, size = 300_077, message_bytes(300_077)
+    contributions = [wide(numel, seed).to(dtype) for seed in range(4)]
+    contributions[1][-3] = float("inf")
+    contributions[2][5 * 128 : 7 * 128] = 0
+    own, others = contributions[0], contributions[1:]
+    device, host = torch.zeros(3, size, dtype=torch.uint8, device="cuda"), torch.zeros(3, size, dtype=torch.uint8)
+    for row, twin, x in zip(device, host, others, strict=True):
+        write_message(x.cuda(), fmt, row)
+        flat.encode(x, fmt, fitted=True, out=message_views(twin, numel))
+        assert torch.equal(row.cpu(), twin)
+    arrived, wanted = message_views(device, numel), message_views(host, numel)
+    found = kernels.flat_sum(*arrived, fmt, factor=0.25, own=own.cuda())
+    assert same_values(found, flat.sum_contributions(*wanted, fmt, factor=0.25, own=own))
+    back, back_host = torch.zeros(size, dtype=torch.uint8, device="cuda"), torch.zeros(size, dtype=torch.uint8)
+    again = kernels.flat_sum_encode(
+        *arrived, fmt, factor=0.25, own=own.cuda(), fitted=True, out=message_views(back, numel)
+    )
+    flat.sum_and_encode(*wanted, fmt, factor=0.25, own=own, fitted=True, out=message_views(back_host, numel))
+    assert torch.equal(back.cpu(), back_host)
+    target = torch.empty(numel, dtype=dtype, device="cuda")
+    kernels.flat_decode(*again, fmt, out=target)
+    assert same_values(target, flat.decode(*message_views(back_host, numel), fmt, dtype=dtype))
 
 
 @FORMATS

@@ -106,7 +106,7 @@ def train(engine: Any, steps: range, *, poison: int | None = None) -> dict[str, 
     losses, norms = [], []
     for step in steps:
         for micro in range(engine.gradient_accumulation_steps()):
-            x, y = batch(step, micro, rank, dtype)
+            x, y = (tensor.to(engine.device) for tensor in batch(step, micro, rank, dtype))
             loss = (engine(x) - y).float().pow(2).mean()
             engine.backward(loss * float("inf") if poison == step else loss)
             engine.step()

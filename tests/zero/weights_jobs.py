@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, MsampSettings, Settings
@@ -62,7 +63,9 @@ def start(
         msamp=MsampSettings(enabled=True, level=LEVELS[level]),
         deepspeed=DeepSpeedFacts(zero_stage=stage, base_dtype="bf16", optimizer="AdamW"),
     )
-    plan = make_plan(model, settings, device=torch.device("cpu"), world_size=dist.get_world_size())
+    plan = make_plan(
+        model, settings, device=torch.device(get_accelerator().device_name()), world_size=dist.get_world_size()
+    )
     book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)))
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -82,7 +85,7 @@ def start(
 
 
 def forward_loss(engine: Any, step: int) -> torch.Tensor:
-    tokens, targets = batch(step, dist.get_rank())
+    tokens, targets = (tensor.to(engine.device) for tensor in batch(step, dist.get_rank()))
     return torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), targets.flatten())
 
 

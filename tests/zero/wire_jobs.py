@@ -79,7 +79,7 @@ def train(config: dict[str, Any], wire: Wire | None, *, poison: tuple[int, int] 
     losses, norms, kept = [], [], []
     for step in range(STEPS):
         for micro in range(engine.gradient_accumulation_steps()):
-            x, y = batch(step, micro, rank, dtype)
+            x, y = (tensor.to(engine.device) for tensor in batch(step, micro, rank, dtype))
             loss = (engine(x) - y).float().pow(2).mean()
             if poison == (step, rank):
                 loss = loss * float("inf")
