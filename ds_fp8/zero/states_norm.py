@@ -19,21 +19,36 @@ def norms_of(gradients: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm([gradient.detach() for gradient in gradients], 2, dtype=torch.float64))
 
 
-class FewLaunches:
-    """Mixin over `DeepSpeedZeroOptimizer`; on other devices everything stays DeepSpeed's."""
+def on_gpu(gradients: list[Tensor]) -> bool:
+    """Whether there are any and one multi-tensor norm takes them all."""
+    return bool(gradients) and all(gradient.is_cuda and gradient.numel() for gradient in gradients)
+
+
+def _counts_apart(param: Any) -> bool:
+    """Parameters of which DeepSpeed adds some on one rank only: replicas of a pipeline, slices of tensor parallelism."""
+    return any(
+        getattr(param, name, False) for name in ("ds_pipe_replicated", "model_parallel", "tensor_model_parallel")
+    )
+
+
+class NormInOneGo:
+    """Mixin over DeepSpeed's ZeRO optimizers of every stage; on other devices the norm stays DeepSpeed's."""
+
+    def get_grad_norm_direct(self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
+        kept = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        if norm_type != 2 or any(map(_counts_apart, params)) or not on_gpu(kept):
+            return super().get_grad_norm_direct(gradients, params, norm_type)
+        # The norm of the norms is the norm: one "gradient" goes through DeepSpeed's own arithmetic and reductions.
+        return super().get_grad_norm_direct([norms_of(kept[: len(params)])], params[:1], norm_type)
+
+
+class FewLaunches(NormInOneGo):
+    """Mixin over `DeepSpeedZeroOptimizer`: its overflow check as well. Stage 3 checks its one flat buffer by itself."""
 
     def has_overflow_partitioned_grads_serial(self: Any) -> Tensor:
         gradients = [
             g for group in self.averaged_gradients.values() for g in group or () if g is not None and g.numel()
         ]
-        if not gradients or not all(gradient.is_cuda for gradient in gradients):
+        if not on_gpu(gradients):
             return super().has_overflow_partitioned_grads_serial()
         return norms_of(gradients).isfinite().all().logical_not().reshape(1)
-
-    def get_grad_norm_direct(self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
-        kept = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        special = any(getattr(p, "ds_pipe_replicated", False) or getattr(p, "model_parallel", False) for p in params)
-        if norm_type != 2 or special or not kept or not all(gradient.is_cuda and gradient.numel() for gradient in kept):
-            return super().get_grad_norm_direct(gradients, params, norm_type)
-        # The norm of the norms is the norm: one "gradient" goes through DeepSpeed's own arithmetic and reductions.
-        return super().get_grad_norm_direct([norms_of(kept[: len(params)])], params[:1], norm_type)

@@ -17,10 +17,11 @@ from torch import Tensor
 from .states import ScaledStates
 from .states_client import Piece
 from .states_fragments import read_slice, write_slice
+from .states_norm import NormInOneGo
 from .wire import join
 
 
-class StatesStage3(ScaledStates):
+class StatesStage3(NormInOneGo, ScaledStates):
     """Mixin over `DeepSpeedZeroOptimizer_Stage3`."""
 
     FP8_MASTERS = "fp32_partitioned_groups_flat"
