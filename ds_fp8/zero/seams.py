@@ -166,6 +166,7 @@ _STATES = (
     )),
     (STAGE_3, "DeepSpeedZeroOptimizer_Stage3", (
         ("get_grad_norm_direct", "self gradients params norm_type"),
+        ("_post_step", "self timer_names"),
         ("_prepare_fp32_grad_for_sub_group", "self sub_group_id"),
         ("unscale_and_clip_grads", "self sub_group_id total_norm"),
         ("_optimizer_step", "self sub_group_id"),

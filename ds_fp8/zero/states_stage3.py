@@ -18,6 +18,7 @@ from .states import ScaledStates
 from .states_client import Piece
 from .states_fragments import read_slice, write_slice
 from .states_norm import NormInOneGo
+from .whole_parameters import gather_together
 from .wire import join
 
 
@@ -73,6 +74,15 @@ class StatesStage3(NormInOneGo, ScaledStates):
     def _optimizer_step(self: Any, sub_group_id: int) -> None:
         super()._optimizer_step(sub_group_id)
         self.optimizer.gradients.clear()
+
+    def _post_step(self: Any, timer_names: Any) -> None:
+        """DeepSpeed's epilogue, which gathers the parameters that stay whole; most of them are there before."""
+        whole = self.persistent_parameters
+        self.persistent_parameters = gather_together(whole, self._get_param_partition_group)
+        try:
+            super()._post_step(timer_names)
+        finally:
+            self.persistent_parameters = whole
 
     def _get_fp32_opt_state_partition(
         self: Any, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
