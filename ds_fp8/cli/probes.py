@@ -146,7 +146,7 @@ def transformer_engine() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
-    """Which fast path casts and steps."""
+    """Which fast path casts and steps, and whether it gives the reference's bits."""
     if installed("torch") is None or util.find_spec("ds_fp8.kernels") is None:
         return
     import torch
@@ -165,11 +165,26 @@ def kernels() -> Iterator[Finding]:
         yield Finding(
             f"kernels on {name}", f"{path}{' (plain PyTorch: slow)' if slow else ''}", "note" if slow else "ok", cure
         )
+        if not slow:
+            yield _bit_for_bit(name)
     triton = installed("triton")
     if torch.cuda.is_available():
         yield Finding(
             "triton", triton or "not installed", "ok" if triton else "note", "" if triton else "pip install triton"
         )
+
+
+def _bit_for_bit(device: str) -> Finding:
+    """Run each kernel once beside its PyTorch reference: a compiler's fault shows here, not in a month of training."""
+    from ..kernels import proof
+
+    what, wrong = f"kernels on {device}, bit for bit", proof.disagreements(device)
+    if not wrong:
+        return Finding(what, "equal to the PyTorch reference")
+    shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    compiler = "triton" if device == "cuda" else "C++ compiler"
+    cure = f"do not train here: gradients or weights would be wrong. Try another version of the {compiler}, and report this line"
+    return Finding(what, f"differ from the PyTorch reference: {shown}", "fail", cure)
 
 
 def door() -> Iterator[Finding]:

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from ds_fp8 import kernels, numerics
 from ds_fp8.comm.wire import message_bytes, message_views, write_message
 from ds_fp8.formats import E4M3, E5M2
+from ds_fp8.kernels import proof
 from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.triton import adam, blocks, cast, launch
 from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
@@ -216,6 +217,10 @@ def test_a_gradient_in_codes(fmt, rounding):
         kernels.adam_step(device)
         for found, wanted in zip(device.tensors(), step.tensors(), strict=True):
             assert torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_the_proof_that_doctor_runs():
+    assert proof.disagreements("cuda") == []
 
 
 def test_no_kernel_waits_for_the_device():
