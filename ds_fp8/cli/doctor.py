@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 
 from .. import config
 from .check import brief
-from .probes import PROBES, Finding
+from .probes import MSAMP_SEAMS, PROBES, Finding
 from .tables import print_table
 
 MARKS = {"ok": "ok", "note": "note", "fail": "FAIL"}
@@ -59,8 +59,10 @@ def _fit(findings: Sequence[Finding], file: str, other_door: bool) -> Iterator[F
     errors = [problem for problem in config.check(file) if problem.severity == "error"]
     settings = None if errors else config.load(file)
     for finding in findings:
-        is_missed = finding.what == "door" and finding.status == "note" and settings is not None and settings.enabled
-        yield replace(finding, status="fail") if is_missed and not other_door else finding
+        is_asked = settings is not None and finding.status == "note"
+        is_missed = is_asked and finding.what == "door" and settings.enabled and not other_door
+        is_refused = is_asked and finding.what == MSAMP_SEAMS and settings.msamp.enabled
+        yield replace(finding, status="fail") if is_missed or is_refused else finding
     if settings is None:
         yield Finding(file, f"errors: {len(errors)}", "fail", f"`ds_fp8 check {file}` lists them")
     else:

@@ -140,7 +140,7 @@ def _settings(engine: Any) -> Any:
     if settings.enabled:
         from ..zero import seams
 
-        seams.verify()
+        seams.verify(None if settings.msamp.enabled else seams.FP8)
     return settings
 
 

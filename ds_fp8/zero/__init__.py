@@ -37,6 +37,15 @@ book)`. Facts the wire may rely on:
 
 from __future__ import annotations
 
-from .specialize import build_optimizer, configure_optimizer, specialize, take_over
+from typing import Any
 
 __all__ = ["build_optimizer", "configure_optimizer", "specialize", "take_over"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded when first asked for: `seams` must import under any DeepSpeed, to say what is different there."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import specializing
+
+    return getattr(specializing, name)

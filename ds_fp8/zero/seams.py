@@ -5,7 +5,7 @@ wrong. So nothing outside this table may be hooked: `verify` compares the instal
 the list of differences as soon as a job asks for `fp8` or `msamp`. Jobs that ask for nothing are left alone.
 
 A signature may have changed between releases without harm: `Seam.signatures` lists every parameter list that our code
-was written for, newest first. Read in DeepSpeed 0.17.2 to 0.19.8.
+was written for, newest first. Compared with DeepSpeed 0.17.6, 0.18.0, 0.18.4, 0.18.9, 0.19.0, 0.19.2, 0.19.5, 0.19.7 and 0.19.8.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ SEAMS: dict[str, Seam] = {
     ),
 }
 """Name -> seam. A package that hooks something new adds it here, with a reason."""
+
+FP8 = tuple(SEAMS)
+"""What `fp8` alone meets: the same in DeepSpeed 0.17.6 to 0.19.8. The rest below is `msamp`'s, as 0.19.8 has it."""
 
 _WIRE = (
     (STAGE_1_2, "DeepSpeedZeroOptimizer", (
@@ -237,9 +240,9 @@ def verify(names: Iterable[str] | None = None) -> None:
     raise SeamError(
         "\n".join(
             [
-                f"DeepSpeed {version} differs from the releases that ds_fp8 knows (0.17.2 to 0.19.8):",
+                f"DeepSpeed {version} differs from the releases that ds_fp8 knows (fp8: 0.17.6 to 0.19.8, msamp: 0.19.8):",
                 *(f"  {text}" for text in found),
-                "  Install a known DeepSpeed, or a newer ds_fp8; or set the sections fp8 and msamp to enabled: false.",
+                "  Install DeepSpeed 0.19.8, or a newer ds_fp8; or set msamp (and, where that does not help, fp8) to enabled: false.",
             ]
         )
     )

@@ -17,14 +17,9 @@ from typing import Any
 
 import torch
 from deepspeed.moe.utils import split_params_grads_into_shared_and_expert_params
+from deepspeed.runtime import utils as runtime_utils  # by module: older releases lack some names, and must import this
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.utils import (
-    CheckOverflow,
-    get_global_norm,
-    get_weight_norm,
-    is_invalid_grad_norm,
-    is_optimized_parameter,
-)
+from deepspeed.runtime.utils import CheckOverflow, get_global_norm, get_weight_norm
 from torch import Tensor
 
 from .states import KEY, codes_state, load_codes
@@ -73,7 +68,7 @@ class Stage0Optimizer(FP16_UnfusedOptimizer):
         self._global_grad_norm: Any = 0.0
         self.fp16_groups = []
         for group in optimizer.param_groups:
-            group["params"] = [param for param in group["params"] if is_optimized_parameter(param)]
+            group["params"] = [param for param in group["params"] if runtime_utils.is_optimized_parameter(param)]
             self.fp16_groups.append(group["params"])
         # The same objects: whoever walks DeepSpeed's fp32 copies meets the model's parameters.
         self.fp32_groups = self.fp16_groups
@@ -103,7 +98,7 @@ class Stage0Optimizer(FP16_UnfusedOptimizer):
             grads, _ = split_params_grads_into_shared_and_expert_params(group)
             norms.append(get_weight_norm(grads, mpu=self.mpu) if grads else 0.0)
         self._global_grad_norm = get_global_norm(norm_list=norms)
-        if is_invalid_grad_norm(self._global_grad_norm):
+        if runtime_utils.is_invalid_grad_norm(self._global_grad_norm):
             return self._skip_invalid_grad_norm()
         scaled_norm = self._global_grad_norm
         # Before the loss scale moves: these gradients were made with the present one.

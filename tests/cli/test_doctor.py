@@ -43,7 +43,26 @@ def test_a_different_deepspeed_fails(monkeypatch):
     from ds_fp8.zero import seams
 
     monkeypatch.setattr(seams, "difference", lambda name: f"{name}: takes (self), expected (self, model)")
-    assert {finding.status for finding in probes.deepspeed_seams() if finding.what == "deepspeed seam"} == {"fail"}
+    found = list(probes.deepspeed_seams())
+    assert {finding.status for finding in found if finding.what == "deepspeed seam"} == {"fail"}
+    assert [finding.what for finding in found].count("deepspeed seam") == len(seams.FP8)
+
+
+@pytest.mark.parametrize(("section", "code"), [("msamp", 1), ("fp8", 0)])
+def test_an_older_deepspeed_fails_a_job_with_msamp_only(monkeypatch, tmp_path, capsys, section, code):
+    """What only `msamp` hooks differs there: with `fp8` alone the job can run, and the note says which cannot."""
+    from ds_fp8.zero import seams
+
+    changed = "DeepSpeedZeroOptimizer.allreduce_no_retain"
+    assert changed not in seams.FP8
+    monkeypatch.setattr(seams, "difference", lambda name: f"{name}: not there" if name == changed else None)
+    monkeypatch.setattr(doctor, "PROBES", (probes.deepspeed_seams,))
+    sections = {section: {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 2, "bf16": {"enabled": True}, **sections}))
+    assert main(["doctor", str(tmp_path / "ds.json"), "--json"]) == code
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["findings"][0]["what"] == probes.MSAMP_SEAMS
+    assert answer["findings"][0]["status"] == ("fail" if code else "note")
 
 
 def test_the_door_is_found_in_a_site_directory_only(monkeypatch, tmp_path):

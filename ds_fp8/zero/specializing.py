@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -125,6 +124,9 @@ def plain_layout(engine: Any, client_optimizer: Any) -> str:
 
 
 def _stage0(engine: Any, optimizer: Any, dtype: torch.dtype, layout: str) -> Stage0Optimizer:
+    # Here and not above: older releases lack it, and there the seams refuse `msamp` with a list of what differs.
+    from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
+
     loss_scale_config = LossScaleConfig(
         low_precision_dtype=dtype,
         dynamic_loss_scale=engine.dynamic_loss_scale(),
