@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3, E5M2, Format
+from ds_fp8.kernels import dispatch, proof
 from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands
 from ds_fp8.layers import ScaleBook
 from ds_fp8.numerics import cast as reference_cast
@@ -253,3 +254,9 @@ def test_transposed_views_become_dense():
     out = torch.empty(72, 100, dtype=torch.float8_e4m3fn)
     cast.turn(codes.t(), out)
     assert torch.equal(out.view(torch.uint8), codes.view(torch.uint8).t())
+
+
+def test_the_proof_that_doctor_runs(monkeypatch):
+    """What a GPU's doctor compares, with the interpreter in the place of the compiler."""
+    monkeypatch.setitem(dispatch._libraries, "cpu", entry)
+    assert proof.disagreements("cpu") == []
