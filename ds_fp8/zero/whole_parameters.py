@@ -12,7 +12,7 @@ lie elsewhere, parameters that are there already.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -42,21 +42,21 @@ def gather_together(params: list[Any], group_of: Callable[[Any], Any]) -> list[A
 
     group_of  the process group over which a parameter is cut
     """
-    plain = [param for param in params if is_plain(param) and dist.get_world_size(group=group_of(param)) > 1]
-
-    def kind(param: Any) -> tuple[int, str, int]:
-        return id(group_of(param)), str(param.ds_tensor.dtype), param.ds_tensor.ds_numel
-
-    # Sorting is stable: the same order on all ranks, as their groups are numbered alike in `params`.
-    order = {key: number for number, key in enumerate(dict.fromkeys(map(kind, plain)))}
-    plain.sort(key=lambda param: order[kind(param)])
-    for _, alike in groupby(plain, key=lambda param: kind(param)[:2]):
-        members = list(alike)
-        group = group_of(members[0])
-        for part in _messages(members, dist.get_world_size(group=group)):
+    left: list[Any] = []
+    # (group, dtype) -> the group, and its parameters by the size of their shares. In the order of `params`: alike on all ranks.
+    found: dict[tuple[int, torch.dtype], tuple[Any, dict[int, list[Any]]]] = {}
+    for param in params:
+        group = group_of(param)
+        if not is_plain(param) or dist.get_world_size(group=group) == 1:
+            left.append(param)
+            continue
+        share = param.ds_tensor
+        _, sizes = found.setdefault((id(group), share.dtype), (group, {}))
+        sizes.setdefault(share.ds_numel, []).append(param)
+    for group, sizes in found.values():
+        for part in _messages(list(chain.from_iterable(sizes.values())), dist.get_world_size(group=group)):
             _gather(part, group)
-    done = set(map(id, plain))
-    return [param for param in params if id(param) not in done]
+    return left
 
 
 def _messages(params: list[Any], world_size: int) -> Iterator[list[Any]]:
