@@ -16,6 +16,7 @@ from ..errors import PlanError
 from . import obstacles, patterns
 from .decisions import ModuleDecision
 from .obstacles import HARD, SOFT, Site, first_reason, kind_of, shape_of
+from .roles import find_roles
 
 TARGETS = {
     "torch": {"Linear": "Fp8Linear", "LayerNorm": "Fp8LayerNorm", "RMSNorm": "Fp8RMSNorm"},
@@ -60,6 +61,7 @@ def find_sites(model: nn.Module, rules: Rules) -> list[Site]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 sharers.setdefault(id(parameter), []).append((fqn, module))
+    roles = find_roles(model)
     sites = []
     for fqn, module in model.named_modules():
         kind = kind_of(module)
@@ -70,7 +72,7 @@ def find_sites(model: nn.Module, rules: Rules) -> list[Site]:
                 f"{fqn or 'the model'} is an FP8 layer already; call ds_fp8.layers.restore_layers(model) first."
             )
         mine = sharers.get(id(module._parameters.get("weight")), [(fqn, module)])
-        sites.append(Site(fqn, module, kind, mine, rules.recipe, rules.backend))
+        sites.append(Site(fqn, module, kind, mine, rules.recipe, rules.backend, roles.get(fqn)))
     return sites
 
 
@@ -127,15 +129,20 @@ def _decide(site: Site, candidate: patterns.Candidate, rules: Rules, ends: set[s
                 f"  Add {site.fqn!r} to fp8/layers/exclude{_cure(site)}."
             )
         return keep(reason)
-    if named:
-        overruled = first_reason(SOFT, site)
+    meant = site.role is not None and any(site.role.asked_by(pattern, site.fqn) for pattern in rules.layers.include)
+    if named and (meant or site.role is None):
+        overruled = first_reason(SOFT, site) or (site.role.name if site.role else None)
         return _swap(site, rules, shape, f"{overruled}, but included by name" if overruled else "")
     if reason := first_reason(SOFT, site):
         return keep(reason)
+    if meant:
+        return _swap(site, rules, shape, f"{site.role.name}, but included by name")
     if site.kind == "Linear" and min(shape) < rules.min_features:
         return keep(f"fewer than min_features {rules.min_features}: {min(shape)}")
     if site.fqn in ends:
         return keep("first or last Linear")
+    if site.role is not None:
+        return keep(site.role.reason())
     return _swap(site, rules, shape, "")
 
 

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from .roles import Role
 
 ALIGNMENT = {"delayed": 16, "current": 16, "block": 16, "mxfp8": 32, "nvfp4": 16}
 """in_features and out_features must be multiples of this: what FP8 GEMMs need, kept on every backend so that the same
@@ -32,6 +36,7 @@ class Site:
 
     sharers  (fqn, module) of all modules that hold the same weight Parameter, this one included
     backend  the backend that will run it
+    role     what it is for, where that is a reason to keep it (`roles.py`)
     """
 
     fqn: str
@@ -40,6 +45,7 @@ class Site:
     sharers: Sequence[tuple[str, nn.Module]]
     recipe: str
     backend: str
+    role: Role | None = None
 
     @property
     def weight(self) -> torch.Tensor | None:

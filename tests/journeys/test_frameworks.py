@@ -55,11 +55,11 @@ def test_accelerate_with_its_deepspeed_plugin(tmp_path):
 
 
 def test_hugging_face_trainer(tmp_path):
-    """`TrainingArguments(deepspeed=...)`, optimizer from the JSON: all 15 Linear of a Llama; its norms are a class of its own."""
+    """`TrainingArguments(deepspeed=...)`, optimizer from the JSON: 14 of 15 Linear of a Llama, all but its head; its norms are a class of its own."""
     pytest.importorskip("transformers", reason="needs transformers and accelerate")
     optimizer = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
     said = torchrun(tmp_path, "train_hf.py", write(tmp_path, optimizer=optimizer), str(tmp_path / "out"))
-    assert "15 of 15 Linear -> Fp8Linear" in said and falling(said), said
+    assert "14 of 15 Linear -> Fp8Linear" in said and falling(said), said
 
 
 @pytest.mark.parametrize("way", ["plain", "deepspeed"])

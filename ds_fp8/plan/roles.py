@@ -1,0 +1,179 @@
+"""Layers that the field keeps in high precision because of what they are for: heads, routers, adapters.
+
+Their products are few and small, and what they decide is not: a wrong expert, a wrong word, an adapter that starts at
+zero and whose first gradients are its whole signal. So they are kept by default, and a pattern that names them converts
+them:
+
+    output head           what `get_output_embeddings()` gives, or a Linear as wide as the vocabulary of the embedding
+    router                a Linear that gives one number per expert, or that belongs to a class of routers
+    classification head   the layers under `classifier`, `score`, `qa_outputs` and the like; a last Linear named `head`
+    adapter               LoRA and its like: what PEFT lists in `adapter_layer_names`, or a name that says lora or adapter
+
+Source: what torchtitan, torchao's float8 recipes, Megatron-LM and DeepSeek-V3 (arXiv 2412.19437, 3.3) keep.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .experts_found import expert_counts
+from .obstacles import shape_of
+
+HEAD_NAMES = ("lm_head", "embed_out", "unembed", "unembedding")
+"""Names that say output head by themselves: in the last stage of a pipeline there is no embedding to compare with."""
+
+HEADLIKE = re.compile(r"head|out|logits|vocab|decoder|unembed|predict", re.IGNORECASE)
+POSITIONS = re.compile(r"pos|wpe|type|segment|time", re.IGNORECASE)
+"""Embeddings of other things than words: a linear as wide as the longest sequence is no head."""
+
+CLASSIFIERS = ("classifier", "classifiers", "pre_classifier", "classification_head", "score", "qa_outputs", "cls_head")
+ROUTER_CLASS = re.compile(r"router|top_?k_?gat|moe_?gat|gating|gate_?network", re.IGNORECASE)
+ROUTER_NAME = re.compile(r"router|^wg$", re.IGNORECASE)
+ADAPTER_NAME = re.compile(r"(^|_)(lora|loha|lokr|vera|dora|oft|boft|adapter|adapters)(_|$)|lora_", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a layer is for.
+
+    name  as the reason says it: `output head`, `router`, `classification head`, `adapter`
+    part  the part of its full name that says so: `lm_head`, `gate`, `lora_A`; a pattern must name it
+    glob  a pattern that names it and its like
+    """
+
+    name: str
+    part: str
+    glob: str
+
+    def asked_by(self, pattern: str, fqn: str) -> bool:
+        """Whether `pattern` means this layer, and does not only sweep it in: without that part it would not match."""
+        hidden = ".".join("\0" if part == self.part else part for part in fqn.split("."))
+        return fnmatchcase(fqn, pattern) and not fnmatchcase(hidden, pattern)
+
+    def reason(self) -> str:
+        return f'{self.name}, in high precision by default; fp8/layers/include ["*", "{self.glob}"] converts it'
+
+
+def find_roles(model: nn.Module) -> dict[str, Role]:
+    """fqn -> role of every Linear that has one; a router inside a head is a router."""
+    modules = dict(model.named_modules())
+    linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear)}
+    counts = {fqn: expert_counts(module) for fqn, module in modules.items() if not isinstance(module, nn.Linear)}
+    roles: dict[str, Role] = {}
+    for fqn in filter(None, linears):  # a model that is one Linear has no role
+        if role := _adapter(fqn, modules) or _router(fqn, modules, counts):
+            roles[fqn] = role
+    for fqn, part in _output_heads(model, linears):
+        glob = fqn if fqn.split(".")[-1] == part else f"*{part}*"
+        roles.setdefault(fqn, Role("output head", part, glob))
+    roles.pop("", None)
+    for fqn, part in _classifiers(linears):
+        roles.setdefault(fqn, Role("classification head", part, fqn if part == fqn.split(".")[-1] else f"*{part}.*"))
+    return roles
+
+
+def _adapter(fqn: str, modules: dict[str, nn.Module]) -> Role | None:
+    parts = fqn.split(".")
+    for place, part in enumerate(parts):
+        listed = getattr(modules.get(".".join(parts[:place])), "adapter_layer_names", ())
+        if part == "modules_to_save":  # a layer of the model, trained whole
+            continue
+        if ADAPTER_NAME.search(part) or (isinstance(listed, (tuple, list)) and part in listed):
+            return Role("adapter", part, f"*{part}*")
+    return None
+
+
+def _router(fqn: str, modules: dict[str, nn.Module], counts: dict[str, set[int]]) -> Role | None:
+    """By class or name, or because it gives as many numbers as there are experts beside it.
+
+    A class of routers that holds the experts too is a whole block; its other layers are no routers.
+    """
+    parts = fqn.split(".")
+    own = parts[-1]
+    role = Role("router", own, f"*.{own}" if len(parts) > 1 else own)
+    if ROUTER_NAME.search(own):
+        return role
+    width = shape_of(modules[fqn].weight)[0] if modules[fqn]._parameters.get("weight") is not None else 0
+    for up in (1, 2):
+        if len(parts) < up:
+            break
+        above = ".".join(parts[:-up])
+        if len(parts) > up and ROUTER_CLASS.search(type(modules[above]).__name__) and not counts[above]:
+            return role
+        if width > 1 and not _inside_experts(parts[len(parts) - up :]) and width in counts[above]:
+            return role
+    return None
+
+
+def _inside_experts(parts: list[str]) -> bool:
+    return any("expert" in part.lower() for part in parts[:-1])
+
+
+def _output_heads(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """(fqn, the part of it that names the head); PEFT's `modules_to_save` puts layers inside the head."""
+    heads = {id(head) for head in _asked_heads(model)}
+    found: dict[str, str] = {}
+    for fqn, module in model.named_modules():
+        if id(module) in heads or fqn.split(".")[-1] in HEAD_NAMES:
+            inside = [name for name in linears if name == fqn or name.startswith(f"{fqn}.")]
+            found.update(dict.fromkeys(inside, fqn.split(".")[-1]))
+    for fqn in _as_wide_as_words(model, linears, bool(found)):
+        found.setdefault(fqn, fqn.split(".")[-1])
+    yield from found.items()
+
+
+def _asked_heads(model: nn.Module) -> Iterator[nn.Module]:
+    """What transformers' models name themselves, also where they are a part of the model."""
+    for module in model.modules():
+        if callable(getattr(type(module), "get_output_embeddings", None)):
+            try:
+                head = module.get_output_embeddings()
+            except Exception:  # noqa: BLE001  # the model's own code, which may not know: then it names none
+                continue
+            if isinstance(head, nn.Module):
+                yield head
+
+
+def _as_wide_as_words(model: nn.Module, linears: dict[str, nn.Module], known: bool) -> list[str]:
+    """Linears whose outputs are as many as the words of an embedding; layers of repeated blocks are none.
+
+    Several of that width: those that are named like a head, else the last one.
+    """
+    words = set(_vocabularies(model))
+    wide = [
+        fqn
+        for fqn, module in linears.items()
+        if module._parameters.get("weight") is not None
+        and shape_of(module.weight)[0] in words
+        and not any(part.isdigit() for part in fqn.split(".")[:-1])
+    ]
+    named = [fqn for fqn in wide if HEADLIKE.search(fqn.split(".")[-1])]
+    return named or ([] if known else wide[-1:])
+
+
+def _vocabularies(model: nn.Module) -> Iterator[int]:
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and not POSITIONS.search(fqn.split(".")[-1]):
+            yield module.num_embeddings
+    for spec in getattr(model, "_layer_specs", ()):  # the other stages of a DeepSpeed PipelineModule
+        cls, arguments = getattr(spec, "typename", None), getattr(spec, "module_args", ())
+        if isinstance(cls, type) and issubclass(cls, nn.Embedding) and arguments and isinstance(arguments[0], int):
+            yield arguments[0]
+        elif isinstance(spec, nn.Embedding):
+            yield spec.num_embeddings
+
+
+def _classifiers(linears: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """(fqn, the part of it that names a classifier)."""
+    for fqn in linears:
+        part = next((part for part in fqn.split(".") if part in CLASSIFIERS), None)
+        if part is not None:
+            yield fqn, part
+    last = next(reversed(linears), "")
+    if len(linears) > 1 and last.split(".")[-1] in ("head", "heads"):
+        yield last, last.split(".")[-1]
