@@ -2,7 +2,7 @@
 
     python examples/compare.py runs/main_job/bf16 runs/main_job/fp8 --plot runs/main_job/loss.png
 
-Reads metrics.json of each run and, where its JSON asked for telemetry, the plan that ds_fp8 wrote into its journal.
+Reads metrics.json of each run and, where its JSON asked for telemetry, the plan that ds_fp8 wrote into its log.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import hjson
 
 from ds_fp8.plan import Estimate, Fp8Plan, Plan, estimate
-from ds_fp8.telemetry import read_journal
+from ds_fp8.telemetry import read_jsonl_log
 
 
 def read(run: Path) -> dict:
@@ -24,8 +24,8 @@ def read(run: Path) -> dict:
     metrics = json.loads((run / "metrics.json").read_text())
     config = hjson.loads(Path(metrics["config"]).read_text())
     folder = config.get("fp8", {}).get("telemetry", {}).get("path")
-    journal = Path(folder or run) / "telemetry_rank0.jsonl"
-    plans = [event["plan"] for event in read_journal(journal) if event["event"] == "plan"] if journal.exists() else []
+    log = Path(folder or run) / "telemetry_rank0.jsonl"
+    plans = [event["plan"] for event in read_jsonl_log(log) if event["event"] == "plan"] if log.exists() else []
     return {**metrics, "name": run.name, "plan": Plan.from_json(json.dumps(plans[-1])) if plans else None}
 
 

@@ -1,4 +1,4 @@
-"""A telemetry journal as series over optimizer steps: what `ds_fp8 report` draws.
+"""A telemetry log (JSONL) as series over optimizer steps: what `ds_fp8 report` draws.
 
 A resumed run appends its plan and goes on from the step of its checkpoint, so some steps may stand there twice: the
 later line is the run that went on, and counts.
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..telemetry.reading import ROLES
+from ..telemetry.tensor_statistics import ROLES
 
 QUANTITIES = ("amax", "scale", "underflow")
 
@@ -19,7 +19,7 @@ QUANTITIES = ("amax", "scale", "underflow")
 class History:
     """One rank's run.
 
-    runs    how often the job was started into this journal
+    runs    how often the job was started into this log
     banner  the last plan, as rank 0 printed it
     steps   the `step` events in order, one for each optimizer step that was looked at
     alarms  (step, kind, layer, text)
@@ -32,18 +32,18 @@ class History:
 
     def layers(self) -> list[str]:
         """Names in the order in which the model has them."""
-        return list(dict.fromkeys(reading["fqn"] for step in self.steps for reading in step["readings"]))
+        return list(dict.fromkeys(operand["fqn"] for step in self.steps for operand in step["readings"]))
 
-    def readings(self, role: str, quantity: str) -> dict[str, tuple[list[int], list[float]]]:
+    def statistics(self, role: str, quantity: str) -> dict[str, tuple[list[int], list[float]]]:
         """Layer -> (steps, values); inf, NaN and what was not measured are left out."""
         assert role in ROLES and quantity in QUANTITIES
         series: dict[str, tuple[list[int], list[float]]] = {}
         for step in self.steps:
-            for reading in step["readings"]:
-                if reading["role"] == role and isinstance(reading[quantity], (int, float)):
-                    at, values = series.setdefault(reading["fqn"], ([], []))
+            for operand in step["readings"]:
+                if operand["role"] == role and isinstance(operand[quantity], (int, float)):
+                    at, values = series.setdefault(operand["fqn"], ([], []))
                     at.append(step["step"])
-                    values.append(reading[quantity])
+                    values.append(operand[quantity])
         return series
 
     def values(self, name: str) -> tuple[list[int], list[float]]:
@@ -71,7 +71,7 @@ def _value(step: dict[str, Any], name: str) -> float | None:
 
 
 def read_history(events: Iterable[dict[str, Any]]) -> History:
-    """From the lines of `telemetry.read_journal`."""
+    """From the lines of `telemetry.read_jsonl_log`."""
     runs, banner, steps, alarms = 0, "", {}, {}
     for event in events:
         if event["event"] == "plan":

@@ -184,9 +184,9 @@ def kernels() -> Iterator[Finding]:
 
 def _bit_for_bit(device: str) -> Finding:
     """Run each kernel once beside its PyTorch reference: a compiler's fault shows here, not in a month of training."""
-    from ..kernels import proof
+    from ..kernels import self_test
 
-    what, wrong = f"kernels on {device}, bit for bit", proof.disagreements(device)
+    what, wrong = f"kernels on {device}, bit for bit", self_test.disagreements(device)
     if not wrong:
         return Finding(what, "equal to the PyTorch reference")
     shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
@@ -219,7 +219,7 @@ def msamp_package() -> Iterator[Finding]:
         yield Finding("msamp package", "not installed; the msamp section is served by ds_fp8")
         return
     if "ds_fp8" in (spec.origin or ""):
-        yield Finding("msamp package", f"ds_fp8's stand-in ({spec.origin})")
+        yield Finding("msamp package", f"ds_fp8's shim ({spec.origin})")
         return
     version = installed("ms-amp") or installed("msamp") or "of unknown version"
     yield Finding(

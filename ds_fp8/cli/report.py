@@ -1,6 +1,6 @@
-"""`ds_fp8 report JOURNAL... -o report.html`: what telemetry wrote, as one page that needs no network.
+"""`ds_fp8 report LOG... -o report.html`: what telemetry wrote, as one page that needs no network.
 
-For each journal (`telemetry_rank0.jsonl`, one a rank): the plan; the loss and the bytes on the wire; amax, scale and
+For each log (`telemetry_rank0.jsonl`, one a rank): the plan; the loss and the bytes on the wire; amax, scale and
 the share of elements flushed to zero, for each layer and operand over steps; and the alarms. Needs plotly, the extra
 `report`. Exit code 0: written; 1: nothing to draw; 2: a file cannot be read, or plotly is missing.
 """
@@ -15,8 +15,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from ..telemetry import read_journal
-from ..telemetry.reading import ROLES
+from ..telemetry import read_jsonl_log
+from ..telemetry.tensor_statistics import ROLES
 from .history import QUANTITIES, History, read_history
 
 TITLES = {"amax": "largest absolute value", "scale": "scale", "underflow": "share flushed to zero"}
@@ -37,24 +37,24 @@ table {{ border-collapse: collapse; }} td, th {{ padding: .2em .8em; border-bott
 def main(argv: Sequence[str]) -> int:
     """Read, draw, write."""
     parser = argparse.ArgumentParser(prog="ds_fp8 report", description=__doc__.split("\n")[0])
-    parser.add_argument("journals", nargs="+", metavar="JOURNAL", help="JSONL files in the folder telemetry/path")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="JSONL files in the folder telemetry/path")
     parser.add_argument("-o", "--output", default="report.html", help="default: report.html")
     options = parser.parse_args(argv)
     if util.find_spec("plotly") is None:
         return _refuse("draws with plotly, which is not installed: pip install 'ds-fp8[report]'", 2)
     histories = {}
-    for name in options.journals:
+    for name in options.logs:
         try:
-            histories[name] = read_history(read_journal(name))
+            histories[name] = read_history(read_jsonl_log(name))
         except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
-            return _refuse(f"{name} is no telemetry journal that can be read ({type(error).__name__}: {error})", 2)
+            return _refuse(f"{name} is no telemetry log that can be read ({type(error).__name__}: {error})", 2)
         if not histories[name].steps:
             return _refuse(f"{name} holds no step yet; telemetry/interval says how often one is written", 1)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(page(histories), encoding="utf-8")
     steps = sum(len(history.steps) for history in histories.values())
     alarms = sum(len(history.alarms) for history in histories.values())
-    print(f"{options.output}: {len(histories)} journal(s), {steps} step(s), {alarms} alarm(s)")
+    print(f"{options.output}: {len(histories)} log(s), {steps} step(s), {alarms} alarm(s)")
     return 0
 
 
@@ -109,7 +109,7 @@ def operands(history: History) -> Any:
     named: set[str] = set()
     for row, quantity in enumerate(QUANTITIES, start=1):
         for column, role in enumerate(ROLES, start=1):
-            for layer, (steps, values) in history.readings(role, quantity).items():
+            for layer, (steps, values) in history.statistics(role, quantity).items():
                 line = go.Scatter(
                     x=steps,
                     y=values,

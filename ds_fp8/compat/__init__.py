@@ -1,4 +1,4 @@
-"""A stand-in for the `msamp` package, for scripts that say `from msamp import deepspeed`.
+"""A shim for the `msamp` package, for scripts that say `from msamp import deepspeed`.
 
 MS-AMP is unmaintained and does not import on today's DeepSpeed. Scripts written for it, and Accelerate's MS-AMP backend,
 need four names of it: `msamp.initialize`, `msamp.deepspeed`, `msamp.clip_grad_norm_`, and to be found as installed.
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 
 from ..errors import DsFp8Error
-from . import stand_in
+from . import msamp_shim
 
 NAME = "msamp"
 DISTRIBUTION = "ms-amp"
@@ -34,9 +34,7 @@ class _Distribution(importlib.metadata.Distribution):
     def read_text(self, filename: str) -> str | None:
         if filename != "METADATA":
             return None
-        return (
-            f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {stand_in.VERSION}\nSummary: stand-in of ds_fp8\n"
-        )
+        return f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {msamp_shim.VERSION}\nSummary: shim of ds_fp8\n"
 
     def locate_file(self, path: object) -> object:
         return path
@@ -59,23 +57,23 @@ def real_package() -> str | None:
     """Where the real `msamp` lies, or None if there is none."""
     module = sys.modules.get(NAME)
     if module is not None:
-        return None if getattr(module, "ds_fp8_stand_in", False) else getattr(module, "__file__", None) or NAME
+        return None if getattr(module, "ds_fp8_shim", False) else getattr(module, "__file__", None) or NAME
     spec = importlib.util.find_spec(NAME)
     return None if spec is None else spec.origin or NAME
 
 
 def install() -> None:
-    """Make `import msamp` find the stand-in, and activate ds_fp8. Twice is once; DsFp8Error beside the real package."""
+    """Make `import msamp` find the shim, and activate ds_fp8. Twice is once; DsFp8Error beside the real package."""
     global _finder
     if is_installed():
         return
     real = real_package()
     if real is not None:
         raise DsFp8Error(
-            f"ds_fp8.compat.install(): the real msamp is installed ({real}), and a stand-in would hide it.\n"
-            "  Uninstall ms-amp, or import deepspeed itself: the msamp section of the JSON works without a stand-in."
+            f"ds_fp8.compat.install(): the real msamp is installed ({real}), and a shim would hide it.\n"
+            "  Uninstall ms-amp, or import deepspeed itself: the msamp section of the JSON works without a shim."
         )
-    for module in stand_in.modules():
+    for module in msamp_shim.modules():
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None, is_package=module.__name__ == NAME)
         sys.modules[module.__name__] = module
     _finder = _Finder()
@@ -86,7 +84,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Take the stand-in away again; ds_fp8 stays active."""
+    """Take the shim away again; ds_fp8 stays active."""
     global _finder
     if not is_installed():
         return
@@ -98,7 +96,7 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    return getattr(sys.modules.get(NAME), "ds_fp8_stand_in", False)
+    return getattr(sys.modules.get(NAME), "ds_fp8_shim", False)
 
 
 __all__ = ["install", "is_installed", "real_package", "uninstall"]

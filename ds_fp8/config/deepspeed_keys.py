@@ -13,9 +13,9 @@ from typing import Any
 
 from ..errors import Problem
 from . import contract
+from .messages import messages_of
 from .positions import Path
 from .source import Document
-from .wording import word
 
 
 @cache
@@ -29,7 +29,7 @@ def judge_deepspeed(document: Document) -> Iterator[Problem]:
     errors = contract.deepspeed_validator().iter_errors(document.data)
     for error in sorted(errors, key=lambda error: list(map(str, error.absolute_path))):
         severity = "warning" if _is_tolerated(error) else "error"
-        for path, message in word(error, ()):
+        for path, message in messages_of(error, ()):
             yield document.problem(path, message, severity)
     yield from deprecated_keys(document)
     yield from (document.problem(path, message) for path, message in _contradictions(document.data))

@@ -11,12 +11,12 @@ from ..errors import ConfigError, Problem
 from . import contract
 from .conflicts import CONFLICTS, REPLACED
 from .deepspeed_keys import deprecated_keys, judge_deepspeed, top_level_keys
+from .messages import messages_of
 from .resolve import settings_of
 from .rules import ADVICE, RULES
 from .sections import judge
 from .settings import Settings
 from .source import Document, Source, read
-from .wording import word
 
 
 def load(source: Source, *, where: str | None = None) -> Settings:
@@ -63,7 +63,7 @@ def _own_problems(document: Document, asked: bool = False) -> list[Problem]:
             contract.validator(section).iter_errors(data[section]), key=lambda error: list(map(str, error.path))
         )
         for error in errors:
-            problems += [document.problem(path, message) for path, message in word(error, (section,))]
+            problems += [document.problem(path, message) for path, message in messages_of(error, (section,))]
     # Rules read values by their meaning, so they wait until every value has one.
     if present and not any(problem.path.split("/")[0] in present for problem in problems):
         for rules, severity in ((RULES + CONFLICTS, "error"), (ADVICE + REPLACED, "warning")):

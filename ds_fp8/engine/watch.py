@@ -4,9 +4,9 @@ For that one step hooks lie on the FP8 layers. They see each operand as the laye
 share of elements that the cast flushes to zero, and keep the results on the device; after the step they are taken off
 and the numbers are read, which is the only time that waits for the device. Nothing that is computed is changed.
 
-    step N * interval   hooks on -> forward, backward, step -> hooks off -> monitor (rank 0), journal (each rank), alarms
+    step N * interval   hooks on -> forward, backward, step -> hooks off -> monitor (rank 0), log (each rank), alarms
 
-The aggregates go to DeepSpeed's monitor under `Train/Samples/ds_fp8/...`; each rank writes its own journal, because
+The aggregates go to DeepSpeed's monitor under `Train/Samples/ds_fp8/...`; each rank writes its own log, because
 without `reduce_amax` ranks differ, and a bad batch is one rank's.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..formats import BLOCK_SIZE, Format
-from ..telemetry import Journal, Reading, aggregate, find_alarms
+from ..telemetry import JsonlLog, TensorStatistics, aggregate, find_alarms
 from ..telemetry.aggregate import events
 from ..telemetry.alarms import new_alarms
 
@@ -33,7 +33,7 @@ class Watch:
         self.rank = rank
         self.interval = attachment.settings.telemetry.interval
         folder = attachment.settings.telemetry.path
-        self.journal = None if folder is None else Journal(f"{folder}/telemetry_rank{rank}.jsonl")
+        self.log = None if folder is None else JsonlLog(f"{folder}/telemetry_rank{rank}.jsonl")
         self._known_alarms: set[tuple[str, str, str]] = set()
         self._is_looking = False
         self._hooks: list[Any] = []
@@ -47,8 +47,8 @@ class Watch:
         from ..comm import counters
 
         plan = self.attachment.plan
-        if self.journal is not None:
-            self.journal.write("plan", digest=plan.digest(), banner=plan.banner(), plan=json.loads(plan.to_json()))
+        if self.log is not None:
+            self.log.write("plan", digest=plan.digest(), banner=plan.banner(), plan=json.loads(plan.to_json()))
         counters.reset()
         self._look_if_due()
 
@@ -149,15 +149,15 @@ class Watch:
         found = torch.stack([amax, scale.float(), lost.float(), (values > 0).sum().float()])
         self._seen.setdefault(key, []).append(found)
 
-    def _readings(self) -> list[Reading]:
-        """One reading for each operand: the largest amax and the summed losses of its micro-batches."""
-        readings = []
+    def _statistics(self) -> list[TensorStatistics]:
+        """One `TensorStatistics` for each operand: the largest amax and the summed losses of its micro-batches."""
+        statistics = []
         for (fqn, role), found in self._seen.items():
             rows = torch.stack([each.cpu() for each in found])
             lost, nonzero = rows[:, 2].sum().item(), rows[:, 3].sum().item()
             worst = int(rows[:, 0].argmax())
-            readings.append(
-                Reading(
+            statistics.append(
+                TensorStatistics(
                     fqn,
                     role,
                     amax=rows[worst, 0].item(),
@@ -167,14 +167,14 @@ class Watch:
                 )
             )
         self._seen.clear()
-        return readings
+        return statistics
 
     def _report(self) -> None:
         from ..comm import counters
 
         engine = self.attachment.engine
-        readings, loss = self._readings(), self._loss()
-        values = aggregate(readings)
+        statistics, loss = self._statistics(), self._loss()
+        values = aggregate(statistics)
         sent = counters.to_json()
         for kind, sent_bytes in counters.sent.items():
             values[f"wire/{kind}_bytes"] = float(sent_bytes) / self.interval
@@ -182,19 +182,19 @@ class Watch:
         counters.reset()
         if engine.monitor.enabled and self.rank == 0:
             engine.monitor.write_events(events(values, engine.global_samples))
-        alarms = new_alarms(find_alarms(readings), self._known_alarms)
-        if self.journal is not None:
-            self.journal.write(
+        alarms = new_alarms(find_alarms(statistics), self._known_alarms)
+        if self.log is not None:
+            self.log.write(
                 "step",
                 step=engine.global_steps,
                 samples=engine.global_samples,
                 loss=loss,
                 values={name: value for name, value in values.items() if math.isfinite(value)},
                 wire=sent,
-                readings=[reading.to_json() for reading in readings],
+                readings=[operand.to_json() for operand in statistics],
             )
             for alarm in alarms:
-                self.journal.write("alarm", step=engine.global_steps, kind=alarm.kind, fqn=alarm.fqn, text=alarm.text)
+                self.log.write("alarm", step=engine.global_steps, kind=alarm.kind, fqn=alarm.fqn, text=alarm.text)
         for alarm in alarms if self.rank == 0 else ():
             print(f"ds_fp8: step {engine.global_steps}: {alarm.text}", flush=True)
 

@@ -28,7 +28,7 @@ from ..errors import CheckpointError, PlanError
 from ..levels import LEVELS, Level
 from ..numerics.dtypes import BASE_DTYPES
 from ..numerics.random_bits import mix
-from . import codecs, keeping, masters
+from . import checkpointing, codecs, masters
 from .algorithm import check_gradient, check_numbers, refuse_options, step_options
 from .codecs import MOMENTS
 
@@ -214,23 +214,23 @@ class ScaledAdam(torch.optim.Optimizer):
             state["step"] = int(step)
 
     def export_codes(self, param: torch.Tensor) -> dict[str, Any]:
-        """The exact state of `param`, the 16-bit weight included, as plain types and CPU tensors; see keeping.py."""
-        return keeping.export_codes(self, param)
+        """The exact state of `param`, the 16-bit weight included, as plain types and CPU tensors; see checkpointing.py."""
+        return checkpointing.export_codes(self, param)
 
     def import_codes(self, param: torch.Tensor, codes: dict[str, Any]) -> None:
         """Take what `export_codes` gave, bit for bit, or encoded anew if the formats differ; CheckpointError if foreign."""
-        keeping.import_codes(self, param, codes)
+        checkpointing.import_codes(self, param, codes)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's layout with our codes as states, plus `ds_fp8` (version, formats, seed); see keeping.py."""
-        return keeping.state_dict(self, super().state_dict())
+        """torch's layout with our codes as states, plus `ds_fp8` (version, formats, seed); see checkpointing.py."""
+        return checkpointing.state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state_dict of ours (any level) or of a plain Adam; on CheckpointError the optimizer is as before.
 
         Tensors are copied in place and never cast to the parameter's dtype, which is what torch's own method would do.
         """
-        keeping.load_state_dict(self, state_dict)
+        checkpointing.load_state_dict(self, state_dict)
 
 
 class ScaledAdamW(ScaledAdam):

@@ -10,30 +10,30 @@ import math
 from collections.abc import Iterable
 from statistics import mean, median
 
-from .reading import ROLES, Reading
+from .tensor_statistics import ROLES, TensorStatistics
 
 PREFIX = "Train/Samples/ds_fp8"
 
 
-def aggregate(readings: Iterable[Reading]) -> dict[str, float]:
-    """Name -> value. A role without a reading is left out, so that no plot shows an invented zero."""
-    readings = list(readings)
+def aggregate(statistics: Iterable[TensorStatistics]) -> dict[str, float]:
+    """Name -> value. A role that was not measured is left out, so that no plot shows an invented zero."""
+    statistics = list(statistics)
     result: dict[str, float] = {}
     for role in ROLES:
-        own = [reading for reading in readings if reading.role == role and reading.is_finite and reading.amax > 0]
+        own = [operand for operand in statistics if operand.role == role and operand.is_finite and operand.amax > 0]
         if not own:
             continue
-        amaxes = [reading.amax for reading in own]
+        amaxes = [operand.amax for operand in own]
         result[f"{role}/amax_max"] = max(amaxes)
         result[f"{role}/amax_median"] = median(amaxes)
-        result[f"{role}/headroom_min_bits"] = min(reading.headroom_bits for reading in own)
-        result[f"{role}/headroom_max_bits"] = max(reading.headroom_bits for reading in own)
-        result[f"{role}/saturated_tensors"] = float(sum(reading.is_saturated for reading in own))
-        measured = [reading.underflow for reading in own if reading.underflow is not None]
+        result[f"{role}/headroom_min_bits"] = min(operand.headroom_bits for operand in own)
+        result[f"{role}/headroom_max_bits"] = max(operand.headroom_bits for operand in own)
+        result[f"{role}/saturated_tensors"] = float(sum(operand.is_saturated for operand in own))
+        measured = [operand.underflow for operand in own if operand.underflow is not None]
         if measured:
             result[f"{role}/underflow_share"] = mean(measured)
-    if readings:
-        result["nonfinite_tensors"] = float(sum(not reading.is_finite for reading in readings))
+    if statistics:
+        result["nonfinite_tensors"] = float(sum(not operand.is_finite for operand in statistics))
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .reading import Reading
+from .tensor_statistics import TensorStatistics
 
 SATURATED_BITS = 1.0
 """Clamping by less than one bit is what margin is for, and normal for a step or two while a model warms up."""
@@ -30,9 +30,9 @@ class Alarm:
     text: str
 
 
-def find_alarms(readings: Iterable[Reading]) -> list[Alarm]:
-    """Alarms of these readings, the worst kind of each operand only."""
-    return [alarm for reading in readings if (alarm := _alarm(reading)) is not None]
+def find_alarms(statistics: Iterable[TensorStatistics]) -> list[Alarm]:
+    """Alarms of these statistics, the worst kind of each operand only."""
+    return [alarm for operand in statistics if (alarm := _alarm(operand)) is not None]
 
 
 def new_alarms(alarms: list[Alarm], known: set[tuple[str, str, str]]) -> list[Alarm]:
@@ -44,32 +44,32 @@ def new_alarms(alarms: list[Alarm], known: set[tuple[str, str, str]]) -> list[Al
     return fresh
 
 
-def _alarm(reading: Reading) -> Alarm | None:
-    where = f"{reading.fqn}: {reading.role}"
+def _alarm(operand: TensorStatistics) -> Alarm | None:
+    where = f"{operand.fqn}: {operand.role}"
 
     def alarm(kind: str, text: str) -> Alarm:
-        return Alarm(kind, reading.fqn, reading.role, f"{where} {text}")
+        return Alarm(kind, operand.fqn, operand.role, f"{where} {text}")
 
-    if not reading.is_finite:
+    if not operand.is_finite:
         return alarm("nonfinite", "holds inf or NaN; keep the layer out with fp8/layers/exclude if only FP8 shows it")
-    if reading.amax == 0:
+    if operand.amax == 0:
         return None
-    if reading.headroom_bits < -SATURATED_BITS:
+    if operand.headroom_bits < -SATURATED_BITS:
         return alarm(
             "saturated",
-            f"is clamped: its largest value {reading.amax:.3g} lies {-reading.headroom_bits:.1f} bits beyond the range; "
+            f"is clamped: its largest value {operand.amax:.3g} lies {-operand.headroom_bits:.1f} bits beyond the range; "
             "raise fp8/margin, or use fp8/recipe current",
         )
-    if reading.headroom_bits > IDLE_BITS:
+    if operand.headroom_bits > IDLE_BITS:
         return alarm(
             "idle",
-            f"leaves {reading.headroom_bits:.0f} bits of {reading.format.name} unused (an old amax holds the scale down); "
+            f"leaves {operand.headroom_bits:.0f} bits of {operand.format.name} unused (an old amax holds the scale down); "
             "shorten fp8/amax_history_len, or use fp8/recipe current",
         )
-    if reading.underflow is not None and reading.underflow > UNDERFLOW_SHARE:
+    if operand.underflow is not None and operand.underflow > UNDERFLOW_SHARE:
         return alarm(
             "underflow",
-            f"loses {reading.underflow:.0%} of its elements to zero; use fp8/recipe block, "
+            f"loses {operand.underflow:.0%} of its elements to zero; use fp8/recipe block, "
             "or keep the layer out with fp8/layers/exclude",
         )
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ranks import run_ranks
 
-from ds_fp8.telemetry import read_journal
+from ds_fp8.telemetry import read_jsonl_log
 from tests.engine.engine_jobs import config, several
 
 pytestmark = pytest.mark.dist
@@ -20,7 +20,7 @@ def test_every_second_step_is_written_down_and_no_bit_is_changed(tmp_path):
     for quiet, seen in run:
         assert seen["losses"] == quiet["losses"]
     for rank in range(2):
-        first, *events = read_journal(tmp_path / f"telemetry_rank{rank}.jsonl")
+        first, *events = read_jsonl_log(tmp_path / f"telemetry_rank{rank}.jsonl")
         assert first["event"] == "plan" and len(first["plan"]["modules"]) > 4
         steps = [event for event in events if event["event"] == "step"]
         assert [event["step"] for event in steps] == [2, 4]
@@ -28,13 +28,13 @@ def test_every_second_step_is_written_down_and_no_bit_is_changed(tmp_path):
         losses = run[rank][1]["losses"]
         assert [step["loss"] for step in steps] == [losses[1], losses[3]]
         for step in steps:
-            readings = step["readings"]
-            assert {(found["role"], found["format"]) for found in readings} == {
+            statistics = step["readings"]
+            assert {(found["role"], found["format"]) for found in statistics} == {
                 ("input", "e4m3"),
                 ("weight", "e4m3"),
                 ("grad_output", "e5m2"),
             }
-            assert len(readings) == 4 * 3 and all(found["amax"] > 0 for found in readings)
+            assert len(statistics) == 4 * 3 and all(found["amax"] > 0 for found in statistics)
             assert 0 <= step["values"]["input/underflow_share"] < 1
         # A LayerNorm of 32 elements bounds its output by sqrt(32); after 4 steps it is near that of a normal sample.
         (up,) = [found for found in steps[0]["readings"] if found["fqn"] == "blocks.0.up" and found["role"] == "input"]

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from ds_fp8 import kernels, numerics
 from ds_fp8.comm.wire import message_bytes, message_views, write_message
 from ds_fp8.formats import E4M3, E5M2
-from ds_fp8.kernels import proof
+from ds_fp8.kernels import self_test
 from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.triton import adam, blocks, cast, launch
 from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
@@ -183,13 +183,13 @@ def test_the_fused_step_is_the_reference_step(dtype, m, v, master, rounding):
             assert not differs.any(), f"step {number}, tensor {position}: {int(differs.sum())} bytes differ"
 
 
-@pytest.mark.parametrize("short", [True, False], ids=["short way", "general"])
+@pytest.mark.parametrize("short", [True, False], ids=["fast path", "general"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("master", ["split24", "fp16"])
 def test_millions_of_quotients_and_roots(master, rounding, short, monkeypatch):
     """Gradients of one size and 4M elements: the short sequences round as IEEE asks in every one."""
     if not short:
-        monkeypatch.setattr(adam, "_has_short_way", lambda step: False)
+        monkeypatch.setattr(adam, "_has_fast_path", lambda step: False)
     step = make_step(torch.bfloat16, "int8", "fp16", master, rounding, numel=2**22)
     device = on_device(step)
     for number in range(1, 3):
@@ -219,8 +219,8 @@ def test_a_gradient_in_codes(fmt, rounding):
             assert torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8))
 
 
-def test_the_proof_that_doctor_runs():
-    assert proof.disagreements("cuda") == []
+def test_the_self_test_that_doctor_runs():
+    assert self_test.disagreements("cuda") == []
 
 
 def test_no_kernel_waits_for_the_device():

@@ -1,4 +1,4 @@
-"""A script for Accelerate's MS-AMP backend, served by the stand-in: alone or through its DeepSpeed plugin (`plain`, `deepspeed`)."""
+"""A script for Accelerate's MS-AMP backend, served by the shim: alone or through its DeepSpeed plugin (`plain`, `deepspeed`)."""
 
 from __future__ import annotations
 

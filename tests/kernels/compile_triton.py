@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_fp8.kernels.triton import adam, blocks, cast, flat, history, masters, operands, ordinary, segments, states
+from ds_fp8.kernels.triton import adam, adam_fast, blocks, cast, flat, history, masters, operands, segments, states
 from ds_fp8.kernels.triton.launch import LAUNCH
 from ds_fp8.numerics.states import RATIO_FORMATS
 
@@ -43,9 +43,9 @@ def chosen_bytes(ptx: str) -> list[str]:
     return [found for found, one, other in choices if one in second and other in second]
 
 
-def kind_is_short(base: str, master: str) -> bool:
-    """Whether a master of this kind on this base has the short way of an ordinary tile."""
-    return master in ordinary.MASTERS and (base == "bf16" or not master.startswith("split"))
+def kind_is_fast(base: str, master: str) -> bool:
+    """Whether a master of this kind on this base has the fast path."""
+    return master in adam_fast.MASTERS and (base == "bf16" or not master.startswith("split"))
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def main() -> None:
     data = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "e4m3": "*u8", "e4m3_expanded": "*u8", "int8": "*i8"}
     remainder = {"own": "*fp32", "fp32": "*fp32", "split32": "*i16", "split24": "*i8", "fp16": "*fp16"}
     cases = [("bf16", name, name, "split24") for name in data if name != "int8"]
-    cases += [("bf16", "int8", v, kind) for v in ordinary.ROOTS for kind in ordinary.MASTERS]
+    cases += [("bf16", "int8", v, kind) for v in adam_fast.ROOTS for kind in adam_fast.MASTERS]
     cases.append(("bf16", "e4m3", "bf16", "split24"))
     cases += [(base, "e4m3", "fp16", kind) for base in ("bf16", "fp16") for kind in remainder if kind != "own"]
     cases.append(("fp32", "e4m3", "fp16", "own"))
@@ -116,9 +116,9 @@ def main() -> None:
         constants |= {"V_FORMAT": states.FORMATS[v], "V_ROOT": v not in ("fp32", "bf16")}
         constants |= {"MASTER": masters.KINDS[master], "HALF": base == "fp16", "SCALE_TENSOR": number % 2 == 0}
         constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True, "WEIGHT16": number % 3 == 0}
-        short = m in ordinary.MOMENTS and v in ordinary.ROOTS and kind_is_short(base, master)
-        constants |= {"STOCHASTIC": coded, "ROWS": adam.ORDINARY_ROWS if short else adam.ROWS, "SHORT": short}
-        constants |= {"EVEN": not coded and not short, "HARDWARE": True, "ORDINARY": not short}
+        short = m in adam_fast.MOMENTS and v in adam_fast.ROOTS and kind_is_fast(base, master)
+        constants |= {"STOCHASTIC": coded, "ROWS": adam.FAST_ROWS if short else adam.ROWS, "SHORT": short}
+        constants |= {"EVEN": not coded and not short, "HARDWARE": True, "FAST": not short}
         constants |= {"GRADIENT": 0 if coded else adam.NOT_CODED}
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 2, constants, fused=2)
     for fold in (False, True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3, E5M2, Format
-from ds_fp8.kernels import dispatch, proof
+from ds_fp8.kernels import dispatch, self_test
 from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands
 from ds_fp8.layers import ScaleBook
 from ds_fp8.numerics import cast as reference_cast
@@ -256,7 +256,7 @@ def test_transposed_views_become_dense():
     assert torch.equal(out.view(torch.uint8), codes.view(torch.uint8).t())
 
 
-def test_the_proof_that_doctor_runs(monkeypatch):
+def test_the_self_test_that_doctor_runs(monkeypatch):
     """What a GPU's doctor compares, with the interpreter in the place of the compiler."""
     monkeypatch.setitem(dispatch._libraries, "cpu", entry)
-    assert proof.disagreements("cpu") == []
+    assert self_test.disagreements("cpu") == []

@@ -16,7 +16,7 @@ import torch
 from ds_fp8 import numerics
 from ds_fp8.formats import E4M3, FORMATS
 from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
-from ds_fp8.kernels.triton import adam, launch, ordinary, segments
+from ds_fp8.kernels.triton import adam, adam_fast, launch, segments
 from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
 from ds_fp8.numerics import flat, masters, states
 
@@ -62,27 +62,27 @@ def compare(step: AdamStep, grad_dtype: torch.dtype = torch.bfloat16, steps: int
             assert same.all(), f"step {number}, tensor {position} ({found.dtype}): {int((~same).sum())} bytes differ"
 
 
-@pytest.fixture(params=[True, False], ids=["short way", "general"])
+@pytest.fixture(params=[True, False], ids=["fast path", "general"])
 def short(request, monkeypatch):
     """Both ways of a step: ordinary tiles on their own, and everything by the general one."""
     if not request.param:
-        monkeypatch.setattr(adam, "_has_short_way", lambda step: False)
+        monkeypatch.setattr(adam, "_has_fast_path", lambda step: False)
     return request.param
 
 
-def ordinary_gradient(seed: int, dtype: torch.dtype) -> torch.Tensor:
+def gradient_of_one_size(seed: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(NUMEL, generator=torch.Generator().manual_seed(seed)) * 1e-3).to(dtype)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("master", ordinary.MASTERS)
-@pytest.mark.parametrize("v", ordinary.ROOTS)
-@pytest.mark.parametrize("m", ordinary.MOMENTS)
-def test_ordinary_tiles(m, v, master, rounding, monkeypatch):
-    """Gradients of one size: all tiles but the last go the short way, in each of its formats, with the same bits."""
-    monkeypatch.setattr(sys.modules[__name__], "gradient", ordinary_gradient)
+@pytest.mark.parametrize("master", adam_fast.MASTERS)
+@pytest.mark.parametrize("v", adam_fast.ROOTS)
+@pytest.mark.parametrize("m", adam_fast.MOMENTS)
+def test_fast_path_tiles(m, v, master, rounding, monkeypatch):
+    """Gradients of one size: all tiles but the last go the fast path, in each of its formats, with the same bits."""
+    monkeypatch.setattr(sys.modules[__name__], "gradient", gradient_of_one_size)
     step = make_step(torch.bfloat16, m, v, master, rounding=rounding, weight16=torch.zeros(NUMEL, dtype=torch.float16))
-    assert adam._has_short_way(step)
+    assert adam._has_fast_path(step)
     compare(step)
 
 

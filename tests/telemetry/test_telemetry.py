@@ -1,4 +1,4 @@
-"""Readings, aggregates, alarms and the journal: from numbers to words."""
+"""Tensor statistics, aggregates, alarms and the log: from numbers to words."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import pytest
 
 from ds_fp8.formats import E4M3, E5M2
-from ds_fp8.telemetry import Journal, Reading, aggregate, find_alarms, read_journal
+from ds_fp8.telemetry import JsonlLog, TensorStatistics, aggregate, find_alarms, read_jsonl_log
 from ds_fp8.telemetry.aggregate import events
 from ds_fp8.telemetry.alarms import new_alarms
 
 
 def reading(amax, scale=1.0, fmt=E4M3, fqn="up", role="input", **more):
-    return Reading(fqn, role, amax, scale, fmt, **more)
+    return TensorStatistics(fqn, role, amax, scale, fmt, **more)
 
 
 def test_a_scale_from_its_own_amax_fills_the_range():
@@ -71,11 +71,11 @@ def test_an_alarm_is_told_once_until_it_has_gone():
 
 def test_a_journal_cut_by_a_kill_is_still_readable(tmp_path):
     """Half a line at the end is the crash; the lines before it are the run."""
-    journal = Journal(tmp_path / "logs" / "t.jsonl")
-    journal.write("plan", digest="ab")
-    journal.write("step", step=1, readings=[reading(math.inf).to_json()])
-    with journal.path.open("a") as file:
+    log = JsonlLog(tmp_path / "logs" / "t.jsonl")
+    log.write("plan", digest="ab")
+    log.write("step", step=1, readings=[reading(math.inf).to_json()])
+    with log.path.open("a") as file:
         file.write('{"event": "st')
-    found = read_journal(journal.path)
+    found = read_jsonl_log(log.path)
     assert [event["event"] for event in found] == ["plan", "step"]
     assert found[1]["readings"][0]["amax"] == "inf"

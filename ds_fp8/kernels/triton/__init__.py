@@ -4,7 +4,7 @@
     cast.py      one scale per tensor: codes, transposed codes and amax from one read
     blocks.py    1x128 groups and 128x128 tiles of matrix operands
     flat.py      flat partitions: encode, decode, sum over ranks
-    states.py, masters.py, adam.py      the fused optimizer step;  ordinary.py  its short way
+    states.py, masters.py, adam.py      the fused optimizer step;  adam_fast.py  its fast path
     segments.py  many weights in one launch
     entry.py     the names that `kernels.dispatch` calls
 

@@ -2,7 +2,7 @@
 
 A program takes ROWS blocks of 128 elements, reads gradient, states and master, computes in fp32 exactly as
 `numerics.adam` spells it, and writes states, master and weights. What it moves is what is stored: 14 bytes per parameter
-of a split24 O2 step with a bf16 gradient. The states of O2 and O3 go the short way of `ordinary.py`, tile by tile where it is right.
+of a split24 O2 step with a bf16 gradient. The states of O2 and O3 take the fast path of `adam_fast.py`, tile by tile, where it gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...numerics import expansion
 from ...numerics.random_bits import EXP_AVG_SHIFT
 from ...numerics.states import RATIO_FORMATS, ROOT_FORMATS
 from ..adam import AdamStep
-from . import codec, ieee, masters, ordinary, segments, states
+from . import adam_fast, codec, ieee, masters, segments, states
 from .flat import signed
 from .launch import LAUNCH, hardware_casts, on_device
 
@@ -28,8 +28,8 @@ FLOATS = tl.constexpr(NOT_CODED)
 ROWS, WARPS = 8, 4
 """Blocks and warps of a program, where the general step does all tiles: 1024 elements, eight per thread."""
 
-ORDINARY_ROWS, ORDINARY_WARPS = 4, 2
-"""The same where ordinary tiles go the short way."""
+FAST_ROWS, FAST_WARPS = 4, 2
+"""The same where tiles take the fast path."""
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr,
              one_minus_beta2, correction, eps, step_size, key, M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr,
              V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr, HALF: tl.constexpr, DECAY: tl.constexpr,
              L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr,
-             EVEN: tl.constexpr, ORDINARY: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+             EVEN: tl.constexpr, FAST: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     """One tile, whatever is in it."""
     w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, row_inside, MASTER, HALF)
     m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, row_inside, M_FORMAT, HARDWARE)
@@ -79,7 +79,7 @@ def _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr,
     # With v in fp32 the order is torch's, and `correction` divides; else the shorter one, and it multiplies.
     DIVIDES: tl.constexpr = V_FORMAT == states.FP32
     numerator = m * step_size if DIVIDES else m
-    if ORDINARY:
+    if FAST:
         root, change = ieee.root_and_change(v, numerator, correction, eps, DIVIDES)
     else:
         root = tl.sqrt_rn(v)
@@ -138,7 +138,7 @@ def _adam_kernel(param_ptr, grad_ptr, grad_scale_inv_ptr, m_ptr, m_scale_ptr, m_
                  M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr,
                  MASTER: tl.constexpr, HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, GRADIENT: tl.constexpr,
                  DECAY: tl.constexpr, L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr,
-                 STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ORDINARY: tl.constexpr,
+                 STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
                  SHORT: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = first + tl.arange(0, ROWS)
@@ -157,7 +157,7 @@ def _adam_kernel(param_ptr, grad_ptr, grad_scale_inv_ptr, m_ptr, m_scale_ptr, m_
             w = masters.read(param, master, master_scale, here, tile_row, whole, all_rows, MASTER, HALF)
             m = states.read(m_data, m_scale, m_scale, table_ptr, here, tile_row, whole, all_rows, M_FORMAT, HARDWARE)
             v = states.read(v_data, v_scale, v_scale, table_ptr, here, tile_row, whole, all_rows, V_FORMAT, HARDWARE)
-            done = ordinary.step(param, m_data, m_scale, v_data, v_scale, master, master_scale, weight16_ptr + begin, g, w, m,
+            done = adam_fast.step(param, m_data, m_scale, v_data, v_scale, master, master_scale, weight16_ptr + begin, g, w, m,
                                  v, here, tile_row, begin, decay, l2, beta2, lerp_weight, one_minus_beta2, correction, eps,
                                  step_size, key, M_FORMAT, V_FORMAT, MASTER, DECAY, L2, LERP_SMALL, WEIGHT16, STOCHASTIC,
                                  HARDWARE)  # fmt: skip
@@ -171,7 +171,7 @@ def _adam_kernel(param_ptr, grad_ptr, grad_scale_inv_ptr, m_ptr, m_scale_ptr, m_
         _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr, master_ptr,
                  master_scale_ptr, weight16_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
                  one_minus_beta2, correction, eps, step_size, key, M_FORMAT, M_RATIO, V_FORMAT, V_ROOT, MASTER, HALF, DECAY,
-                 L2, LERP_SMALL, WEIGHT16, STOCHASTIC, EVEN, ORDINARY, HARDWARE)  # fmt: skip
+                 L2, LERP_SMALL, WEIGHT16, STOCHASTIC, EVEN, FAST, HARDWARE)  # fmt: skip
 
 
 def adam_step(step: AdamStep) -> None:
@@ -194,8 +194,8 @@ def adam_step(step: AdamStep) -> None:
     def pointer(tensor: torch.Tensor | None) -> torch.Tensor:
         return param if tensor is None else tensor  # never read: its branch is compiled away
 
-    short = _has_short_way(step)
-    rows, warps = (ORDINARY_ROWS, ORDINARY_WARPS) if short else (ROWS, WARPS)
+    short = _has_fast_path(step)
+    rows, warps = (FAST_ROWS, FAST_WARPS) if short else (ROWS, WARPS)
     coded = step.grad_scale_inv is not None
     with on_device(param):
         _adam_kernel[(triton.cdiv(n, rows * 128),)](
@@ -215,11 +215,11 @@ def adam_step(step: AdamStep) -> None:
         _write_weight_codes(step)
 
 
-def _has_short_way(step: AdamStep) -> bool:
-    """Whether the step's formats and numbers are those of `ordinary.py`."""
-    if step.exp_avg.format not in ordinary.MOMENTS or step.exp_avg_sq.format not in ordinary.ROOTS:
+def _has_fast_path(step: AdamStep) -> bool:
+    """Whether the step's formats and numbers are those of `adam_fast.py`."""
+    if step.exp_avg.format not in adam_fast.MOMENTS or step.exp_avg_sq.format not in adam_fast.ROOTS:
         return False
-    if step.master.format not in ordinary.MASTERS:
+    if step.master.format not in adam_fast.MASTERS:
         return False
     if step.master.format.startswith("split") and step.param.dtype != torch.bfloat16:
         return False

@@ -1,4 +1,4 @@
-"""The kernels' own proof: silent where they are right, and by name where a compiler made wrong code."""
+"""The kernels' self-test: silent where they are right, and by name where a compiler made wrong code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from ds_fp8 import kernels
 from ds_fp8.cli import probes
-from ds_fp8.kernels import dispatch, proof
+from ds_fp8.kernels import dispatch, self_test
 
 
 class Faulty:
@@ -36,7 +36,7 @@ needs_kernels = pytest.mark.skipif(kernels.path("cpu") == "torch", reason="no C+
 
 @needs_kernels
 def test_this_machine_agrees():
-    assert proof.disagreements("cpu") == []
+    assert self_test.disagreements("cpu") == []
 
 
 @needs_kernels
@@ -45,7 +45,7 @@ def test_this_machine_agrees():
 )
 def test_a_faulty_kernel_is_named(monkeypatch, name):
     monkeypatch.setitem(dispatch._libraries, "cpu", Faulty(dispatch.library_for("cpu"), name))
-    wrong = proof.disagreements("cpu")
+    wrong = self_test.disagreements("cpu")
     assert wrong and all(one.startswith(name) for one in wrong)
 
 
@@ -59,8 +59,8 @@ def test_a_faulty_step_is_named(monkeypatch):
             step.param[1::2] = step.param[: step.param.numel() - 1 : 2]
 
     monkeypatch.setitem(dispatch._libraries, "cpu", FaultyStep(real, "nothing else"))
-    assert all(one.startswith("adam_step") for one in proof.disagreements("cpu"))
-    assert proof.disagreements("cpu")
+    assert all(one.startswith("adam_step") for one in self_test.disagreements("cpu"))
+    assert self_test.disagreements("cpu")
 
 
 @needs_kernels
@@ -81,4 +81,4 @@ def test_doctor_says_that_they_agree():
 
 def test_plain_pytorch_has_nothing_to_prove(monkeypatch):
     monkeypatch.setitem(dispatch._libraries, "cpu", None)
-    assert proof.disagreements(torch.device("cpu")) == []
+    assert self_test.disagreements(torch.device("cpu")) == []

@@ -1,9 +1,9 @@
-"""The Adam step of an ordinary tile: no zero, no infinity, no NaN among what it computes, and no extreme exponent.
+"""The fast path of the Adam step: tiles in which nothing is zero, infinite, NaN or of an extreme exponent.
 
 The general step (adam.py) is right for every tile and slow where it has to look: at each root and quotient for its
 exponents, at each rounding for NaN, at each code for zero. On a GPU such looks are half of its instructions, and
 instructions are what a step with coded states waits for: the device moves the bytes of one element in the time of some
-70. So a tile is computed once by the short way, one look at all its exponents tells whether that was right, and what
+70. So a tile is computed once without them, one look at all its exponents tells whether that was right, and what
 follows then needs no case; else nothing is stored, and the general step does the tile. Both give the same bits.
 
     in range    sqrt(v) in [2^-50, 2^10), |m| in [2^-95, 2^25), |w| < 2^113
@@ -22,7 +22,7 @@ import triton.language as tl
 from . import codec, ieee, masters, states
 
 MOMENTS, ROOTS, MASTERS = ("int8", "e4m3"), ("fp16", "e4m3"), ("split24", "split32", "fp16", "fp32")
-"""Formats of exp_avg, exp_avg_sq and master that have the short way; a split master on a bf16 parameter."""
+"""Formats of exp_avg, exp_avg_sq and master that have the fast path; a split master on a bf16 parameter."""
 
 BELOW = tl.constexpr(0x78000000)  # 120 binades in doubled bits; as plain bits 2^113
 

@@ -19,7 +19,7 @@ ROLES = ("input", "weight", "grad_output")
 
 
 @dataclass(frozen=True)
-class Reading:
+class TensorStatistics:
     """One operand at one step.
 
     fqn        the layer

@@ -14,7 +14,7 @@ from . import contract
 from .positions import Path
 from .suggest import closest, did_you_mean
 
-Wording = Iterator[tuple[Path, str]]
+Messages = Iterator[tuple[Path, str]]
 
 CURES = {
     ("fp8_format", "E5M2"): "its two mantissa bits are too coarse for activations and "
@@ -36,7 +36,7 @@ MOVED = {
 """Names that other tools use for our keys."""
 
 
-def word(error: Any, section: Path) -> Wording:
+def messages_of(error: Any, section: Path) -> Messages:
     """All messages of one jsonschema error; paths start at the top of the file."""
     path = (*section, *error.absolute_path)
     yield from _WORDINGS.get(error.validator, _other)(error, path)
@@ -53,7 +53,7 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _additional_properties(error: Any, path: Path) -> Wording:
+def _additional_properties(error: Any, path: Path) -> Messages:
     known = error.schema.get("properties", {})
     for key in error.instance:
         if not isinstance(key, str):
@@ -76,7 +76,7 @@ def unknown_key(key: str, path: Path, known: dict[str, Any]) -> str:
     return f"unknown key; known are {', '.join(known)}"
 
 
-def _required(error: Any, path: Path) -> Wording:
+def _required(error: Any, path: Path) -> Messages:
     for key in error.validator_value:
         if key not in error.instance:
             if key == "enabled":
@@ -88,7 +88,7 @@ def _required(error: Any, path: Path) -> Wording:
                 yield path, f"'{key}' is missing"
 
 
-def _enum(error: Any, path: Path) -> Wording:
+def _enum(error: Any, path: Path) -> Messages:
     value, key = error.instance, str(path[-1]) if path else ""
     cure = CURES.get((key, value)) if isinstance(value, str) else None
     if cure:
@@ -110,7 +110,7 @@ def _choices(error: Any) -> list[str]:
     ]
 
 
-def _type(error: Any, path: Path) -> Wording:
+def _type(error: Any, path: Path) -> Messages:
     wanted = _wanted(error.schema)
     yield (
         path,
@@ -118,50 +118,50 @@ def _type(error: Any, path: Path) -> Wording:
     )
 
 
-def _pattern(error: Any, path: Path) -> Wording:
+def _pattern(error: Any, path: Path) -> Messages:
     if error.validator_value != "^auto$":
         yield path, f"{show(error.instance)} does not match {error.validator_value}"
         return
     yield from _type(error, path)
 
 
-def _minimum(error: Any, path: Path) -> Wording:
+def _minimum(error: Any, path: Path) -> Messages:
     yield path, f"{show(error.instance)} is less than the minimum of {error.validator_value}{_range(error.schema)}"
 
 
-def _maximum(error: Any, path: Path) -> Wording:
+def _maximum(error: Any, path: Path) -> Messages:
     yield path, f"{show(error.instance)} is more than the maximum of {error.validator_value}{_range(error.schema)}"
 
 
-def _exclusive_minimum(error: Any, path: Path) -> Wording:
+def _exclusive_minimum(error: Any, path: Path) -> Messages:
     yield path, f"{show(error.instance)} must be more than {error.validator_value}"
 
 
-def _items_count(error: Any, path: Path) -> Wording:
+def _items_count(error: Any, path: Path) -> Messages:
     if path and path[-1] == "override_linear_precision":
         yield path, f"{show(error.instance)} has {len(error.instance)} of 3 items: [fprop, dgrad, wgrad]"
     else:
         yield path, f"{show(error.instance)} has {len(error.instance)} items, allowed: {error.validator_value}"
 
 
-def _min_length(error: Any, path: Path) -> Wording:
+def _min_length(error: Any, path: Path) -> Messages:
     yield path, "is empty; write a value, or leave the key out"
 
 
-def _unique(error: Any, path: Path) -> Wording:
+def _unique(error: Any, path: Path) -> Messages:
     twice = sorted({str(item) for item in error.instance if error.instance.count(item) > 1})
     yield path, f"{', '.join(show(item) for item in twice)} stands there twice; remove one"
 
 
-def _removed(error: Any, path: Path) -> Wording:
+def _removed(error: Any, path: Path) -> Messages:
     yield path, error.schema.get("x-removed", error.message)
 
 
-def _other(error: Any, path: Path) -> Wording:
+def _other(error: Any, path: Path) -> Messages:
     yield path, error.message
 
 
-_WORDINGS: dict[str, Callable[[Any, Path], Wording]] = {
+_WORDINGS: dict[str, Callable[[Any, Path], Messages]] = {
     "additionalProperties": _additional_properties,
     "required": _required,
     "enum": _enum,

@@ -1,4 +1,4 @@
-"""The journal: one JSON object on each line, appended and flushed, so that a killed job leaves a readable file.
+"""The JSONL log of telemetry: one JSON object on each line, appended and flushed, so that a killed job leaves a readable file.
 
 Every line has `event` (`plan`, `step`, `alarm`) and `time` (seconds since the epoch). The first line of a run is its
 plan; a resumed run writes another one behind the old lines.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Journal:
+class JsonlLog:
     """A JSONL file. Only one process writes it; who that is, is not decided here."""
 
     def __init__(self, path: str | Path):
@@ -25,7 +25,7 @@ class Journal:
             file.write(line + "\n")
 
 
-def read_journal(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl_log(path: str | Path) -> list[dict[str, Any]]:
     """All complete lines; a last line that was cut off by a kill is left out."""
     events = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The contents of the stand-in: MS-AMP's public names, done by ds_fp8.
+"""The contents of the shim: MS-AMP's public names, done by ds_fp8.
 
     msamp.initialize(model, optimizer, opt_level, use_te)    FP8 layers and Adam states without DeepSpeed (plain torch, DDP)
     msamp.deepspeed.*                                        DeepSpeed's own names; its `initialize` reads our sections
@@ -33,7 +33,7 @@ def initialize(model: Any, optimizer: Any = None, opt_level: str = "O1", use_te:
 
     if unknown:
         raise PlanError(
-            f"msamp.initialize: {', '.join(sorted(unknown))} not supported by the stand-in.\n"
+            f"msamp.initialize: {', '.join(sorted(unknown))} not supported by the shim.\n"
             "  FSDP and Megatron are not served; under DeepSpeed use the msamp section of the JSON."
         )
     if not isinstance(model, torch.nn.Module):
@@ -91,7 +91,7 @@ class _MSAMP(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(
-            f"msamp.{name}: not served by the stand-in of ds_fp8, which has initialize, deepspeed and clip_grad_norm_."
+            f"msamp.{name}: not served by the shim of ds_fp8, which has initialize, deepspeed and clip_grad_norm_."
         )
 
 
@@ -103,10 +103,10 @@ def modules() -> list[types.ModuleType]:
         clip_grad_norm_=clip_grad_norm_,
         deepspeed=inner,
         opt_levels=list(OPT_LEVELS),
-        ds_fp8_stand_in=True,
+        ds_fp8_shim=True,
         __version__=VERSION,
         __path__=[],
         __all__=["clip_grad_norm_", "deepspeed", "initialize"],
     )
-    inner.__dict__["ds_fp8_stand_in"] = True
+    inner.__dict__["ds_fp8_shim"] = True
     return [package, inner]

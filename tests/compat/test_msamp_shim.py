@@ -1,4 +1,4 @@
-"""The stand-in for `msamp`: found where Accelerate looks, honest about what it lacks, gone when asked."""
+"""The shim for `msamp`: found where Accelerate looks, honest about what it lacks, gone when asked."""
 
 from __future__ import annotations
 
