@@ -1,7 +1,8 @@
 """`ds_fp8 estimate FILE --params N --world-size W`: memory and wire of every level and ZeRO stage, side by side.
 
-For the choice of a level before there is a model to load; `ds_fp8 explain --model` counts a real one. Without a file it
-compares the levels for a bf16 job. Exit code 1 when the file has problems, 2 when it cannot be read.
+For the choice of a level before there is a model to load. With `--model MODULE:FACTORY` instead of `--params` the model
+is counted, and the share of its matrix FLOPs that computes in FP8 is told. Without a file it compares the levels for a
+bf16 job. Exit code 1 when the file has problems or the plan is refused, 2 when file or model cannot be read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import config
-from ..errors import ConfigError
+from ..errors import ConfigError, DsFp8Error
 from ..levels import Level
 from .budget import ROWS, STAGES, Job, is_possible, resident_bytes, sent_bytes
 from .tables import print_table
@@ -30,18 +31,30 @@ def main(argv: Sequence[str]) -> int:
         return 2 if any(not problem.path for problem in error.problems) else 1
     facts = settings.deepspeed
     base = options.base or (facts.base_dtype if options.file else "bf16")
+    share = None
+    if options.model is not None:
+        try:
+            options.params, share = _count(options.model, settings)
+        except DsFp8Error as error:
+            print(f"{type(error).__name__}: {error}")
+            return 1
+        except Exception as error:  # noqa: BLE001  # the factory is the user's code: whatever it raises is told
+            print(f"--model {options.model}: {type(error).__name__}: {error}")
+            return 2
     job = Job(options.params, options.world_size, options.gas or facts.gradient_accumulation_steps or 1, base)
     rows = dict(ROWS)
     level = settings.msamp.level
     if level is not None and level not in rows.values():
         rows[f"{level.name} as in the file"] = level
     if options.json:
-        print(json.dumps(as_json(rows, job)))
+        print(json.dumps({**as_json(rows, job), **({"share": share} if share else {})}))
         return 0
     print(f"{job.params:,} parameters, {job.world_size} ranks, {job.base}, {job.gas} micro-batch(es) per step")
     if options.file:
         chosen = level.name if level else "fp8" if settings.fp8.enabled else "AMP"
         print(f"{options.file}: {chosen}, ZeRO {facts.zero_stage}")
+    if share:
+        print(share)
     stages = [f"ZeRO {stage}" for stage in STAGES]
     print_table(
         "Bytes kept per rank: weights, gradients, masters, states", ["", *stages], _memory(rows, job), numbers=True
@@ -49,6 +62,16 @@ def main(argv: Sequence[str]) -> int:
     print_table("Bytes sent per rank and step: gradients + weights", ["", *stages], _wire(rows, job), numbers=True)
     print("Activations and buffers come on top. O3: as if FP8 layers owned every weight. '-': not possible.")
     return 0
+
+
+def _count(name: str, settings: config.Settings) -> tuple[int, str | None]:
+    """(parameters of the model, the plan's sentence about FLOPs; None without fp8)."""
+    from ..plan import make_plan, share_line
+    from .explain import build_model
+
+    model = build_model(name, no_meta=False)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return params, share_line(make_plan(model, settings)) if settings.fp8.enabled else None
 
 
 def as_json(rows: dict[str, Level], job: Job) -> dict[str, Any]:
@@ -125,9 +148,9 @@ def _positive(text: str) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ds_fp8 estimate", description=__doc__.split("\n")[0])
     parser.add_argument("file", nargs="?", metavar="FILE", help="DeepSpeed configuration; without it, bf16 is assumed")
-    parser.add_argument(
-        "--params", type=count, required=True, metavar="N", help="parameters of the model: 7e9, 7B, 350M"
-    )
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--params", type=count, metavar="N", help="parameters of the model: 7e9, 7B, 350M")
+    size.add_argument("--model", metavar="MODULE:FACTORY", help="callable that returns the model, e.g. train:build")
     parser.add_argument("--world-size", type=_positive, required=True, metavar="W", help="data-parallel ranks")
     parser.add_argument("--gas", type=_positive, help="micro-batches per optimizer step (default: the file's, else 1)")
     parser.add_argument("--base", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: the file's)")

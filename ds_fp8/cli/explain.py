@@ -146,11 +146,30 @@ def _print_plan(model: Any, settings: config.Settings, options: argparse.Namespa
         for decision in plan.modules
     ]
     print_table("Modules", ["module", "kind", "shape", "becomes", "reason"], rows)
+    _print_products(plan)
     print(
         f"{human(cost.resident_bytes)} per rank for weights, gradients, masters and states; "
         f"{human(cost.wire_bytes)} sent per rank and step (ZeRO {cost.zero_stage}, {cost.world_size} ranks)"
     )
     return 0
+
+
+def _print_products(plan: Any) -> None:
+    """Where the model's matrix FLOPs are, largest first."""
+    total = sum(product.macs for product in plan.products)
+    rows = [
+        [
+            product.name,
+            f"{2 * product.macs / 1e6:.3g}",
+            f"{product.macs / total:.1%}",
+            "FP8" if product.fp8 else "high precision",
+            product.reason,
+        ]
+        for product in sorted(plan.products, key=lambda product: -product.macs)
+    ]
+    if rows:
+        head = ["product", "MFLOPs per token, forward", "share", "computes in", "reason"]
+        print_table(f"Matrix products, in sequences of {plan.length} tokens", head, rows)
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:

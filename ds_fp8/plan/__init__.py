@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .decisions import CommPlan, Fp8Plan, ModuleDecision, OptimPlan, ParameterDecision, Plan
-from .estimate import Estimate, estimate, gemm_share
+from .decisions import CommPlan, Fp8Plan, ModuleDecision, OptimPlan, ParameterDecision, Plan, ProductDecision
+from .estimate import Estimate, estimate
 from .make import make_plan
+from .share import flops_share, share_line
 
 __all__ = [
     "CommPlan",
@@ -14,7 +15,9 @@ __all__ = [
     "OptimPlan",
     "ParameterDecision",
     "Plan",
+    "ProductDecision",
     "estimate",
-    "gemm_share",
+    "flops_share",
     "make_plan",
+    "share_line",
 ]

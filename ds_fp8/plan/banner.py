@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .decisions import ModuleDecision, Plan
-from .estimate import gemm_share
 from .obstacles import KINDS
+from .share import share_line, share_warning
 
 SHOWN = 4
 """Names listed before a banner says `and N more`."""
@@ -67,8 +67,13 @@ def _setting_lines(plan: Plan) -> list[str]:
             settings.append(f"high precision until step {fp8.start_step}")
         if fp8.fuse:
             settings.append("fused")
-        settings.append(f"{gemm_share(plan):.0%} of the linear layers' FLOPs in FP8")
         lines.append("; ".join(settings))
+        lines.append(share_line(plan))
+        if plan.unknown:
+            more = f" and {len(plan.unknown) - SHOWN} more" if len(plan.unknown) > SHOWN else ""
+            lines.append(f"in no count, no rule knows them: {', '.join(plan.unknown[:SHOWN])}{more}")
+        if warning := share_warning(plan):
+            lines.append(warning)
     if plan.optim is not None:
         level = plan.optim.level
         states = f"exp_avg {level.exp_avg}, exp_avg_sq {level.exp_avg_sq}, master {level.master}"

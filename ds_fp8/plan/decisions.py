@@ -61,6 +61,24 @@ class ParameterDecision:
 
 
 @dataclass(frozen=True)
+class ProductDecision:
+    """Matrix products of equal name (`model.layers.*.mlp.up_proj`), and whether they compute in FP8.
+
+    label    what the banner calls them when they do not: `attention`, `experts`, `lm_head`
+    macs     multiply-adds of one forward for one token, all of that name together
+    trained  the weight has a gradient, so there is a wgrad; attention has as many products
+    reason   why they stay in high precision
+    """
+
+    name: str
+    label: str
+    macs: float
+    trained: bool
+    fp8: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Fp8Plan:
     """The part of the layers: settings with every `auto` decided."""
 
@@ -108,6 +126,8 @@ class CommPlan:
 class Plan:
     """Everything ds_fp8 will do to one job. `optim` and `comm` are None without an `msamp` section.
 
+    products   every matrix product of the model (`flops.py`), counted for sequences of `length` tokens
+    unknown    parameters of two and more dimensions that no rule knows
     partial    the model is one stage of a pipeline
     unmatched  patterns that match nothing *here*; only in a partial model, elsewhere they are an error
     notes      one line each: what was adapted, and why
@@ -122,6 +142,9 @@ class Plan:
     world_size: int
     base_dtype: str
     device: str
+    products: tuple[ProductDecision, ...] = ()
+    unknown: tuple[str, ...] = ()
+    length: int = 0
     partial: bool = False
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -160,6 +183,7 @@ def plan_from_json(text: str) -> Plan:
     optim, comm = data["optim"], data["comm"]
     data["modules"] = tuple(ModuleDecision(**_tuples(item)) for item in data["modules"])
     data["parameters"] = tuple(ParameterDecision(**_tuples(item)) for item in data["parameters"])
+    data["products"] = tuple(ProductDecision(**item) for item in data.get("products", ()))
     data["fp8"] = Fp8Plan(**{**data["fp8"], "recipe": Recipe(**recipe)})
     data["optim"] = None if optim is None else OptimPlan(**{**optim, "level": Level(**optim["level"])})
     data["comm"] = None if comm is None else CommPlan(**_tuples(comm))

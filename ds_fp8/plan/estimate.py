@@ -88,15 +88,6 @@ def estimate(
     return Estimate(stage, ranks, *totals.values())
 
 
-def gemm_share(plan: Plan) -> float:
-    """Share of the linear layers' multiply-adds that run in FP8: fprop, dgrad and wgrad are a third each."""
-    linear = [module for module in plan.modules if module.kind == "Linear" and len(module.shape) == 2]
-    total = sum(module.shape[0] * module.shape[1] for module in linear)
-    swapped = sum(module.shape[0] * module.shape[1] for module in linear if module.is_swap)
-    products = 3 - sum(plan.fp8.recipe.override_linear_precision)
-    return swapped / total * products / 3 if total else 0.0
-
-
 def _multiplies_codes(plan: Plan) -> bool:
     """Whether our own layers multiply codes (`layers/cuda_products.py`) and do not decode them."""
     return not plan.fp8.emulated and not any(plan.fp8.recipe.override_linear_precision)

@@ -60,7 +60,7 @@ def visited(fqn: str, experts: int, modules: dict[str, nn.Module], root_config: 
     Asked in this order: the module itself, its siblings (routers), the modules above, their configurations.
     """
     parts = fqn.split(".")
-    for up in range(0, 4):
+    for up in range(4):
         place = ".".join(parts[: len(parts) - up]) if up <= len(parts) else None
         if place is None or place not in modules:
             continue

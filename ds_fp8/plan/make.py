@@ -17,6 +17,7 @@ from ..errors import PlanError
 from . import crossover
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
 from .effective import Effective, decide_settings
+from .flops import Counted, count_products
 from .modules import Rules, decide_modules
 from .parameters import decide_parameters
 
@@ -55,6 +56,7 @@ def make_plan(
         )
         modules, unmatched = decide_modules(model, rules)
         _require_conversion(modules, settings, partial)
+    counted = count_products(model, modules) if effective.fp8.enabled else Counted((), (), 0)
     facts = settings.deepspeed
     recipe = effective.fp8.recipe if effective.fp8.enabled else None
     parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype)
@@ -68,6 +70,9 @@ def make_plan(
         world_size=world_size,
         base_dtype=facts.base_dtype,
         device=str(host),
+        products=counted.products,
+        unknown=counted.unknown,
+        length=counted.length,
         partial=partial,
         unmatched=unmatched,
         notes=(*effective.notes, *_notes(modules, parameters, effective, settings, host)),

@@ -110,3 +110,17 @@ def test_a_bad_file_is_refused(tmp_path, capsys):
     file.write_text('{"fp8": {"enabled": 1}}')
     assert main(["estimate", str(file), "--params", "1B", "--world-size", "8"]) == 1
     assert "write true" in capsys.readouterr().out
+
+
+def test_a_model_is_counted_and_its_share_told(tmp_path, monkeypatch, capsys):
+    """body 128 x 128 in FP8, head 128 x 50 not: 16384 of 22784 multiply-adds."""
+    (tmp_path / "ds.json").write_text('{"fp8": {"enabled": true}, "bf16": {"enabled": true}}')
+    (tmp_path / "estimated_model.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 50))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["estimate", "ds.json", "--model", "estimated_model:build", "--world-size", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "22,962 parameters" in text and "72% of the model's matrix FLOPs in FP8" in text
+    assert main(["estimate", "ds.json", "--model", "estimated_model:nothing", "--world-size", "2"]) == 2
+    assert "AttributeError" in capsys.readouterr().out

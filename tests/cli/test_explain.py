@@ -87,6 +87,7 @@ def test_with_a_model_it_prints_the_plan(job, capsys):
     assert main(["explain", job, "--model", "explained_model:build", "--world-size", "4"]) == 0
     text = capsys.readouterr().out
     assert "1 of 2 Linear -> Fp8Linear" in text
+    assert "56% of the model's matrix FLOPs in FP8" in text and "Matrix products" in text
     assert "head" in text
     assert "per rank" in text
 

@@ -10,7 +10,7 @@ from torch import nn
 from ds_fp8.capabilities import Host
 from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, LayerSettings, MsampSettings, Settings
 from ds_fp8.levels import LEVELS
-from ds_fp8.plan import Plan, estimate, gemm_share, make_plan
+from ds_fp8.plan import Plan, estimate, flops_share, make_plan
 from ds_fp8.recipe import HighPrecision, Recipe
 from tests.layers.small_models import TinyModel, settings
 
@@ -51,10 +51,8 @@ def test_banner():
     assert text.splitlines() == [
         "ds_fp8: 4 of 5 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: head (tied to embed (Embedding))",
         "ds_fp8: 2 of 2 LayerNorm -> Fp8LayerNorm (fp32 inside, high precision out)",
-        (
-            "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache on; eval off; "
-            "75% of the linear layers' FLOPs in FP8"
-        ),
+        "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache on; eval off",
+        "ds_fp8: 75% of the model's matrix FLOPs in FP8 (sequences of 2048 tokens); not: head 25%",
         (
             "ds_fp8: msamp O3: exp_avg int8, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
             "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks"
@@ -87,14 +85,14 @@ def test_frozen_parameters_keep_nothing():
     assert (frozen.exp_avg, frozen.master, frozen.gradient_wire, frozen.weight_wire) == ("none",) * 4
 
 
-def test_gemm_share():
+def test_flops_share():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 96))
     everything = make_plan(model, settings(), host=Host())
-    assert gemm_share(everything) == 1
+    assert flops_share(everything) == 1
     part = make_plan(model, settings(layers=LayerSettings(exclude=("1",))), host=Host())
-    assert gemm_share(part) == 1 / 4
+    assert flops_share(part) == 1 / 4
     two_thirds = make_plan(model, settings(Recipe(override_linear_precision=HighPrecision(wgrad=True))), host=Host())
-    assert gemm_share(two_thirds) == pytest.approx(2 / 3)
+    assert flops_share(two_thirds) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

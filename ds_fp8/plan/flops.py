@@ -1,0 +1,184 @@
+"""All matrix products of a training step, by the shapes of the parameters: which share of them computes in FP8.
+
+    a Linear, a Conv1D, a projection    out * in multiply-adds per token
+    experts                             the same, times the experts that a token visits; a list of modules likewise
+    attention                           S * (width of queries + width of values)      (`attention.py`)
+    a pooler, a classification head     once for each sequence, so 1 / S
+    a convolution                       its weights, once for each place
+
+Nothing is run and no value is read, so a model on the meta device, under `zero.Init`, or one stage of a pipeline counts
+as well. Forward, dgrad and wgrad are a third each; a frozen weight has no wgrad. The lengths of sequences are those
+that the model is made for (`attention.sequence_length`). Parameters of two and more dimensions that no rule knows are
+named, not guessed. `tests/plan/test_flops.py` compares with torch's FlopCounterMode.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .attention import attentions, packed_projection, sequence_length
+from .decisions import ModuleDecision, ProductDecision
+from .experts_found import stacked, visited
+from .obstacles import shape_of
+from .roles import CLASSIFIERS, ROUTER_CLASS, find_roles
+from .shapes import matrix_of
+
+NO_PRODUCT = re.compile(r"pos|embed|token|mask|bias|scale|table|gamma|beta|norm|^A_log|sink|magnitude", re.IGNORECASE)
+"""Names of parameters that are added, looked up or multiplied by element."""
+
+PER_TOKEN = re.compile(r"TokenClassification|QuestionAnswering")
+"""Classes whose classification head sees each token."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What `count_products` found: the products in groups of equal name, and the parameters that no rule knows."""
+
+    products: tuple[ProductDecision, ...]
+    unknown: tuple[str, ...]
+    length: int
+
+
+def count_products(model: nn.Module, modules: Sequence[ModuleDecision]) -> Counted:
+    """Every matrix product of the model, with what `modules` decided about it."""
+    length = sequence_length(model)
+    counter = _Counter(model, {decision.fqn: decision for decision in modules}, length)
+    found = [*counter.layers(), *counter.experts(), *counter.attention()]
+    return Counted(_grouped(found), tuple(counter.unknown()), length)
+
+
+class _Counter:
+    """One walk over the model; remembers which parameters have been accounted for."""
+
+    def __init__(self, model: nn.Module, decisions: dict[str, ModuleDecision], length: int):
+        self.model, self.decisions, self.length = model, decisions, length
+        self.modules = dict(model.named_modules())
+        self.roles = find_roles(model)
+        self.known: set[int] = set()
+        self.shares: dict[str, float] = {}
+
+    def layers(self) -> Iterator[ProductDecision]:
+        """Linear, Conv1D, convolutions, routers that hold a bare parameter, and nn.MultiheadAttention's projection."""
+        for fqn, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                self._know(module)
+            elif isinstance(module, nn.modules.conv._ConvNd):
+                self._know(module)
+                yield self._product(fqn, weight, _numel(weight), "convolution", "a convolution has no FP8 product")
+            elif (shape := packed_projection(module)) is not None:
+                self.known.add(id(module.in_proj_weight))
+                macs = shape[0] * shape[1]
+                yield self._product(fqn, module.in_proj_weight, macs, "nn.MultiheadAttention", "one packed parameter")
+            elif weight is not None and (shape := matrix_of(module)) is not None:
+                self._know(module)
+                yield self._layer(fqn, weight, shape)
+            elif weight is not None and len(shape_of(weight)) == 2 and ROUTER_CLASS.search(type(module).__name__):
+                self._know(module)
+                yield self._product(fqn, weight, _numel(weight), "routers", "a parameter of the router itself")
+
+    def experts(self) -> Iterator[ProductDecision]:
+        """Stacks of matrices [experts, ., .]."""
+        for fqn, module in self.modules.items():
+            stacks = stacked(module)
+            likely = "expert" in f"{fqn} {type(module).__name__}".lower()
+            for name, shape in stacks.items():
+                parameter = module._parameters[name]
+                if min(shape) < 2 or NO_PRODUCT.search(name) or id(parameter) in self.known:
+                    continue
+                count = self._visited(fqn, shape[0])
+                if not likely and count is None:
+                    continue  # named by `unknown`
+                self.known.add(id(parameter))
+                macs = shape[1] * shape[2] * (count or 1)
+                decision = self.decisions.get(fqn)
+                reason = decision.reason if decision is not None else f"{type(module).__name__} has no FP8 rule"
+                is_fp8 = decision is not None and decision.is_swap
+                yield self._product(f"{fqn}.{name}", parameter, macs, "experts", "" if is_fp8 else reason, is_fp8)
+
+    def attention(self) -> Iterator[ProductDecision]:
+        for fqn, query, value in attentions(self.model):
+            macs = self.length * (query + value)
+            yield ProductDecision(_starred(fqn), "attention", float(macs), True, False, "no weights")
+
+    def unknown(self) -> Iterator[str]:
+        """Parameters that could be matrices, and that nothing above has counted."""
+        names: dict[str, None] = {}
+        for fqn, parameter in self.model.named_parameters():
+            shape = shape_of(parameter)
+            if id(parameter) in self.known or len(shape) < 2 or sum(size > 1 for size in shape) < 2:
+                continue
+            if any(NO_PRODUCT.search(part) for part in fqn.split(".")[-2:]):
+                continue
+            names[f"{_starred(fqn)} {list(shape)}"] = None
+        yield from names
+
+    def _layer(self, fqn: str, weight: Any, shape: tuple[int, int]) -> ProductDecision:
+        decision, role = self.decisions.get(fqn), self.roles.get(fqn)
+        if decision is not None and decision.is_swap:
+            label, reason = "layers", ""
+        else:
+            reason = decision.reason if decision is not None else "not a layer of ours"
+            last = [part for part in _starred(fqn).split(".") if part != "*"][-1:] or ["the model"]
+            plural = {"router": "routers", "adapter": "adapters"}
+            label = last[0] if role is None else plural.get(role.name, fqn)
+        macs = shape[0] * shape[1] * self._share(fqn)
+        return self._product(
+            fqn, weight, macs, label, reason, not reason or (decision is not None and decision.is_swap)
+        )
+
+    def _product(
+        self, fqn: str, weight: Any, macs: float, label: str, reason: str, fp8: bool = False
+    ) -> ProductDecision:
+        trained = weight is None or bool(weight.requires_grad)
+        return ProductDecision(_starred(fqn), label, float(macs), trained, fp8, reason)
+
+    def _know(self, module: nn.Module) -> None:
+        self.known.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+
+    def _share(self, fqn: str) -> float:
+        """Of the tokens of a sequence, those that this layer sees: of experts in a list those that visit it."""
+        parts = fqn.split(".")
+        if any(part in CLASSIFIERS or part == "pooler" for part in parts) and not PER_TOKEN.search(
+            type(self.model).__name__
+        ):
+            return 1 / self.length
+        for end in range(len(parts) - 1, 0, -1):
+            above = self.modules[".".join(parts[:end])]
+            if "expert" in parts[end - 1].lower() and isinstance(above, (nn.ModuleList, nn.ModuleDict)):
+                return min(1.0, (self._visited(".".join(parts[:end]), len(above)) or 1) / len(above))
+        return 1.0
+
+    def _visited(self, fqn: str, experts: int) -> int | None:
+        if fqn not in self.shares:
+            found = visited(fqn, experts, self.modules, getattr(self.model, "config", None))
+            self.shares[fqn] = found or 0
+        return int(self.shares[fqn]) or None
+
+
+def _grouped(products: Sequence[ProductDecision]) -> tuple[ProductDecision, ...]:
+    """One entry for each name, label and fate, so that a plan of a hundred layers stays readable."""
+    groups: dict[tuple[Any, ...], float] = {}
+    for product in products:
+        key = (product.name, product.label, product.trained, product.fp8, product.reason)
+        groups[key] = groups.get(key, 0.0) + product.macs
+    return tuple(
+        ProductDecision(name, label, macs, trained, fp8, reason)
+        for (name, label, trained, fp8, reason), macs in groups.items()
+    )
+
+
+def _starred(fqn: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in fqn.split(".")) or "the model itself"
+
+
+def _numel(weight: Any) -> int:
+    size = 1
+    for side in shape_of(weight) if weight is not None else ():
+        size *= side
+    return size

@@ -1,0 +1,177 @@
+"""The share of FP8: counted by shapes, beside a count by hand and beside torch's own counter of a real forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ds_fp8.capabilities import Host
+from ds_fp8.config.settings import LayerSettings
+from ds_fp8.plan import flops_share, make_plan, share_line
+from ds_fp8.plan.flops import count_products
+from ds_fp8.recipe import HighPrecision, Recipe
+from tests.layers.small_models import Block, TinyModel, settings
+
+TEXT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LENGTH = {"max_position_embeddings": 24}
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+MODELS = {
+    "LlamaForCausalLM": {**TEXT, **LENGTH, "intermediate_size": 64, "num_key_value_heads": 1},
+    "MixtralForCausalLM": {
+        **TEXT, **LENGTH, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4,
+    },
+    "Qwen3MoeForCausalLM": {
+        **TEXT, **LENGTH, "moe_intermediate_size": 48, "num_key_value_heads": 2, "num_experts": 8,
+        "num_experts_per_tok": 3, "head_dim": 16,
+    },
+    "GptOssForCausalLM": {
+        **TEXT, **LENGTH, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "head_dim": 16,
+    },
+    "DeepseekV3ForCausalLM": {
+        **TEXT, **LENGTH, "intermediate_size": 64, "moe_intermediate_size": 48, "num_key_value_heads": 2,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    },
+    "GPT2LMHeadModel": {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 24},
+    "BertForMaskedLM": {**TEXT, **LENGTH, "intermediate_size": 64},
+    "T5ForConditionalGeneration": {
+        "vocab_size": 96, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "n_positions": 24,
+    },
+    "SwitchTransformersForConditionalGeneration": {
+        "vocab_size": 96, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2,
+        "d_kv": 16, "n_positions": 24, "num_experts": 4, "expert_capacity": 64, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
+    "ViTForImageClassification": {
+        **{key: TEXT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+        "intermediate_size": 64, "image_size": 16, "patch_size": 4, "num_labels": 16,
+    },
+}  # fmt: skip
+
+
+def built(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    return cls._from_config(cls.config_class(**MODELS[name]), **({} if "Switch" in name else EAGER)).eval()
+
+
+def counted_flops(model: nn.Module, name: str, length: int) -> int:
+    """FLOPs of one real forward of one sequence, by torch."""
+    tokens = torch.randint(0, 96, (1, length))
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16)} if "ViT" in name else {"input_ids": tokens}
+    if "ForConditional" in name:
+        inputs["decoder_input_ids"] = tokens
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_count_by_shapes_is_torchs_count_of_a_real_forward(name):
+    """2 FLOPs for a multiply-add. Experts visited, all heads, both towers; nothing else is a product in these models."""
+    model = built(name)
+    counted = count_products(model, ())
+    ours = 2 * counted.length * sum(product.macs for product in counted.products)
+    # Rotary tables are products of their own (length x head / 2), and the patches of a ViT are one less than its tokens.
+    assert ours == pytest.approx(counted_flops(model, name, counted.length), rel=0.01)
+    assert counted.unknown == ()
+
+
+def test_by_hand():
+    """Mixtral of one layer, per token: q, o 32*32 each, k, v 32*32, attention 24*64, experts 2 * (96*32 + 32*48)."""
+    pytest.importorskip("transformers")
+    plan = make_plan(built("MixtralForCausalLM"), settings(), host=Host())
+    linear, attention, experts, router, head = 2 * 4 * 1024, 2 * 24 * 64, 2 * 2 * (96 + 48) * 32, 2 * 4 * 32, 96 * 32
+    macs = dict.fromkeys(("layers", "attention", "experts", "routers", "lm_head"), 0.0)
+    for product in plan.products:
+        macs[product.label] += product.macs
+    assert macs == {
+        "layers": linear, "attention": attention, "experts": experts, "routers": router, "lm_head": head
+    }  # fmt: skip
+    in_fp8 = sum(product.macs for product in plan.products if product.fp8)
+    assert flops_share(plan) == in_fp8 / (linear + attention + experts + router + head)
+
+
+def test_the_model_is_not_run_and_meta_and_zero_init_count_the_same():
+    """Under zero.Init a parameter is empty and carries its shape as ds_shape."""
+    model = TinyModel(blocks=3, tied=False)
+    model.forward = None
+    expected = count_products(model, ())
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
+        parameter.data = torch.empty(0)
+    assert count_products(model, ()) == expected
+    with torch.device("meta"):
+        assert count_products(TinyModel(blocks=3, tied=False), ()) == expected
+
+
+def test_the_sentence_and_the_warning():
+    plan = make_plan(TinyModel(tied=False), settings(), host=Host())
+    total = 2 * 2 * 32 * 48 + 32 * 64
+    assert flops_share(plan) == 2 * 2 * 32 * 48 / total
+    assert share_line(plan) == "75% of the model's matrix FLOPs in FP8 (sequences of 2048 tokens); not: head 25%"
+    assert "WARNING" not in plan.banner()
+    some = make_plan(TinyModel(tied=False), settings(layers=LayerSettings(include=("*.up",))), host=Host())
+    assert "38% of the model's" in share_line(some) and "not: down 38%, head 25%" in share_line(some)
+    assert "WARNING: only 38% of the matrix FLOPs compute in FP8" in some.banner() and "1.23x" in some.banner()
+    high = make_plan(
+        TinyModel(tied=False), settings(Recipe(override_linear_precision=HighPrecision(wgrad=True))), host=Host()
+    )
+    assert flops_share(high) == pytest.approx(2 / 3 * 0.75)
+    assert "products in high precision by override_linear_precision 25%" in share_line(high)
+
+
+def test_a_frozen_weight_has_no_wgrad():
+    model = TinyModel(blocks=1, tied=False)
+    model.blocks[0].up.weight.requires_grad_(False)
+    up = down = 32 * 48
+    plan = make_plan(model, settings(), host=Host())
+    assert flops_share(plan) == (2 * up + 3 * down) / (2 * up + 3 * down + 3 * 32 * 64)
+
+
+class Odd(nn.Module):
+    """A bare matrix, a stack without a router, a table, and a learned start token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.core = nn.Parameter(torch.zeros(32, 48))
+        self.stack = nn.Parameter(torch.zeros(4, 32, 48))
+        self.position_table = nn.Parameter(torch.zeros(128, 32))
+        self.start = nn.Parameter(torch.zeros(1, 1, 32))
+
+
+def test_parameters_that_no_rule_knows_are_named():
+    plan = make_plan(Odd(), settings(), host=Host())
+    assert plan.unknown == ("core [32, 48]", "stack [4, 32, 48]")
+    assert "in no count, no rule knows them: core [32, 48], stack [4, 32, 48]" in plan.banner()
+
+
+def test_experts_in_a_list_count_by_the_share_of_tokens_that_visits_them():
+    """DeepSpeed's MoE layer of 8 experts, top-2: of each expert a quarter of the tokens."""
+
+    class TopKGate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.wg = 2, nn.Linear(32, 8, bias=False)
+
+    layer = nn.Module()
+    layer.gate, layer.experts = TopKGate(), nn.ModuleList(nn.Linear(32, 64) for _ in range(8))
+    counted = {product.name: product.macs for product in count_products(layer, ()).products}
+    assert counted == {"gate.wg": 32 * 8, "experts.*": 2 * 32 * 64}
+
+
+def test_an_8b_model_takes_well_under_a_second():
+    import time
+
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    begin = time.process_time()
+    count_products(model, ())
+    assert time.process_time() - begin < 1
