@@ -21,9 +21,9 @@ Contract for `engine` (one hook is enough, `DeepSpeedEngine._configure_optimizer
     specialize(engine, zero_optimizer, plan, book, given=ClientStates) -> zero_optimizer    the same object, idempotent
         `configure_optimizer` uses these three; they are public for tests and for callers that bring their own order.
 
-Contract for `wire`: `specialize` composes, first to last, `wire.mixins(zero_optimizer, plan)` (a tuple of classes; may
-be empty), then the states mixin, then DeepSpeed's class; afterwards it calls `wire.attach(engine, zero_optimizer, plan,
-book)`. Facts the wire may rely on:
+Which mixins serve which class of DeepSpeed is said once, in `specializing.SERVED`. `specialize` composes, first to last, the
+wire's mixins (weights, gradients; as the plan asks), the states mixin, the adapters for the installed release (`adapters`),
+DeepSpeed's class; afterwards it calls `wire.attach(engine, zero_optimizer, plan, book)`. Facts the wire may rely on:
 
     optimizer.fp8_plan, .fp8_book, .fp8_engine                set before any mixin method runs
     optimizer.fp8_masters: list[Tensor]                       this rank's partitions in the base dtype, one per group

@@ -7,13 +7,16 @@ stage 0 are not built. Then `specialize` changes the class of what DeepSpeed has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -21,19 +24,65 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from .. import optim
 from ..errors import PlanError
 from . import wire
+from .adapters import adapters
 from .states import ScaledStates
 from .states_bf16 import StatesBF16
 from .states_client import ClientStates
 from .states_optimizer import build_optimizer, refuse_unsupported, take_over
 from .states_stage0 import Stage0Optimizer
+from .states_stage0_scale import LossScale
 from .states_stage3 import StatesStage3
 from .states_stage12 import StatesStage12
+from .weights_stage3 import WeightsStage3
+from .weights_stage12 import WeightsStage12
+from .wire_stage3 import WireStage3
+from .wire_stage12 import WireStage12
 
-STATES: dict[type, type[ScaledStates]] = {
-    DeepSpeedZeroOptimizer: StatesStage12,
-    DeepSpeedZeroOptimizer_Stage3: StatesStage3,
-    BF16_Optimizer: StatesBF16,
-}
+
+@dataclass(frozen=True)
+class Served:
+    """One of DeepSpeed's optimizer wrappers, and what serves it.
+
+    wrapper    DeepSpeed's class
+    kind       what adapters and declarations call it
+    states     the mixin for states in 8 bits
+    gradients  the mixin for the gradient wire; None where the engine's all-reduce is the place (`wire_engine`)
+    weights    the mixin for weights gathered as codes; None where no weights are gathered
+    """
+
+    wrapper: type
+    kind: str
+    states: type[ScaledStates]
+    gradients: type | None
+    weights: type | None
+
+
+SERVED = (
+    Served(DeepSpeedZeroOptimizer, "ZeroStage12", StatesStage12, WireStage12, WeightsStage12),
+    Served(DeepSpeedZeroOptimizer_Stage3, "ZeroStage3", StatesStage3, WireStage3, WeightsStage3),
+    Served(BF16_Optimizer, "Bf16", StatesBF16, None, None),
+)
+"""The one place that says which mixins serve which of DeepSpeed's classes."""
+
+
+def served(zero_optimizer: Any) -> Served:
+    """The row of a wrapper that DeepSpeed has built; PlanError for one that nothing here serves."""
+    for row in SERVED:
+        if isinstance(zero_optimizer, row.wrapper):
+            return row
+    raise PlanError(
+        f"msamp does not know DeepSpeed's optimizer wrapper {type(zero_optimizer).__name__}; it knows "
+        f"{', '.join(row.wrapper.__name__ for row in SERVED)}.\n  Remove the msamp section, or what brings this wrapper."
+    )
+
+
+def compose(zero_optimizer: Any, mixins: Sequence[type], kind: str | None = None) -> None:
+    """Change the class of `zero_optimizer` to `mixins`, then the adapters for this DeepSpeed, then its own class."""
+    base = type(zero_optimizer)
+    kind = kind or served(zero_optimizer).kind
+    bases = (*mixins, *adapters(kind, deepspeed.__version__), base)
+    zero_optimizer.__class__ = type("Fp8" + base.__name__, bases, {"__module__": __name__})
+    zero_optimizer.fp8_adapt()
 
 
 def configure_optimizer(
@@ -87,22 +136,37 @@ def specialize(
     """
     if isinstance(zero_optimizer, (ScaledStates, Stage0Optimizer)):
         return zero_optimizer
-    base = type(zero_optimizer)
-    states = STATES.get(base)
-    if states is None:
+    row = served(zero_optimizer)
+    if type(zero_optimizer) is not row.wrapper:
         raise PlanError(
-            f"msamp does not know DeepSpeed's optimizer wrapper {base.__name__}; it knows "
-            f"{', '.join(known.__name__ for known in STATES)}.\n  Remove the msamp section, or what brings this wrapper."
+            f"msamp knows DeepSpeed's {row.wrapper.__name__}, and {type(zero_optimizer).__name__} changes it in ways that"
+            " it does not know.\n  Remove the msamp section, or what brings this wrapper."
         )
     zero_optimizer.fp8_engine, zero_optimizer.fp8_plan, zero_optimizer.fp8_book = engine, plan, book
     zero_optimizer.fp8_torch_step = layout == "unfused"
-    mixins = (*wire.mixins(zero_optimizer, plan), states)
-    zero_optimizer.__class__ = type("Fp8" + base.__name__, (*mixins, base), {"__module__": __name__})
+    compose(zero_optimizer, (*wire_mixins(row, plan), row.states))
+    zero_optimizer.fp8_shrink_masters()
     zero_optimizer.fp8_adopt_masters()
     if given is not None:
         given.adopt(zero_optimizer)
     _attach_wire(engine, zero_optimizer, plan, book)
     return zero_optimizer
+
+
+def wire_mixins(row: Served, plan: Any) -> tuple[type, ...]:
+    """What the plan's wire puts in front of the states; may be empty."""
+    found = []
+    if plan.comm is not None and plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
+        if row.weights is None:
+            raise PlanError(
+                f"msamp/weight_wire is {plan.comm.weight_wire}, but {row.wrapper.__name__} is not one of ZeRO's optimizers for"
+                " stages 1, 2 and 3, so no gathered weights travel as codes.\n  Set weight_wire to none (or opt_level to O2),"
+                " or remove data_types/grad_accum_dtype so that DeepSpeed uses its ZeRO optimizer."
+            )
+        found.append(row.weights)
+    if plan.comm is not None and plan.comm.gradient_wire != "none":
+        found.append(row.gradients)
+    return tuple(mixin for mixin in found if mixin is not None)
 
 
 def _attach_wire(engine: Any, optimizer: Any, plan: Any, book: Any) -> None:
@@ -124,21 +188,12 @@ def plain_layout(engine: Any, client_optimizer: Any) -> str:
 
 
 def _stage0(engine: Any, optimizer: Any, dtype: torch.dtype, layout: str) -> Stage0Optimizer:
-    # Here and not above: older releases lack it, and there the seams refuse `msamp` with a list of what differs.
-    from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
-
-    loss_scale_config = LossScaleConfig(
-        low_precision_dtype=dtype,
-        dynamic_loss_scale=engine.dynamic_loss_scale(),
-        static_loss_scale=engine.loss_scale(),
-        dynamic_loss_args=engine.dynamic_loss_scale_args(),
-        profile=LossScaleProfile.FUSED,
-        initial_dynamic_scale=engine.initial_dynamic_scale(),
-    )
-    return Stage0Optimizer(
+    bases = (Stage0Optimizer, *adapters("Stage0", deepspeed.__version__), FP16_UnfusedOptimizer)
+    cls = type("Fp8" + FP16_UnfusedOptimizer.__name__, bases, {"__module__": __name__})
+    return cls(
         optimizer,
         engine,
-        loss_scale_config=loss_scale_config,
+        loss_scale=LossScale.of(engine, dtype),
         clip_grad=engine.gradient_clipping(),
         mpu=engine.mpu,
         layout=layout,
@@ -163,6 +218,9 @@ def base_dtype_masters() -> Iterator[None]:
 
     DeepSpeed can keep 16-bit masters itself (`bf16_master_weights_and_grads`), but insists on its CPUAdam for offload.
     """
+    if not hasattr(ZeROOptimizer, "_configure_master_weights"):
+        yield  # `adapters/until_0_18_2.py`
+        return
     original = ZeROOptimizer._configure_master_weights
 
     def configure(self: Any, *args: Any, **kwargs: Any) -> torch.dtype:

@@ -6,7 +6,8 @@ does around the step (overflow, norm, clip, loss scale) is inherited or repeated
 
 fp16 in stage 0 needs one repair. Since 0.18.4 `engine.backward` scales the loss only for ZeRO's optimizers, while this
 wrapper still divides the gradients by the loss scale: updates come out 2^16 too small. The engine has one door left, the
-GradScaler that it keeps for torch.autocast; `LossScaleDoor` stands there and scales the loss as DeepSpeed once did.
+GradScaler that it keeps for torch.autocast; `LossScaleDoor` stands there and scales the loss as DeepSpeed once did. (Older
+releases call the optimizer's `backward`, which does the same.) The loss scale is our own, with DeepSpeed's arithmetic.
 
 Rounding draws the same bits on all ranks, as replicas must not drift apart.
 """
@@ -17,13 +18,12 @@ from typing import Any
 
 import torch
 from deepspeed.moe.utils import split_params_grads_into_shared_and_expert_params
-from deepspeed.runtime import utils as runtime_utils  # by module: older releases lack some names, and must import this
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import CheckOverflow, get_global_norm, get_weight_norm
 from torch import Tensor
 
 from .states import KEY, codes_state, load_codes
 from .states_stage0_formats import Loaded, read_state, write_state
+from .states_stage0_scale import LossScale, is_invalid_norm
 
 
 class LossScaleDoor:
@@ -45,19 +45,21 @@ class LossScaleDoor:
         """The optimizer moves its own loss scale, after its own overflow check."""
 
 
-class Stage0Optimizer(FP16_UnfusedOptimizer):
-    """`FP16_UnfusedOptimizer` for every base dtype, with the model's parameters in place of fp32 copies.
+class Stage0Optimizer:
+    """Mixin that makes an `FP16_UnfusedOptimizer` for every base dtype, with the model's parameters in place of fp32 copies.
 
     layout  form of the fp32 part of checkpoints: that of the wrapper which DeepSpeed would have chosen without us
             (`fused`, `unfused`, or `bare` for an fp32 base)
     """
 
-    def __init__(self, optimizer: Any, engine: Any, *, loss_scale_config: Any, clip_grad: float, mpu: Any, layout: str):
+    def __init__(
+        self: Any, optimizer: Any, engine: Any, *, loss_scale: LossScale, clip_grad: float, mpu: Any, layout: str
+    ):
         self.optimizer = optimizer
         self.fp8_engine = engine
         self.layout = layout
         self.fused_lamb_legacy = False
-        self.loss_scale_config = loss_scale_config
+        self.loss_scale_config = loss_scale
         self.custom_loss_scaler = False
         self.external_loss_scale = None
         self.verbose = True
@@ -68,7 +70,7 @@ class Stage0Optimizer(FP16_UnfusedOptimizer):
         self._global_grad_norm: Any = 0.0
         self.fp16_groups = []
         for group in optimizer.param_groups:
-            group["params"] = [param for param in group["params"] if runtime_utils.is_optimized_parameter(param)]
+            group["params"] = [param for param in group["params"] if param.requires_grad and param.numel()]
             self.fp16_groups.append(group["params"])
         # The same objects: whoever walks DeepSpeed's fp32 copies meets the model's parameters.
         self.fp32_groups = self.fp16_groups
@@ -77,12 +79,23 @@ class Stage0Optimizer(FP16_UnfusedOptimizer):
             self._global_grad_norm = None  # clipped by the engine, which reports no norm for it
         self.overflow_checker = CheckOverflow(self.fp16_groups, mpu=mpu, deepspeed=engine)
         if self.low_precision_dtype == torch.float16:
-            engine.torch_autocast_z0_gradscaler = LossScaleDoor(self)
+            self.fp8_scale_losses(LossScaleDoor(self))
 
     @property
     def fp8_masters(self) -> list[Tensor]:
         """All parameters, group by group."""
         return [param for group in self.fp16_groups for param in group]
+
+    @property
+    def loss_scale(self: Any) -> float:
+        return self.external_loss_scale if self.custom_loss_scaler else self.loss_scale_config.cur_scale
+
+    cur_scale = loss_scale
+
+    def backward(self, loss: Tensor, create_graph: bool = False, retain_graph: bool = False) -> None:
+        """As the engine of older releases calls it."""
+        scaled = loss.float() * self.loss_scale if self.low_precision_dtype == torch.float16 else loss
+        scaled.backward(create_graph=create_graph, retain_graph=retain_graph)
 
     def step(self, closure: Any = None) -> bool:
         if self.low_precision_dtype == torch.float32:
@@ -92,21 +105,30 @@ class Stage0Optimizer(FP16_UnfusedOptimizer):
             return False
         self.overflow = self.overflow_checker.check()
         if self.overflow:
-            return self._skip_invalid_grad_norm()
+            return self._skip()
         norms = []
         for group in self.fp16_groups:
             grads, _ = split_params_grads_into_shared_and_expert_params(group)
             norms.append(get_weight_norm(grads, mpu=self.mpu) if grads else 0.0)
         self._global_grad_norm = get_global_norm(norm_list=norms)
-        if runtime_utils.is_invalid_grad_norm(self._global_grad_norm):
-            return self._skip_invalid_grad_norm()
+        if is_invalid_norm(self._global_grad_norm):
+            return self._skip()
         scaled_norm = self._global_grad_norm
         # Before the loss scale moves: these gradients were made with the present one.
-        self.optimizer.grad_scale = 1.0 / self.unscale_and_clip_grads(scaled_norm, apply_scale=False)
-        self._global_grad_norm = scaled_norm / self.loss_scale_config.cur_scale
-        self._update_scale(False)
+        scale = self.loss_scale_config.cur_scale
+        self.optimizer.grad_scale = 1.0 / self.loss_scale_config.combined(scaled_norm, self.clip_grad)
+        self._global_grad_norm = scaled_norm / scale
+        self.loss_scale_config.update(overflow=False)
         self.optimizer.step()
         return self.overflow
+
+    def _skip(self: Any) -> bool:
+        """No update from gradients that are not finite; a dynamic loss scale goes down."""
+        self.overflow = True
+        self._global_grad_norm = float("inf")
+        self.loss_scale_config.update(overflow=True)
+        self.zero_grad(set_to_none=True)
+        return True
 
     def refresh_fp32_params(self) -> None:
         """Masters from the 16-bit weights: remainders of older masters go."""

@@ -209,25 +209,6 @@ def is_stand_in(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
-def weights_mixin(zero_optimizer: Any) -> type | None:
-    """The O3 mixin for this kind of optimizer; refused where there are no partitions to gather."""
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    from .weights_stage3 import WeightsStage3
-    from .weights_stage12 import WeightsStage12
-
-    if isinstance(zero_optimizer, DeepSpeedZeroOptimizer):
-        return WeightsStage12
-    if isinstance(zero_optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return WeightsStage3
-    raise PlanError(
-        f"msamp/weight_wire is e4m3, but {type(zero_optimizer).__name__} is not one of ZeRO's optimizers for stages 1,"
-        " 2 and 3, so no gathered weights travel as codes.\n  Set weight_wire to none (or opt_level to O2), or remove"
-        " data_types/grad_accum_dtype so that DeepSpeed uses its ZeRO optimizer."
-    )
-
-
 def attach_weights(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
     """Lay out stores for the weights of the plan; from the first step on their codes travel."""
     weights = find_owned(engine.module, plan.comm.fp8_weights)

@@ -143,35 +143,6 @@ def spread_over(targets: Sequence[Tensor], start: int, part: Tensor) -> Iterator
         first += target.numel()
 
 
-def stage_mixin(zero_optimizer: Any) -> type | None:
-    """The gradient mixin for this kind of optimizer; None where the engine's all-reduce is the place (0, BF16)."""
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    from .wire_stage3 import WireStage3
-    from .wire_stage12 import WireStage12
-
-    if isinstance(zero_optimizer, DeepSpeedZeroOptimizer):
-        return WireStage12
-    if isinstance(zero_optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return WireStage3
-    return None
-
-
-def mixins(zero_optimizer: Any, plan: Any) -> tuple[type, ...]:
-    """What `specialize` puts in front of DeepSpeed's class for this plan; may be empty."""
-    if plan.comm is None:
-        return ()
-    found = []
-    if plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
-        from .weights import weights_mixin
-
-        found.append(weights_mixin(zero_optimizer))
-    if plan.comm.gradient_wire != "none":
-        found.append(stage_mixin(zero_optimizer))
-    return tuple(mixin for mixin in found if mixin is not None)
-
-
 def attach(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
     """Give the specialised instance what its mixins need. Collective when routes or weights are laid out."""
     if plan.comm is None:

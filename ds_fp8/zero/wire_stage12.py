@@ -41,11 +41,10 @@ class WireStage12:
             super().average_tensor(tensor, communication_data_type)
             return
         self._fp8_average = self._fp8_mean_factor()
-        self.gradient_average = False
         try:
-            super().average_tensor(tensor, communication_data_type)
+            with self.fp8_undivided():
+                super().average_tensor(tensor, communication_data_type)
         finally:
-            self.gradient_average = True
             self._fp8_average = 1.0
 
     def allreduce_and_scatter(

@@ -16,7 +16,7 @@ from ds_fp8.layers import swap_layers
 from ds_fp8.levels import LEVELS
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
-from ds_fp8.zero import wire
+from ds_fp8.zero import specializing, wire
 
 WIDTHS = (32, 144, 48)
 
@@ -78,8 +78,7 @@ def start(
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
     optimizer = engine.optimizer
-    kinds = (*wire.mixins(optimizer, plan), type(optimizer))
-    optimizer.__class__ = type("Fp8" + kinds[-1].__name__, kinds, {})
+    specializing.compose(optimizer, specializing.wire_mixins(specializing.served(optimizer), plan))
     wire.attach(engine, optimizer, plan, book)
     return engine, book
 

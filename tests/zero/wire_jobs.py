@@ -10,8 +10,8 @@ from deepspeed import comm as dist
 from torch import nn
 
 from ds_fp8.comm import Wire
-from ds_fp8.zero import wire_engine
-from ds_fp8.zero.wire import GradientWire, stage_mixin
+from ds_fp8.zero import specializing, wire_engine
+from ds_fp8.zero.wire import GradientWire
 
 STEPS = 3
 
@@ -53,10 +53,9 @@ def put_on_wire(engine: Any, wire: Wire | None) -> None:
         return
     gradient_wire = GradientWire(wire)
     wire_engine.install(engine, gradient_wire)
-    mixin = stage_mixin(engine.optimizer)
-    if mixin is not None:
-        kind = type(engine.optimizer)
-        engine.optimizer.__class__ = type("Fp8" + kind.__name__, (mixin, kind), {})
+    row = next((row for row in specializing.SERVED if isinstance(engine.optimizer, row.wrapper)), None)
+    if row is not None and row.gradients is not None:
+        specializing.compose(engine.optimizer, [row.gradients])
         engine.optimizer.fp8_gradient_wire = gradient_wire
 
 

@@ -1,0 +1,41 @@
+"""0.19.1 and before: `step` flattens the gradients of a partition itself, and rounds them to the master's dtype.
+
+Later releases ask `_get_preflattened_grad_partition` first, which is where the states mixin keeps fp32 gradients fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class ZeroStage12:
+    """Over `DeepSpeedZeroOptimizer`."""
+
+    _fp8_flattening = False
+
+    def fp8_adapt(self: Any) -> None:
+        super().fp8_adapt()  # type: ignore[misc]
+        flatten = self.flatten
+        self.flatten = lambda tensors: self._fp8_flatten(tensors, lambda: flatten(tensors))
+
+    def flatten_dense_tensors_aligned(self: Any, tensor_list: Any, alignment: Any, **options: Any) -> Tensor:
+        plain = super().flatten_dense_tensors_aligned  # type: ignore[misc]
+        return self._fp8_flatten(tensor_list, lambda: plain(tensor_list, alignment, **options))
+
+    def _get_preflattened_grad_partition(self: Any, group_idx: int) -> None:
+        """Nothing is flat before the step."""
+
+    def _fp8_flatten(self: Any, tensors: Any, plain: Callable[[], Tensor]) -> Tensor:
+        """Ask the mixin when the gradients of a partition are to be flattened; everything else is not concerned."""
+        index = next((index for index, group in self.averaged_gradients.items() if group is tensors), None)
+        if index is None or self._fp8_flattening:
+            return plain()
+        self._fp8_flattening = True
+        try:
+            flat = self._get_preflattened_grad_partition(index)
+        finally:
+            self._fp8_flattening = False
+        return plain() if flat is None else flat

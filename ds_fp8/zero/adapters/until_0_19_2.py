@@ -1,0 +1,24 @@
+"""0.19.2 and before: ZeRO 3 cuts every parameter over one group, and averages over that group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deepspeed import comm as dist
+
+
+class ZeroStage3:
+    """Over `DeepSpeedZeroOptimizer_Stage3`."""
+
+    def _get_param_partition_group(self: Any, param: Any) -> Any:
+        return self.dp_process_group
+
+    def _get_param_partition_rank(self: Any, param: Any) -> int:
+        return dist.get_rank(group=self.dp_process_group)
+
+    def _assert_same_partition_group(self: Any, params: Sequence[Any]) -> None:
+        """There is one."""
+
+    def _gradient_averaging_world_size(self: Any, params: Sequence[Any], partition_world_size: int) -> int:
+        return partition_world_size

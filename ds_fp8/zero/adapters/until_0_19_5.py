@@ -1,0 +1,25 @@
+"""0.19.5 and before: ZeRO 1 and 2 always average, so `average_tensor` always divides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed import comm as dist
+
+
+class ZeroStage12:
+    """Over `DeepSpeedZeroOptimizer`."""
+
+    gradient_average = True
+
+    @contextmanager
+    def fp8_undivided(self: Any) -> Iterator[None]:
+        """The divisor is world size / sequence parallel size: made one, which no element notices."""
+        sequence_parallel_size = self.sequence_parallel_size
+        self.sequence_parallel_size = dist.get_world_size(group=self.dp_process_group)
+        try:
+            yield
+        finally:
+            self.sequence_parallel_size = sequence_parallel_size

@@ -1,0 +1,51 @@
+"""Our own words for what releases of DeepSpeed do differently; here as the newest release means them.
+
+    fp8_adapt           called once, when the class has been changed
+    fp8_shrink_masters  makes masters that DeepSpeed has built in fp32 those of the base dtype
+    fp8_undivided       a block in which `average_tensor` hands on sums instead of means (ZeRO 1 and 2)
+    fp8_scale_losses    lets `engine.backward` scale the loss (stage 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Adapted:
+    """What every wrapper understands."""
+
+    def fp8_adapt(self: Any) -> None:
+        """The newest release needs nothing."""
+
+    def fp8_shrink_masters(self: Any) -> None:
+        """They have the base dtype: `_configure_master_weights` was told so (`specializing.base_dtype_masters`)."""
+
+
+class ZeroStage12(Adapted):
+    """Over `DeepSpeedZeroOptimizer`."""
+
+    @contextmanager
+    def fp8_undivided(self: Any) -> Iterator[None]:
+        self.gradient_average = False
+        try:
+            yield
+        finally:
+            self.gradient_average = True
+
+
+class ZeroStage3(Adapted):
+    """Over `DeepSpeedZeroOptimizer_Stage3`."""
+
+
+class Bf16(Adapted):
+    """Over `BF16_Optimizer`."""
+
+
+class Stage0(Adapted):
+    """Over our `Stage0Optimizer`."""
+
+    def fp8_scale_losses(self: Any, scaler: Any) -> None:
+        """`engine.backward` scales the loss of ZeRO's optimizers only, and that of torch.autocast's GradScaler."""
+        self.fp8_engine.torch_autocast_z0_gradscaler = scaler
