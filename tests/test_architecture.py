@@ -24,6 +24,7 @@ FLOORS = {
     "recipe": 1,
     "levels": 1,
     "capabilities": 1,
+    "releases": 0,
     "telemetry": 1,
     "config": 2,
     "numerics": 2,

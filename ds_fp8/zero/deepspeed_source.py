@@ -1,9 +1,9 @@
 """What a DeepSpeed defines, read off its source: a folder, an sdist, a wheel, or the installed package; nothing is imported.
 
-    source = DeepSpeedSource.at("deepspeed-0.19.9.tar.gz")
-    source.version                                                       '0.19.9'
-    source.parameters("deepspeed.runtime.engine", "DeepSpeedEngine.save_checkpoint")    ('self', 'save_dir', ...)
-    source.attributes("deepspeed.runtime.engine", "DeepSpeedEngine")     every method and every `self.x = ...`, inherited too
+source = DeepSpeedSource.at("deepspeed-0.19.9.tar.gz")
+source.version                                                       '0.19.9'
+source.parameters("deepspeed.runtime.engine", "DeepSpeedEngine.save_checkpoint")    ('self', 'save_dir', ...)
+source.attributes("deepspeed.runtime.engine", "DeepSpeedEngine")     every method and every `self.x = ...`, inherited too
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class DeepSpeedSource:
     def version(self) -> str:
         """As the package says it; empty when it does not."""
         for name in ("version.txt", "deepspeed/git_version_info_installed.py", "PKG-INFO", "METADATA"):
-            found = re.search(r"(?:^|[vV]ersion\s*[=:]\s*['\"]?)(\d+\.\d+[\w.+]*)", self._read(name) or "", re.MULTILINE)
+            found = re.search(
+                r"(?:^|[vV]ersion\s*[=:]\s*['\"]?)(\d+\.\d+[\w.+]*)", self._read(name) or "", re.MULTILINE
+            )
             if found:
                 return found[1]
         return ""
@@ -109,7 +111,7 @@ class DeepSpeedSource:
         found = self.find(module, name)
         if not isinstance(found, ast.ClassDef):
             return set()
-        names = set(_body_names(found)) | {n for n in _assigned(found, {"self"})}
+        names = set(_body_names(found)) | set(_assigned(found, {"self"}))
         home = self._home(module, name)
         for base in found.bases:
             if isinstance(base, ast.Name):
@@ -118,7 +120,9 @@ class DeepSpeedSource:
 
     def hung_on(self, *modules: str) -> set[str]:
         """Attributes that the code of `modules` writes on any object: what ZeRO hangs on a parameter, for example."""
-        return {name for module in modules if (tree := self.module(module)) is not None for name in _assigned(tree, None)}
+        return {
+            name for module in modules if (tree := self.module(module)) is not None for name in _assigned(tree, None)
+        }
 
     def _home(self, module: str, name: str) -> str:
         tree = self.module(module)
@@ -183,9 +187,9 @@ def _body_names(scope: ast.ClassDef) -> Iterator[str]:
 def _assigned(scope: ast.AST, owners: set[str] | None) -> Iterator[str]:
     """x of every `owner.x = ...` (also in a tuple, a `for` or a `with`); of any owner when `owners` is None."""
     for node in ast.walk(scope):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if owners is None or (isinstance(node.value, ast.Name) and node.value.id in owners):
-                yield node.attr
+        is_written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if is_written and (owners is None or (isinstance(node.value, ast.Name) and node.value.id in owners)):
+            yield node.attr
 
 
 def _imported_from(tree: ast.Module, name: str, module: str) -> str | None:

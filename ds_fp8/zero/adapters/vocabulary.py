@@ -1,9 +1,9 @@
 """Our own words for what releases of DeepSpeed do differently; here as the newest release means them.
 
-    fp8_adapt           called once, when the class has been changed
-    fp8_shrink_masters  makes masters that DeepSpeed has built in fp32 those of the base dtype
-    fp8_undivided       a block in which `average_tensor` hands on sums instead of means (ZeRO 1 and 2)
-    fp8_scale_losses    lets `engine.backward` scale the loss (stage 0)
+fp8_adapt           called once, when the class has been changed
+fp8_shrink_masters  makes masters that DeepSpeed has built in fp32 those of the base dtype
+fp8_undivided       a block in which `average_tensor` hands on sums instead of means (ZeRO 1 and 2)
+fp8_scale_losses    lets `engine.backward` scale the loss (stage 0)
 """
 
 from __future__ import annotations
