@@ -159,7 +159,11 @@ setup(
         "bench": ["torchao>=0.18", "bitsandbytes>=0.50"],
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
     },
-    entry_points={"console_scripts": ["ds_fp8 = ds_fp8.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["ds_fp8 = ds_fp8.cli.main:main"],
+        # torch calls this at the end of its import. We are no backend; it is the hook that needs no .pth file.
+        "torch.backends": ["ds_fp8 = ds_fp8.door:after_torch_import"],
+    },
     cmdclass={"build_py": BuildWithDoor, "bdist_wheel": WheelOfItsPlatform, "editable_wheel": EditableWithDoor},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -20,6 +20,7 @@ def activate() -> None:
     from .engine import activate as _activate
 
     _activate()
+    _open_door()  # DeepSpeed's module may be run again later (importlib.reload)
 
 
 def deactivate() -> None:

@@ -5,7 +5,8 @@ activates the plugin, and the `msamp` package if one is installed. Exit code 0: 
 
 With the job's DeepSpeed JSON a missing door is a failure, if the JSON has our sections: DeepSpeed ignores sections that
 it does not know, so without the plugin such a job trains in 16 bits and nobody tells. The job itself cannot: nothing of
-ours runs in it. Run it with the Python of the job: `python -m ds_fp8.cli.main doctor ds.json`.
+ours runs in it. Run it with the Python of the job: `python -m ds_fp8.cli.main doctor ds.json`. `--client trainer` proves
+it for a job that never writes `import deepspeed`: what that client imports is imported, and the engine class looked at.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import asdict, replace
 
 from .. import config
 from .check import brief
+from .clients import CLIENTS, client
 from .probes import MSAMP_SEAMS, PROBES, Finding
 from .tables import print_table
 
@@ -34,13 +36,21 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="the script imports ds_fp8, or is started by ds_fp8.run: it needs no ds_fp8.pth",
     )
+    parser.add_argument(
+        "--client",
+        choices=CLIENTS,
+        help="import what this client imports, in a process of its own, and look whether FP8 reaches its engine",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
     with contextlib.redirect_stdout(sys.stderr):
         findings = [finding for probe in PROBES for finding in _run(probe)]
+    proof = list(client(options.client)) if options.client else []
     if options.file is not None:
-        findings = list(_fit(findings, options.file, options.other_door))
+        proven = bool(proof) and all(finding.status == "ok" for finding in proof)
+        findings = list(_fit(findings, options.file, options.other_door or proven))
+    findings += proof
     failed = [finding for finding in findings if finding.status == "fail"]
     if options.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -55,7 +65,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _fit(findings: Sequence[Finding], file: str, other_door: bool) -> Iterator[Finding]:
-    """The same findings, as one job sees them, and what its file asks for."""
+    """The same findings, as one job sees them, and what its file asks for.
+
+    other_door  the job is hooked without the .pth file: it says so, or its client's imports have shown it
+    """
     errors = [problem for problem in config.check(file) if problem.severity == "error"]
     settings = None if errors else config.load(file)
     for finding in findings:

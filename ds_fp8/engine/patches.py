@@ -13,16 +13,26 @@ that asks for FP8 is refused, every other job runs.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
+ORIGINAL = "ds_fp8_original"
+"""Attribute of a wrapper: the function that DeepSpeed defined."""
+
+MET = "ds_fp8_met"
+"""Set on an engine whose JSON we have been asked about."""
+
 _originals: dict[str, Callable] = {}
+_engine_class: type | None = None
+_lock = threading.Lock()
 
 
 def _configure_distributed_model(original: Callable, engine: Any, model: Any) -> Any:
     from .sections import sections_of
 
     attachment = None
+    engine.__dict__[MET] = True
     if sections_of(engine.config):
         from .attach import attach
 
@@ -41,6 +51,10 @@ def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any,
 
     attachment = of(engine)
     if attachment is None:
+        if MET not in engine.__dict__:  # hooked while this engine was being built
+            from .late import refuse
+
+            refuse(engine)
         return original(engine, client_optimizer, model_parameters)
     return attachment.configure_optimizer(original, client_optimizer, model_parameters)
 
@@ -62,17 +76,28 @@ def _guarded_init(original: Callable, engine: Any, *args: Any, **kwargs: Any) ->
     original(engine, *args, **kwargs)
 
 
-def install() -> None:
-    """Wrap the methods of DeepSpeedEngine; nothing happens when they are wrapped already."""
-    if _originals:
-        return
-    from deepspeed.runtime.engine import DeepSpeedEngine
+def install(engine_class: type | None = None) -> bool:
+    """Wrap the methods of DeepSpeed's engine class; False, and nothing happens, when they are wrapped already.
 
-    complete = all(hasattr(DeepSpeedEngine, name) for name in WRAPPERS)
-    for name, wrapper in (WRAPPERS if complete else {"__init__": _guarded_init}).items():
-        original = getattr(DeepSpeedEngine, name)
-        _originals[name] = original
-        setattr(DeepSpeedEngine, name, _method(wrapper, original))
+    engine_class  None for the one of the DeepSpeed that is imported; a reload of its module makes a new one
+    """
+    global _engine_class
+    if engine_class is None:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        engine_class = DeepSpeedEngine
+    with _lock:
+        if engine_class is _engine_class:
+            return False
+        _engine_class = engine_class
+        _originals.clear()
+        complete = all(hasattr(engine_class, name) for name in WRAPPERS)
+        for name, wrapper in (WRAPPERS if complete else {"__init__": _guarded_init}).items():
+            found = getattr(engine_class, name)
+            original = getattr(found, ORIGINAL, found)  # this module may have been reloaded: never wrap a wrapper
+            _originals[name] = original
+            setattr(engine_class, name, _method(wrapper, original))
+    return True
 
 
 def _method(wrapper: Callable, original: Callable) -> Callable:
@@ -80,18 +105,18 @@ def _method(wrapper: Callable, original: Callable) -> Callable:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(original, self, *args, **kwargs)
 
+    setattr(method, ORIGINAL, original)
     return method
 
 
 def restore() -> None:
     """Undo `install`, leaving the very same function objects that DeepSpeed defined."""
-    if not _originals:
-        return
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    for name, original in _originals.items():
-        setattr(DeepSpeedEngine, name, original)
-    _originals.clear()
+    global _engine_class
+    with _lock:
+        for name, original in _originals.items():
+            setattr(_engine_class, name, original)
+        _originals.clear()
+        _engine_class = None
 
 
 def is_installed() -> bool:

@@ -144,3 +144,39 @@ def test_the_versions_are_those_of_the_package():
     for name, oldest in probes.REQUIRED.items():
         wanted = f'"{name}>={".".join(map(str, oldest))}"' if oldest else f'"{name}"'
         assert wanted in text, wanted
+
+
+@pytest.mark.parametrize(
+    ("imports", "code", "told"),
+    [
+        ("import torch", 0, "is hooked"),
+        ("import ds_fp8\nds_fp8.door.remove()", 1, "would train in 16 bits"),
+        ("import no_such_client", 1, "No module named 'no_such_client'"),
+    ],
+    ids=["met", "past the hook", "broken client"],
+)
+def test_a_client_is_proven_by_what_it_imports(monkeypatch, tmp_path, capsys, imports, code, told):
+    """A fresh Python imports it and looks at DeepSpeed's engine class; a proven client needs no .pth file."""
+    from ds_fp8.cli import clients
+    from tests.journeys.launching import PACKAGE_PARENT, door_folder
+
+    monkeypatch.setenv("PYTHONPATH", f"{door_folder(tmp_path / 'door')}:{PACKAGE_PARENT}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
+    monkeypatch.setattr(doctor, "PROBES", (probes.door,))
+    monkeypatch.setattr(probes.site, "getsitepackages", list)
+    monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
+    monkeypatch.setitem(clients.CLIENTS, "trainer", clients.Client(("torch",), imports))
+    (tmp_path / "ds.json").write_text(json.dumps(SECTION))
+    assert main(["doctor", str(tmp_path / "ds.json"), "--client", "trainer", "--json"]) == code
+    found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert told in found["client trainer"]["found"]
+    assert found["door"]["status"] == ("fail" if code else "note")
+
+
+def test_a_client_that_is_not_installed_fails_with_the_command(monkeypatch):
+    from ds_fp8.cli import clients
+
+    monkeypatch.setattr(clients, "installed", lambda name: None if name == "trl" else "1.0")
+    (finding,) = clients.client("trl")
+    assert (finding.status, finding.cure) == ("fail", "pip install trl")

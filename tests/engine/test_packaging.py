@@ -113,6 +113,21 @@ def test_an_install_opens_the_door_at_pythons_start(tree, kind):
     assert said == "False"
 
 
+def test_torch_calls_us_where_no_pth_file_is_read(tree):
+    """`pip install --target` and PYTHONPATH: Python runs no .pth there, but torch finds the entry point of its extensions."""
+    site = build(tree, "build_wheel")
+    code = (
+        "import importlib.util, sys, torch; before = 'ds_fp8' in sys.modules, 'deepspeed' in sys.modules;"
+        "importlib.util.find_spec('deepspeed'); import deepspeed, ds_fp8; print(before, ds_fp8.is_active())"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "DS_FP8_DISABLE"}
+    # -S and a path by hand: no .pth file is read, not even that of an installed ds_fp8.
+    folders = [str(site), *(path for path in sys.path if path.endswith("-packages"))]
+    env |= {"PYTHONPATH": os.pathsep.join(folders), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=env, cwd=site, capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[-1] == "(True, False) True", done.stderr
+
+
 def test_the_wheel_has_everything_that_runs(tree):
     """Schemas as ds_fp8.schemas, kernel sources for a build at first use, the command, the license."""
     names = {str(path.relative_to(site)) for site in [build(tree, "build_wheel")] for path in site.rglob("*")}

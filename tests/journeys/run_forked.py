@@ -1,0 +1,71 @@
+"""Run one script several times for the price of one start:   python run_forked.py script.py ARGUMENTS [-- ARGUMENTS]...
+
+The script's imports are run once, in its own order, in a Python that has imported nothing of ours itself; then each
+list of arguments gets a fork, which runs the rest as `__main__`. So a comparison of two JSON files costs the import of
+Transformers and DeepSpeed once, and the import hook is met as the script meets it: a fork has whatever its parent has.
+
+Each run is introduced by `=== RUN n` and followed by `=== FP8 layers m` for the modules that the script's globals
+hold; the exit code is that of the worst run.
+"""
+
+import ast
+import os
+import sys
+
+
+def split(arguments: list[str]) -> list[list[str]]:
+    runs: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == "--":
+            runs.append([])
+        else:
+            runs[-1].append(argument)
+    return runs
+
+
+def count_fp8_layers(names: dict) -> int:
+    """Distinct FP8 layers in the modules that a script made (a Trainer holds its model)."""
+    found = set()
+    for value in list(names.values()):
+        for owner in (value, getattr(value, "__dict__", {}).get("model")):
+            modules = getattr(owner, "modules", None)
+            if callable(modules) and not isinstance(owner, type):
+                found |= {id(module) for module in modules() if type(module).__name__ == "Fp8Linear"}
+    return len(found)
+
+
+def main() -> int:
+    script, runs = sys.argv[1], split(sys.argv[2:])
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # noqa: PTH100, PTH120 - nothing imported before the script
+    with open(script) as file:  # noqa: PTH123
+        tree = ast.parse(file.read(), script)
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    rest = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {"__name__": "__main__", "__file__": script}
+    exec(compile(ast.Module(imports, []), script, "exec"), names)
+    worst = 0
+    for number, arguments in enumerate(runs):
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            sys.argv = [script, *arguments]
+            print(f"=== RUN {number}", flush=True)
+            code = 1
+            try:
+                exec(compile(ast.Module(rest, []), script, "exec"), names)
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0) if not isinstance(end.code, str) else 1
+            except BaseException:  # noqa: BLE001 - as Python itself at the end of a script
+                import traceback
+
+                traceback.print_exc()
+            print(f"=== FP8 layers {count_fp8_layers(names)}", flush=True)
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        worst = max(worst, os.waitstatus_to_exitcode(status))
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
