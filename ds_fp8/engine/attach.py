@@ -11,18 +11,19 @@ same Parameter objects, so nothing that comes later notices.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DsFp8Error, PlanError
-from . import ATTRIBUTE, of
+from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
 from .keep import add_state, check_state, take_state
 from .sections import source_name
 
 
-@dataclass
+@dataclass(eq=False)
 class Attachment:
     """What ds_fp8 is to one DeepSpeed engine.
 
@@ -41,6 +42,15 @@ class Attachment:
     book: Any = None
     watch: Any = None
 
+    @property
+    def is_attached(self) -> bool:
+        return of(self.engine) is self
+
+    @property
+    def releases_weights(self) -> bool:
+        """O3 in ZeRO 1 and 2: between steps the weights exist as codes only."""
+        return bool(getattr(self.engine.optimizer, "fp8_stores", None))
+
     def placed(self) -> None:
         """DeepSpeed has put the model on its device and knows its groups: whoever shares data shares scales."""
         if self.book is not None:
@@ -57,17 +67,51 @@ class Attachment:
         return configure_optimizer(original, self.engine, client_optimizer, model_parameters, self.plan, self.book)
 
     def hook(self) -> None:
-        """Hang step and checkpoints on this engine; they outlive `deactivate()`, as the FP8 layers do."""
+        """Hang step, checkpoints and the end on this engine; they outlive `deactivate()`, as the FP8 layers do."""
         for name, wrapper in (
             ("_take_model_step", self._take_model_step),
             ("save_checkpoint", self._save_checkpoint),
             ("load_checkpoint", self._load_checkpoint),
+            ("destroy", self._destroy),
         ):
             original = getattr(self.engine, name)
             setattr(self.engine, name, functools.wraps(original)(functools.partial(wrapper, original)))
+        life.register(self)
+
+    def detach(self, *, communicate: bool = True) -> None:
+        """Give the unmodified model back: layers, weights, hooks. Twice is once.
+
+        communicate  whether O3 may gather 16-bit weights from all ranks. If not, layers whose weights are released stay
+                     FP8 layers and go on with their codes.
+        """
+        if not self.is_attached:
+            return
+        # Whatever fails below, nobody may count on this engine any more.
+        del self.engine.__dict__[ATTRIBUTE]
+        if self.watch is not None:
+            self.watch.stop()
+        if communicate or not self.releases_weights:
+            self._restore()
+        life.forget(self)
+
+    def _restore(self) -> None:
+        from ..layers import restore_layers
+
+        give_back = getattr(self.engine.optimizer, "fp8_give_back", None)
+        if give_back is not None:
+            give_back()
+        if self.book is not None:
+            restore_layers(self.model, self.book)
+
+    def _destroy(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        # An exception may be one rank's alone; the others would not come to a collective.
+        self.detach(communicate=sys.exc_info()[0] is None and not life.is_collected())
+        return original(*args, **kwargs)
 
     def _take_model_step(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
+        if not self.is_attached:
+            return result
         if self.book is not None:
             self.book.weights_changed()
         if self.watch is not None:
@@ -77,11 +121,15 @@ class Attachment:
     def _save_checkpoint(
         self, original: Callable, save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        return original(save_dir, tag, add_state(self, client_state or {}), *args, **kwargs)
+        if self.is_attached:
+            client_state = add_state(self, client_state or {})
+        return original(save_dir, tag, client_state or {}, *args, **kwargs)
 
     def _load_checkpoint(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         from ..checkpoint import load_checkpoint
 
+        if not self.is_attached:
+            return original(*args, **kwargs)
         # Looks at every file of this rank before the engine is touched.
         path, client_state = load_checkpoint(
             original,
@@ -119,7 +167,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
         from ..zero.autocast import mark_comm_dtypes
 
         mark_comm_dtypes(engine, model)
-        attachment.book = swap_layers(model, plan)
+        attachment.book = swap_layers(model, plan, by_engine=True)
     # Set past nn.Module's bookkeeping: an attachment is no submodule.
     engine.__dict__[ATTRIBUTE] = attachment
     attachment.hook()

@@ -29,18 +29,20 @@ _lock = threading.Lock()
 
 
 def _configure_distributed_model(original: Callable, engine: Any, model: Any) -> Any:
+    from .life import unmodified
     from .sections import sections_of
 
-    attachment = None
     engine.__dict__[MET] = True
-    if sections_of(engine.config):
-        from .attach import attach
+    attachment, plans = None, bool(sections_of(engine.config))
+    with unmodified(model, plans=plans):
+        if plans:
+            from .attach import attach
 
-        attachment = attach(engine, model)
-    else:
-        from .roll_call import pass_by
+            attachment = attach(engine, model)
+        else:
+            from .roll_call import pass_by
 
-        pass_by()
+            pass_by()
     original(engine, model)
     if attachment is not None:
         attachment.placed()

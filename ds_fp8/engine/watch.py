@@ -59,6 +59,11 @@ class Watch:
             self._report()
         self._look_if_due()
 
+    def stop(self) -> None:
+        """The engine ends: no hook stays on its layers."""
+        if self._is_looking:
+            self._look_away()
+
     def _look_if_due(self) -> None:
         """Hooks on, if the step that comes is one to look at."""
         if (self.attachment.engine.global_steps + 1) % self.interval:

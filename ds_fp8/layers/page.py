@@ -39,6 +39,7 @@ class Page:
     index               position in the book
     weight_codes        codes set from outside (O3); the layer then never reads its weight
     staged_weight_amax  amax of those codes, recorded at the layer's next recording call
+    is_shared           engines that know nothing of each other may step the weight, so that its codes are never kept
     ready               the codes of `cached_weight` as the GPU's products read them (cuda_products)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast road, 0 for never (cuda_products)
     """
@@ -53,6 +54,7 @@ class Page:
         self.weight_codes: WeightCodes | None = None
         self.staged_weight_amax: torch.Tensor | None = None
         self.fast_step: int | None = None
+        self.is_shared = False
         self.forget_weight()
 
     def forget_weight(self) -> None:
@@ -101,7 +103,7 @@ class Call:
 
     @property
     def caches_weight(self) -> bool:
-        return self.page.book.plan.weight_cache
+        return self.page.book.plan.weight_cache and not self.page.is_shared
 
     def scale(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, scale_inv), 0-d fp32, frozen since the region opened."""

@@ -97,7 +97,7 @@ class PageState:
     def microbatch(self) -> bool | None:
         """True: quantise the weight and keep its codes; False: the kept ones are good; None: do not keep any."""
         book = self.page.book
-        if not book.plan.weight_cache or is_sharded(self.weight):
+        if not book.plan.weight_cache or self.page.is_shared or is_sharded(self.weight):
             return None
         key = (book.weights_version, self.weight._version, self.weight.data_ptr())
         fresh = self._quantized != key

@@ -15,6 +15,7 @@ from ..errors import BackendError, DsFp8Error
 from ..plan import ModuleDecision, Plan
 from . import fp8_linear, norms
 from .fused import fuse_layers
+from .owners import OWNERS, Owner, remove_turns, take_form
 from .scale_book import ScaleBook
 
 BOOK = "_ds_fp8_book"
@@ -43,10 +44,11 @@ CARRIED = (
 callers hold (`handle.remove()`) go on working."""
 
 
-def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None) -> ScaleBook:
+def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None, by_engine: bool = False) -> ScaleBook:
     """Make the layers that `plan` names FP8 layers, with the same Parameter objects. Returns their scale book.
 
-    group  process group whose ranks share one amax history (`reduce_amax`); None is the whole world
+    group      process group whose ranks share one amax history (`reduce_amax`); None is the whole world
+    by_engine  a DeepSpeed engine does it by its JSON: the next engine of this model may undo it (see `owners.py`)
     Raises BackendError when the model is not the one that was planned, or a backend refuses a layer; the model is then
     as it was.
     """
@@ -56,7 +58,7 @@ def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None) -> ScaleBook
     book = ScaleBook(names, plan.fp8, group=group)
     try:
         for decision in plan.swaps:
-            _swap(model, decision, plan, book)
+            _swap(model, decision, plan, book, by_engine)
         if plan.fp8.fuse:
             fuse_layers(model, plan)
     except DsFp8Error:
@@ -67,40 +69,66 @@ def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None) -> ScaleBook
     return book
 
 
-def restore_layers(model: nn.Module) -> nn.Module:
-    """Give `model` its plain layers back, in place: the same Parameters, the same names. Returns `model`."""
-    book = vars(model).pop(BOOK, None)
-    if book is not None:
-        book.unwatch(model)
+def restore_layers(model: nn.Module, book: ScaleBook | None = None) -> nn.Module:
+    """Give `model` its unmodified layers back, in place: the same Parameters, the same names. Returns `model`.
+
+    book  only what belongs to this one; a layer that another engine shares stays with that one. None: everything
+    """
     for module in list(model.modules()):
-        if isinstance(module, fp8_linear.Fp8Linear):
-            fp8_linear.release(module)
-        elif isinstance(module, tuple(norms.CLASSES.values())):
-            norms.release(module)
-        elif fp8_linear.ORIGINAL in vars(module):
-            _replace(model, module, _restore_foreign(module))
+        owners = vars(module).get(OWNERS, [])
+        left = [owner for owner in owners if book is not None and owner.book is not book]
+        if owners and not left:
+            release(model, module)
+        elif len(left) < len(owners):
+            give(module, left)
+    for root in list(model.modules()):
+        own = vars(root).get(BOOK)
+        if own is not None and (book is None or own is book):
+            del root.__dict__[BOOK]
+            own.unwatch(root)
+            remove_turns(root, own)
     return model
 
 
-def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, book: ScaleBook) -> None:
+def release(model: nn.Module, module: nn.Module) -> None:
+    """One layer unmodified again, whoever owns it."""
+    if OWN in vars(module):
+        _replace(model, module, _restore_foreign(module))
+    elif "page" in vars(module):
+        fp8_linear.release(module)  # type: ignore[arg-type]
+    else:
+        norms.release(module)
+    module.__dict__.pop(OWNERS, None)
+
+
+def give(module: nn.Module, owners: list[Owner]) -> None:
+    """Make `owners` the owners of a layer of the torch backend; it takes the form of the last one."""
+    module.__dict__[OWNERS] = owners
+    take_form(module, owners[-1])
+
+
+def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, book: ScaleBook, by_engine: bool) -> None:
     try:
         module = model.get_submodule(decision.fqn)
     except AttributeError as error:
         raise BackendError(f"the plan swaps {decision.fqn}, which this model does not have; plan again.") from error
+    page = book.page(decision.fqn) if decision.kind == "Linear" else None
+    owners = [Owner(book, page, by_engine)]
     if plan.fp8.backend == "torch":
-        if decision.kind == "Linear":
-            fp8_linear.adopt(module, book.page(decision.fqn))  # type: ignore[arg-type]
+        if page is not None:
+            fp8_linear.adopt(module, page)  # type: ignore[arg-type]
         else:
             norms.adopt(module, decision.kind)
+        module.__dict__[OWNERS] = owners
         return
     if module is model:
         raise BackendError(
             "the model itself is one layer, which cannot be replaced by Transformer Engine's; use backend torch."
         )
-    _replace(model, module, _make_foreign(module, decision, book))
+    _replace(model, module, _make_foreign(module, decision, book, owners))
 
 
-def _make_foreign(module: nn.Module, decision: ModuleDecision, book: ScaleBook) -> nn.Module:
+def _make_foreign(module: nn.Module, decision: ModuleDecision, book: ScaleBook, owners: list[Owner]) -> nn.Module:
     from .page_state import PageState
     from .transformer_engine.linear import make_linear
     from .transformer_engine.names import load
@@ -114,6 +142,7 @@ def _make_foreign(module: nn.Module, decision: ModuleDecision, book: ScaleBook) 
         new = make_linear(module, PageState(book.page(decision.fqn), module.weight, scaling))  # type: ignore[arg-type]
         new.__dict__["page"] = book.page(decision.fqn)
     new.__dict__[fp8_linear.ORIGINAL] = type(module)
+    new.__dict__[OWNERS] = owners
     new.__dict__[OWN] = frozenset(vars(new)) | {OWN}
     return new
 

@@ -37,6 +37,12 @@ def watch(optimizer: Any) -> None:
             setattr(GatheredParameters, name, functools.wraps(original)(make(original)))
 
 
+def unwatch(optimizer: Any) -> None:
+    """Its weights are whole from now on."""
+    _optimizers.discard(optimizer)
+    _restore_when_idle()
+
+
 def _restore_when_idle() -> None:
     """The class as DeepSpeed wrote it, once no optimizer is left that needs more."""
     if not list(_optimizers):

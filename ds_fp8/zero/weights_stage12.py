@@ -169,12 +169,13 @@ class WeightsStage12:
     def _fp8_watch(self: Any, engine: Any) -> None:
         """Bring 16-bit weights back wherever somebody is about to read them."""
         module = engine.module
-        module.register_forward_pre_hook(lambda root, args: self._fp8_before_forward(root), prepend=True)
+        before = module.register_forward_pre_hook(lambda root, args: self._fp8_before_forward(root), prepend=True)
+        self._fp8_hooks = [before]
         # The root, and each layer with codes: so state_dict() of any module that holds one comes here.
         coded = [weight.layer for store in self.fp8_stores for weight, _, _ in store.coded]
         for one in dict.fromkeys([module, *coded]):
-            one.register_state_dict_pre_hook(lambda *args: self.fp8_restore_weights())
-            one.register_load_state_dict_pre_hook(lambda *args: self.fp8_weights_replaced())
+            self._fp8_hooks.append(one.register_state_dict_pre_hook(lambda *args: self.fp8_restore_weights()))
+            self._fp8_hooks.append(one.register_load_state_dict_pre_hook(lambda *args: self.fp8_weights_replaced()))
         weights_gathered.watch(self)
         for name in ("save_checkpoint", "save_16bit_model", "load_checkpoint"):
             setattr(engine, name, self._fp8_with_weights(getattr(engine, name), name == "load_checkpoint"))
@@ -211,6 +212,14 @@ class WeightsStage12:
                 if store.coded and store.coded[0][0].layer.weight_codes is not None:
                     self._fp8_keep_rest(store)
                     store.release()
+
+    def fp8_give_back(self: Any) -> None:
+        """The end of the engine: 16-bit weights in the parameters, hooks off the model. Collective where some are released."""
+        self.fp8_weights_replaced()
+        for hook in self._fp8_hooks:
+            hook.remove()
+        weights_gathered.unwatch(self)
+        self._fp8_hooks, self.fp8_stores = [], []
 
     def fp8_stored_params(self: Any) -> Iterator[Any]:
         """Every parameter that may read as a stand-in, or whose memory moves when weights are released."""
@@ -290,7 +299,7 @@ class WeightsStage12:
 
         Also after a skipped step: layers that cast for themselves would cast the same weights under a newer scale now.
         """
-        if not self._fp8_codes_next():
+        if not self.fp8_stores or not self._fp8_codes_next():
             self.fp8_restore_weights()
             super().step(closure)
             return

@@ -105,10 +105,27 @@ class WeightsStage3:
         self.fp8_root = engine.module
         for name in ("load_checkpoint", "load_module_state_dict"):
             setattr(engine, name, self._fp8_forgetting(getattr(engine, name)))
+        self._fp8_methods: list[tuple[Any, str, Any]] = []
         for param in engine.module.parameters():
-            param.all_gather_coalesced = self._fp8_gather_instead(param.all_gather_coalesced)
-            param.all_gather = self._fp8_bring_16bit(param, param.all_gather)
-            param.partition = self._fp8_partition_instead(param, param.partition)
+            self._fp8_replace(param, "all_gather_coalesced", self._fp8_gather_instead(param.all_gather_coalesced))
+            self._fp8_replace(param, "all_gather", self._fp8_bring_16bit(param, param.all_gather))
+            self._fp8_replace(param, "partition", self._fp8_partition_instead(param, param.partition))
+
+    def _fp8_replace(self: Any, param: Any, name: str, method: Any) -> None:
+        """DeepSpeed's methods of a parameter hang on the object; what was there is kept for the end."""
+        self._fp8_methods.append((param, name, getattr(param, name)))
+        setattr(param, name, method)
+
+    def fp8_give_back(self: Any) -> None:
+        """The end of the engine: no codes in the layers, DeepSpeed's own methods on the parameters."""
+        self.fp8_codes_fresh = False
+        for coded in self.fp8_coded.values():
+            drop_codes(coded.weight)
+            if is_stand_in(coded.weight.param.data) and coded.weight.param.ds_status == ZeroParamStatus.AVAILABLE:
+                coded.weight.param.partition()  # between a forward and its backward
+        for param, name, method in self._fp8_methods:
+            setattr(param, name, method)
+        self._fp8_methods, self.fp8_coded, self.fp8_casters = [], {}, []
 
     def _fp8_forgetting(self: Any, method: Any) -> Any:
         """A load replaces the weights that the codes stand for: 16-bit gathers until the next step."""
@@ -178,6 +195,8 @@ class WeightsStage3:
     def fp8_make_codes(self: Any) -> None:
         """Cast this rank's chunks from its new 16-bit partitions; collective for the amaxes only."""
         book = self.fp8_weight_book
+        if not self.fp8_coded:
+            return
         self.fp8_codes_fresh = book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step
         if not self.fp8_codes_fresh:
             return

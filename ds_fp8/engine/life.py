@@ -1,0 +1,132 @@
+"""FP8 layers live as long as their engine: what happens to a model before it gets a new engine, and after its engine.
+
+    engine.destroy()         layers, weights, hooks and methods are the unmodified model's again (`Attachment.detach`)
+    initialize(same model)   the earlier engine is detached first, whatever the new JSON says; then the plan starts anew
+    initialize(a copy)       a copied or unpickled model brings layers of an engine that is not its own: restored
+    initialize(shares some)  each engine computes with its own form of the modules that they share (`layers/owners.py`)
+
+DeepSpeed's own hooks keep an engine alive as long as its model, so an engine that a script has merely forgotten counts as
+living; for the same model it does not matter. An engine that dies with its model (`__del__`) must not communicate: its
+layers are restored where that needs no other rank.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import PlanError
+from .tell import tell
+
+_attachments: weakref.WeakSet[Any] = weakref.WeakSet()
+
+_plain_models: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models of engines without our sections: they may share modules with engines that have them."""
+
+
+def register(attachment: Any) -> None:
+    """An engine begins to own layers of its model."""
+    _attachments.add(attachment)
+
+
+def forget(attachment: Any) -> None:
+    """It owns nothing any more; models of other engines that shared its layers alone need not take turns."""
+    from ..layers.owners import owners_of, remove_turns
+
+    _attachments.discard(attachment)
+    for model in _plain_models:
+        if not any(owners_of(module) for module in model.modules()):
+            remove_turns(model, None)
+
+
+@contextmanager
+def unmodified(model: Any, *, plans: bool) -> Iterator[None]:
+    """Inside, `model` is as its script made it: every layer unmodified, so that the engine that comes may plan and swap.
+
+    plans  the engine has our sections
+    Detaching an engine at O3 gathers weights: collective, as `initialize` is. Raises PlanError where layers cannot be shared.
+    """
+    _plain_models.discard(model)
+    if "ds_fp8.layers" not in sys.modules and not plans:  # nothing was ever swapped, or unpickled, in this process
+        yield
+        _plain_models.add(model)
+        return
+    from ..layers.sharing import lift, put_back
+
+    _detach_earlier(model)
+    _restore_leftovers(model)
+    _refuse_released(model)
+    lifted = lift(model) if plans else []
+    try:
+        yield
+    finally:
+        put_back(lifted)
+    if not plans:
+        _plain_models.add(model)
+    _take_turns(model)
+
+
+def _detach_earlier(model: Any) -> None:
+    """Engines that were made for this very model and not destroyed."""
+    for attachment in list(_attachments):
+        if attachment.model is model:
+            tell("this model's earlier engine was not destroyed: it is detached from its FP8 layers now")
+            attachment.detach()
+
+
+def _restore_leftovers(model: Any) -> None:
+    """Layers that an engine swapped which is not here: those of a copied or unpickled model."""
+    from ..layers import restore_layers
+    from ..layers.owners import owners_of
+
+    living = {id(attachment.book) for attachment in _attachments}
+    owners = {id(owner.book): owner for module in model.modules() for owner in owners_of(module)}
+    for key, owner in owners.items():
+        if owner.by_engine and key not in living:
+            restore_layers(model, owner.book)
+
+
+def _refuse_released(model: Any) -> None:
+    """A weight that one engine has released cannot be in another's model."""
+    from ..layers.owners import owners_of
+
+    books = {id(owner.book) for module in model.modules() for owner in owners_of(module)}
+    if any(attachment.releases_weights for attachment in _attachments if id(attachment.book) in books):
+        raise PlanError(
+            "this model has layers of another engine that was not destroyed, whose opt_level O3 keeps their weights as"
+            " 8-bit codes.\n  Call that engine's destroy() first, or use opt_level O2 there."
+        )
+
+
+def _take_turns(model: Any) -> None:
+    """Where the new engine's model shares FP8 layers with others, each computes with its own form of them."""
+    from ..layers.owners import Turn, remove_turns
+    from ..layers.sharing import share
+
+    books = {id(one.model): (one.model, one.book) for one in _attachments}
+    books.update({id(plain): (plain, None) for plain in _plain_models if id(plain) not in books})
+    here = {id(module) for module in model.modules()}
+    sharing = [
+        (other, book) for other, book in books.values() if other is model or any(id(m) in here for m in other.modules())
+    ]
+    shared = share([other for other, _ in sharing])
+    if not shared:
+        return
+    tell(
+        f"{len(shared)} layers of this model belong to another engine too, which was not destroyed: each engine computes"
+        " with its own form of them"
+    )
+    for other, book in sharing:
+        remove_turns(other, book)
+        Turn(other, book, shared)
+
+
+def is_collected() -> bool:
+    """Whether the engine's `destroy` was called by its `__del__`: at any time, on any rank, so nothing may communicate.
+
+    Asked of the stack (caller of the caller), because an object that is being collected looks like any other.
+    """
+    return sys._getframe(2).f_code.co_name == "__del__"

@@ -1,0 +1,106 @@
+"""Whose a layer is: one engine's for as long as that lives, or several engines' at a time.
+
+An engine that swaps the layers of its model owns them until it is destroyed. A model may hold modules that another living
+engine holds too: actor and critic share a trunk, a student wraps its teacher. Then each engine computes as if it were
+alone: with the FP8 state, scales and recipe of its own JSON, or unmodified if it has no section of ours. Whose turn it is
+tell hooks on the models of engines that share (`Turn`; others have none): the one's whose model runs, or is differentiated.
+
+Owners lie in the layer's `__dict__`, so copies and pickles of a model carry them, with scale books of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from . import norms
+from .fp8_linear import ORIGINAL, Fp8Linear
+from .opaque import opaque
+from .page import Page
+from .regions import tensors_of
+
+if TYPE_CHECKING:
+    from .scale_book import ScaleBook
+
+OWNERS = "_ds_fp8_owners"
+"""Attribute of an FP8 layer: its owners, in the order in which they came."""
+
+
+class Owner(NamedTuple):
+    """Who swapped a layer.
+
+    book       its scale book
+    page       the layer's FP8 state there; None for a norm, which has none
+    by_engine  swapped for a DeepSpeed engine, by its JSON; else by a script that called `swap_layers` itself
+    """
+
+    book: ScaleBook
+    page: Page | None
+    by_engine: bool
+
+
+def owners_of(module: nn.Module) -> list[Owner]:
+    """Empty for a module that is not ours."""
+    return vars(module).get(OWNERS, [])
+
+
+def take_form(module: nn.Module, owner: Owner | None) -> None:
+    """Make a layer of the torch backend what `owner` made of it; None: what it was before anybody swapped it."""
+    if owner is None:
+        module.__class__ = module.__dict__[ORIGINAL]
+    elif owner.page is not None:
+        module.__class__ = Fp8Linear
+        module.__dict__["page"] = owner.page
+    else:
+        module.__class__ = next(cls for cls in norms.CLASSES.values() if isinstance(module, cls.__bases__))
+
+
+class Turn:
+    """Gives shared layers the form that one engine computes with, whenever its model runs.
+
+    root     the engine's model
+    book     its scale book; None for an engine without our sections
+    modules  layers that other engines hold too
+    """
+
+    _running: Turn | None = None
+    """Whose model runs: the outermost one's, where one engine's model holds another's."""
+
+    def __init__(self, root: nn.Module, book: ScaleBook | None, modules: Sequence[nn.Module]):
+        self.book = book
+        self.modules = list(modules)
+        root.register_forward_pre_hook(self._before, prepend=True)
+        root.register_forward_hook(self._after, always_call=True)
+
+    @opaque
+    def _before(self, *_: Any) -> None:
+        if Turn._running is None:
+            Turn._running = self
+            self._take()
+
+    @opaque
+    def _after(self, root: nn.Module, args: Any, output: Any) -> None:
+        if Turn._running is not self:
+            return
+        Turn._running = None
+        # The backward may run layers again (activation checkpointing), after another engine's forward.
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self._take())
+
+    def _take(self) -> None:
+        for module in self.modules:
+            owners = owners_of(module)
+            if owners:
+                take_form(module, next((owner for owner in owners if owner.book is self.book), None))
+
+
+def remove_turns(root: nn.Module, book: ScaleBook | None) -> None:
+    """Take the hooks of `Turn` off, by owner and not by handle: a copied model has hooks without handles."""
+    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+        for key, hook in list(hooks.items()):
+            turn = getattr(hook, "__self__", None)
+            if isinstance(turn, Turn) and turn.book is book:
+                del hooks[key]

@@ -1,0 +1,249 @@
+"""Models that outlive their engine: destroyed, forgotten, copied, shared. Jobs for `test_life.py`, on real ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.engine.engine_jobs import WIDTH, Net, config, full_weights, make_engine, steps
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fp8": {"fp8": {"enabled": True}},
+    "current": {"fp8": {"enabled": True, "recipe": "current"}},
+    "block": {"fp8": {"enabled": True, "recipe": "block"}},
+    "O1": {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O1"}},
+    "O2": {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O2"}},
+    "O3": {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O3"}},
+}
+
+
+def sections(mode: str, stage: int, offload: bool = False, **more: Any) -> dict[str, Any]:
+    settings = config(stage, **SECTIONS[mode], **more)
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    return settings
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        yield said
+
+
+def marks(model: nn.Module) -> dict[str, Any]:
+    """What a swap could leave behind: classes, attributes, hooks; without numbers of DeepSpeed's own."""
+    found = {}
+    for name, module in model.named_modules():
+        hooks = [
+            getattr(hook, "__module__", "?")
+            for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks)
+            for hook in hooks.values()
+        ]
+        ours = [key for key in vars(module) if key.startswith("_ds_fp8") or key == "page"]
+        found[name] = (type(module).__module__.split(".")[0], ours, [hook for hook in hooks if "ds_fp8" in str(hook)])
+    return found
+
+
+def is_clean(model: nn.Module) -> bool:
+    return all(package != "ds_fp8" and not ours and not hooks for package, ours, hooks in marks(model).values())
+
+
+def readable(model: nn.Module) -> bool:
+    """Every weight has memory of its own size and finite values, where ZeRO 3 has not cut it."""
+    return all(
+        parameter.untyped_storage().nbytes() > 2 and bool(parameter.isfinite().all())
+        for parameter in model.parameters()
+        if parameter.numel()
+    )
+
+
+def fresh(weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> Net:
+    model = Net()
+    model.load_state_dict(weights)
+    return model.to(dtype)
+
+
+def continued(model: nn.Module, mode: str, stage: int, rank: int, count: int = 3) -> list[float]:
+    """Losses of a new engine on `model`."""
+    settings = sections(mode, stage)
+    with quiet():
+        engine = make_engine(settings, model)
+    losses = steps(engine, settings, rank, 50, 50 + count)
+    engine.destroy()
+    return losses
+
+
+def ended(rank: int, world_size: int, mode: str, stage: int, offload: bool, ending: str, after: str) -> dict[str, Any]:
+    """Train, end the engine by `destroy` or `drop`, train on in an engine of mode `after`; beside it a fresh model."""
+    settings = sections(mode, stage, offload)
+    with quiet() as said:
+        engine = make_engine(settings)
+        steps(engine, settings, rank, 0, 3)
+        weights = full_weights(engine)
+        model, found = engine.module, {}
+        if ending == "destroy":
+            engine.destroy()
+            found = {"clean": is_clean(model), "readable": readable(model), "same": same_weights(model, weights)}
+            found["dtypes"] = {str(parameter.dtype) for parameter in model.parameters()}
+        del engine
+        found["losses"] = continued(model, after, stage, rank)
+        found["fresh"] = continued(fresh(weights), after, stage, rank)
+        found["clean_at_last"] = is_clean(model)
+    found["said"] = said.getvalue()
+    return found
+
+
+def same_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+        return all(torch.equal(value.float(), weights[name]) for name, value in model.named_parameters())
+
+
+def chain(rank: int, world_size: int, stage: int, modes: list[str], destroys: bool) -> list[dict[str, Any]]:
+    """One model through engines of several recipes and levels; for each, what a fresh model with its weights does."""
+    with quiet():
+        engine = make_engine(sections(modes[0], stage))
+        steps(engine, sections(modes[0], stage), rank, 0, 2)
+        found = []
+        for number, mode in enumerate(modes[1:]):
+            weights, model = full_weights(engine), engine.module
+            if destroys:
+                engine.destroy()
+            settings = sections(mode, stage)
+            engine = make_engine(settings, model)
+            losses = steps(engine, settings, rank, 10 + number, 12 + number)
+            beside = make_engine(settings, fresh(weights))
+            expected = steps(beside, settings, rank, 10 + number, 12 + number)
+            beside.destroy()
+            found.append({"losses": losses, "expected": expected, "kinds": kinds(model)})
+        engine.destroy()
+    return [*found, {"clean": is_clean(model)}]
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return sorted({type(module).__name__ for module in model.modules()})
+
+
+def copied(rank: int, world_size: int, mode: str, stage: int, after: str) -> dict[str, Any]:
+    """A deepcopy of `engine.module` in a second engine, while the first one goes on; and the copy alone."""
+    settings = sections(mode, stage)
+    with quiet():
+        alone = make_engine(settings)
+        steps(alone, settings, rank, 0, 2)
+        undisturbed = steps(alone, settings, rank, 2, 4)
+
+        engine = make_engine(settings)
+        steps(engine, settings, rank, 0, 2)
+        weights = full_weights(engine)
+        twin = copy.deepcopy(engine.module)
+        lonely = copy.deepcopy(engine.module.blocks[0])
+        read = engine.module.blocks[1]
+        if stage == 0:  # elsewhere DeepSpeed hangs its optimizer on the parameters, which no pickle takes
+            read = pickle.loads(pickle.dumps(read))
+        x = torch.randn(16, WIDTH, dtype=torch.bfloat16)
+        found = {"alone": bool(lonely(x).isfinite().all()), "read": torch.equal(read(x), engine.module.blocks[1](x))}
+        lonely(x).float().sum().backward()
+        found["losses"] = continued(twin, after, stage, rank)
+        found["fresh"] = continued(fresh(weights), after, stage, rank)
+        found["first"] = steps(engine, settings, rank, 2, 4)
+    return {**found, "undisturbed": undisturbed, "clean": is_clean(twin), "kinds": kinds(engine.module)}
+
+
+class Headed(nn.Module):
+    """A trunk, which others may hold too, and a head."""
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.trunk:
+            x = block(x)
+        return self.head(x).float().pow(2).mean()
+
+
+def actor_and_critic(rank: int, world_size: int, modes: tuple[str, str], lrs: tuple[float, float]) -> dict[str, Any]:
+    """Two engines that share a trunk, stepped in turns; then the first is destroyed and the second goes on."""
+    torch.manual_seed(0)
+    trunk = Net().blocks
+    actor, critic = Headed(trunk), Headed(trunk)
+    engines, settings = [], []
+    with quiet() as said:
+        for model, mode, lr in zip((actor, critic), modes, lrs):
+            settings.append(sections(mode, 0))
+            settings[-1]["optimizer"]["params"]["lr"] = lr
+            engines.append(make_engine(settings[-1], model))
+        losses: list[list[float]] = [[], []]
+        for step in range(4):
+            for number, engine in enumerate(engines):
+                losses[number] += steps(engine, settings[number], rank, step, step + 1)
+        swapped = kinds(trunk)
+        scales = [engine_scales(engine) for engine in engines]
+        engines[0].destroy()
+        left = kinds(trunk)
+        losses[1] += steps(engines[1], settings[1], rank, 9, 10)
+        engines[1].destroy()
+    return {
+        "losses": losses,
+        "swapped": swapped,
+        "left": left,
+        "clean": is_clean(actor) and is_clean(critic),
+        "scales": scales,
+        "said": said.getvalue(),
+    }
+
+
+def engine_scales(engine: Any) -> Any:
+    import ds_fp8.engine
+
+    attachment = ds_fp8.engine.of(engine)
+    return None if attachment is None else attachment.book.state_dict()["scales"]
+
+
+def strangers(rank: int, world_size: int, stage: int) -> dict[str, Any]:
+    """Two engines of different recipes over different models, in turns: each as if it were alone."""
+    alone, together = {}, {}
+    modes = ("fp8", "block") if stage == 0 else ("O3", "O2")
+    with quiet():
+        for mode in modes:
+            settings = sections(mode, stage)
+            alone[mode] = steps(make_engine(settings), settings, rank, 0, 4)
+        engines = {mode: make_engine(sections(mode, stage)) for mode in modes}
+        for step in range(4):
+            for mode, engine in engines.items():
+                together.setdefault(mode, []).extend(steps(engine, sections(mode, stage), rank, step, step + 1))
+    return {"alone": alone, "together": together}
+
+
+def interrupted(rank: int, world_size: int, stage: int) -> dict[str, Any]:
+    """`destroy()` in the `finally` of an exception that rank 0 alone meets: the other rank must not be needed."""
+    settings = sections("O3", stage)
+    with quiet():
+        engine = make_engine(settings)
+        steps(engine, settings, rank, 0, 2)
+        if rank == 0:
+            with contextlib.suppress(ZeroDivisionError):
+                try:
+                    raise ZeroDivisionError
+                finally:
+                    engine.destroy()
+    return {"finite": True}
+
+
+def several(rank: int, world_size: int, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+    import ds_fp8
+
+    ds_fp8.activate()
+    return [globals()[name](rank, world_size, *arguments) for name, arguments in calls]
