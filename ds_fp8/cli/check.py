@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +21,10 @@ def main(argv: Sequence[str]) -> int:
     """Check the files named in `argv`; the worst exit code wins."""
     parser = argparse.ArgumentParser(prog="ds_fp8 check", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="DeepSpeed configuration: a file, or base64 as DeepSpeed takes it"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="DeepSpeed configuration: a file, - for standard input, or base64 as DeepSpeed takes it",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors")
@@ -29,9 +33,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(name: str, as_json: bool, strict: bool) -> int:
-    problems = config.check(name)
+    source: Any = name
+    if name == "-":
+        name, source = "standard input", None
+    document = config.parse(sys.stdin.read(), name) if source is None else config.read(source)
+    problems = config.check_document(document)
     code = exit_code(problems, strict)
-    settings = config.load(name) if exit_code(problems, strict=False) == 0 else None
+    settings = config.load(document.data, where=name) if exit_code(problems, strict=False) == 0 else None
     if as_json:
         print(
             json.dumps(
@@ -54,8 +62,9 @@ def _check(name: str, as_json: bool, strict: bool) -> int:
 
 def exit_code(problems: Sequence[Problem], strict: bool) -> int:
     """0 usable, 1 errors, 2 not readable; a problem without a path concerns the file itself."""
-    errors = [problem for problem in problems if strict or problem.severity == "error"]
-    return 2 if any(not problem.path for problem in errors) else int(bool(errors))
+    if any(not problem.path and problem.severity == "error" for problem in problems):
+        return 2
+    return int(any(strict or problem.severity == "error" for problem in problems))
 
 
 def line(name: str, problem: Problem) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ COMMANDS = {
         "ds_fp8.cli.report",
         "a page with plots of what telemetry wrote: loss, ranges, underflow, bytes, alarms",
     ),
+    "schema": ("ds_fp8.cli.schema", "where the JSON Schema lies, for editors and validators"),
     "convert": ("ds_fp8.checkpoint.convert", "a checkpoint as plain safetensors, or for another level"),
 }
 """Name -> module with `main(argv) -> int`, and one line of help."""
@@ -27,6 +29,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal still shows keys in other letters
     parser = _parser()
     if not arguments:
         parser.print_help()

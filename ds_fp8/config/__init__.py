@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loading import check, load
+    from .loading import check, check_document, load
     from .settings import (
         DeepSpeedFacts,
         Fp8Settings,
@@ -22,21 +22,32 @@ if TYPE_CHECKING:
         Settings,
         TelemetrySettings,
     )
+    from .source import Document, parse, read
 
 __all__ = [
     "DeepSpeedFacts",
+    "Document",
     "Fp8Settings",
     "LayerSettings",
     "MsampSettings",
     "Settings",
     "TelemetrySettings",
     "check",
+    "check_document",
     "load",
+    "parse",
+    "read",
 ]
+
+
+_HOMES = {
+    **dict.fromkeys(("check", "check_document", "load"), "loading"),
+    **dict.fromkeys(("Document", "parse", "read"), "source"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "loading" if name in ("check", "load") else "settings"
+    home = _HOMES.get(name, "settings")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -30,6 +30,12 @@ def schema(name: str) -> dict[str, Any]:
     return json.loads((folder() / f"{name}.schema.json").read_text(encoding="utf-8"))
 
 
+@cache
+def schema_file(name: str) -> dict[str, Any]:
+    """A generated table beside the schemas; `name` is `optimizers`."""
+    return json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def definition(name: str) -> dict[str, Any]:
     """The schema of `fp8`, `msamp`, `layers` or `telemetry`."""
     return schema("ds_fp8")["definitions"][name]

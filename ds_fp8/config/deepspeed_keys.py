@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import Problem
 from . import contract
+from .hyperparameters import judge_hyperparameters
 from .messages import messages_of
 from .positions import Path
 from .source import Document
@@ -24,6 +25,22 @@ def top_level_keys() -> frozenset[str]:
     return frozenset(contract.schema("deepspeed")["properties"])
 
 
+@cache
+def homes() -> dict[str, str]:
+    """Key that only one of DeepSpeed's sections has -> that section; general words (`enabled`, `type`) are left out."""
+    found: dict[str, set[str]] = {}
+    for section, entry in contract.schema("deepspeed")["properties"].items():
+        for key in entry.get("properties", {}):
+            found.setdefault(key, set()).add(section)
+    general = {"enabled", "type", "params", "seed", "profile", "writer", "group", "project", "team", "workspace"}
+    top = top_level_keys()
+    return {
+        key: next(iter(sections))
+        for key, sections in found.items()
+        if len(sections) == 1 and key not in general and key not in top
+    }
+
+
 def judge_deepspeed(document: Document) -> Iterator[Problem]:
     """Problems in DeepSpeed's own sections, with severity."""
     errors = contract.deepspeed_validator().iter_errors(document.data)
@@ -33,6 +50,8 @@ def judge_deepspeed(document: Document) -> Iterator[Problem]:
             yield document.problem(path, message, severity)
     yield from deprecated_keys(document)
     yield from (document.problem(path, message) for path, message in _contradictions(document.data))
+    yield from (document.problem(path, message) for path, message in judge_hyperparameters(document.data))
+    yield from (document.problem(path, message, "warning") for path, message in _dropped(document.data))
 
 
 def deprecated_keys(document: Document) -> Iterator[Problem]:
@@ -75,12 +94,22 @@ def _deprecated(value: Any, schema: dict[str, Any], path: Path = ()) -> Iterator
             yield from _deprecated(value[key], entry, (*path, key))
 
 
+def _dropped(data: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Values that DeepSpeed drops without a word, with another effect than was meant."""
+    zero = data.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("stage") == "auto":
+        message = (
+            "'auto' is dropped by DeepSpeed, which then runs stage 0; write 0, 1, 2 or 3, unless Accelerate fills it"
+        )
+        yield ("zero_optimization", "stage"), message
+
+
 def _contradictions(data: dict[str, Any]) -> Iterator[tuple[Path, str]]:
     """What DeepSpeed asserts across keys, in the cases that a file alone decides."""
     on = [name for name in ("fp16", "bf16") if isinstance(data.get(name), dict) and data[name].get("enabled") is True]
     if len(on) == 2:
         yield ("fp16", "enabled"), "fp16 and bf16 are both enabled; DeepSpeed takes one of them"
-    if data and "train_batch_size" not in data and "train_micro_batch_size_per_gpu" not in data:
+    if "train_batch_size" not in data and "train_micro_batch_size_per_gpu" not in data:
         yield (
             ("train_batch_size",),
             "neither train_batch_size nor train_micro_batch_size_per_gpu is set; DeepSpeed needs one of them",

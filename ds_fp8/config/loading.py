@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..errors import ConfigError, Problem
 from . import contract
 from .conflicts import CONFLICTS, REPLACED
-from .deepspeed_keys import deprecated_keys, judge_deepspeed, top_level_keys
+from .deepspeed_keys import deprecated_keys, homes, judge_deepspeed, top_level_keys
 from .messages import messages_of
 from .resolve import settings_of
 from .rules import ADVICE, RULES
@@ -39,12 +39,27 @@ def load(source: Source, *, where: str | None = None) -> Settings:
 
 def check(source: Source, *, where: str | None = None) -> list[Problem]:
     """Every problem and warning, ours and DeepSpeed's own keys, in the order of the file."""
-    document = read(source, where)
-    found = [*document.problems, *_own_problems(document, asked=True), *judge_deepspeed(document)]
+    return check_document(read(source, where))
+
+
+def check_document(document: Document) -> list[Problem]:
+    """The same for a document that was read already."""
+    if not document.data and any(problem.severity == "error" for problem in document.problems):
+        return document.problems
+    found = [*document.problems, *_not_json(document), *_own_problems(document, asked=True), *judge_deepspeed(document)]
     seen: dict[tuple[str, str], Problem] = {}
     for problem in found:
         seen.setdefault((problem.path, problem.message), problem)
     return sorted(seen.values(), key=_place)
+
+
+def _not_json(document: Document) -> list[Problem]:
+    """A warning for hjson: DeepSpeed reads it, other readers of the same file do not."""
+    found = document.not_json
+    if found is None:
+        return []
+    message = f"hjson, but not JSON: {found.message}. The Trainer and Accelerate read JSON only"
+    return [Problem("", message, found.line, found.column, "warning")]
 
 
 def _place(problem: Problem) -> tuple[bool, int, int]:
@@ -55,7 +70,8 @@ def _place(problem: Problem) -> tuple[bool, int, int]:
 def _own_problems(document: Document, asked: bool = False) -> list[Problem]:
     data = document.data
     problems = [
-        document.problem((key,), message, severity) for key, message, severity in judge(data, top_level_keys(), asked)
+        document.problem((key,), message, severity)
+        for key, message, severity in judge(data, top_level_keys(), asked, homes())
     ]
     present = [section for section in contract.SECTIONS if section in data]
     for section in present:

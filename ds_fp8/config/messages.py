@@ -32,6 +32,10 @@ MOVED = {
     ("fp8", "fp8_recipe"): "unknown key; did you mean 'recipe'?",
     ("fp8", "format"): "unknown key; did you mean 'fp8_format'?",
     ("msamp", "optimization_level"): "unknown key; did you mean 'opt_level'?",
+    ("fp16", "opt_level"): "unknown key; apex's levels stand in its section `amp`, MS-AMP's in `msamp`",
+    ("compile", "backend"): "unknown key; give torch.compile's backend to engine.compile(backend=...)",
+    ("zero_optimization", "cpu_offload_params"): 'unknown key; write "offload_param": {"device": "cpu"}',
+    ("zero_optimization", "cpu_offload_optimizer"): 'unknown key; write "offload_optimizer": {"device": "cpu"}',
 }
 """Names that other tools use for our keys."""
 
@@ -69,7 +73,8 @@ def unknown_key(key: str, path: Path, known: dict[str, Any]) -> str:
         return MOVED[section, key]
     if guess := closest(key, known):
         return f"unknown key; did you mean '{guess}'?"
-    for other in ("layers", "telemetry", *contract.SECTIONS):
+    ours = not section or section in contract.SECTIONS
+    for other in ("layers", "telemetry", *contract.SECTIONS) if ours else ():
         home = f"{section}/{other}" if other in ("layers", "telemetry") else other
         if (other in known or other in contract.SECTIONS) and key in contract.properties(other) and home != section:
             return f"unknown key here; it belongs to {home}"
@@ -95,6 +100,9 @@ def _enum(error: Any, path: Path) -> Messages:
         yield path, f"{show(value)} is not one of {', '.join(_choices(error))}: {cure}"
         return
     allowed = _choices(error)
+    if isinstance(value, str) and value in allowed:
+        yield path, f"{show(value)} is text; write {value} without quotes"
+        return
     hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
     if not hint and isinstance(value, str) and "," in value:
         hint = "; without quotes an hjson string runs to the end of the line: quote it"
@@ -225,7 +233,7 @@ def _unquote(value: Any, schema: dict[str, Any]) -> str:
     """The cure for the commonest slip: a number or boolean in quotes."""
     types = _types(schema)
     if isinstance(value, str) and "boolean" in types and value.lower() in ("true", "false"):
-        return f"; write {value.lower()} without quotes"
+        return f"; write {value.lower()}, without quotes and in lower case"
     if isinstance(value, str) and ("integer" in types or "number" in types):
         try:
             float(value)

@@ -8,6 +8,7 @@ Duplicate keys, which DeepSpeed refuses, are noted on the way.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import re
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ _BLANK = re.compile(r"(?:[ \t\r\n\f\v\ufeff]+|#[^\n]*|//[^\n]*|/\*.*?\*/)*", re.
 _STRING = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'', re.DOTALL)
 _LITERAL = re.compile(r"(?:true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?=$|[,\]}\r\n#]|//|/\*)")
 _BARE_KEY = re.compile(r"[^\s:,{}\[\]]+")
+_NEWLINE = re.compile(r"\n")
 _LINE = re.compile(r"[^\r\n]*")
 
 
@@ -29,17 +31,19 @@ class _LostError(Exception):
 
 @dataclass
 class Positions:
-    """keys: path -> (line, column), both 1-based; duplicates: paths that occur twice, with the second place."""
+    """keys: path -> (line, column), both 1-based; duplicates: paths that occur twice, with the second place; root: where
+    the outermost object begins."""
 
     keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
     duplicates: list[tuple[Path, tuple[int, int]]] = field(default_factory=list)
+    root: tuple[int, int] = (0, 0)
 
     def find(self, path: Path) -> tuple[int, int]:
-        """Place of `path`, or of its nearest ancestor that has one; (0, 0) when none has."""
+        """Place of `path`, or of its nearest ancestor that has one (the top of the object at last); (0, 0) without text."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.keys:
                 return self.keys[path[:length]]
-        return 0, 0
+        return self.root
 
 
 def locate(text: str) -> Positions:
@@ -59,10 +63,12 @@ class _Scanner:
     def __init__(self, text: str):
         self.text = text
         self.at = 0
+        self.line_starts = [0, *(found.end() for found in _NEWLINE.finditer(text))]
         self.found = Positions()
 
     def read_root(self) -> None:
         self.skip_blank()
+        self.found.root = self.place()
         if self.text[self.at] in "{[":
             self.read_value(())
         else:
@@ -136,4 +142,5 @@ class _Scanner:
         return found.group()
 
     def place(self) -> tuple[int, int]:
-        return self.text.count("\n", 0, self.at) + 1, self.at - self.text.rfind("\n", 0, self.at)
+        line = bisect.bisect_right(self.line_starts, self.at)
+        return line, self.at - self.line_starts[line - 1] + 1

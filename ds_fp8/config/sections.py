@@ -7,11 +7,12 @@ ignored); or is it simply unknown (a warning: scripts may keep keys of their own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from .contract import SECTIONS
-from .suggest import edit_distance, level_spelling
+from .suggest import level_spelling, nearest
 
 OURS_MISSPELT = {
     "float8": "fp8",
@@ -21,6 +22,9 @@ OURS_MISSPELT = {
     "microsoftamp": "msamp",
 }
 """Levelled spellings that are more than a slip away, and yet can only mean our sections."""
+
+THEIRS_MISSPELT = {"bfp16": "bf16", "fb16": "bf16", "brainfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+"""Levelled spellings of DeepSpeed's sections that are near two of them, or near none."""
 
 FOREIGN = frozenset({"$schema", "$comment", "comment", "description"})
 """Keys that are no setting of anyone."""
@@ -35,11 +39,8 @@ def meant_section(key: str, known: frozenset[str] = frozenset()) -> str | None:
         return levelled
     if levelled in OURS_MISSPELT:
         return OURS_MISSPELT[levelled]
-    if edit_distance(levelled, "msamp") == 1:
-        return "msamp"
-    if edit_distance(levelled, "fp8") == 1 and "f" in levelled and "8" in levelled:
-        return "fp8"
-    return None
+    near = nearest(levelled, SECTIONS, 1)
+    return None if near == "fp8" and not ("f" in levelled and "8" in levelled) else near
 
 
 def meant_key(key: str, known: frozenset[str]) -> str | None:
@@ -49,13 +50,19 @@ def meant_key(key: str, known: frozenset[str]) -> str | None:
     close to one another (`fp16`, `bf16`) and must differ in case or separators only.
     """
     levelled = level_spelling(key)
-    allowed = 0 if len(levelled) < 6 else 1 if len(levelled) < 10 else 2
-    ranked = sorted((edit_distance(levelled, level_spelling(name)), name) for name in known)
-    return ranked[0][1] if ranked and ranked[0][0] <= allowed else None
+    if levelled in THEIRS_MISSPELT:
+        return THEIRS_MISSPELT[levelled]
+    return nearest(levelled, known, 0 if len(levelled) < 6 else 1 if len(levelled) < 10 else 2)
 
 
-def judge(data: dict[str, Any], known: frozenset[str], asked: bool = False) -> Iterator[tuple[str, str, str]]:
+def judge(
+    data: dict[str, Any], known: frozenset[str], asked: bool = False, homes: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, str, str]]:
     """(key, message, severity) for each top-level key that nobody knows.
+
+    known  DeepSpeed's top-level keys
+    asked  somebody asked (`check`): a job without our sections is judged too
+    homes  key of one of DeepSpeed's sections -> that section, for keys that stand a level too high
 
     Without a section of ours, and unless somebody has asked, only a misspelt section of ours is told: a plain DeepSpeed
     job is none of our business.
@@ -72,6 +79,9 @@ def judge(data: dict[str, Any], known: frozenset[str], asked: bool = False) -> I
             )
         elif ours and (name := meant_key(key, known)):
             message = f"unknown key; did you mean '{name}'? DeepSpeed ignores unknown top-level keys in silence"
+            yield key, message, "error"
+        elif ours and key in homes:
+            message = f"stands at the top, where DeepSpeed ignores it in silence; it belongs into {homes[key]}"
             yield key, message, "error"
         elif ours:
             yield key, "unknown key; DeepSpeed and ds_fp8 ignore it", "warning"

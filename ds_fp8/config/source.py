@@ -2,7 +2,8 @@
 
 A dict is used as it is. A string that names an existing file is read as hjson (JSON with comments, trailing commas and
 quoteless strings), in which a duplicate key is an error. Any other string must be URL-safe base64 of such text.
-Unreadable input becomes a `Problem`, so that `check` can tell everything in one form.
+Unreadable input becomes a `Problem`, so that `check` can report everything in one form. Text that is hjson but not JSON
+gets a warning: Accelerate and the Trainer read the same file with `json.load`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from typing import Any
 import hjson
 
 from ..errors import Problem
+from . import syntax
 from .positions import Path as KeyPath
 from .positions import Positions, locate
+
+MOST_BYTES = 4 << 20
+"""A larger file is no configuration."""
 
 
 @dataclass
@@ -29,12 +34,14 @@ class Document:
     data       the top-level keys; empty when it could not be read
     positions  places of the keys; empty when the source has no text
     problems   why it could not be read
+    not_json   why the text, read as hjson, is not JSON besides; None if it is, or if there is no text
     """
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
     positions: Positions = field(default_factory=Positions)
     problems: list[Problem] = field(default_factory=list)
+    not_json: syntax.SyntaxProblem | None = None
 
     def problem(self, path: KeyPath, message: str, severity: str = "error") -> Problem:
         """A problem at a key, with the place of that key if the text is known."""
@@ -59,10 +66,13 @@ def read(source: Source, where: str | None = None) -> Document:
     if is_file:
         name = where or os.fspath(source)
         try:
+            size = Path(source).stat().st_size
+            if size > MOST_BYTES:
+                return _unreadable(name, f"has {size / 1e6:.0f} MB; a configuration has at most {MOST_BYTES >> 20} MiB")
             text = Path(source).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             return _unreadable(name, f"cannot be read: {error}")
-        return _parse(text, name, unique=True)
+        return parse(text, name)
     if is_folder:
         return _unreadable(where or os.fspath(source), "is a folder; give the JSON file in it")
     return _read_base64(os.fspath(source), where)
@@ -77,22 +87,26 @@ def _read_base64(text: str, where: str | None) -> Document:
         decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")
     except (binascii.Error, ValueError):
         return _unreadable(name, refusal)
-    document = _parse(decoded, name, unique=False)
+    document = parse(decoded, name, unique=False)
     if not document.data:
         return _unreadable(name, refusal)
     document.positions = Positions()  # lines of a text that the user never sees would mislead
     return document
 
 
-def _parse(text: str, name: str, unique: bool) -> Document:
+def parse(text: str, name: str, *, unique: bool = True) -> Document:
+    """Read the text of a file; `unique`: a key that is written twice is an error, as in a file of DeepSpeed's."""
+    if not text.strip():
+        return _unreadable(name, "is empty; a configuration is an object of keys, at least a batch size")
+    not_json = syntax.json_error(text)
+    if isinstance(not_json, syntax.Overflow):
+        return Document(name, problems=[Problem("", not_json.message, not_json.line, not_json.column)])
     try:
         data = hjson.loads(text)
-    except hjson.HjsonDecodeError as error:
-        problem = Problem("", f"not readable as JSON or hjson: {error.msg}", error.lineno, error.colno)
-        return Document(name, problems=[problem])
-    except (IndexError, ValueError, RecursionError) as error:
+    except (ValueError, IndexError, RecursionError, OverflowError) as error:
         # hjson 3.1.0 runs over the end of an unclosed comment, and out of the stack in 1000 brackets.
-        return _unreadable(name, f"not readable as JSON or hjson: {type(error).__name__}: {error}")
+        reason = syntax.explain(text, error)
+        return Document(name, problems=[Problem("", reason.message, reason.line, reason.column)])
     if not isinstance(data, dict):
         return _unreadable(name, f"a configuration is an object of keys, this is {type(data).__name__}")
     document = Document(name, data=data, positions=locate(text))
@@ -100,6 +114,7 @@ def _parse(text: str, name: str, unique: bool) -> Document:
         for path, (line, column) in document.positions.duplicates:
             message = "written twice; DeepSpeed refuses duplicate keys, remove one"
             document.problems.append(Problem("/".join(map(str, path)), message, line, column))
+        document.not_json = not_json
     return document
 
 

@@ -8,10 +8,12 @@ A word of n letters may be n // 3 away: `margn` finds `margin`, `foo` finds noth
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 _SEPARATORS = str.maketrans("", "", "-_. ")
 
 
+@lru_cache(maxsize=4096)
 def level_spelling(word: str) -> str:
     """Lower case, without separators: `MS-AMP` and `ms_amp` are both `msamp`."""
     return word.lower().translate(_SEPARATORS)
@@ -33,10 +35,22 @@ def edit_distance(left: str, right: str) -> int:
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` was most likely meant to be, or None when nothing is near."""
     levelled = level_spelling(word)
-    ranked = sorted((edit_distance(levelled, level_spelling(other)), other) for other in known)
-    if ranked and ranked[0][0] <= len(levelled) // 3:
-        return ranked[0][1]
-    return None
+    return nearest(levelled, known, len(levelled) // 3)
+
+
+def nearest(levelled: str, known: Iterable[str], most: int) -> str | None:
+    """The known word within `most` edits of `levelled`, the nearest and then the one of equal length; None without one."""
+    best: tuple[int, int, str] | None = None
+    for other in known:
+        spelling = level_spelling(other)
+        longer = abs(len(spelling) - len(levelled))
+        # Lengths and letters bound the distance from below, and cost nothing beside it.
+        if longer > most or len(set(spelling) ^ set(levelled)) > 2 * most:
+            continue
+        found = (edit_distance(levelled, spelling), longer, other)
+        if found[0] <= most and (best is None or found < best):
+            best = found
+    return None if best is None else best[2]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -31,11 +31,15 @@ def test_every_problem_in_one_run_with_its_place(write, capsys):
     name = write(BAD)
     assert main(["check", name]) == 1
     assert capsys.readouterr().out.splitlines() == [
+        (
+            f"{name}:2:3: warning: hjson, but not JSON: expecting property name enclosed in double quotes. "
+            "The Trainer and Accelerate read JSON only"
+        ),
         f"{name}:4:28: error: fp8/margn: unknown key; did you mean 'margin'?",
         f"{name}:5:30: error: msamp/opt_level: 'O4' is not one of O1, O2, O3",
         f"{name}:6:37: error: zero_optimization/reduce_bucket_sise: unknown key; did you mean 'reduce_bucket_size'?",
         f"{name}:6:64: warning: zero_optimization/cpu_offload: deprecated in DeepSpeed; use offload_optimizer instead",
-        f"{name}: 3 errors, 1 warning",
+        f"{name}: 3 errors, 2 warnings",
     ]
 
 
@@ -79,7 +83,7 @@ def test_json_carries_the_same_facts(write, capsys):
     assert main(["check", "--json", name]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert (answer["file"], answer["code"], answer["settings"]) == (name, 1, None)
-    assert answer["problems"][0] == {
+    assert answer["problems"][1] == {
         "path": "fp8/margn",
         "message": "unknown key; did you mean 'margin'?",
         "line": 4,

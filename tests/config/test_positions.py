@@ -47,7 +47,7 @@ def test_lines_and_columns_count_from_one():
 def test_a_missing_key_is_placed_at_its_section():
     found = locate('{\n  "fp8": {}}')
     assert found.find(("fp8", "enabled")) == (2, 3)
-    assert found.find(("msamp",)) == (0, 0)
+    assert found.find(("msamp",)) == (1, 1)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": [1,', "{a", "[", "{]", "nonsense", '{"a": "unclosed', "{a: '''x"])

@@ -1,0 +1,92 @@
+"""Why a text cannot be read as JSON, in words and with the place.
+
+Parsers name the character at which they gave up, which is often far behind the slip: hjson reads `True}` as the text
+"True}" and misses a brace at the end of the file. So the usual slips are looked for first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+PYTHON_WORDS = {
+    "True": "write true, in lower case",
+    "False": "write false, in lower case",
+    "None": "write null",
+    "NaN": "JSON has no NaN; write a number, or leave the key out",
+    "nan": "JSON has no NaN; write a number, or leave the key out",
+    "Infinity": "JSON has no infinity; write a large number, or leave the key out",
+    "-Infinity": "JSON has no infinity; write a large number, or leave the key out",
+    "inf": "JSON has no infinity; write a large number, or leave the key out",
+}
+_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\]]|-?[A-Za-z]+', re.DOTALL)
+_PAIRS = {"}": "{", "]": "["}
+
+
+@dataclass(frozen=True)
+class SyntaxProblem:
+    """A reason and its place, both 1-based; 0 where the place is not known."""
+
+    message: str
+    line: int = 0
+    column: int = 0
+
+
+class Overflow(SyntaxProblem):
+    """A number that no double holds: DeepSpeed's parser ends in an OverflowError there."""
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def json_error(text: str) -> SyntaxProblem | None:
+    """Why `text` is not strict JSON; None if it is."""
+    try:
+        json.loads(text, parse_constant=_constant, parse_float=_float)
+    except json.JSONDecodeError as error:
+        return SyntaxProblem(error.msg[0].lower() + error.msg[1:], error.lineno, error.colno)
+    except _TooLargeError as error:
+        line, column = _place(text, max(text.find(str(error)), 0))
+        return Overflow(f"{error} is beyond the largest double, 1.8e308", line, column)
+    except (ValueError, RecursionError) as error:
+        return SyntaxProblem(str(error))
+    return None
+
+
+def explain(text: str, error: Exception) -> SyntaxProblem:
+    """Why `text` is not even hjson: the likeliest slip, else what the parser says (`error`)."""
+    opened: list[tuple[str, int]] = []
+    for found in _TOKEN.finditer(text):
+        token = found.group()
+        if token in PYTHON_WORDS and text[: found.start()].rstrip().endswith((":", ",", "[")):
+            return SyntaxProblem(f"{token} is no JSON; {PYTHON_WORDS[token]}", *_place(text, found.start()))
+        if token in "{[":
+            opened.append((token, found.start()))
+        elif token in _PAIRS:
+            if not opened or opened[-1][0] != _PAIRS[token]:
+                return SyntaxProblem(f"this {token} closes nothing that is open", *_place(text, found.start()))
+            opened.pop()
+    if opened:
+        token, at = opened[-1]
+        return SyntaxProblem(f"this {token} is never closed", *_place(text, at))
+    line, column = getattr(error, "lineno", 0), getattr(error, "colno", 0)
+    reason = getattr(error, "msg", None) or f"{type(error).__name__}: {error}"
+    return SyntaxProblem(f"not readable as JSON or hjson: {reason}", line, column)
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON; {PYTHON_WORDS[name]}")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise _TooLargeError(text)
+    return value
+
+
+def _place(text: str, at: int) -> tuple[int, int]:
+    return text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
