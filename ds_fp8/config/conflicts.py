@@ -191,8 +191,10 @@ CONFLICTS: tuple[Rule, ...] = (
     quantized_gradients,
     quantized_weights,
     secondary_partition,
-    unscaled_fp16,
 )
+
+OF_TRAINING: tuple[Rule, ...] = (unscaled_fp16,)
+"""Rules that an engine without an optimizer cannot break."""
 
 REPLACED: tuple[Rule, ...] = (communication_dtype, torch_adam_states)
 """Rules whose findings are warnings: DeepSpeed's key loses its effect, and nothing else happens."""

@@ -9,32 +9,33 @@ from __future__ import annotations
 
 from ..errors import ConfigError, Problem
 from . import contract
-from .conflicts import CONFLICTS, REPLACED
+from .conflicts import CONFLICTS, OF_TRAINING, REPLACED
 from .deepspeed_keys import deprecated_keys, homes, judge_deepspeed, top_level_keys
 from .messages import messages_of
-from .resolve import settings_of
+from .resolve import settings_of, without_training
 from .rules import ADVICE, RULES
 from .sections import judge
 from .settings import Settings
 from .source import Document, Source, read
 
 
-def load(source: Source, *, where: str | None = None) -> Settings:
+def load(source: Source, *, where: str | None = None, trains: bool = True) -> Settings:
     """Read and validate a configuration; raise ConfigError with all problems of our sections at once.
 
     source  a path, a dict, or URL-safe base64, as DeepSpeed takes
     where   what to call it in messages; the file's name by default
+    trains  false for an engine without an optimizer: `msamp` is checked, and then has nothing to do
     A file without our sections gives settings with everything off.
     """
     document = read(source, where)
-    problems = [*document.problems, *_own_problems(document)]
+    problems = [*document.problems, *_own_problems(document, trains=trains)]
     if any(section in document.data for section in contract.SECTIONS):
         problems += deprecated_keys(document)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         errors.sort(key=_place)
         raise ConfigError(document.name, errors)
-    return settings_of(document.data, document.name, notes=tuple(str(problem) for problem in problems))
+    return settings_of(document.data, document.name, notes=tuple(str(problem) for problem in problems), trains=trains)
 
 
 def check(source: Source, *, where: str | None = None) -> list[Problem]:
@@ -67,7 +68,7 @@ def _place(problem: Problem) -> tuple[bool, int, int]:
     return not problem.line, problem.line, problem.column
 
 
-def _own_problems(document: Document, asked: bool = False) -> list[Problem]:
+def _own_problems(document: Document, asked: bool = False, trains: bool = True) -> list[Problem]:
     data = document.data
     problems = [
         document.problem((key,), message, severity)
@@ -82,6 +83,10 @@ def _own_problems(document: Document, asked: bool = False) -> list[Problem]:
             problems += [document.problem(path, message) for path, message in messages_of(error, (section,))]
     # Rules read values by their meaning, so they wait until every value has one.
     if present and not any(problem.path.split("/")[0] in present for problem in problems):
-        for rules, severity in ((RULES + CONFLICTS, "error"), (ADVICE + REPLACED, "warning")):
-            problems += [document.problem(path, message, severity) for rule in rules for path, message in rule(data)]
+        conflicts = CONFLICTS + OF_TRAINING if trains else CONFLICTS
+        in_force = data if trains else without_training(data)
+        for rules, severity in ((RULES + conflicts, "error"), (ADVICE + REPLACED, "warning")):
+            problems += [
+                document.problem(path, message, severity) for rule in rules for path, message in rule(in_force)
+            ]
     return problems

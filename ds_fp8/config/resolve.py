@@ -52,8 +52,18 @@ def explicit_keys(given: dict[str, Any]) -> frozenset[str]:
     return frozenset(key for key, value in given.items() if value != "auto")
 
 
-def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = ()) -> Settings:
-    """Build the typed view. `data` has passed the schema and the rules."""
+def without_training(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as an engine without an optimizer has it: `msamp` off, the FP8 layers that it brought along on."""
+    if not is_enabled(data.get("msamp")):
+        return data
+    return {"fp8": {"enabled": True}, **data, "msamp": {**data["msamp"], "enabled": False}}
+
+
+def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = (), trains: bool = True) -> Settings:
+    """Build the typed view. `data` has passed the schema and the rules.
+
+    trains  false for an engine without an optimizer
+    """
     fp8_given: Any = data.get("fp8")
     msamp_given: Any = data.get("msamp")
     msamp = _msamp(msamp_given) if is_enabled(msamp_given) else MsampSettings()
@@ -71,7 +81,11 @@ def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = ()) 
             told.append(
                 "fp8.enabled is false: matrix products stay in high precision, msamp covers states and wire only"
             )
-    return Settings(fp8=fp8, msamp=msamp, deepspeed=read_facts(data), source=source, notes=tuple(told))
+    if msamp.enabled and not trains:
+        told.append("this engine has no optimizer, so msamp has nothing to do here")
+        msamp = MsampSettings()
+    facts = read_facts(data)
+    return Settings(fp8=fp8, msamp=msamp, deepspeed=facts, source=source, notes=tuple(told), trains=trains)
 
 
 def _backend(given: dict[str, Any], msamp: MsampSettings) -> str:

@@ -46,7 +46,7 @@ class Fp8Settings:
     layers: LayerSettings = field(default_factory=LayerSettings)
     fuse: bool = False
     weight_cache: bool | None = None
-    eval: bool = False
+    eval: bool | None = None
     start_step: int = 0
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
@@ -85,13 +85,17 @@ class DeepSpeedFacts:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a job asked of us."""
+    """Everything a job asked of us.
+
+    trains  the engine has an optimizer; without one there is nothing for `msamp` to do
+    """
 
     fp8: Fp8Settings = field(default_factory=Fp8Settings)
     msamp: MsampSettings = field(default_factory=MsampSettings)
     deepspeed: DeepSpeedFacts = field(default_factory=DeepSpeedFacts)
     source: str = "config"
     notes: tuple[str, ...] = ()
+    trains: bool = True
 
     @property
     def telemetry(self) -> TelemetrySettings:

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DsFp8Error, PlanError
+from ..errors import DsFp8Error
 from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
 from .keep import add_state, check_state, take_state
 from .sections import source_name
+from .tell import tell
 
 
 @dataclass(eq=False)
@@ -159,6 +160,8 @@ def attach(engine: Any, model: Any) -> Attachment | None:
         error = found
     agree(_finding(model, settings, plan, error), error)
     if plan is None:
+        for note in () if has_optimizer(engine) else settings.notes:
+            tell(note)
         return None
 
     attachment = Attachment(engine, model, settings, plan)
@@ -171,8 +174,8 @@ def attach(engine: Any, model: Any) -> Attachment | None:
     # Set past nn.Module's bookkeeping: an attachment is no submodule.
     engine.__dict__[ATTRIBUTE] = attachment
     attachment.hook()
-    _tell(plan.banner())
-    if settings.telemetry.enabled:
+    tell(plan.banner())
+    if settings.telemetry.enabled and settings.trains:
         import deepspeed.comm as dist
 
         from .watch import Watch
@@ -184,7 +187,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
 def _settings(engine: Any) -> Any:
     from .. import config
 
-    settings = config.load(engine.config, where=source_name())
+    settings = config.load(engine.config, where=source_name(), trains=has_optimizer(engine))
     if settings.enabled:
         from ..zero import seams
 
@@ -195,12 +198,12 @@ def _settings(engine: Any) -> Any:
 def _plan(engine: Any, model: Any, settings: Any) -> Any:
     from ..plan import make_plan
 
-    if settings.msamp.enabled and engine.client_optimizer is None and not engine.optimizer_name():
-        raise PlanError(
-            "msamp keeps the states of an optimizer, but this engine has none: neither the JSON nor initialize() names one.\n"
-            "  Add an `optimizer` section, or set msamp/enabled to false and fp8/enabled to true for FP8 layers alone."
-        )
     return make_plan(model, settings, device=engine.device, world_size=_data_parallel_size(engine))
+
+
+def has_optimizer(engine: Any) -> bool:
+    """False for a frozen reference model, and for evaluation alone: neither JSON nor `initialize` names an optimizer."""
+    return bool(engine.client_optimizer or engine.optimizer_name())
 
 
 def _data_parallel_size(engine: Any) -> int:
@@ -220,11 +223,3 @@ def _finding(model: Any, settings: Any, plan: Any, error: DsFp8Error | None) -> 
     partial = plan.partial and settings.fp8.enabled
     layers = tuple(decision.fqn for decision in plan.modules) if plan.unmatched else ()
     return Finding(plan.digest(), None, part, partial, len(plan.swaps), plan.unmatched, layers)
-
-
-def _tell(text: str) -> None:
-    """One place of output: rank 0, on stdout beside DeepSpeed's own log."""
-    import deepspeed.comm as dist
-
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)

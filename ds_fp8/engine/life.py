@@ -64,7 +64,7 @@ def unmodified(model: Any, *, plans: bool) -> Iterator[None]:
         yield
     finally:
         put_back(lifted)
-    if not plans:
+    if not any(attachment.model is model for attachment in _attachments):
         _plain_models.add(model)
     _take_turns(model)
 

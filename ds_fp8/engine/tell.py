@@ -4,8 +4,9 @@ from __future__ import annotations
 
 
 def tell(text: str) -> None:
-    """Print `text` as lines of ours, on rank 0."""
+    """Print `text` on rank 0, each line marked as ours."""
     import deepspeed.comm as dist
 
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print("\n".join(f"ds_fp8: {line}" for line in text.splitlines()), flush=True)
+        lines = text.splitlines()
+        print("\n".join(line if line.startswith("ds_fp8: ") else f"ds_fp8: {line}" for line in lines), flush=True)

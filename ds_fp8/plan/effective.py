@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..capabilities import BLACKWELL_SINCE, BLOCK_SINCE, FP8_SINCE, Host
-from ..config.settings import Settings
+from ..config.settings import Fp8Settings, Settings
 from ..errors import PlanError
 from ..levels import Level
 from . import crossover
@@ -42,7 +42,7 @@ def _refuse_broken_fp16(settings: Settings) -> None:
     Under `msamp` the optimizer wrapper of stage 0 is ours, and does both.
     """
     facts = settings.deepspeed
-    if facts.base_dtype == "fp16" and facts.zero_stage == 0 and not settings.msamp.enabled:
+    if settings.trains and facts.base_dtype == "fp16" and facts.zero_stage == 0 and not settings.msamp.enabled:
         raise PlanError(
             "fp16 with zero_optimization/stage 0: DeepSpeed (since 0.18.4) unscales the gradients there without having "
             "scaled the loss, so training would be wrong with or without FP8.\n"
@@ -72,18 +72,40 @@ def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
     emulated = backend == "torch" and not host.multiplies_fp8
     if emulated and host.device_type == "cuda":
         notes.append(f"no FP8 matrix products on {host}: emulated exactly, slower than 16 bits")
+    if not settings.trains:
+        asked = _without_steps(asked, notes)
     return Fp8Plan(
         enabled=True,
         implied=asked.implied,
         backend=backend,
         recipe=asked.recipe,
         weight_cache=True if asked.weight_cache is None else asked.weight_cache,
-        eval=asked.eval,
+        eval=bool(asked.eval),
         start_step=asked.start_step,
         min_features=asked.layers.min_features or 0,
         fuse=asked.fuse,
         emulated=emulated,
     )
+
+
+def _without_steps(asked: Fp8Settings, notes: list[str]) -> Fp8Settings:
+    """An engine without an optimizer is read in eval mode, and has no steps in which scales could follow the amaxes.
+
+    A reference model must round as the policy does that is trained by the same JSON (DPO's loss begins at ln 2), so it
+    computes in FP8 in its only mode; each tensor's scale comes from its own amax, as a first step's does.
+    """
+    if asked.eval is None:
+        notes.append(
+            "this engine has no optimizer: FP8 in eval mode, so that a reference model rounds as the policy trained by this"
+            " JSON does; fp8/eval false keeps it in high precision, true computes the policy's evaluation in FP8 too"
+        )
+    recipe = asked.recipe
+    if recipe.is_delayed:
+        notes.append("without optimizer steps scales do not follow amaxes: recipe current instead of delayed")
+        recipe = replace(recipe, kind="current")
+    # Whoever writes a reference's weights (an average of the policy's) takes no step that would tell of it.
+    cache = bool(asked.weight_cache)
+    return replace(asked, recipe=recipe, weight_cache=cache, eval=asked.eval is not False, start_step=0)
 
 
 def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
