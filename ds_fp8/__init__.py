@@ -9,10 +9,14 @@ is imported. It imports neither torch nor DeepSpeed itself. `docs/architecture.m
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from .door import install as _open_door
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "activate", "deactivate", "is_active"]
+__all__ = ["__version__", "activate", "checkpoint_on_signal", "deactivate", "is_active"]
 
 
 def activate() -> None:
@@ -38,6 +42,20 @@ def is_active() -> bool:
 
     engine = sys.modules.get("ds_fp8.engine")
     return engine is not None and engine.is_active()
+
+
+def checkpoint_on_signal(
+    engine: Any,
+    save_dir: str | os.PathLike[str],
+    *,
+    signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
+    client_state: Callable[[], dict[str, Any]] | None = None,
+    leave: bool = True,
+) -> Any:
+    """Save `engine` at the next step boundary after a signal, on all ranks; see `ds_fp8.engine.on_signal`."""
+    from .engine.on_signal import checkpoint_on_signal as _arm
+
+    return _arm(engine, save_dir, signals=signals, client_state=client_state, leave=leave)
 
 
 _open_door()

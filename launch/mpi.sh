@@ -4,7 +4,8 @@
 #   DS_CONFIG=ds.json HOSTFILE=hosts RANKS=16 RANKS_PER_NODE=8 launch/mpi.sh train.py --epochs 3
 #
 # Assumes: password-less ssh (or a scheduler that mpirun knows), the same paths on all nodes. MPI only starts the ranks:
-# communication is DeepSpeed's (NCCL or gloo), so any MPI will do. Variables: see preflight.sh, and
+# communication is DeepSpeed's (NCCL or gloo), so any MPI will do. Variables: see preflight.sh, node_env.sh and
+# supervise.sh, and
 #   HOSTFILE         hosts, one a line (Open MPI: "node1 slots=8", MPICH: "node1:8")   (default: none, this machine)
 #   RANKS            ranks in all                                                     (default: RANKS_PER_NODE)
 #   RANKS_PER_NODE   ranks on one node                                                (default: the GPUs here, else 1)
@@ -12,20 +13,24 @@
 #   MPI_FLAVOR       openmpi or mpich                                                 (default: asked of MPIRUN)
 set -euo pipefail
 LAUNCH_DIR=${LAUNCH_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
+# shellcheck source=launch/preflight.sh
 source "$LAUNCH_DIR/preflight.sh"
 : "${MPIRUN:=mpirun}"
 
 check_config
 build_command "$@"
-check_machine
 JOB=${PBS_JOBID:-${SLURM_JOB_ID:-$$}}
-set_caches "${JOB//[^0-9]/}"
-GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || GPUS=0
+JOB=${JOB//[^0-9]/}
+GPUS=$(count_gpus)
 RANKS_PER_NODE=${RANKS_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 RANKS=${RANKS:-$RANKS_PER_NODE}
+set_logs "${PBS_JOBNAME:-mpi}-$JOB"
+set_node_env "$RANKS_PER_NODE"
+set_caches
 FIRST_HOST=$(hostname)
 if [[ -n ${HOSTFILE:-} ]]; then
-  FIRST_HOST=$(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' -e 's/[[:space:]:].*//' "$HOSTFILE" | head -n 1)
+  [[ -r $HOSTFILE ]] || die "cannot read HOSTFILE=$HOSTFILE"
+  FIRST_HOST=$(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' -e 's/[[:space:]:].*//' "$HOSTFILE" | first_line)
   [[ -n $FIRST_HOST ]] || die "no host in $HOSTFILE"
 fi
 set_rendezvous "$FIRST_HOST" "$JOB"
@@ -36,15 +41,18 @@ if [[ -z ${MPI_FLAVOR:-} ]]; then
     *) MPI_FLAVOR=mpich ;;
   esac
 fi
-CARRIED=(MASTER_ADDR MASTER_PORT NODE_CACHE TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR TORCH_EXTENSIONS_DIR PATH PYTHONPATH
-  LD_LIBRARY_PATH OMP_NUM_THREADS NCCL_DEBUG NCCL_SOCKET_IFNAME)
+set_carried
 if [[ $MPI_FLAVOR == openmpi ]]; then
   # One rank per core would be bound to that core; a rank has data loaders and a communication thread.
   WHERE=(-np "$RANKS" --map-by "ppr:$RANKS_PER_NODE:node" --bind-to none ${HOSTFILE:+--hostfile "$HOSTFILE"})
-  for name in "${CARRIED[@]}"; do [[ -z ${!name+set} ]] || WHERE+=(-x "$name"); done
+  for name in "${CARRIED[@]}"; do WHERE+=(-x "$name"); done
 else
   WHERE=(-n "$RANKS" -ppn "$RANKS_PER_NODE" ${HOSTFILE:+-f "$HOSTFILE"} -genvlist "$(IFS=,; echo "${CARRIED[*]}")")
 fi
 read -ra MPI_EXTRA <<<"${MPI_ARGS:-}"
+LINE=("$MPIRUN" "${WHERE[@]}" "${MPI_EXTRA[@]}" bash "$LAUNCH_DIR/rank_env.sh")
+# Both pass USR1 on to every rank; Hydra takes other signals for its own end.
+tell_ranks() { kill "-$1" "$LAUNCHER_PID"; }
+if ((RANKS > RANKS_PER_NODE)); then check_nodes "${LINE[@]}"; else check_machine; fi
 
-run_until_done "$MPIRUN" "${WHERE[@]}" "${MPI_EXTRA[@]}" bash "$LAUNCH_DIR/rank_env.sh" "${COMMAND[@]}"
+run_until_done "${LINE[@]}" "${COMMAND[@]}"

@@ -4,6 +4,7 @@
 #   srun bash launch/rank_env.sh python train.py ...
 #
 # Knows Slurm, Open MPI, MPICH and Intel MPI (Hydra), Cray PALS and MVAPICH. MASTER_ADDR and MASTER_PORT come from outside.
+# Makes this node's cache folders, the rank's log, and binds to a NUMA node where asked; see node_env.sh.
 set -euo pipefail
 
 first() { # value of the first variable that is set
@@ -22,7 +23,36 @@ LOCAL_RANK=$(first OMPI_COMM_WORLD_LOCAL_RANK PALS_LOCAL_RANKID MV2_COMM_WORLD_L
   { echo "rank_env: rank $RANK does not know its place on this node" >&2; exit 2; }
 : "${MASTER_ADDR:?rank_env: set MASTER_ADDR}" "${MASTER_PORT:?rank_env: set MASTER_PORT}"
 export RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
+
+# Node-local, so each node makes its own; private, because what lies there is run.
+if [[ -n ${NODE_CACHE:-} ]]; then
+  (umask 077 && mkdir -p "$NODE_CACHE")
+  [[ -O $NODE_CACHE ]] || { echo "rank_env: $NODE_CACHE belongs to somebody else; set NODE_CACHE" >&2; exit 2; }
+  touch "$NODE_CACHE"
+  if [[ $LOCAL_RANK == 0 && ${CACHE_DAYS:-14} -gt 0 && $NODE_CACHE == */ds_fp8-*/* ]]; then # of versions that nobody uses now
+    find "$(dirname "$NODE_CACHE")" -mindepth 1 -maxdepth 1 -user "$(id -u)" -mtime "+${CACHE_DAYS:-14}" -exec rm -rf {} + 2>/dev/null || true
+  fi
+fi
 for folder in "${TRITON_CACHE_DIR:-}" "${TORCHINDUCTOR_CACHE_DIR:-}" "${TORCH_EXTENSIONS_DIR:-}"; do
-  [[ -z $folder ]] || mkdir -p "$folder" # node-local, so each node makes its own
+  [[ -z $folder ]] || (umask 077 && mkdir -p "$folder")
 done
-exec "$@"
+
+BIND=()
+if [[ ${NUMA_BIND:-0} == 1 ]]; then
+  command -v numactl >/dev/null || { echo "rank_env: NUMA_BIND=1 needs numactl on $(hostname)" >&2; exit 2; }
+  NODE=
+  BUS=$(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader --id="$LOCAL_RANK" 2>/dev/null) || BUS=
+  if [[ -n $BUS ]]; then # 00000000:1B:00.0, in /sys with four digits and small letters
+    BUS=${BUS,,}
+    NODE=$(cat "/sys/bus/pci/devices/${BUS: -12}/numa_node" 2>/dev/null) || NODE=
+  fi
+  NODES=(/sys/devices/system/node/node[0-9]*)
+  [[ $NODE == [0-9]* ]] || NODE=$((LOCAL_RANK % ${#NODES[@]}))
+  BIND=(numactl --cpunodebind="$NODE" --membind="$NODE")
+fi
+
+if [[ -n ${LOG_DIR:-} && $RANK != 0 ]]; then
+  mkdir -p "$LOG_DIR"
+  exec "${BIND[@]}" "$@" >>"$LOG_DIR/rank_$RANK.log" 2>&1
+fi
+exec "${BIND[@]}" "$@"

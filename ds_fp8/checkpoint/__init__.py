@@ -16,6 +16,16 @@ Saving needs no help: the optimizer's `state_dict()` brings its codes.
 
 from __future__ import annotations
 
-from .inspect import inspect, load_checkpoint
+from importlib import import_module
+from typing import Any
 
 __all__ = ["inspect", "load_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loading needs torch and DeepSpeed, judging a folder (`complete.py`) neither: they are imported when asked for."""
+    if name not in __all__:
+        raise AttributeError(name)
+    module = import_module(".inspect", __name__)
+    globals().update(inspect=module.inspect, load_checkpoint=module.load_checkpoint)
+    return globals()[name]

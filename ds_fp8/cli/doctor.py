@@ -41,16 +41,21 @@ def main(argv: Sequence[str]) -> int:
         choices=CLIENTS,
         help="import what this client imports, in a process of its own, and look whether FP8 reaches its engine",
     )
+    parser.add_argument(
+        "--every-rank",
+        action="store_true",
+        help="started by the job's launcher in place of the script: look on every node, and reduce over all ranks",
+    )
+    parser.add_argument("--within", type=float, default=300, metavar="S", help="with --every-rank: seconds it may take")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    # DeepSpeed's launcher puts its own argument before those of the script.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
-    with contextlib.redirect_stdout(sys.stderr):
-        findings = [finding for probe in PROBES for finding in _run(probe)]
-    proof = list(client(options.client)) if options.client else []
-    if options.file is not None:
-        proven = bool(proof) and all(finding.status == "ok" for finding in proof)
-        findings = list(_fit(findings, options.file, options.other_door or proven))
-    findings += proof
+    if options.every_rank:
+        from .every_rank import meet
+
+        return meet(lambda: _look(options), options.within)
+    findings = _look(options)
     failed = [finding for finding in findings if finding.status == "fail"]
     if options.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -62,6 +67,17 @@ def main(argv: Sequence[str]) -> int:
             print(f"{MARKS[finding.status]}: {finding.what}: {finding.cure}")
     print(f"{len(failed)} thing(s) to repair before a job can run" if failed else "a job can run here")
     return int(bool(failed))
+
+
+def _look(options: argparse.Namespace) -> list[Finding]:
+    # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        findings = [finding for probe in PROBES for finding in _run(probe)]
+    proof = list(client(options.client)) if options.client else []
+    if options.file is not None:
+        proven = bool(proof) and all(finding.status == "ok" for finding in proof)
+        findings = list(_fit(findings, options.file, options.other_door or proven))
+    return [*findings, *proof]
 
 
 def _fit(findings: Sequence[Finding], file: str, other_door: bool) -> Iterator[Finding]:
@@ -89,3 +105,7 @@ def _run(probe) -> list[Finding]:
     except Exception as error:  # noqa: BLE001  # a diagnosis must survive whatever is broken here
         name = probe.__name__.replace("_", " ")
         return [Finding(name, f"{type(error).__name__}: {error}", "fail", "this probe broke; see the error beside it")]
+
+
+if __name__ == "__main__":  # DeepSpeed's launcher starts a module, and puts an argument of its own first
+    raise SystemExit(main(sys.argv[1:]))

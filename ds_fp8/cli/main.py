@@ -21,6 +21,7 @@ COMMANDS = {
         "a page with plots of what telemetry wrote: loss, ranges, underflow, bytes, alarms",
     ),
     "schema": ("ds_fp8.cli.schema", "where the JSON Schema lies, for editors and validators"),
+    "latest": ("ds_fp8.cli.latest", "the newest complete checkpoint in a folder, and why newer ones are not"),
     "convert": ("ds_fp8.checkpoint.convert", "a checkpoint as plain safetensors, or for another level"),
 }
 """Name -> module with `main(argv) -> int`, and one line of help."""

@@ -110,6 +110,7 @@ def _fp8(given: dict[str, Any], backend: str, implied: bool = False) -> Fp8Setti
         eval=value_of(given, "fp8", "eval"),
         start_step=integer(value_of(given, "fp8", "start_step")),
         telemetry=_telemetry(given.get("telemetry", "auto")),
+        checkpoint_on_signal=value_of(given, "fp8", "checkpoint_on_signal"),
     )
 
 
@@ -143,4 +144,5 @@ def _msamp(given: dict[str, Any]) -> MsampSettings:
         use_te=value_of(given, "msamp", "use_te"),
         explicit=explicit_keys(given),
         telemetry=_telemetry(given.get("telemetry", "auto")),
+        checkpoint_on_signal=value_of(given, "msamp", "checkpoint_on_signal"),
     )

@@ -172,6 +172,14 @@ def telemetry_is_one(data: dict[str, Any]) -> Found:
         yield ("msamp", "telemetry"), "differs from fp8/telemetry; keep one of the two"
 
 
+def signal_folder_is_one(data: dict[str, Any]) -> Found:
+    """A job saves into one folder on a signal."""
+    key = "checkpoint_on_signal"
+    ours, theirs = (given.get(key, "auto") if given else "auto" for given in (fp8_of(data), msamp_of(data)))
+    if "auto" not in (ours, theirs) and ours != theirs:
+        yield ("msamp", key), f"differs from fp8/{key}; keep one of the two"
+
+
 def _fp8_is_switched_off(data: dict[str, Any]) -> bool:
     return isinstance(data.get("fp8"), dict) and not is_enabled(data["fp8"])
 
@@ -195,6 +203,7 @@ RULES: tuple[Rule, ...] = (
     rounding_has_something_to_round,
     wire_scope_has_a_wire,
     telemetry_is_one,
+    signal_folder_is_one,
 )
 
 ADVICE: tuple[Rule, ...] = (not_all_products_overridden,)

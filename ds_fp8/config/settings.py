@@ -49,6 +49,7 @@ class Fp8Settings:
     eval: bool | None = None
     start_step: int = 0
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    checkpoint_on_signal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class MsampSettings:
     use_te: bool = False
     explicit: frozenset[str] = frozenset()
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    checkpoint_on_signal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class Settings:
     def telemetry(self) -> TelemetrySettings:
         """The job's telemetry: whichever section asks for it (two that differ are refused)."""
         return self.fp8.telemetry if self.fp8.telemetry.enabled else self.msamp.telemetry
+
+    @property
+    def checkpoint_on_signal(self) -> str | None:
+        """Folder for the checkpoint that a signal asks for; whichever section names one (two that differ are refused)."""
+        return self.fp8.checkpoint_on_signal or self.msamp.checkpoint_on_signal
 
     @property
     def enabled(self) -> bool:

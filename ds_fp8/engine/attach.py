@@ -20,6 +20,7 @@ from ..errors import DsFp8Error
 from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
 from .keep import add_state, check_state, take_state
+from .on_signal import check_can_arm, checkpoint_on_signal
 from .sections import source_name
 from .tell import tell
 
@@ -61,6 +62,8 @@ class Attachment:
 
     def configure_optimizer(self, original: Callable, client_optimizer: Any, model_parameters: Any) -> None:
         """Under `msamp` ours takes the place of the JSON's or the client's Adam; else DeepSpeed goes on as always."""
+        if self.settings.checkpoint_on_signal is not None:  # only what has an optimizer comes to a step
+            checkpoint_on_signal(self.engine, self.settings.checkpoint_on_signal)
         if self.plan.optim is None:
             return original(self.engine, client_optimizer, model_parameters)
         from ..zero import configure_optimizer
@@ -156,6 +159,8 @@ def attach(engine: Any, model: Any) -> Attachment | None:
         settings = _settings(engine)
         if settings.enabled:
             plan = _plan(engine, model, settings)
+            if settings.checkpoint_on_signal is not None:
+                check_can_arm(settings.checkpoint_on_signal)
     except DsFp8Error as found:
         error = found
     agree(_finding(model, settings, plan, error), error)

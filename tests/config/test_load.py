@@ -114,6 +114,7 @@ def test_every_fp8_key_arrives():
         "weight_cache": False,
         "eval": True,
         "start_step": 10,
+        "checkpoint_on_signal": "$CHECKPOINT_DIR",
         "telemetry": {"enabled": True, "interval": 5, "path": "runs"},
     }
     assert given.keys() == contract.properties("fp8").keys(), "a new key of the schema belongs into this test"
@@ -131,6 +132,7 @@ def test_every_fp8_key_arrives():
         10,
     )
     assert fp8.telemetry == config.TelemetrySettings(True, 5, "runs")
+    assert fp8.checkpoint_on_signal == "$CHECKPOINT_DIR"
     assert not fp8.implied
 
 
@@ -147,6 +149,7 @@ def test_every_msamp_key_arrives():
         "gradient_wire_scope": "inter_node",
         "weight_wire": "none",
         "block_size": 128,
+        "checkpoint_on_signal": "ckpt",
         "telemetry": {"enabled": True},
     }
     assert given.keys() == contract.properties("msamp").keys(), "a new key of the schema belongs into this test"
@@ -157,6 +160,7 @@ def test_every_msamp_key_arrives():
     assert (level.weight_wire, level.block_size) == ("none", 128)
     assert settings.msamp.explicit == given.keys()
     assert settings.telemetry.enabled
+    assert settings.checkpoint_on_signal == "ckpt"
 
 
 def test_level_sets_the_defaults_and_a_key_overrides_one():

@@ -59,6 +59,11 @@ REFUSED = [
         "msamp/telemetry",
         {**msamp(telemetry={"enabled": True}), **fp8(telemetry={"enabled": True})},
     ),
+    (
+        {**msamp(checkpoint_on_signal="a"), **fp8(checkpoint_on_signal="b")},
+        "msamp/checkpoint_on_signal",
+        {**msamp(checkpoint_on_signal="a"), **fp8(checkpoint_on_signal="a")},
+    ),
     ({**fp8(), "compile": {"deepcompile": True}}, "compile/deepcompile", {**fp8(), "compile": {"deepcompile": False}}),
     ({**msamp(), **zero(zenflow={})}, "zero_optimization/zenflow", {**fp8(), **zero(zenflow={})}),
     (

@@ -47,7 +47,13 @@ def test_every_key_has_a_home():
     assert contract.properties("layers").keys() == {field.name for field in fields(LayerSettings)}
     assert contract.properties("telemetry").keys() == {field.name for field in fields(TelemetrySettings)}
     level_fields = {field.name for field in fields(LEVELS["O1"])} - {"name"}
-    assert contract.properties("msamp").keys() == level_fields | {"enabled", "opt_level", "use_te", "telemetry"}
+    assert contract.properties("msamp").keys() == level_fields | {
+        "enabled",
+        "opt_level",
+        "use_te",
+        "telemetry",
+        "checkpoint_on_signal",
+    }
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import pytest
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-RUNNABLE = [script for script in SCRIPTS if script.name != "preflight.sh"]
-READ = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_CACHE_DIR", "DS_ENV_FILE")
+SOURCED = ("preflight.sh", "node_env.sh", "supervise.sh")
+READ = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_CACHE_DIR", "DS_ENV_FILE", "NOTED")
 
 NOTE = f"""#!{sys.executable}
 import json, os, sys
@@ -28,7 +28,12 @@ with open(os.environ["NOTES"], "a") as file:
     file.write(json.dumps([name, sys.argv[1:], {{k: os.environ.get(k) for k in {READ!r}}}]) + "\\n")
 """
 SCONTROL = NOTE + "if sys.argv[1:3] == ['show', 'hostnames']: print('node7\\nnode8')\n"
-CHECK = NOTE + "sys.exit(int(os.environ.get('CHECK_CODE', 0)))\n"
+CHECK = (
+    "#!" + sys.executable + "\nimport sys\nif sys.argv[1] == 'latest':\n"
+    "    from ds_fp8.cli.main import main\n    sys.exit(main())\n"
+    + NOTE.split("\n", 1)[1]
+    + "sys.exit(int(os.environ.get('CHECK_CODE', 0)))\n"
+)
 PYTHON = (
     NOTE.replace("with open", "name = 'doctor' if sys.argv[1:3] == ['-m', 'ds_fp8.cli.main'] else name\nwith open", 1)
     + "sys.exit(int(os.environ.get('DOCTOR_CODE', 0)) if name == 'doctor' else 0)\n"
@@ -127,6 +132,15 @@ def cluster(tmp_path):
     return run
 
 
+def checkpoint(folder, step, complete=True):
+    """A tag that `latest` names, complete by its manifest."""
+    tag = folder / f"global_step{step}"
+    tag.mkdir(parents=True)
+    files = {} if complete else {"mp_rank_00_model_states.pt": {"bytes": 7}}
+    (tag / "ds_fp8_manifest.json").write_text(json.dumps({"version": 1, "step": step, "files": files}))
+    (folder / "latest").write_text(tag.name)
+
+
 def of(notes, name):
     return [(arguments, environment) for who, arguments, environment in notes if who == name]
 
@@ -141,11 +155,11 @@ def test_syntax_and_form(script):
     """Strict mode, and a head that says what is assumed."""
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
-    if script.name != "preflight.sh":
+    if script.name not in SOURCED:
         assert "set -euo pipefail" in text
         assert text.startswith("#!/usr/bin/env bash\n# ")
         assert os.access(script, os.X_OK)
-    if script.name not in ("preflight.sh", "rank_env.sh", "pbs.sh"):
+    if script.name not in (*SOURCED, "rank_env.sh", "pbs.sh"):
         assert text.rstrip().splitlines()[-1].startswith("run_until_done "), "it ends in one launcher line"
         assert "check_config" in text
 
@@ -171,11 +185,12 @@ def test_slurm_starts_every_rank_with_its_variables(cluster):
     ranks = of(notes, "python")
     assert [arguments for arguments, _ in ranks] == [FULL, FULL]
     environments = [environment for _, environment in ranks]
+    (cache,) = (cluster.folder / "ds_fp8-me").iterdir()
     assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"]) for e in environments] == [("0", "0", "2"), ("1", "1", "2")]
     assert {e["MASTER_ADDR"] for e in environments} == {"node7"}
     assert {e["MASTER_PORT"] for e in environments} == {str(20000 + 4711)}
-    assert {e["TRITON_CACHE_DIR"] for e in environments} == {f"{cluster.folder}/ds_fp8-me-4711/triton"}
-    assert (cluster.folder / "ds_fp8-me-4711" / "triton").is_dir()
+    assert {e["TRITON_CACHE_DIR"] for e in environments} == {str(cache / "triton")}
+    assert (cache / "triton").is_dir() and cache.stat().st_mode & 0o777 == 0o700
 
 
 def test_slurm_address_and_port_may_be_given(cluster):
@@ -245,8 +260,7 @@ def test_what_is_missing_is_said(cluster, script):
 
 def test_the_latest_checkpoint_is_resumed(cluster):
     """The tag stands in DeepSpeed's `latest`; scripts that do not look for themselves get their arguments."""
-    (cluster.folder / "ckpt" / "global_step20").mkdir(parents=True)
-    (cluster.folder / "ckpt" / "latest").write_text("global_step20")
+    checkpoint(cluster.folder / "ckpt", 20)
     variables = {"CHECKPOINT_DIR": "ckpt", "RESUME_ARGS": "--resume_from ckpt"}
     _, notes, errors = cluster("slurm.sh", *TRAIN, **SLURM, **variables)
     assert of(notes, "python")[0][0] == [*FULL, "--resume_from", "ckpt"]
@@ -313,7 +327,8 @@ def test_pbs_queues_a_successor_before_the_limit(cluster):
     (cluster.folder / "nodes").write_text("nodeB\n")
     code, notes, errors = cluster("pbs.sh", **PBS, WALLTIME_S="241", LAUNCHER_SLEEPS="3")
     assert code == 0, errors
-    assert of(notes, "qsub")[0][0] == ["-V", "-W", "depend=afterany:99.server", str(LAUNCH / "pbs.sh")]
+    (arguments, _) = of(notes, "qsub")[0]
+    assert arguments[-3:] == ["-W", "depend=afterany:99.server", str(LAUNCH / "pbs.sh")]
 
 
 def test_hostfile_uses_deepspeeds_launcher_and_carries_the_caches(cluster):
@@ -322,7 +337,10 @@ def test_hostfile_uses_deepspeeds_launcher_and_carries_the_caches(cluster):
     )
     assert code == 0, errors
     (arguments, environment) = of(notes, "deepspeed")[0]
-    assert arguments == ["--hostfile", "hosts", "--master_port", "1234", "--num_gpus", "2", *FULL[1:]]
+    start = ["--hostfile", "hosts", "--master_addr", "node1", "--master_port", "1234", "--num_gpus", "2"]
+    assert arguments == [*start, "--module", "ds_fp8.cli.doctor", "ds.json", "--every-rank", "--within", "300"]
+    (arguments, environment) = of(notes, "deepspeed")[1]
+    assert arguments == [*start, *FULL[1:]]
     assert environment["DS_ENV_FILE"]
     assert not Path(environment["DS_ENV_FILE"]).exists(), "removed at the end"
 

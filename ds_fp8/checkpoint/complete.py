@@ -1,0 +1,219 @@
+"""Which of these checkpoints is whole? Asked before a job starts, without torch, without an engine, without running a pickle.
+
+DeepSpeed writes `latest` last, but each rank by itself: a rank killed in its shard leaves a tag that `latest` may name
+all the same, and a full disk leaves an empty `latest`. A job that then starts from it dies in an assertion, with good
+checkpoints beside it. A tag is complete when
+
+    it has a manifest (`MANIFEST`): every file of it is there, with its size
+    otherwise: a model file for every model-parallel rank (ZeRO 3: every rank), an optimizer shard for every rank that
+    ought to have one, all of them readable to their end, all of one step
+
+How many there ought to be stands in the model file. torch.save writes a zip archive, with its directory at the end: a
+truncated file has none. Its pickle is read with every class replaced by an inert one.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "ds_fp8_manifest.json"
+"""Written last, when all ranks are done: {"version": 1, "step": N, "files": {name: {"bytes": n, ...}}}."""
+
+MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
+SHARD = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
+LAYER_FILE = re.compile(
+    r"^(?:layer_\d+-model_\d+|layer_\d+_expert_\d+_mp_rank_\d+|expp?_rank_\d+.*)_(?:model|optim)_states\.pt$"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One tag of a checkpoint folder.
+
+    step    optimizer steps done when it was written; -1 where nothing tells
+    faults  why it cannot be loaded; empty: complete
+    """
+
+    tag: str
+    step: int
+    faults: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        return not self.faults
+
+
+def tags(save_dir: str | Path) -> list[Found]:
+    """Every tag in a checkpoint folder, newest first: by step, then by time of writing."""
+    folder = Path(save_dir)
+    if not folder.is_dir():
+        return []
+    found = [(look(tag), tag.stat().st_mtime) for tag in folder.iterdir() if tag.is_dir() and _is_tag(tag)]
+    return [each for each, _ in sorted(found, key=lambda pair: (pair[0].step, pair[1], pair[0].tag), reverse=True)]
+
+
+def named_by_latest(save_dir: str | Path) -> str | None:
+    """What `latest` says; the empty string for an empty or unreadable one, None where there is none."""
+    latest = Path(save_dir) / "latest"
+    try:
+        return latest.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def look(tag: Path) -> Found:
+    """Judge one tag."""
+    if (tag / MANIFEST).is_file():
+        return _by_manifest(tag)
+    faults: list[str] = []
+    models: dict[tuple[int, int], dict[str, Any]] = {}
+    shards: set[tuple[int, int]] = set()
+    for file in sorted(tag.glob("*.pt")):
+        if match := MODEL_FILE.match(file.name):
+            content = _content(file, faults)
+            if isinstance(content, dict):
+                models[int(match["dp"] or 0), int(match["mp"])] = content
+        elif match := SHARD.match(file.name):
+            shards.add((int(match["dp"]), int(match["mp"])))
+            _content(file, faults, parse=False)
+        elif LAYER_FILE.match(file.name):
+            _content(file, faults, parse=False)
+    if not models:
+        return Found(tag.name, _step_in(tag.name), tuple(faults or ["no model file of DeepSpeed"]))
+    faults += _missing(tag, models, shards)
+    steps = {int(model["global_steps"]) for model in models.values() if isinstance(model.get("global_steps"), int)}
+    if len(steps) > 1:
+        faults.append(f"model files of different steps: {', '.join(map(str, sorted(steps)))}")
+    return Found(tag.name, max(steps, default=_step_in(tag.name)), tuple(faults))
+
+
+def _is_tag(folder: Path) -> bool:
+    """A folder that DeepSpeed writes; the result of a universal conversion (`zero/`) is loaded by another way."""
+    return not (folder / "zero").is_dir() and ((folder / MANIFEST).is_file() or any(folder.glob("*_states.pt")))
+
+
+def _by_manifest(tag: Path) -> Found:
+    try:
+        manifest = json.loads((tag / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
+        step = int(manifest.get("step", _step_in(tag.name)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Found(tag.name, _step_in(tag.name), (f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})",))
+    faults = []
+    for name, size in files.items():
+        file = tag / name
+        if not file.is_file():
+            faults.append(f"{name}: missing, the manifest lists it")
+        elif file.stat().st_size != size:
+            faults.append(f"{name}: {file.stat().st_size} bytes, the manifest says {size}")
+    return Found(tag.name, step, tuple(faults))
+
+
+def _missing(tag: Path, models: dict[tuple[int, int], dict], shards: set[tuple[int, int]]) -> Iterator[str]:
+    """Files that ought to be there, by what a model file says of the job that wrote it."""
+    first = models[min(models)]
+    dp_size, mp_size = (_size(first, key) for key in ("dp_world_size", "mp_world_size"))
+    mp_size = max(mp_size, 1 + max(mp for _, mp in models))
+    stage = _zero_stage(first)
+    each_rank = any(file.name.startswith("zero_pp_rank_") and MODEL_FILE.match(file.name) for file in tag.glob("*.pt"))
+    for mp in range(mp_size):
+        for dp in range(dp_size if each_rank else 1):
+            if (dp, mp) not in models:
+                yield f"the model file of rank {dp}, model-parallel rank {mp}, is missing or unreadable"
+    if not shards and (stage == 0 or (stage is None and first.get("optimizer") is not None)):
+        return  # no ZeRO: the optimizer's state is in the model file
+    if not shards and stage is None:
+        return
+    for mp in range(mp_size):
+        lacking = [dp for dp in range(dp_size) if (dp, mp) not in shards]
+        if lacking:
+            shown = ", ".join(map(str, lacking[:8])) + (", ..." if len(lacking) > 8 else "")
+            yield f"optimizer shards of rank {shown} of {dp_size} are missing" + (
+                f" (model-parallel {mp})" if mp else ""
+            )
+
+
+def _size(model: dict[str, Any], key: str) -> int:
+    value = model.get(key)
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+def _zero_stage(model: dict[str, Any]) -> int | None:
+    """From the DeepSpeed JSON that the model file carries; None where it carries none."""
+    config = model.get("ds_config")
+    if not isinstance(config, dict):
+        return None
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    return stage if isinstance(stage, int) else None
+
+
+def _step_in(tag: str) -> int:
+    """`global_step20` -> 20: only where no file tells better."""
+    match = re.search(r"(\d+)$", tag)
+    return int(match[1]) if match else -1
+
+
+def _content(file: Path, faults: list[str], parse: bool = True) -> Any:
+    """What torch.save wrote, tensors left out; None, and a fault, if it cannot be read."""
+    try:
+        if file.stat().st_size == 0:
+            faults.append(f"{file.name}: empty")
+            return None
+        with file.open("rb") as stream:
+            if stream.read(2) != b"PK":  # the format before torch 1.6 has no end to look for
+                return None if not parse else {}
+        with zipfile.ZipFile(file) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if name is None:
+                faults.append(f"{file.name}: no file of torch.save")
+                return None
+            with archive.open(name) as stream:
+                return _InertUnpickler(stream).load() if parse else None
+    except zipfile.BadZipFile:
+        faults.append(f"{file.name}: truncated or damaged ({file.stat().st_size} bytes)")
+    except OSError as error:
+        faults.append(f"{file.name}: cannot be read ({error.strerror})")
+    except Exception as error:  # noqa: BLE001 - a damaged pickle may raise anything; nothing of it is run
+        faults.append(f"{file.name}: damaged ({type(error).__name__}: {error})")
+    return None
+
+
+class _Inert(dict):
+    """Stands for an object of any class: takes whatever a pickle does to it, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return _Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    add = append
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, numbers and strings; imports and calls nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Inert
+
+    def persistent_load(self, key: Any) -> Any:
+        return None
