@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from ..plan.shapes import is_conv1d
 from . import norms
+from .conv1d import fp8_class
+from .experts import STATE, ExpertsState, take_state
 from .fp8_linear import ORIGINAL, Fp8Linear
 from .opaque import opaque
 from .page import Page
@@ -32,12 +35,12 @@ class Owner(NamedTuple):
     """Who swapped a layer.
 
     book       its scale book
-    page       the layer's FP8 state there; None for a norm, which has none
+    page       the layer's FP8 state there; experts have one of their own kind; None for a norm, which has none
     by_engine  swapped for a DeepSpeed engine, by its JSON; else by a script that called `swap_layers` itself
     """
 
     book: ScaleBook
-    page: Page | None
+    page: Page | ExpertsState | None
     by_engine: bool
 
 
@@ -48,8 +51,15 @@ def owners_of(module: nn.Module) -> list[Owner]:
 
 def take_form(module: nn.Module, owner: Owner | None) -> None:
     """Make a layer of the torch backend what `owner` made of it; None: what it was before anybody swapped it."""
-    if owner is None:
+    if owner is not None and isinstance(owner.page, ExpertsState):
+        take_state(module, owner.page)
+    elif STATE in vars(module):
+        take_state(module, None)
+    elif owner is None:
         module.__class__ = module.__dict__[ORIGINAL]
+    elif is_conv1d(module):
+        module.__class__ = fp8_class(module.__dict__[ORIGINAL])
+        module.__dict__["page"] = owner.page
     elif owner.page is not None:
         module.__class__ = Fp8Linear
         module.__dict__["page"] = owner.page

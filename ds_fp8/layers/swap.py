@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import BackendError, DsFp8Error
 from ..plan import ModuleDecision, Plan
-from . import fp8_linear, norms
+from . import conv1d, experts, fp8_linear, norms
 from .fused import fuse_layers
 from .owners import OWNERS, Owner, remove_turns, take_form
 from .scale_book import ScaleBook
@@ -54,7 +54,7 @@ def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None, by_engine: b
     """
     if BOOK in vars(model):
         raise BackendError("this model has FP8 layers already; call restore_layers(model) first.")
-    names = [decision.fqn for decision in plan.swaps if decision.kind == "Linear"]
+    names = [decision.fqn for decision in plan.swaps if decision.kind in ("Linear", "Conv1D")]
     book = ScaleBook(names, plan.fp8, group=group)
     try:
         for decision in plan.swaps:
@@ -94,6 +94,8 @@ def release(model: nn.Module, module: nn.Module) -> None:
     """One layer unmodified again, whoever owns it."""
     if OWN in vars(module):
         _replace(model, module, _restore_foreign(module))
+    elif experts.STATE in vars(module):
+        experts.release(module)
     elif "page" in vars(module):
         fp8_linear.release(module)  # type: ignore[arg-type]
     else:
@@ -112,8 +114,15 @@ def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, book: ScaleBoo
         module = model.get_submodule(decision.fqn)
     except AttributeError as error:
         raise BackendError(f"the plan swaps {decision.fqn}, which this model does not have; plan again.") from error
-    page = book.page(decision.fqn) if decision.kind == "Linear" else None
+    page = book.page(decision.fqn) if decision.kind in ("Linear", "Conv1D") else None
+    if decision.kind == "Experts":
+        module.__dict__[OWNERS] = [Owner(book, experts.adopt(module, decision.fqn, book), by_engine)]
+        return
     owners = [Owner(book, page, by_engine)]
+    if decision.kind == "Conv1D":
+        conv1d.adopt(module, book.page(decision.fqn))
+        module.__dict__[OWNERS] = owners
+        return
     if plan.fp8.backend == "torch":
         if page is not None:
             fp8_linear.adopt(module, page)  # type: ignore[arg-type]

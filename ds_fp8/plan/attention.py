@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .obstacles import shape_of
-from .shapes import matrix_of
+from .shapes import matrix_of, shape_of
 
 QUERY = ("q_b_proj", "q_proj", "query", "q", "to_q", "wq", "q_lin", "query_proj", "Wq", "linear_q")
 """Projections whose outputs are all heads of the queries; the second step of a low-rank one first (DeepSeek)."""

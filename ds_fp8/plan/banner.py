@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .decisions import ModuleDecision, Plan
-from .obstacles import KINDS
+from .obstacles import KINDS, MATRICES
 from .share import share_line, share_warning
 
 SHOWN = 4
@@ -24,16 +24,23 @@ def _layer_lines(plan: Plan) -> list[str]:
     if not plan.fp8.enabled:
         return []
     lines = []
-    for kind, _ in KINDS:
+    for kind in KINDS:
         mine = [decision for decision in plan.modules if decision.kind == kind]
         if not mine:
             continue
         swaps = [decision for decision in mine if decision.is_swap]
         target = f" -> {swaps[0].target}" if swaps else ""
-        numerics = f" ({plan.fp8.recipe})" if kind == "Linear" else " (fp32 inside, high precision out)"
+        numerics = _numerics(kind, plan)
         line = f"{len(swaps)} of {len(mine)} {kind}{target}{numerics if swaps else ''}"
         lines.append(line + _kept([decision for decision in mine if not decision.is_swap]))
     return lines
+
+
+def _numerics(kind: str, plan: Plan) -> str:
+    recipe = plan.fp8.recipe
+    if kind == "Experts":
+        return f" ({recipe})" if recipe.kind == "block" else " (E4M3, current, one scale per row)"
+    return f" ({recipe})" if kind in MATRICES else " (fp32 inside, high precision out)"
 
 
 def _kept(kept: Sequence[ModuleDecision]) -> str:

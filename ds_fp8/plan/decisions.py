@@ -18,14 +18,15 @@ from ..recipe import HighPrecision, Recipe
 
 @dataclass(frozen=True)
 class ModuleDecision:
-    """What happens to one Linear, LayerNorm or RMSNorm.
+    """What happens to one Linear, Conv1D, module of experts, LayerNorm or RMSNorm.
 
     fqn     full name in the model
-    kind    `Linear`, `LayerNorm` or `RMSNorm`: the torch class it is, or derives from
+    kind    `Linear`, `LayerNorm` or `RMSNorm`: the torch class it is, or derives from; `Conv1D`: GPT-2's layer with a
+            weight [in, out]; `Experts`: a module that holds parameters [experts, ., .]
     action  `swap` or `keep`
     target  class that takes over, e.g. `Fp8Linear` or `te.Linear`; empty when kept
     reason  why it is kept; for a swap empty, or what made an exception
-    shape   (out_features, in_features) of a Linear, normalized shape of a norm
+    shape   (out, in) of a Linear and a Conv1D, (experts, out, in) of experts' first weight, normalized shape of a norm
     """
 
     fqn: str

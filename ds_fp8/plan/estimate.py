@@ -80,7 +80,7 @@ def estimate(
         )
     if plan.fp8.enabled and plan.fp8.weight_cache and stage < 3:
         owned = {parameter.owner for parameter in plan.parameters if parameter.weight_wire == "e4m3"}
-        numels = {m.fqn: m.shape[0] * m.shape[1] for m in plan.swaps if m.kind == "Linear"}
+        numels = {m.fqn: m.shape[0] * m.shape[1] for m in plan.swaps if m.kind in ("Linear", "Conv1D")}
         totals["codes"] = float(sum(numel for fqn, numel in numels.items() if fqn not in owned))
         if plan.fp8.backend == "transformer_engine" or _multiplies_codes(plan):
             # Hopper's products want the transpose for dgrad as well, of codes that travelled (O3) too; Blackwell's do not.

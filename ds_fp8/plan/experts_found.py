@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .obstacles import shape_of
+from .shapes import shape_of
 
 TOP_K = (
     "top_k",

@@ -24,9 +24,8 @@ from torch import nn
 from .attention import attentions, packed_projection, sequence_length
 from .decisions import ModuleDecision, ProductDecision
 from .experts_found import stacked, visited
-from .obstacles import shape_of
 from .roles import CLASSIFIERS, ROUTER_CLASS, find_roles
-from .shapes import matrix_of
+from .shapes import matrix_of, shape_of
 
 NO_PRODUCT = re.compile(r"pos|embed|token|mask|bias|scale|table|gamma|beta|norm|^A_log|sink|magnitude", re.IGNORECASE)
 """Names of parameters that are added, looked up or multiplied by element."""

@@ -19,6 +19,7 @@ from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, P
 from .effective import Effective, decide_settings
 from .flops import Counted, count_products
 from .modules import Rules, decide_modules
+from .obstacles import MATRICES
 from .parameters import decide_parameters
 
 
@@ -95,15 +96,16 @@ def _require_conversion(modules: tuple[ModuleDecision, ...], settings: Settings,
     if partial or settings.fp8.implied:
         return
     wanted = "Linear" if settings.fp8.layers.linear else "norm"
-    if any(decision.is_swap and (decision.kind == "Linear" or wanted == "norm") for decision in modules):
+    if any(decision.is_swap and (decision.kind in MATRICES or wanted == "norm") for decision in modules):
         return
-    seen = [decision for decision in modules if (decision.kind == "Linear") == (wanted == "Linear")]
+    seen = [decision for decision in modules if (decision.kind in MATRICES) == (wanted == "Linear")]
     if not seen:
         found = f"the model has no nn.{wanted if wanted == 'Linear' else 'LayerNorm or nn.RMSNorm'}"
     else:
         reasons = [f"{decision.fqn} ({decision.reason})" for decision in seen[:6]]
         more = f" and {len(seen) - 6} more" if len(seen) > 6 else ""
-        found = f"all {len(seen)} {wanted} are kept: {', '.join(reasons)}{more}"
+        kinds = " and ".join(dict.fromkeys(decision.kind for decision in seen))
+        found = f"all {len(seen)} {kinds} are kept: {', '.join(reasons)}{more}"
     raise PlanError(
         f"fp8 is enabled, but nothing would compute in FP8: {found}.\n"
         "  Change fp8/layers or the model, or set fp8/enabled to false."
@@ -137,6 +139,10 @@ def _notes(
     level = effective.level
     if level is not None and level.weight_wire == "e4m3" and not any(p.weight_wire == "e4m3" for p in parameters):
         notes.append(f"{level.name}: no weight travels as FP8 codes, none belongs to an FP8 layer; all go in 16 bits")
+    apart = [decision for decision in modules if decision.is_swap and decision.kind in ("Conv1D", "Experts")]
+    if level is not None and level.weight_wire == "e4m3" and apart:
+        kinds = " and ".join(dict.fromkeys(decision.kind for decision in apart))
+        notes.append(f"{level.name}: the weights of {len(apart)} {kinds} compute in FP8 and travel in 16 bits")
     if effective.fp8.enabled and not effective.fp8.emulated:
         slower = crossover.slower_note(host, effective.fp8.backend, effective.fp8.recipe.kind, modules)
         notes += [slower] if slower else []
@@ -153,7 +159,8 @@ def _comm(
     if level.weight_wire == "e4m3" and not fp8_weights and not partial and not _brought_along(settings):
         raise PlanError(
             f"{level.name} sends the weights of FP8 layers as their codes, but no weight qualifies: "
-            "each is frozen, shared with another module, or used in high precision (override_linear_precision).\n"
+            "each is frozen, shared with another module, used in high precision (override_linear_precision), or belongs to "
+            "a Conv1D or to experts, whose weights travel in 16 bits.\n"
             "  Use opt_level O2."
         )
     return CommPlan(level.gradient_wire, level.gradient_wire_scope, level.weight_wire, level.block_size, fp8_weights)

@@ -1,6 +1,6 @@
 """Which modules are swapped, and the reason for each one that is not.
 
-Every Linear, LayerNorm and RMSNorm of the model (subclasses too) gets one decision. The walk never stops early: one
+Every Linear, Conv1D, module of experts, LayerNorm and RMSNorm of the model (subclasses too) gets one decision. The walk never stops early: one
 layer that cannot be converted says nothing about its siblings.
 """
 
@@ -15,13 +15,15 @@ from ..config.settings import LayerSettings
 from ..errors import PlanError
 from . import obstacles, patterns
 from .decisions import ModuleDecision
-from .obstacles import HARD, SOFT, Site, first_reason, kind_of, shape_of
+from .obstacles import HARD, MATRICES, SOFT, Site, first_reason, kind_of
 from .roles import find_roles
 
 TARGETS = {
     "torch": {"Linear": "Fp8Linear", "LayerNorm": "Fp8LayerNorm", "RMSNorm": "Fp8RMSNorm"},
     "transformer_engine": {"Linear": "te.Linear", "LayerNorm": "te.LayerNorm", "RMSNorm": "te.RMSNorm"},
 }
+OURS = {"Conv1D": "Fp8Conv1D", "Experts": "Fp8Experts"}
+"""Ours with either backend: Transformer Engine has no such layer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def find_sites(model: nn.Module, rules: Rules) -> list[Site]:
     sites = []
     for fqn, module in model.named_modules():
         kind = kind_of(module)
-        if kind is None or (fqn == "" and not isinstance(module, nn.Linear)):
+        if kind is None or (fqn == "" and kind not in MATRICES):
             continue
         if "Fp8" in type(module).__name__ and type(module).__module__.startswith("ds_fp8."):
             raise PlanError(
@@ -95,14 +97,14 @@ def _check_patterns(model: nn.Module, rules: Rules, candidates: Sequence[pattern
 
 def _ends(sites: Sequence[Site], rules: Rules) -> set[str]:
     """Names of the first and the last Linear of the model, when they are to stay in high precision."""
-    names = [site.fqn for site in sites if site.kind == "Linear"]
+    names = [site.fqn for site in sites if site.kind in ("Linear", "Conv1D")]
     if not rules.layers.first_last_high_precision or not names:
         return set()
     return ({names[0]} if rules.first else set()) | ({names[-1]} if rules.last else set())
 
 
 def _decide(site: Site, candidate: patterns.Candidate, rules: Rules, ends: set[str]) -> ModuleDecision:
-    shape = shape_of(site.weight) if site.weight is not None else ()
+    shape = site.shape
 
     def keep(reason: str) -> ModuleDecision:
         return ModuleDecision(site.fqn, site.kind, "keep", "", reason, shape)
@@ -114,8 +116,9 @@ def _decide(site: Site, candidate: patterns.Candidate, rules: Rules, ends: set[s
         if named and patterns.is_literal(excluded) and asked == excluded:
             raise PlanError(f"fp8/layers: {asked!r} is both included and excluded; remove one of the two.")
         return keep(f"excluded by {excluded!r}")
-    if not (rules.layers.linear if site.kind == "Linear" else rules.layers.norm):
-        return keep(f"fp8/layers/{'linear' if site.kind == 'Linear' else 'norm'} is false")
+    group = "linear" if site.kind in MATRICES else "norm"
+    if not getattr(rules.layers, group):
+        return keep(f"fp8/layers/{group} is false")
     if rules.layers.include and asked is None:
         return keep("not in include")
 
@@ -137,8 +140,8 @@ def _decide(site: Site, candidate: patterns.Candidate, rules: Rules, ends: set[s
         return keep(reason)
     if meant:
         return _swap(site, rules, shape, f"{site.role.name}, but included by name")
-    if site.kind == "Linear" and min(shape) < rules.min_features:
-        return keep(f"fewer than min_features {rules.min_features}: {min(shape)}")
+    if site.kind in MATRICES and min(shape[-2:]) < rules.min_features:
+        return keep(f"fewer than min_features {rules.min_features}: {min(shape[-2:])}")
     if site.fqn in ends:
         return keep("first or last Linear")
     if site.role is not None:
@@ -147,7 +150,9 @@ def _decide(site: Site, candidate: patterns.Candidate, rules: Rules, ends: set[s
 
 
 def _swap(site: Site, rules: Rules, shape: tuple[int, ...], reason: str) -> ModuleDecision:
-    return ModuleDecision(site.fqn, site.kind, "swap", TARGETS[rules.backend][site.kind], reason, shape)
+    return ModuleDecision(
+        site.fqn, site.kind, "swap", OURS.get(site.kind) or TARGETS[rules.backend][site.kind], reason, shape
+    )
 
 
 def _cure(site: Site) -> str:

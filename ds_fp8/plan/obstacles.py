@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .expert_rules import rule_of
+from .shapes import is_conv1d, shape_of
+
 if TYPE_CHECKING:
     from .roles import Role
 
@@ -22,11 +25,17 @@ ALIGNMENT = {"delayed": 16, "current": 16, "block": 16, "mxfp8": 32, "nvfp4": 16
 """in_features and out_features must be multiples of this: what FP8 GEMMs need, kept on every backend so that the same
 model has the same FP8 layers on a laptop and on a GPU."""
 
-KINDS: tuple[tuple[str, type[nn.Module]], ...] = (
+PLAIN: tuple[tuple[str, type[nn.Module]], ...] = (
     ("Linear", nn.Linear),
     ("LayerNorm", nn.LayerNorm),
     ("RMSNorm", nn.RMSNorm),
 )
+"""Kinds that are a class of torch. Conv1D (GPT-2) and Experts ([experts, ., .] parameters) are known by their structure."""
+
+KINDS = ("Linear", "Conv1D", "Experts", "LayerNorm", "RMSNorm")
+MATRICES = ("Linear", "Conv1D", "Experts")
+"""Kinds that multiply with weights: `fp8/layers/linear` is about them."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,30 +58,35 @@ class Site:
 
     @property
     def weight(self) -> torch.Tensor | None:
-        return self.module._parameters.get("weight")
+        """The weight; of experts the one that is used first."""
+        rule = rule_of(self.module) if self.kind == "Experts" else None
+        return self.module._parameters.get(rule.weights[0] if rule else "weight")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of a Linear and a Conv1D, (experts, out, in) of experts' first weight, the normalized shape of a norm."""
+        if self.kind == "Experts":
+            rule = rule_of(self.module)
+            return rule.shapes(self.module)[0] if rule else ()
+        shape = shape_of(self.weight) if self.weight is not None else ()
+        return shape[::-1] if self.kind == "Conv1D" else shape
 
 
 Obstacle = Callable[[Site], "str | None"]
 
 
-def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The whole shape: under `zero.Init` a parameter is empty until gathered, and carries its shape as `ds_shape`."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def numel_of(parameter: torch.Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
 def kind_of(module: nn.Module) -> str | None:
-    return next((kind for kind, cls in KINDS if isinstance(module, cls)), None)
+    found = next((kind for kind, cls in PLAIN if isinstance(module, cls)), None)
+    if found is None and is_conv1d(module):
+        return "Conv1D"
+    return "Experts" if found is None and rule_of(module) is not None else found
 
 
 def computed_weight(site: Site) -> str | None:
     """weight_norm, spectral_norm and parametrizations compute the weight anew in each forward: nothing to adopt."""
     if hasattr(site.module, "parametrizations"):
         return "its weight is parametrized"
-    if site.kind == "Linear" and site.weight is None:
+    if site.kind in MATRICES and site.weight is None:
         return "its weight is computed by a hook (weight_norm or the like)"
     return None
 
@@ -104,7 +118,7 @@ def replaced_forward(site: Site) -> str | None:
 def subclass(site: Site) -> str | None:
     """A subclass has its own forward, or none that is ever called."""
     cls = type(site.module)
-    if any(cls is plain for _, plain in KINDS):
+    if site.kind in ("Conv1D", "Experts") or any(cls is plain for _, plain in PLAIN):
         return None
     if cls.__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention never calls its out_proj"
@@ -113,18 +127,20 @@ def subclass(site: Site) -> str | None:
 
 def unaligned(site: Site) -> str | None:
     """FP8 matrix products want multiples of 16."""
-    if site.kind != "Linear" or site.weight is None:
+    if site.kind not in MATRICES or site.weight is None:
         return None
-    side = ALIGNMENT[site.recipe]
-    wrong = [size for size in shape_of(site.weight) if size % side]
-    if 0 in shape_of(site.weight):
+    side, sizes = ALIGNMENT[site.recipe], list(site.shape)
+    if site.kind == "Experts" and (rule := rule_of(site.module)):
+        sizes = list(dict.fromkeys(size for shape in rule.shapes(site.module) for size in shape[1:]))
+    wrong = [size for size in sizes if size % side]
+    if 0 in sizes:
         return "empty"
     return f"not a multiple of {side}: {', '.join(map(str, wrong))}" if wrong else None
 
 
 def norm_shape(site: Site) -> str | None:
     """Transformer Engine's norms always have a weight, LayerNorm a bias, over one dimension; one rule for both backends."""
-    if site.kind == "Linear":
+    if site.kind in MATRICES:
         return None
     if site.weight is None:
         return "no affine weight"
@@ -139,16 +155,30 @@ def norm_shape(site: Site) -> str | None:
 
 def tied(site: Site) -> str | None:
     """An embedding reads the same Parameter in high precision, and a tied head is what quality depends on most."""
-    if site.kind != "Linear":
+    if site.kind not in MATRICES:
         return None
-    others = [(fqn, module) for fqn, module in site.sharers if kind_of(module) != "Linear"]
+    others = [(fqn, module) for fqn, module in site.sharers if kind_of(module) != site.kind]
     if not others:
         return None
     fqn, module = others[0]
     return f"tied to {fqn} ({type(module).__name__})"
 
 
-HARD: tuple[Obstacle, ...] = (computed_weight, foreign_weight, replaced_forward, unaligned, norm_shape)
+def not_in_recipe(site: Site) -> str | None:
+    """Blackwell's recipes live in Transformer Engine, which has neither a layer for a weight [in, out] nor for stacks."""
+    if site.kind in ("Conv1D", "Experts") and site.recipe in ("mxfp8", "nvfp4"):
+        return f"recipe {site.recipe} has no product for a {site.kind}"
+    return None
+
+
+HARD: tuple[Obstacle, ...] = (
+    computed_weight,
+    foreign_weight,
+    replaced_forward,
+    not_in_recipe,
+    unaligned,
+    norm_shape,
+)
 SOFT: tuple[Obstacle, ...] = (subclass, tied)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..levels import Level
 from ..recipe import Recipe
 from .decisions import ModuleDecision, ParameterDecision
-from .obstacles import numel_of, shape_of
+from .shapes import numel_of, shape_of
 
 
 def decide_parameters(

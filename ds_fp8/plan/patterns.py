@@ -58,9 +58,7 @@ def no_match(key: str, pattern: str, candidates: Sequence[Candidate], others: Se
 
     others  (fqn, class name) of all other modules: containers, embeddings, ...
     """
-    head = (
-        f"fp8/layers/{key}: {pattern!r} matches no Linear, LayerNorm or RMSNorm of this model, so it would do nothing."
-    )
+    head = f"fp8/layers/{key}: {pattern!r} matches no Linear, Conv1D, experts or norm of this model, so it would do nothing."
     for fqn, class_name in others:
         if fqn and fnmatchcase(fqn, pattern):
             inner = [candidate for candidate in candidates if candidate.fqn.startswith(f"{fqn}.")]

@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .experts_found import expert_counts
-from .obstacles import shape_of
+from .shapes import shape_of
 
 HEAD_NAMES = ("lm_head", "embed_out", "unembed", "unembedding")
 """Names that say output head by themselves: in the last stage of a pipeline there is no embedding to compare with."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from .obstacles import shape_of
+
+def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The whole shape: under `zero.Init` a parameter is empty until gathered, and carries its shape as `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def numel_of(parameter: torch.Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's layer: a weight [in, out] and `nf` outputs (`transformers.pytorch_utils.Conv1D`), known without transformers."""
     weight = module._parameters.get("weight")
     return (
-        type(module).__name__ == "Conv1D"
+        type(module).__name__ in ("Conv1D", "Fp8Conv1D")
         and weight is not None
         and len(shape_of(weight)) == 2
         and getattr(module, "nf", None) == shape_of(weight)[1]

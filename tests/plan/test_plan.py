@@ -9,6 +9,7 @@ from torch import nn
 
 from ds_fp8.capabilities import Host
 from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, LayerSettings, MsampSettings, Settings
+from ds_fp8.errors import PlanError
 from ds_fp8.levels import LEVELS
 from ds_fp8.plan import Plan, estimate, flops_share, make_plan
 from ds_fp8.recipe import HighPrecision, Recipe
@@ -132,3 +133,13 @@ def test_weight_cache_is_counted():
     high = Recipe(override_linear_precision=HighPrecision(dgrad=True))
     decoded = replace(hopper, fp8=replace(hopper.fp8, recipe=high))
     assert estimate(decoded).codes_bytes == estimate(plan).codes_bytes, "the plain road keeps one orientation"
+
+
+def test_o3_says_which_fp8_weights_travel_in_16_bits():
+    """A Conv1D and stacked experts have no codes that the wire carries: told beside layers that have, refused without."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96))
+    with pytest.raises(PlanError, match="belongs to a Conv1D or to experts, whose weights travel in 16 bits"):
+        plan_at("O3", model=model)
+    model.add_module("more", nn.Linear(32, 32))
+    assert "O3: the weights of 4 Conv1D compute in FP8 and travel in 16 bits" in plan_at("O3", model=model).banner()

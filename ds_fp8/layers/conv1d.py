@@ -1,0 +1,57 @@
+"""GPT-2's linear layer, whose weight lies as [in, out], in FP8: the class changes in place, names and shapes do not.
+
+It is `transformers.pytorch_utils.Conv1D`, known by its structure. The products are those of `Fp8Linear` on the transposed
+view of the weight, so recipes, scales and telemetry are the same; autograd turns the gradient back. What differs: under
+ZeRO 3 the codes made in the forward are kept for dgrad (one byte per weight), since a view cannot be gathered again.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fp8_linear import ORIGINAL, multiply
+from .opaque import opaque
+from .page import Page
+
+
+class Fp8Conv1D:
+    """Mixed into the class of a converted layer, in front of it."""
+
+    page: Page
+
+    @opaque
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        page = self.page
+        call = page.book.call(page, training=self.training, device=x.device)  # type: ignore[attr-defined]
+        if call is None:
+            return super().forward(x)  # type: ignore[misc]
+        return multiply(x, self.weight.t(), self.bias, call)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as the layer it was, and converted again: the class itself exists in this process only."""
+        attributes = {name: value for name, value in self.__dict__.items() if name not in (ORIGINAL, "page")}
+        return _rebuilt, (self.__dict__[ORIGINAL], self.page, attributes)
+
+
+@functools.cache
+def fp8_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The FP8 twin of a class of layers."""
+    return type(f"Fp8{original.__name__}", (Fp8Conv1D, original), {"__module__": __name__})
+
+
+def adopt(module: nn.Module, page: Page) -> nn.Module:
+    """Turn a Conv1D into its FP8 twin, in place; `fp8_linear.release` gives it back."""
+    module.__dict__[ORIGINAL] = type(module)
+    module.__class__ = fp8_class(type(module))
+    module.__dict__["page"] = page
+    return module
+
+
+def _rebuilt(original: type[nn.Module], page: Page, attributes: dict[str, Any]) -> nn.Module:
+    module = original.__new__(original)
+    module.__dict__.update(attributes)
+    return adopt(module, page)

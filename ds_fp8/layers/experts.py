@@ -1,0 +1,185 @@
+"""Stacked experts that compute in FP8: a module's class is changed in place, its parameters and names are not.
+
+transformers dispatches its experts by `config._experts_implementation`; what an implementation is handed and may read
+(`has_gate`, `has_bias`, `is_transposed`, `_apply_gate`) is that registry's contract, and `_transformers` below is written
+to it. It is not entered into the registry, because one configuration is shared by experts that are converted and experts
+that are kept, is read when a model generates, and is saved with it. Where FP8 is off (eval, before `start_step`) the
+module computes as it would have: by whatever implementation its configuration names.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .. import experts
+from ..errors import BackendError
+from ..plan.expert_rules import ExpertRule, rule_of
+from .fp8_linear import ORIGINAL
+from .grouped_products import GroupedProducts
+from .groups import Groups
+
+if TYPE_CHECKING:
+    from .scale_book import ScaleBook
+
+STATE = "_ds_fp8_experts"
+"""Attribute that holds the state of converted experts."""
+
+
+class ExpertsState:
+    """What converted experts know: the FP8 state of their model, and how they compute.
+
+    book       whose plan and step say whether FP8 is on
+    rule       names and layout of the parameters
+    is_shared  several engines step these weights; no codes of theirs are kept anyway
+    """
+
+    is_shared = False
+
+    def __init__(self, book: ScaleBook, fqn: str, rule: ExpertRule, original: type[nn.Module]):
+        self.book, self.fqn, self.rule, self.original = book, fqn, rule, original
+
+    def forget_weight(self) -> None:
+        """Nothing is kept between a forward and the next."""
+
+    def is_active(self, module: nn.Module) -> bool:
+        plan = self.book.plan
+        return (module.training or plan.eval) and self.book.steps >= plan.start_step
+
+
+class Fp8Experts:
+    """Mixed into the class of a converted module, in front of it."""
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        state: ExpertsState = self.__dict__[STATE]
+        if not state.is_active(self):  # type: ignore[arg-type]
+            return super().forward(*args, **named)  # type: ignore[misc]
+        return _forward_of(state)(self, _Linear(self, state), *args, **named)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        recipe = self.__dict__[STATE].book.recipe
+        told = recipe.kind if recipe.kind == "block" else "E4M3, one scale per row"
+        return f"{super().extra_repr()} {told}".strip()  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as the module it was, and converted again: the class itself exists in this process only."""
+        attributes = {name: value for name, value in self.__dict__.items() if name != STATE}
+        return _rebuilt, (self.__dict__[STATE].original, self.__dict__[STATE], attributes)
+
+
+def adopt(module: nn.Module, fqn: str, book: ScaleBook) -> ExpertsState:
+    """Turn `module` into FP8 experts, in place; its state. Raises BackendError if it is none of a known kind."""
+    rule = rule_of(module)
+    if rule is None:
+        raise BackendError(f"{fqn}: {type(module).__name__} holds no experts of a known kind; plan again.")
+    state = ExpertsState(book, fqn, rule, type(module))
+    take_state(module, state)
+    return state
+
+
+def take_state(module: nn.Module, state: ExpertsState | None) -> None:
+    """Compute by `state` from now on; None: as the class computed before, though the module stays ours."""
+    if state is None:
+        module.__class__ = module.__dict__[STATE].original
+        return
+    module.__class__ = fp8_class(state.original)
+    module.__dict__[STATE] = state
+
+
+def release(module: nn.Module) -> nn.Module:
+    """The plain module again, in place."""
+    module.__class__ = module.__dict__.pop(STATE).original
+    module.__dict__.pop(ORIGINAL, None)
+    return module
+
+
+@functools.cache
+def fp8_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The FP8 twin of a class of experts."""
+    return type(f"Fp8{original.__name__}", (Fp8Experts, original), {"__module__": __name__})
+
+
+def _rebuilt(original: type[nn.Module], state: ExpertsState, attributes: dict[str, Any]) -> nn.Module:
+    module = original.__new__(original)
+    module.__dict__.update(attributes)
+    take_state(module, state)
+    return module
+
+
+class _Linear:
+    """`linear(name, x, counts)` of one forward: the product of rows sorted by expert with one stacked parameter."""
+
+    def __init__(self, module: nn.Module, state: ExpertsState):
+        self.module, self.state = module, state
+        self.groups: Groups | None = None
+
+    def __call__(self, name: str, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self.module, name)
+        rule, fqn = self.state.rule, self.state.fqn
+        if name not in rule.weights:
+            raise BackendError(f"{fqn}: {name!r} is none of the weights {', '.join(rule.weights)}.")
+        columns = weight.shape[1 if name in rule.transposed else 2]
+        if x.dim() != 2 or x.shape[1] != columns:
+            raise BackendError(f"{fqn}.{name}: input has shape {tuple(x.shape)}, wanted are [rows, {columns}].")
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if self.groups is None or self.groups.counts is not counts or self.groups.rows != x.shape[0]:
+            self.groups = Groups(counts, x.shape[0])
+        x = x.to(dtype).contiguous()
+        with torch.autocast(device, enabled=False):
+            return GroupedProducts.apply(
+                x, weight, self.groups, self.state.book.recipe, name in rule.transposed, torch.is_grad_enabled()
+            )
+
+
+def _forward_of(state: ExpertsState) -> Callable[..., Any]:
+    if state.rule.kind == "registered":
+        told = experts.registration(state.original)
+        if told is None:
+            raise BackendError(f"{state.fqn}: {state.original.__name__} was unregistered after it had been converted.")
+        return told.forward
+    return _transformers if state.rule.kind == "transformers" else _deepspeed
+
+
+def _transformers(
+    module: Any, linear: _Linear, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states [tokens, H], the experts that each token visits [tokens, k] and their weights -> [tokens, H].
+
+    One stable sort puts the visits in the order of the experts; index `num_experts` stands for an expert of another rank.
+    """
+    first, second = linear.state.rule.weights
+    visits, count = top_k_index.shape[-1], module.num_experts
+    owner, order = top_k_index.reshape(-1).sort(stable=True)
+    counts = torch.zeros(count + 1, dtype=torch.int64, device=owner.device)
+    counts = counts.scatter_add_(0, owner, torch.ones_like(owner, dtype=torch.int64))[:count]
+    inside = owner.clamp(max=count - 1)
+    rows = linear(first, hidden_states[order // visits], counts)
+    rows = _biased(module, first, rows, inside)
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    rows = _biased(module, second, linear(second, rows, counts), inside)
+    if getattr(module, "has_post_expert_norm", False):
+        rows = module.post_expert_norm(rows)
+    rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    if getattr(module, "_is_expert_parallel", False):
+        rows = rows.masked_fill((owner >= count).unsqueeze(-1), 0.0)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return rows[back].view(-1, visits, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def _biased(module: Any, name: str, rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    return rows + getattr(module, f"{name}_bias")[owner].to(rows.dtype) if module.has_bias else rows
+
+
+def _deepspeed(module: Any, linear: _Linear, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """x [rows, H] sorted by expert, and the rows of each -> [rows, H]; the activation is DeepSpeed's own."""
+    activate = sys.modules[linear.state.original.__module__].apply_expert_activation  # type: ignore[attr-defined]
+    gate, up = linear("w1", x, num_tokens_per_expert), linear("w3", x, num_tokens_per_expert)
+    settings = module.activation, module.activation_alpha, module.activation_limit
+    return linear("w2", activate(gate, up, *settings, fused=x.is_cuda), num_tokens_per_expert).type_as(x)

@@ -1,0 +1,75 @@
+"""Products of stacked experts under recipe `block`: for each expert the three products of a linear layer.
+
+1x128 groups along the axis that is summed, 128x128 tiles of each expert's weight. So in wgrad, which sums over tokens, a
+group holds up to 128 tokens of one expert and never those of two. The formats are the recipe's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..formats import Format
+from ..kernels import quantize_1x128, quantize_128x128
+from .gemm import matmul
+from .groups import Groups
+from .operands import GROUPS, TILES, Operand
+
+
+def fprop(x: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, fmt: Format) -> torch.Tensor:
+    """x [S, K] with weight [E, N, K] -> [S, N]."""
+    out = x.new_zeros((groups.rows, weight.shape[1]), dtype=dtype)
+    for expert, (first, last) in enumerate(groups.bounds):
+        if last > first:
+            out[first:last] = matmul(_rows(x[first:last], fmt), _tiles(weight[expert], fmt), dtype)
+    return out
+
+
+def dgrad(
+    grad_output: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, fmt: Format, backward: Format
+) -> torch.Tensor:
+    """grad_output [S, N] with weight [E, N, K] -> [S, K]."""
+    out = grad_output.new_zeros((groups.rows, weight.shape[2]), dtype=dtype)
+    for expert, (first, last) in enumerate(groups.bounds):
+        if last > first:
+            left = _rows(grad_output[first:last], backward)
+            out[first:last] = matmul(left, _tiles(weight[expert], fmt).t(), dtype)
+    return out
+
+
+def keep_for_wgrad(x: torch.Tensor, groups: Groups, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [K, S] and scale_inv [K, sum of ceil(rows / 128)], expert after expert."""
+    made = [quantize_1x128(x[first:last].t().contiguous(), fmt) for first, last in groups.bounds if last > first]
+    if not made:
+        return x.new_zeros((x.shape[1], 0)), x.new_zeros((x.shape[1], 0))
+    codes, scales = zip(*made, strict=True)
+    return torch.cat([c.view(torch.uint8) for c in codes], 1).view(codes[0].dtype), torch.cat(scales, 1)
+
+
+def wgrad(
+    grad_output: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor],
+    groups: Groups,
+    dtype: torch.dtype,
+    backward: Format,
+) -> torch.Tensor:
+    """grad_output [S, N] with the kept input -> [E, N, K]; zeros for experts without rows."""
+    codes, scales = kept
+    out = grad_output.new_zeros((groups.experts, grad_output.shape[1], codes.shape[0]), dtype=dtype)
+    place = 0
+    for expert, (first, last) in enumerate(groups.bounds):
+        if last > first:
+            width = scales[:, place : place + -(-(last - first) // 128)].contiguous()
+            place += width.shape[1]
+            right = Operand(codes[:, first:last].contiguous(), width, GROUPS)
+            out[expert] = matmul(_rows(grad_output[first:last].t().contiguous(), backward), right, dtype)
+    return out
+
+
+def _rows(x: torch.Tensor, fmt: Format) -> Operand:
+    codes, scale_inv = quantize_1x128(x.contiguous(), fmt)
+    finite = torch.isfinite(x.detach().abs().amax())
+    return Operand(codes, torch.where(finite, scale_inv, torch.full_like(scale_inv, torch.nan)), GROUPS)
+
+
+def _tiles(weight: torch.Tensor, fmt: Format) -> Operand:
+    return Operand(*quantize_128x128(weight.contiguous(), fmt), TILES)

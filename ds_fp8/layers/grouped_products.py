@@ -1,0 +1,112 @@
+"""The three products of stacked experts as one autograd function; `grouped_rows` and `grouped_blocks` say how.
+
+A product that `override_linear_precision` keeps in high precision uses the operands as they came. Weights are cast in
+each forward and again in the backward, from the Parameter itself: under ZeRO 3 it exists only while its module runs, and
+nothing of the size of the weights is held between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import BackendError
+from ..recipe import Recipe
+from . import grouped_blocks, grouped_rows
+from .groups import Groups
+
+
+class GroupedProducts(torch.autograd.Function):
+    """output [S, N] = rows of x [S, K], each with its own expert's weight.
+
+    x           [S, K] in the compute dtype, sorted by expert
+    weight      [E, N, K], or [E, K, N] if `transposed`, in its own dtype
+    groups      which rows are whose
+    grad        whether a backward may follow (inside `forward` autograd is always off)
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Groups, recipe: Recipe, transposed: bool, grad: bool
+    ) -> torch.Tensor:
+        high, block = recipe.override_linear_precision, recipe.kind == "block"
+        stack, dtype = _stack(weight, transposed), x.dtype
+        # fprop   output [S, N] = input [S, K] @ weight.T [K, N]     e4m3 x e4m3
+        if high.fprop:
+            output = _in_high_precision(x, stack, groups)
+        elif block:
+            output = grouped_blocks.fprop(x, stack, groups, dtype, recipe.forward_format)
+        else:
+            output = grouped_rows.fprop(x, stack, groups, dtype)
+        kept: list[torch.Tensor] = [weight]
+        if grad and ctx.needs_input_grad[1]:
+            if high.wgrad:
+                kept.append(x)
+            elif block:
+                kept += grouped_blocks.keep_for_wgrad(x, groups, recipe.forward_format)
+            else:
+                kept += grouped_rows.keep_for_wgrad(x, groups)
+        ctx.save_for_backward(*kept)
+        ctx.groups, ctx.recipe, ctx.transposed, ctx.dtype = groups, recipe, transposed, dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise BackendError(
+                "experts in FP8: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
+                "  Exclude the experts in fp8/layers/exclude, or differentiate once."
+            )
+        weight, *kept = ctx.saved_tensors
+        groups, recipe, dtype = ctx.groups, ctx.recipe, ctx.dtype
+        high, block = recipe.override_linear_precision, recipe.kind == "block"
+        formats = recipe.forward_format, recipe.backward_format
+        grad_output = grad_output.to(dtype).contiguous()
+        grad_input = grad_weight = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            # dgrad   grad_input [S, K] = grad_output [S, N] @ weight [N, K]
+            if ctx.needs_input_grad[0]:
+                stack = _stack(weight, ctx.transposed)
+                if high.dgrad:
+                    grad_input = _in_high_precision(grad_output, stack.transpose(1, 2), groups)
+                elif block:
+                    grad_input = grouped_blocks.dgrad(grad_output, stack, groups, dtype, *formats)
+                else:
+                    grad_input = grouped_rows.dgrad(grad_output, stack, groups, dtype)
+            # wgrad   grad_weight [E, N, K] = grad_output.T @ input, for each expert
+            if ctx.needs_input_grad[1]:
+                if high.wgrad:
+                    grad_weight = _wgrad_in_high_precision(grad_output, kept[0], groups, weight.dtype)
+                elif block:
+                    grad_weight = grouped_blocks.wgrad(grad_output, tuple(kept), groups, weight.dtype, formats[1])
+                else:
+                    grad_weight = grouped_rows.wgrad(grad_output, tuple(kept), groups, weight.dtype)
+                if ctx.transposed:
+                    grad_weight = grad_weight.transpose(1, 2).contiguous()
+        return grad_input, grad_weight, None, None, None, None
+
+
+def _stack(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The weights as [E, N, K], however they lie."""
+    weight = weight.detach()
+    return weight.transpose(1, 2) if transposed else weight
+
+
+def _in_high_precision(x: torch.Tensor, stack: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """x [S, K] with [E, N, K] -> [S, N] in x's dtype; zeros for rows of no expert."""
+    out = x.new_zeros((groups.rows, stack.shape[1]))
+    for expert, (first, last) in enumerate(groups.bounds):
+        if last > first:
+            out[first:last] = x[first:last] @ stack[expert].t().to(x.dtype)
+    return out
+
+
+def _wgrad_in_high_precision(
+    grad_output: torch.Tensor, x: torch.Tensor, groups: Groups, dtype: torch.dtype
+) -> torch.Tensor:
+    out = x.new_zeros((groups.experts, grad_output.shape[1], x.shape[1]), dtype=dtype)
+    for expert, (first, last) in enumerate(groups.bounds):
+        if last > first:
+            out[expert] = (grad_output[first:last].t() @ x[first:last]).to(dtype)
+    return out

@@ -1,0 +1,63 @@
+"""Which modules of stacked experts can compute in FP8, and how their parameters lie.
+
+transformers   classes under its `use_experts_implementation`: what that decorator writes on a module says everything
+               (`has_gate`, `has_bias`, `is_transposed`); all of transformers 5's mixtures are such
+deepspeed      GroupedExperts, which AutoEP puts in the place of a model's experts before the engine looks at it
+registered     classes that a user described with `ds_fp8.experts.register`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import experts
+from ..errors import PlanError
+from .shapes import shape_of
+
+
+@dataclass(frozen=True)
+class ExpertRule:
+    """A way to compute, and the parameters that take part.
+
+    kind        `transformers`, `deepspeed` or `registered`
+    weights     names of the parameters [experts, ., .], in the order in which they are used
+    transposed  those that lie as [experts, in, out]
+    """
+
+    kind: str
+    weights: tuple[str, ...]
+    transposed: frozenset[str] = frozenset()
+
+    def shapes(self, module: nn.Module) -> list[tuple[int, int, int]]:
+        """(experts, out, in) of each."""
+        found = []
+        for name in self.weights:
+            count, rows, columns = shape_of(module._parameters[name])
+            found.append((count, columns, rows) if name in self.transposed else (count, rows, columns))
+        return found
+
+
+def rule_of(module: nn.Module) -> ExpertRule | None:
+    """The rule for a module, None for everything else. Raises PlanError if a registration does not fit its class."""
+    if (told := experts.registration(type(module))) is not None:
+        missing = [name for name in told.weights if not _is_stack(module, name)]
+        if missing:
+            raise PlanError(
+                f"ds_fp8.experts.register({type(module).__name__}): {', '.join(missing)} is no parameter [experts, ., .]."
+            )
+        turned = frozenset(name for name, layout in told.weights.items() if layout == "in_out")
+        return ExpertRule("registered", tuple(told.weights), turned)
+    if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
+        names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+        if all(_is_stack(module, name) for name in names):
+            return ExpertRule("transformers", names, frozenset(names) if module.is_transposed else frozenset())
+    if type(module).__name__ == "GroupedExperts" and type(module).__module__ == "deepspeed.moe.ep_experts":
+        return ExpertRule("deepspeed", ("w1", "w3", "w2"))
+    return None
+
+
+def _is_stack(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters.get(name)
+    return parameter is not None and len(shape_of(parameter)) == 3

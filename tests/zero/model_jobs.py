@@ -1,0 +1,77 @@
+"""Tiny transformers models that are no list of nn.Linear, trained by JSON on real ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.engine.engine_jobs import config, full_weights, make_engine
+
+WORDS, LENGTH = 96, 16
+
+
+def build(name: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        sizes = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": LENGTH}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **drops))
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mixture = {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **mixture))
+
+
+def tokens(rank: int, step: int) -> torch.Tensor:
+    """Counting from somewhere: easy to learn."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return (torch.randint(0, WORDS, (8, 1), generator=generator) + torch.arange(LENGTH)) % WORDS
+
+
+def steps(engine: Any, rank: int, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        batch = tokens(rank, step)
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def sections(level: str | None) -> dict[str, Any]:
+    if level is None:
+        return {}
+    return {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": level}}
+
+
+def train_families(rank: int, world_size: int, stage: int, names: list[str], folder: str) -> dict[str, Any]:
+    """For each model: losses in bf16, at O2 and at O3; the last one saved in the middle and gone on with from the file."""
+    import ds_fp8.engine
+
+    ds_fp8.activate()
+    found: dict[str, Any] = {}
+    for name in names:
+        for level in (None, "O2", "O3"):
+            settings = config(stage, **sections(level))
+            if level == "O3" and (not stage or name == "gpt2"):
+                continue
+            last = level == ("O2" if not stage or name == "gpt2" else "O3")
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                engine = make_engine(settings, build(name))
+                result: dict[str, Any] = {"losses": steps(engine, rank, 0, 4), "said": said.getvalue()}
+                if last:
+                    engine.save_checkpoint(f"{folder}/{name}{stage}")
+                    result["after"] = steps(engine, rank, 4, 6)
+                    again = make_engine(settings, build(name))
+                    again.load_checkpoint(f"{folder}/{name}{stage}")
+                    result["resumed"] = steps(again, rank, 4, 6)
+                    result["weights"] = {key: value.sum().item() for key, value in full_weights(engine).items()}
+            found[f"{name} {level}"] = result
+    return found

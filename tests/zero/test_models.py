@@ -1,0 +1,38 @@
+"""GPT-2's Conv1D and a mixture's stacked experts in ZeRO 0 to 3, at O2 and O3: FP8 by JSON, the script is DeepSpeed's."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import run_ranks
+
+pytest.importorskip("transformers")
+
+from tests.zero.model_jobs import train_families
+
+pytestmark = pytest.mark.dist
+
+SAID = {
+    "gpt2": "8 of 8 Conv1D -> Fp8Conv1D",
+    "mixtral": "2 of 2 Experts -> Fp8Experts (E4M3, current, one scale per row)",
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
+    """Losses beside bf16's but not equal to them, O3's equal to O2's (no code of theirs changes), a resumed run to the bit."""
+    ranks = run_ranks(2, train_families, stage, ["gpt2", "mixtral"], str(tmp_path))
+    for found in ranks:
+        for name in SAID:
+            plain, o2 = found[f"{name} None"]["losses"], found[f"{name} O2"]["losses"]
+            assert o2 != plain and o2 == pytest.approx(plain, rel=0.03), (name, o2, plain)
+            assert o2[-1] < o2[0] - 0.3
+            if f"{name} O3" in found:
+                assert found[f"{name} O3"]["losses"] == o2, name
+            last = found.get(f"{name} O3", found[f"{name} O2"])
+            assert last["resumed"] == last["after"], name
+    for name, sentence in SAID.items():
+        assert sentence in ranks[0][f"{name} O2"]["said"]
+        last = f"{name} O3" if f"{name} O3" in ranks[0] else f"{name} O2"
+        assert ranks[0][last]["weights"] == ranks[1][last]["weights"]
+    if stage:
+        assert "O3: the weights of 2 Experts compute in FP8 and travel in 16 bits" in ranks[0]["mixtral O3"]["said"]
