@@ -7,10 +7,11 @@ Before it the ranks are counted (`roll_call.py`): one that has no section would 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import DsFp8Error, PlanError
+from .common_facts import is_own
 from .roll_call import gather_ranks, names
 
 
@@ -25,6 +26,7 @@ class Finding:
     converted  modules that it swaps
     unmatched  patterns that match nothing in its piece, as `exclude: head`
     layers     names of what patterns could match in its piece, if some match nothing
+    facts      what must be equal on all ranks of its part (`common_facts.py`), and our own sections
     """
 
     digest: str | None = None
@@ -34,6 +36,7 @@ class Finding:
     converted: int = 0
     unmatched: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def agree(own: Finding, error: DsFp8Error | None) -> None:
@@ -57,9 +60,21 @@ def judge(rank: int, findings: list[Finding]) -> None:
         first = min(failed)
         raise PlanError(f"{names(sorted(failed))} stopped, so rank {rank} stops too. Rank {first}: {failed[first]}")
     for part in dict.fromkeys(found.part for found in findings):
-        digests = {other: str(found.digest) for other, found in enumerate(findings) if found.part == part}
+        here = {other: found for other, found in enumerate(findings) if found.part == part}
+        differing = different_facts({other: found.facts for other, found in here.items()})
+        if foreign := [line for name, line in differing.items() if not is_own(name)]:
+            raise PlanError(
+                "\n".join(
+                    [
+                        "the ranks differ in what all of them must have alike; their weights would drift apart, or they would hang:",
+                        *(f"  {line}" for line in foreign),
+                        "  Give every node the same ds.json, the same arguments and the same packages.",
+                    ]
+                )
+            )
+        digests = {other: str(found.digest) for other, found in here.items()}
         if len(set(digests.values())) > 1:
-            raise PlanError(difference(digests))
+            raise PlanError(difference(digests, list(differing.values())))
     pieces = [found for found in findings if found.partial]
     if not pieces:
         return
@@ -79,15 +94,32 @@ def _no_match(unmatched: str, pieces: list[Finding]) -> PlanError:
     return patterns.no_match(key, pattern, [patterns.Candidate(fqn, ()) for fqn in layers], [])
 
 
-def difference(digests: dict[int, str]) -> str:
-    """The message for plans that differ: which ranks hold which. `digests` maps a rank to its digest."""
+def different_facts(facts: dict[int, dict[str, str]]) -> dict[str, str]:
+    """Name -> a line that says which ranks have which value, for every fact that is not the same on all."""
+    lines = {}
+    for name in dict.fromkeys(name for own in facts.values() for name in own):
+        groups = _groups({rank: own.get(name, "absent") for rank, own in facts.items()})
+        if len(groups) > 1:
+            lines[name] = f"{name}: " + "; ".join(f"{value} on {names(ranks)}" for value, ranks in groups.items())
+    return lines
+
+
+def _groups(values: dict[int, str]) -> dict[str, list[int]]:
+    """Ranks by value."""
     groups: dict[str, list[int]] = {}
-    for rank, digest in digests.items():
-        groups.setdefault(digest, []).append(rank)
+    for rank, value in values.items():
+        groups.setdefault(value, []).append(rank)
+    return groups
+
+
+def difference(digests: dict[int, str], reasons: list[str]) -> str:
+    """The message for plans that differ: which ranks hold which. `digests` maps a rank to its digest."""
+    groups = _groups(digests)
     return "\n".join(
         [
             "the ranks made different plans; they would exchange tensors that do not fit each other:",
             *(f"  {digest[:12]}: {names(ranks)}" for digest, ranks in groups.items()),
+            *(f"  {reason}" for reason in reasons),
             "  Give every node the same ds.json, the same model and the same versions of ds_fp8 and torch.",
         ]
     )
@@ -101,4 +133,6 @@ def _gather(own: Finding) -> tuple[int, list[Finding]]:
     gather_ranks()
     found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, asdict(own))
-    return dist.get_rank(), [Finding(**values) for values in found]
+    # A rank with another ds_fp8 may send other fields; what differs is told by those that both know.
+    known = {one.name for one in fields(Finding)}
+    return dist.get_rank(), [Finding(**{key: values[key] for key in known & values.keys()}) for values in found]

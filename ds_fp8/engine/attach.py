@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import DsFp8Error
 from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
+from .common_facts import common_facts
 from .keep import add_state, check_state, take_state
 from .on_signal import check_can_arm, checkpoint_on_signal
 from .sections import source_name
@@ -163,7 +164,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
                 check_can_arm(settings.checkpoint_on_signal)
     except DsFp8Error as found:
         error = found
-    agree(_finding(model, settings, plan, error), error)
+    agree(_finding(engine, model, settings, plan, error), error)
     if plan is None:
         for note in () if has_optimizer(engine) else settings.notes:
             tell(note)
@@ -219,12 +220,13 @@ def _data_parallel_size(engine: Any) -> int:
     return dist.get_world_size()
 
 
-def _finding(model: Any, settings: Any, plan: Any, error: DsFp8Error | None) -> Finding:
+def _finding(engine: Any, model: Any, settings: Any, plan: Any, error: DsFp8Error | None) -> Finding:
     """This rank's word for `agree`. Stages of a pipeline hold different layers, and so make different plans."""
     stage = getattr(model, "stage_id", None)
     part = "" if stage is None else f"pipeline stage {stage}"
+    facts = common_facts(engine)
     if plan is None:
-        return Finding(error=None if error is None else str(error), part=part)
+        return Finding(error=None if error is None else str(error), part=part, facts=facts)
     partial = plan.partial and settings.fp8.enabled
     layers = tuple(decision.fqn for decision in plan.modules) if plan.unmatched else ()
-    return Finding(plan.digest(), None, part, partial, len(plan.swaps), plan.unmatched, layers)
+    return Finding(plan.digest(), None, part, partial, len(plan.swaps), plan.unmatched, layers, facts)

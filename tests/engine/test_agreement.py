@@ -24,6 +24,33 @@ def test_different_plans_list_who_holds_which():
     assert "bb: rank 1" in str(caught.value)
 
 
+def test_different_hyper_parameters_and_versions_are_named():
+    """Learning rate, clip and torch of rank 1 are others; a key that only rank 0 has is absent there."""
+    first = {"optimizer/params/lr": "0.001", "version of torch": "'2.13.0'", "gradient_clipping": "1.0"}
+    other = {"optimizer/params/lr": "0.002", "version of torch": "'2.12.0'"}
+    with pytest.raises(PlanError, match=r"optimizer/params/lr: 0.001 on ranks 0, 2; 0.002 on rank 1") as caught:
+        judge(0, [Finding("aa", facts=first), Finding("aa", facts=other), Finding("aa", facts=first)])
+    assert "version of torch: '2.13.0' on ranks 0, 2; '2.12.0' on rank 1" in str(caught.value)
+    assert "gradient_clipping: 1.0 on ranks 0, 2; absent on rank 1" in str(caught.value)
+
+
+def test_our_own_keys_are_compared_by_their_plan():
+    """`"margin": 0` and no margin are one plan; where plans differ, the key that made them differ is named."""
+    judge(0, [Finding("aa", facts={"fp8/margin": "0"}), Finding("aa", facts={})])
+    with pytest.raises(PlanError, match="fp8/margin: 0 on rank 0; 1 on rank 1"):
+        judge(0, [Finding("aa", facts={"fp8/margin": "0"}), Finding("bb", facts={"fp8/margin": "1"})])
+
+
+def test_stages_of_a_pipeline_may_have_optimizers_of_their_own():
+    judge(
+        0,
+        [
+            Finding("aa", part="0", partial=True, converted=1, facts={"optimizer group 1, lr": "1"}),
+            Finding("bb", part="1"),
+        ],
+    )
+
+
 def test_a_rank_with_disabled_sections_does_not_agree_with_one_that_enabled_them():
     """Different files on two nodes: one would send FP8 codes to somebody who waits for bf16."""
     with pytest.raises(PlanError, match="different plans"):

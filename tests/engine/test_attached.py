@@ -60,10 +60,17 @@ def test_bad_input_stops_every_rank_with_the_reason():
 
 
 def test_ranks_that_disagree_stop_each_other():
-    """Another margin on rank 1: both hear who holds what. A typo on rank 1: rank 0 quotes it."""
+    """Another learning rate, betas or clip on rank 1: named. Another margin on rank 1: both hear who holds what. A typo on rank 1: rank 0 quotes it."""
     one, other = (config(1, fp8={"enabled": True, "margin": margin}) for margin in (0, 1))
     typo = config(1, fp8={"enabled": True, "margn": 1})
-    different, quoted = together(("refused", [one, other]), ("refused", [one, typo]))
+    fast, clipped = config(1, **FP8), config(1, **FP8, gradient_clipping=2.0)
+    fast["optimizer"]["params"].update(lr=3e-2, betas=[0.9, 0.95])
+    calls = ([one, other], [one, typo], [config(1, **FP8), fast], [config(1, **FP8), clipped])
+    different, quoted, rates, clips = together(*(("refused", call) for call in calls))
+    assert all("optimizer/params/lr: 0.01 on rank 0; 0.03 on rank 1" in error for error in rates), rates
+    assert all("betas" in error and "absent on rank 0" in error for error in rates), rates
+    assert all("gradient_clipping: 1.0 on rank 0; 2.0 on rank 1" in error for error in clips), clips
+    assert all("fp8/margin: 0 on rank 0; 1 on rank 1" in error for error in different), different
     assert all("different plans" in error and "rank 1" in error for error in different), different
     assert quoted[0].startswith("PlanError") and "rank 1 stopped" in quoted[0] and "margin" in quoted[0]
     assert quoted[1].startswith("ConfigError")
