@@ -15,6 +15,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import PlanError
+
 FP8_SINCE = (8, 9)
 BLOCK_SINCE = (9, 0)
 BLACKWELL_SINCE = (10, 0)
@@ -54,6 +56,34 @@ class Host:
             return self.device_name or self.device_type
         major, minor = self.compute_capability
         return f"{self.device_name or self.device_type}, compute capability {major}.{minor}"
+
+
+ASSUMED = "assumed"
+"""Version of Transformer Engine on a machine that is not here."""
+
+MACHINES = {
+    "a100": Host("cuda", "NVIDIA A100", (8, 0), ASSUMED, ""),
+    "l40s": Host("cuda", "NVIDIA L40S", (8, 9), ASSUMED, ""),
+    "h100": Host("cuda", "NVIDIA H100", (9, 0), ASSUMED, ""),
+    "h200": Host("cuda", "NVIDIA H200", (9, 0), ASSUMED, ""),
+    "b200": Host("cuda", "NVIDIA B200", (10, 0), ASSUMED, ""),
+}
+"""Machines that can be planned for from anywhere, by name. Source: NVIDIA's list of compute capabilities."""
+
+
+def machine(name: str) -> Host | None:
+    """One of MACHINES; None for a device of this machine. Raises PlanError for any other name."""
+    if name in MACHINES:
+        return MACHINES[name]
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise PlanError(
+            f"--device {name}: no device of this machine, and none of {', '.join(MACHINES)}.\n  Use one of these, or cpu."
+        ) from None
+    return None
 
 
 def host(device: Any = "cpu") -> Host:

@@ -25,6 +25,7 @@ FLOORS = {
     "recipe": 1,
     "levels": 1,
     "capabilities": 1,
+    "cost": 2,
     "releases": 0,
     "telemetry": 1,
     "config": 2,

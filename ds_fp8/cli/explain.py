@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import config
+from ..capabilities import ASSUMED, MACHINES, machine
 from ..config import contract
 from ..errors import ConfigError, DsFp8Error
 from ..levels import LEVELS
@@ -131,12 +132,19 @@ def build_model(name: str, no_meta: bool) -> Any:
 def _print_plan(model: Any, settings: config.Settings, options: argparse.Namespace) -> int:
     from ..plan import estimate, make_plan
 
+    facts = settings.deepspeed
     try:
-        plan = make_plan(model, settings, device=options.device, world_size=options.world_size)
+        host = machine(options.device)
+        plan = make_plan(model, settings, device=options.device, world_size=options.world_size, host=host)
     except DsFp8Error as error:
         print(f"{type(error).__name__}: {error}")
         return 1
-    cost = estimate(plan, micro_batches=settings.deepspeed.gradient_accumulation_steps or 1)
+    cost = estimate(
+        plan,
+        micro_batches=facts.gradient_accumulation_steps or 1,
+        offload_optimizer=facts.offload_optimizer is not None,
+        offload_param=facts.offload_param is not None,
+    )
     if options.json:
         print(json.dumps({"plan": json.loads(plan.to_json()), "digest": plan.digest(), "estimate": asdict(cost)}))
         return 0
@@ -147,10 +155,13 @@ def _print_plan(model: Any, settings: config.Settings, options: argparse.Namespa
     ]
     print_table("Modules", ["module", "kind", "shape", "becomes", "reason"], rows)
     _print_products(plan)
+    host_part = f", {human(cost.host.total)} on the host" if cost.host.total else ""
     print(
-        f"{human(cost.resident_bytes)} per rank for weights, gradients, masters and states; "
+        f"{human(cost.resident_bytes)} per rank for weights, gradients, masters and states{host_part}; "
         f"{human(cost.wire_bytes)} sent per rank and step (ZeRO {cost.zero_stage}, {cost.world_size} ranks)"
     )
+    if host is not None and host.transformer_engine == ASSUMED:
+        print(f"planned for {host}, assuming that Transformer Engine is installed there")
     return 0
 
 
@@ -181,7 +192,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-meta", action="store_true", help="build the model for real, if it cannot be built on meta"
     )
-    parser.add_argument("--device", default="cpu", help="device to plan for (default: cpu)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help=f"device to plan for: one of this machine's (cpu, cuda), or {', '.join(MACHINES)} (default: cpu)",
+    )
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks to plan for (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)

@@ -6,70 +6,83 @@ import json
 
 import pytest
 
-from ds_fp8.cli.budget import AMP, Job, is_possible, resident_bytes, sent_bytes
-from ds_fp8.cli.estimate import count, human
+from ds_fp8.cli.estimate import DEEPSPEED, ROWS, Job, count, human, is_possible, kept_bytes, sent_bytes
 from ds_fp8.cli.main import main
+from ds_fp8.cost.memory import Placement
 from ds_fp8.levels import LEVELS
 
 EXPANDED = LEVELS["O3"].override(exp_avg="e4m3_expanded", exp_avg_sq="e4m3_expanded")
 
 
+def kept(name, stage, world_size=1, params=1, level=None, **where):
+    """Bytes of one rank on the device."""
+    job = Job(params, Placement(stage, world_size, **where))
+    return kept_bytes(name, level or ROWS[name], stage, job)[0].total
+
+
+def sent(name, stage, world_size, gas=1):
+    return sent_bytes(name, ROWS[name], stage, Job(1, Placement(stage, world_size, micro_batches=gas)))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
 @pytest.mark.parametrize(
-    ("level", "fixed", "sharded"),
+    ("name", "level", "fixed", "sharded"),
     [
-        (AMP, 2, 14),
-        (LEVELS["O1"], 2, 12),
-        (LEVELS["O2"], 2, 6.0625),
-        (LEVELS["O3"], 1, 8.0625),
-        (EXPANDED, 1, 7.078125),
+        ("AMP", DEEPSPEED, 2, 14),
+        ("O1", LEVELS["O1"], 2, 12),
+        ("O2", LEVELS["O2"], 2, 6.0625),
+        ("O3", LEVELS["O3"], 1, 8.0625),
+        ("O3 expanded", EXPANDED, 1, 7.078125),
     ],
-    ids=["AMP", "O1", "O2", "O3", "O3 expanded"],
 )
-def test_resident_bytes_under_zero_2(level, fixed, sharded, world_size):
+def test_resident_bytes_under_zero_2(name, level, fixed, sharded, world_size):
     """AMP 2 + 14/W, O2 2 + 6.1/W, O3 1 + 8.1/W, O3 expanded 1 + 7.1/W bytes per parameter."""
-    assert resident_bytes(level, 2, Job(1, world_size)) == fixed + sharded / world_size
+    assert kept(name, 2, world_size, level=level) == pytest.approx(fixed + sharded / world_size)
 
 
 def test_stages_shard_one_item_after_the_other():
-    """One rank of 8, AMP: 16, then states, then gradients, then weights divided by 8."""
-    job = Job(1, 8)
-    assert [resident_bytes(AMP, stage, job) for stage in (0, 1, 2, 3)] == [16, 5.5, 3.75, 2]
+    """One rank of 8, AMP, accumulating: 16, then states, then gradients, then weights divided by 8."""
+    assert [kept("AMP", stage, 8, micro_batches=2) for stage in (0, 1, 2, 3)] == [16, 5.5, 3.75, 2]
+    assert kept("AMP", 1, 8) == 3.75, "each backward is a boundary: the partition's gradients alone stay"
 
 
 def test_one_rank_keeps_the_same_in_every_stage():
-    job = Job(10, 1)
-    assert {resident_bytes(LEVELS["O2"], stage, job) for stage in (0, 1, 2, 3)} == {10 * (2 + 2 + 4.0625)}
-    assert sent_bytes(LEVELS["O2"], 2, job) == (0, 0)
+    assert {kept("O2", stage, params=10) for stage in (0, 1, 2, 3)} == {10 * (2 + 2 + 4.0625)}
+    assert sent("O2", 2, 1) == (0, 0)
 
 
 def test_o3_is_not_possible_without_zero():
     assert [is_possible(LEVELS["O3"], stage) for stage in (0, 1, 2, 3)] == [False, True, True, True]
 
 
-def test_an_fp32_weight_is_its_own_master():
+@pytest.mark.parametrize(("name", "stage", "size"), [("O1", 1, 16), ("AMP", 1, 20), ("AMP", 0, 16), ("O1", 0, 16)])
+def test_an_fp32_weight_is_its_own_master(name, stage, size):
     """4 weight + 4 gradient + 8 states; DeepSpeed's own ZeRO copies the weight once more."""
-    job = Job(1, 1, base="fp32")
-    assert resident_bytes(LEVELS["O1"], 1, job) == 16
-    assert resident_bytes(AMP, 1, job) == 20
+    assert kept(name, stage, base="fp32") == size
+
+
+def test_an_offloaded_optimizer_leaves_the_weights():
+    """ZeRO-2, W = 4: on the device 2 bytes; on the host 12 / W and DeepSpeed's fp32 gradients."""
+    job = Job(1, Placement(2, 4, offload_optimizer=True))
+    device, host = kept_bytes("AMP", DEEPSPEED, 2, job)
+    assert (device.total, host.total) == (2.0, 4.0)
+    device, host = kept_bytes("AMP", DEEPSPEED, 3, Job(1, Placement(3, 4, offload_optimizer=True, offload_param=True)))
+    assert (device.total, host.weights) == (0.0, 0.5)
 
 
 def test_gradients_of_zero_2_with_four_micro_batches():
-    """Counted on 2 ranks: plain ZeRO-2 sends 8.8 bytes per parameter and step, with the FP8 reduce 3.0."""
-    job = Job(1, 2, gas=4)
-    assert sum(sent_bytes(AMP, 2, job)) == pytest.approx(8.8, rel=0.03)
-    assert sum(sent_bytes(LEVELS["O2"], 2, job)) == pytest.approx(3.0, rel=0.03)
+    """Counted on 2 ranks: unmodified ZeRO-2 sends 8.8 bytes per parameter and step, with the FP8 reduce 3.0."""
+    assert sum(sent("AMP", 2, 2, gas=4)) == pytest.approx(8.8, rel=0.03)
+    assert sum(sent("O2", 2, 2, gas=4)) == pytest.approx(3.0, rel=0.03)
 
 
 def test_fp8_gradients_of_zero_2_are_about_a_quarter():
     """1.03 bytes once to the owners, against an all-reduce of 2 bytes: 0.258."""
-    job = Job(1, 8)
-    assert sent_bytes(LEVELS["O1"], 2, job)[0] / sent_bytes(AMP, 2, job)[0] == pytest.approx(0.258, abs=0.001)
+    assert sent("O1", 2, 8)[0] / sent("AMP", 2, 8)[0] == pytest.approx(0.258, abs=0.001)
 
 
 def test_o3_halves_the_bytes_of_weights():
-    job = Job(1, 8)
-    assert sent_bytes(LEVELS["O3"], 1, job)[1] * 2 == sent_bytes(LEVELS["O2"], 1, job)[1]
+    assert sent("O3", 1, 8)[1] * 2 == sent("O2", 1, 8)[1]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +109,17 @@ def test_tables_and_json_have_every_level(tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert (answer["gas"], answer["base"], answer["levels"]["O3"][0]) == (4, "bf16", None)
     assert answer["levels"]["AMP"][2]["resident_bytes"] == 3_750_000_000
+
+
+def test_seconds_and_host_bytes_are_shown_when_asked_for(tmp_path, capsys):
+    """1B parameters, W = 2, AMP in ZeRO 2: (2 + 1) GB at 100 Gbit/s take .24 s."""
+    file = tmp_path / "ds.json"
+    file.write_text(
+        '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'
+    )
+    assert main(["estimate", str(file), "--params", "1B", "--world-size", "2", "--bandwidth", "100"]) == 0
+    text = capsys.readouterr().out
+    assert "on the host" in text and "optimizer offloaded" in text and "0.24" in text
 
 
 @pytest.mark.parametrize("flags", [["--params", "many"], ["--params", "0"], ["--params", "1", "--world-size", "0"]])

@@ -130,3 +130,21 @@ def test_a_plain_file_says_so(tmp_path, capsys):
     (tmp_path / "ds.json").write_text("{}")
     assert main(["explain", str(tmp_path / "ds.json")]) == 0
     assert "training is DeepSpeed's own" in capsys.readouterr().out
+
+
+def test_a_plan_for_a_machine_that_is_not_here(tmp_path, monkeypatch, capsys):
+    """A login node without a GPU plans for an H100; mxfp8 is refused there and planned for a B200."""
+    (tmp_path / "planned_elsewhere.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for recipe in ("delayed", "mxfp8"):
+        (tmp_path / f"{recipe}.json").write_text(json.dumps({"fp8": {"enabled": True, "recipe": recipe}}))
+    arguments = ["--model", "planned_elsewhere:build"]
+    assert main(["explain", "delayed.json", *arguments, "--device", "h100"]) == 0
+    assert "NVIDIA H100, compute capability 9.0, assuming that Transformer Engine" in capsys.readouterr().out
+    assert main(["explain", "mxfp8.json", *arguments, "--device", "h100"]) == 1
+    assert main(["explain", "mxfp8.json", *arguments, "--device", "b200"]) == 0
+    capsys.readouterr()
+    assert main(["explain", "delayed.json", *arguments, "--device", "tpu9"]) == 1
+    assert "none of a100, l40s, h100, h200, b200" in capsys.readouterr().out

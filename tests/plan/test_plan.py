@@ -16,9 +16,16 @@ from ds_fp8.recipe import HighPrecision, Recipe
 from tests.layers.small_models import TinyModel, settings
 
 
-def plan_at(level: str | None, stage: int = 2, world_size: int = 2, model: nn.Module | None = None, **fp8) -> Plan:
+def plan_at(
+    level: str | None,
+    stage: int = 2,
+    world_size: int = 2,
+    model: nn.Module | None = None,
+    base: str = "bf16",
+    **fp8,
+) -> Plan:
     msamp = MsampSettings(True, LEVELS[level]) if level else MsampSettings()
-    facts = DeepSpeedFacts(zero_stage=stage, base_dtype="bf16")
+    facts = DeepSpeedFacts(zero_stage=stage, base_dtype=base)
     job = Settings(Fp8Settings(**({"enabled": True} | fp8)), msamp, facts)
     return make_plan(model or TinyModel(), job, host=Host(), world_size=world_size)
 
@@ -122,17 +129,42 @@ def test_wire_bytes():
 
 def test_weight_cache_is_counted():
     plan = plan_at("O2")
-    assert estimate(plan).codes_bytes == 2 * (32 * 48 + 48 * 32)
-    assert estimate(plan, zero_stage=3).codes_bytes == 0
+    assert estimate(plan).device.cached == 2 * (32 * 48 + 48 * 32)
+    assert estimate(plan, zero_stage=3).device.cached == 0
     theirs = replace(plan, fp8=replace(plan.fp8, backend="transformer_engine"))
-    assert estimate(theirs).codes_bytes == 2 * estimate(plan).codes_bytes, "Transformer Engine keeps transposes beside"
+    assert estimate(theirs).device.cached == 2 * estimate(plan).device.cached, (
+        "Transformer Engine keeps transposes beside"
+    )
     hopper = replace(plan, fp8=replace(plan.fp8, emulated=False))
-    assert estimate(hopper).codes_bytes == 2 * estimate(plan).codes_bytes, (
+    assert estimate(hopper).device.cached == 2 * estimate(plan).device.cached, (
         "so do our layers where a GPU multiplies codes"
     )
     high = Recipe(override_linear_precision=HighPrecision(dgrad=True))
     decoded = replace(hopper, fp8=replace(hopper.fp8, recipe=high))
-    assert estimate(decoded).codes_bytes == estimate(plan).codes_bytes, "the plain road keeps one orientation"
+    assert estimate(decoded).device.cached == estimate(plan).device.cached, "the plain road keeps one orientation"
+
+
+@pytest.mark.parametrize("base", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("level", [None, "O1", "O2", "O3"])
+def test_explain_and_estimate_are_one_model(level, stage, base):
+    """Where every parameter is a weight of an FP8 layer both commands say the same bytes, at every W."""
+    from ds_fp8.cli.estimate import ROWS, Job, kept_bytes, sent_bytes
+    from ds_fp8.cost.memory import Placement
+    from ds_fp8.plan.estimate import cached_weight
+
+    if level == "O3" and stage == 0:
+        return
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    plan = plan_at(level, model=model, stage=stage, base=base)
+    for world_size in (1, 2, 8):
+        found = estimate(plan, world_size=world_size, micro_batches=2)
+        where = Placement(stage, world_size, base, 2, cached_weight=cached_weight(plan))
+        name = level or "fp8"
+        device, _ = kept_bytes(name, ROWS[name], stage, Job(256 * 256, where))
+        assert found.device == device
+        sent = sent_bytes(name, ROWS[name], stage, Job(256 * 256, where))
+        assert (found.gradient_wire_bytes, found.weight_wire_bytes) == pytest.approx(sent)
 
 
 def test_o3_says_which_fp8_weights_travel_in_16_bits():
