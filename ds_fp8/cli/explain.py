@@ -25,6 +25,12 @@ from ..levels import LEVELS
 from .estimate import human
 from .tables import print_table
 
+ELSEWHERE = frozenset({"recipe", "layers", "telemetry", "implied", "level", "explicit"})
+"""Fields of a section's settings that are shown apart, or are no keys of the JSON."""
+
+UNSET = {"path": "none: monitor only", "checkpoint_on_signal": "off"}
+"""What a key without a value means; elsewhere the plan decides."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Explain one configuration."""
@@ -51,12 +57,13 @@ def effective_settings(settings: config.Settings) -> Iterator[tuple[str, str, st
     if fp8.enabled:
         recipe = {**asdict(fp8.recipe), "recipe": fp8.recipe.kind}
         recipe["override_linear_precision"] = list(fp8.recipe.override_linear_precision)
-        own = {key: getattr(fp8, key) for key in ("enabled", "backend", "fuse", "weight_cache", "eval", "start_step")}
+        own = {key: value for key, value in asdict(fp8).items() if key not in ELSEWHERE}
         yield from _rows("fp8", "fp8", {**recipe, **own}, given["fp8"], "msamp" if fp8.implied or msamp.use_te else "")
         yield from _rows("layers", "fp8/layers", asdict(fp8.layers), _sub(given["fp8"], "layers"), "")
     if msamp.level is not None:
         name = msamp.level.name
-        level = {**asdict(msamp.level), "enabled": True, "opt_level": name, "use_te": msamp.use_te}
+        level = {key: value for key, value in asdict(msamp).items() if key not in ELSEWHERE}
+        level |= {**asdict(msamp.level), "opt_level": name}
         yield from _rows("msamp", "msamp", level, given["msamp"], name)
     if settings.enabled:
         home = "fp8" if fp8.enabled else "msamp"
@@ -80,8 +87,8 @@ def _rows(
             origin = "msamp"
         else:
             origin = "default"
-        undecided = "none: monitor only" if key == "path" else "decided by the plan"
-        shown = undecided if value is None else value if isinstance(value, str) else json.dumps(value)
+        absent = UNSET.get(key, "decided by the plan")
+        shown = absent if value is None else value if isinstance(value, str) else json.dumps(value)
         yield f"{prefix}/{key}", shown, origin, entry.get("x-unit", "")
 
 
