@@ -60,3 +60,7 @@ class SeamError(DsFp8Error):
 
 class CheckpointError(DsFp8Error):
     """A checkpoint is truncated, foreign or newer than this version; the engine was left as it was."""
+
+
+class WeightError(DsFp8Error, RuntimeError):
+    """A weight that O3 keeps as FP8 data cannot be read or written this way; where torch would raise, so do we."""

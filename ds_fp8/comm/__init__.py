@@ -1,16 +1,19 @@
 """The station between ranks: gradients and weights as bytes, through `deepspeed.comm` and nothing else.
 
 Read in this order: `wire` (what a message holds), `reduce` (who sums what), `route` (nodes and groups), `gather`
-(weights as codes, O3), `counters` (what it saved).
+(weights as codes, O3), `meeting` (whether all ranks
+ask for the same thing), `counters` (what it saved).
 """
 
 from .counters import WireCounters, counters
 from .gather import all_gather_shares
+from .meeting import Meeting
 from .reduce import all_reduce, reduce_slices, reduce_to_owners
 from .route import Route, flat_route, two_level_routes
 from .wire import Wire
 
 __all__ = [
+    "Meeting",
     "Route",
     "Wire",
     "WireCounters",

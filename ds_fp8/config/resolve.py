@@ -143,6 +143,7 @@ def _msamp(given: dict[str, Any]) -> MsampSettings:
         level=level.override(**overrides),
         use_te=value_of(given, "msamp", "use_te"),
         explicit=explicit_keys(given),
+        weight_wire_exclude=tuple(value_of(given, "msamp", "weight_wire_exclude")),
         telemetry=_telemetry(given.get("telemetry", "auto")),
         checkpoint_on_signal=value_of(given, "msamp", "checkpoint_on_signal"),
     )

@@ -140,6 +140,16 @@ def fp8_weights_come_from_the_cache(data: dict[str, Any]) -> Found:
         yield ("fp8", "recipe"), message
 
 
+def only_fp8_weights_are_excluded(data: dict[str, Any]) -> Found:
+    """weight_wire_exclude takes weights out of what travels in FP8; where none do it would do nothing."""
+    level, given = level_of(data), msamp_of(data) or {}
+    if level and level.weight_wire == "none" and given.get("weight_wire_exclude") not in (None, "auto", []):
+        yield (
+            ("msamp", "weight_wire_exclude"),
+            "keeps weights out of those gathered in FP8, but weight_wire is none; remove it, or use opt_level O3",
+        )
+
+
 def masters_fit_the_base(data: dict[str, Any]) -> Found:
     """Split and fp16 masters complete a 16-bit weight; an fp32 parameter is its own master."""
     master = (msamp_of(data) or {}).get("master", "auto")
@@ -199,6 +209,7 @@ RULES: tuple[Rule, ...] = (
     fp8_weights_need_fp8_layers,
     fp8_weights_need_zero,
     fp8_weights_come_from_the_cache,
+    only_fp8_weights_are_excluded,
     masters_fit_the_base,
     rounding_has_something_to_round,
     wire_scope_has_a_wire,

@@ -58,12 +58,14 @@ class MsampSettings:
 
     explicit   keys that the user wrote himself; a default that the job cannot use is replaced and told, an explicit
                value that it cannot use is refused
+    weight_wire_exclude  globs over parameters that stay in 16 bits on every rank at O3
     """
 
     enabled: bool = False
     level: Level | None = None
     use_te: bool = False
     explicit: frozenset[str] = frozenset()
+    weight_wire_exclude: tuple[str, ...] = ()
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     checkpoint_on_signal: str | None = None
 

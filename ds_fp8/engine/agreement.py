@@ -90,6 +90,10 @@ def _no_match(unmatched: str, pieces: list[Finding]) -> PlanError:
     from ..plan import patterns
 
     key, _, pattern = unmatched.partition(": ")
+    if key == "weight_wire_exclude":
+        return PlanError(
+            f"msamp/{key}: {pattern!r} matches no parameter in any stage of the pipeline, so it would do nothing."
+        )
     layers = dict.fromkeys(fqn for found in pieces for fqn in found.layers)
     return patterns.no_match(key, pattern, [patterns.Candidate(fqn, ()) for fqn in layers], [])
 

@@ -92,7 +92,23 @@ def _setting_lines(plan: Plan) -> list[str]:
             f"ZeRO stage {plan.zero_stage}, {plan.world_size} rank{'s' if plan.world_size != 1 else ''}",
         ]
         lines.append("; ".join(parts))
+    lines += _released_line(plan)
     return lines
+
+
+def _released_line(plan: Plan) -> list[str]:
+    """What O3 means for whoever reads a weight himself."""
+    count = len(plan.comm.fp8_weights) if plan.comm is not None else 0
+    if not count:
+        return []
+    kept = "" if plan.zero_stage == 3 else "; model.state_dict() is for all ranks at once"
+    return [
+        (
+            f"{count} weight{'s' if count != 1 else ''} only in FP8 between steps: read outside of their layer they have its FP8"
+            f" values, writes are refused{kept}; in 16 bits inside deepspeed.zero.GatheredParameters, or by"
+            " msamp/weight_wire_exclude"
+        )
+    ]
 
 
 def _on(value: bool) -> str:

@@ -20,7 +20,7 @@ from .effective import Effective, decide_settings
 from .flops import Counted, count_products
 from .modules import Rules, decide_modules
 from .obstacles import MATRICES
-from .parameters import decide_parameters
+from .parameters import decide_parameters, unmatched_exclusions
 
 
 def make_plan(
@@ -60,7 +60,9 @@ def make_plan(
     counted = count_products(model, modules) if effective.fp8.enabled else Counted((), (), 0)
     facts = settings.deepspeed
     recipe = effective.fp8.recipe if effective.fp8.enabled else None
-    parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype)
+    excluded = settings.msamp.weight_wire_exclude
+    parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype, excluded)
+    unmatched = (*unmatched, *_unmatched_weights(model, excluded, partial))
     return Plan(
         modules=modules,
         parameters=parameters,
@@ -78,6 +80,17 @@ def make_plan(
         unmatched=unmatched,
         notes=(*effective.notes, *_notes(modules, parameters, effective, settings, host)),
     )
+
+
+def _unmatched_weights(model: nn.Module, excluded: tuple[str, ...], partial: bool) -> list[str]:
+    missing = unmatched_exclusions(model, excluded)
+    if missing and not partial:
+        names = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
+        raise PlanError(
+            f"msamp/weight_wire_exclude: {missing[0]!r} matches no parameter of this model, so it would do nothing.\n"
+            f"  Weights of this model: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."
+        )
+    return [f"weight_wire_exclude: {pattern}" for pattern in missing]
 
 
 def _pipeline_place(model: nn.Module) -> tuple[bool, bool, bool]:

@@ -7,6 +7,9 @@ usable by that layer alone, so a weight travels as codes if every module that ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 from torch import nn
 
 from ..levels import Level
@@ -16,9 +19,17 @@ from .shapes import numel_of, shape_of
 
 
 def decide_parameters(
-    model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe | None, level: Level | None, base_dtype: str
+    model: nn.Module,
+    modules: tuple[ModuleDecision, ...],
+    recipe: Recipe | None,
+    level: Level | None,
+    base_dtype: str,
+    excluded: Sequence[str] = (),
 ) -> tuple[ParameterDecision, ...]:
-    """One decision for each Parameter object; a shared one appears once, under its first name."""
+    """One decision for each Parameter object; a shared one appears once, under its first name.
+
+    excluded  globs of parameters that travel in 16 bits (msamp/weight_wire_exclude)
+    """
     owners = _owners(model, modules, recipe)
     decisions = []
     for fqn, parameter in model.named_parameters():
@@ -36,11 +47,23 @@ def decide_parameters(
                 exp_avg_sq=kept.exp_avg_sq if kept else _plain(frozen),
                 master=kept.master if kept else _plain(frozen),
                 gradient_wire=kept.gradient_wire if kept else "none",
-                weight_wire=kept.weight_wire if kept and owner else "none",
+                weight_wire=kept.weight_wire if kept and owner and not _is_named(fqn, excluded) else "none",
                 owner=owner,
             )
         )
     return tuple(decisions)
+
+
+def _is_named(fqn: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter is meant by one of the globs: by its own name, or by that of its module."""
+    names = (fqn, fqn.rpartition(".")[0])
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def unmatched_exclusions(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Globs of msamp/weight_wire_exclude that mean no parameter of the model."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return [pattern for pattern in patterns if not any(_is_named(name, (pattern,)) for name in names)]
 
 
 def _plain(frozen: bool) -> str:

@@ -28,8 +28,8 @@ DeepSpeed's class; afterwards it calls `wire.attach(engine, zero_optimizer, plan
     optimizer.fp8_plan, .fp8_book, .fp8_engine                set before any mixin method runs
     optimizer.fp8_masters: list[Tensor]                       this rank's partitions in the base dtype, one per group
         (`single_partition_of_fp32_groups` in stages 1 and 2, `fp32_partitioned_groups_flat` in stage 3); each shares its
-        storage with the rank's own slice of the 16-bit weights, so nothing is copied back. Where 16-bit weights are to be
-        released (`weight_wire` e4m3 in stages 1 and 2) or states are offloaded, it has its own storage instead.
+        storage with the rank's own slice of the 16-bit weights, so nothing is copied back. Where states are offloaded it has its
+        own storage instead, and at O3 in stages 1 and 2 from the first release of the 16-bit weights on.
     The step takes gradients in the base dtype or in fp32 (`averaged_gradients`), and multiplies by 1 / combined_scale
     inside ScaledAdam; gradients are never rescaled in place.
     After a load or a setter call `optimizer.fp8_weights_changed()` runs: O3 overrides it to gather its codes again.

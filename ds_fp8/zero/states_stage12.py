@@ -35,9 +35,8 @@ class StatesStage12(FewLaunches, ScaledStates):
         return self.bit16_groups[index]
 
     def fp8_shares_storage(self: Any) -> bool:
-        # At O3 the 16-bit weights are released between steps: the master then is the only 16-bit copy, W times smaller.
-        released = self.fp8_plan.comm.weight_wire != "none" and self.fp8_plan.comm.fp8_weights
-        return not self.cpu_offload and not released
+        # At O3 too: with the first release of the 16-bit weights a master gets memory of its own (weights_stage12).
+        return not self.cpu_offload
 
     def _fp8_relink(self: Any) -> None:
         self._link_all_hp_params()

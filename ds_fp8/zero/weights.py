@@ -196,19 +196,6 @@ def drop_codes(weight: OwnedWeight) -> None:
         weight.layer.weight_codes = None
 
 
-def stand_in(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of this shape and dtype without memory: every element is the same NaN.
-
-    Whoever reads a released weight sees NaN at once, and who writes to it gets torch's error about shared elements;
-    a view of freed memory would crash or, worse, give numbers.
-    """
-    return torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(tuple(shape))
-
-
-def is_stand_in(tensor: Tensor) -> bool:
-    return tensor.numel() > 1 and not any(tensor.stride())
-
-
 def attach_weights(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
     """Lay out stores for the weights of the plan; from the first step on their codes travel."""
     weights = find_owned(engine.module, plan.comm.fp8_weights)

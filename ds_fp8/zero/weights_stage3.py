@@ -2,8 +2,8 @@
 
 ZeRO 3 gathers each weight twice per micro-batch, in the forward and in the backward, and lets it go in between. The
 owner's chunk of codes is made once per step and kept beside its 16-bit chunk; the gather that the coordinator asks for
-(`all_gather_coalesced`) then fetches bytes, the layer gets them, and the parameter itself stays a stand-in of its
-shape. All other gathers (GatheredParameters, checkpoints, export: `param.all_gather`) fetch 16 bits as before.
+(`all_gather_coalesced`) then fetches bytes, the layer gets them, and the parameter itself is released: outside readers get
+decoded values (`weights_released`). All other gathers (GatheredParameters, checkpoints, export: `param.all_gather`) fetch 16 bits as before.
 
 Small parameters that DeepSpeed keeps resident (`stage3_param_persistence_threshold`) are not gathered at all, and their
 layers cast for themselves: the same codes.
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..comm.counters import all_gather_bytes, counters
 from ..errors import PlanError
-from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, is_stand_in, set_codes, stand_in
+from . import weights_released
+from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, set_codes
 
 
 class CodedWeight:
@@ -73,7 +74,9 @@ class CodesHandle:
             weight = one.weight
             whole = rows[:, start : start + size].reshape(-1)[: weight.numel]
             set_codes(weight, whole, one.scale_inv)
-            weight.param.data = stand_in(weight.param.ds_tensor, weight.shape).to(whole.device)
+            source = weights_released.Source(weight.name, weight.layer.weight_codes)
+            like = whole.new_empty(0, dtype=weight.param.ds_tensor.dtype)
+            weights_released.release(weight.param, like, weight.shape, source)
             weight.param.ds_status = ZeroParamStatus.AVAILABLE
             if not get_accelerator().is_synchronized_device() and handle_dependency:
                 whole.record_stream(get_accelerator().current_stream())
@@ -121,7 +124,10 @@ class WeightsStage3:
         self.fp8_codes_fresh = False
         for coded in self.fp8_coded.values():
             drop_codes(coded.weight)
-            if is_stand_in(coded.weight.param.data) and coded.weight.param.ds_status == ZeroParamStatus.AVAILABLE:
+            if (
+                weights_released.is_released(coded.weight.param)
+                and coded.weight.param.ds_status == ZeroParamStatus.AVAILABLE
+            ):
                 coded.weight.param.partition()  # between a forward and its backward
         for param, name, method in self._fp8_methods:
             setattr(param, name, method)
@@ -167,7 +173,8 @@ class WeightsStage3:
 
         def all_gather(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
             for one in [param] if param_list is None else param_list:
-                if id(one) in self.fp8_coded and is_stand_in(one.data):
+                if weights_released.is_released(one):
+                    weights_released.take_back(one)
                     one.ds_status = ZeroParamStatus.NOT_AVAILABLE
             return original(param_list, *args, **kwargs)
 
@@ -177,8 +184,11 @@ class WeightsStage3:
         """Codes go when the parameter goes. Values written in GatheredParameters make all of them stale."""
 
         def partition(param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, **kwargs: Any) -> Any:
+            listed = [param] if param_list is None else list(param_list)
+            for one in listed:
+                weights_released.take_back(one)
             result = original(param_list, hierarchy, has_been_updated, **kwargs)
-            for one in [param] if param_list is None else param_list:
+            for one in listed:
                 if id(one) in self.fp8_coded:
                     drop_codes(self.fp8_coded[id(one)].weight)
                     if has_been_updated:
@@ -186,6 +196,11 @@ class WeightsStage3:
             return result
 
         return partition
+
+    def reduce_ready_partitions_and_remove_grads(self: Any, param: Any) -> None:
+        # DeepSpeed looks at a parameter many times here, and wants it as it is.
+        with weights_released.raw():
+            super().reduce_ready_partitions_and_remove_grads(param)
 
     def step(self: Any, closure: Any = None) -> None:
         super().step(closure)

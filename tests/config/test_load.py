@@ -147,17 +147,19 @@ def test_every_msamp_key_arrives():
         "rounding": "nearest",
         "gradient_wire": "e5m2",
         "gradient_wire_scope": "inter_node",
-        "weight_wire": "none",
+        "weight_wire": "e4m3",
+        "weight_wire_exclude": ["*.dt_proj"],
         "block_size": 128,
         "checkpoint_on_signal": "ckpt",
         "telemetry": {"enabled": True},
     }
     assert given.keys() == contract.properties("msamp").keys(), "a new key of the schema belongs into this test"
-    settings = config.load({"msamp": given, "bf16": {"enabled": True}})
+    settings = config.load({"msamp": given, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})
     level = settings.msamp.level
     assert (level.name, level.exp_avg, level.exp_avg_sq, level.master) == ("O3", "e4m3_expanded", "bf16", "fp16")
     assert (level.rounding, level.gradient_wire, level.gradient_wire_scope) == ("nearest", "e5m2", "inter_node")
-    assert (level.weight_wire, level.block_size) == ("none", 128)
+    assert (level.weight_wire, level.block_size) == ("e4m3", 128)
+    assert settings.msamp.weight_wire_exclude == ("*.dt_proj",)
     assert settings.msamp.explicit == given.keys()
     assert settings.telemetry.enabled
     assert settings.checkpoint_on_signal == "ckpt"

@@ -65,6 +65,11 @@ def test_banner():
             "ds_fp8: msamp O3: exp_avg int8, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
             "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks"
         ),
+        (
+            "ds_fp8: 4 weights only in FP8 between steps: read outside of their layer they have its FP8 values, writes are "
+            "refused; model.state_dict() is for all ranks at once; in 16 bits inside deepspeed.zero.GatheredParameters, or by "
+            "msamp/weight_wire_exclude"
+        ),
         f"ds_fp8: plan {plan_at('O3').digest()[:12]}",
     ]
 
@@ -84,6 +89,22 @@ def test_parameters_name_formats_and_owner():
     assert (embed.weight_wire, embed.owner, embed.exp_avg) == ("none", "", "int8")
     assert "head.weight" not in found, "a shared parameter appears once"
     assert plan.comm.fp8_weights == tuple(f"blocks.{n}.{name}.weight" for n in (0, 1) for name in ("up", "down"))
+
+
+def test_weight_wire_exclude_keeps_weights_in_16_bits():
+    """By a parameter's name or its module's; what matches nothing is refused with names that exist."""
+    facts = DeepSpeedFacts(zero_stage=2, base_dtype="bf16")
+
+    def plan_without(*patterns: str) -> Plan:
+        msamp = MsampSettings(True, LEVELS["O3"], weight_wire_exclude=patterns)
+        return make_plan(TinyModel(), Settings(Fp8Settings(True), msamp, facts), host=Host(), world_size=2)
+
+    assert plan_without("*.up").comm.fp8_weights == ("blocks.0.down.weight", "blocks.1.down.weight")
+    assert plan_without("blocks.1.*.weight").comm.fp8_weights == ("blocks.0.up.weight", "blocks.0.down.weight")
+    with pytest.raises(
+        PlanError, match=r"msamp/weight_wire_exclude: 'lm_head' matches no parameter.*\n  Weights .*blocks\.0\.up"
+    ):
+        plan_without("lm_head")
 
 
 def test_frozen_parameters_keep_nothing():

@@ -103,6 +103,7 @@ def piped(rank, world_size, folder):
     from deepspeed.pipe import PipelineModule
 
     import ds_fp8
+    from ds_fp8.zero.weights_released import is_released
 
     ds_fp8.activate()
     found = {}
@@ -115,7 +116,7 @@ def piped(rank, world_size, folder):
         batch = torch.randn(4, 32, generator=torch.Generator().manual_seed(rank)).bfloat16()
         losses = [engine.train_batch(iter([(batch, batch)] * 3)).item() for _ in range(3)]
         losses.append(engine.eval_batch(iter([(batch, batch)] * 3)).item())
-        released = [bool(p.isnan().all()) for p in engine.module.parameters() if p.dim() == 2]
+        released = [is_released(p) for p in engine.module.parameters() if p.dim() == 2]
         engine.save_checkpoint(f"{folder}/{level}", tag="here")
         losses += [engine.train_batch(iter([(batch, batch)] * 3)).item() for _ in range(2)]
         engine.load_checkpoint(f"{folder}/{level}", tag="here")

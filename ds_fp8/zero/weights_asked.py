@@ -1,0 +1,149 @@
+"""Who asks for O3's 16-bit weights, and whether all ranks do.
+
+Hooks on the model notice `state_dict()`, `load_state_dict()` and a forward in high precision. Any of them may happen on one
+rank alone, where plain ZeRO 1 and 2 need nobody else. So a rank asks in the store first (`comm.meeting`):
+
+    state_dict, load_state_dict   alone: WeightError, with the ranks that are missing and the ways out
+    the end of the engine         alone: the model keeps decoded weights
+    evaluation                    alone: goes on with decoded weights, says so once, and nobody waits for it again
+
+The hooks belong to this model: a copy or a pickle of it (an average, a teacher) has none of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..comm.meeting import PATIENCE_S, Meeting
+from ..errors import WeightError
+
+
+class AskedTogether:
+    """Meetings of the ranks that share a store.
+
+    moment  steps so far: equal on all ranks that are at the same place of the script
+    """
+
+    def __init__(self, number: int, stores: Sequence[Any]):
+        self.moment = 0
+        self._asked, self._evaluation = (
+            {
+                id(store): Meeting(f"{subject}/engine{number}/group{index}", store.group)
+                for index, store in enumerate(stores)
+            }
+            for subject in ("weights", "evaluation")
+        )
+        self._alone_at = -1
+
+    def require(self, store: Any, asked: str) -> None:
+        """Return when all ranks of the store ask; raises WeightError when some have not come."""
+        absent = self._asked[id(store)].absent(self.moment)
+        if not absent:
+            return
+        names = [weight.name for weight, _, _ in store.coded]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise WeightError(
+            f"{asked}: at O3 the 16-bit values of {names[0] if names else 'the weights'}{more} are spread over all ranks, but"
+            f" {_ranks(absent)} did not ask for them within {PATIENCE_S:.0f} s.\n"
+            "  Call it on every rank (then save on one; a barrier before it if ranks come far apart), or use"
+            " engine.save_16bit_model or engine.save_checkpoint, or keep weights in 16 bits: msamp/weight_wire_exclude."
+        )
+
+    def ends_together(self, store: Any) -> bool:
+        """Whether all ranks of the store end the engine."""
+        absent = self._asked[id(store)].absent(self.moment)
+        if absent:
+            print(
+                f"ds_fp8: {_ranks(absent)} did not end this engine; here its model keeps the values of the FP8 weights",
+                flush=True,
+            )
+        return not absent
+
+    def evaluates_together(self, store: Any) -> bool:
+        """Whether all ranks of the store are about to evaluate in high precision."""
+        meeting = self._evaluation[id(store)]
+        if self._alone_at == self.moment or meeting.is_over():
+            return False
+        absent = meeting.absent(self.moment)
+        if not absent:
+            return True
+        self._alone_at = self.moment
+        meeting.give_up()
+        print(
+            f"ds_fp8: {_ranks(absent)} did not evaluate within {PATIENCE_S:.0f} s of this rank, so from now on evaluation at O3"
+            " computes with the values of the FP8 weights; evaluate inside deepspeed.zero.GatheredParameters on all ranks"
+            " for 16-bit ones",
+            flush=True,
+        )
+        return False
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) != 1 else ''} {shown}"
+
+
+class _Hook:
+    """One hook on one module of one engine. Copies of the module get a hook that does nothing."""
+
+    __slots__ = ("module", "optimizer")
+
+    def __init__(self, optimizer: Any, module: torch.nn.Module):
+        self.optimizer, self.module = weakref.ref(optimizer), weakref.ref(module)
+
+    def __call__(self, module: torch.nn.Module, *args: Any) -> None:
+        if torch.compiler.is_compiling() or module is not self.module():
+            return
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            self.act(optimizer, module)
+
+    def act(self, optimizer: Any, module: torch.nn.Module) -> None:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return nothing
+
+    def __reduce__(self) -> Any:
+        return _get_nothing, ()
+
+
+def nothing(*args: Any) -> None:
+    """What a hook is in a copied or unpickled module."""
+
+
+def _get_nothing() -> Any:
+    return nothing
+
+
+class _BeforeForward(_Hook):
+    def act(self, optimizer: Any, module: torch.nn.Module) -> None:
+        if not module.training and not optimizer.fp8_weight_plan.fp8.eval:
+            optimizer.fp8_restore_for_evaluation()
+
+
+class _BeforeStateDict(_Hook):
+    def act(self, optimizer: Any, module: torch.nn.Module) -> None:
+        optimizer.fp8_restore_if_all_ask("state_dict()")
+
+
+class _BeforeLoad(_Hook):
+    def act(self, optimizer: Any, module: torch.nn.Module) -> None:
+        optimizer.fp8_restore_if_all_ask("load_state_dict()")
+        optimizer.fp8_weights_replaced()
+
+
+def watch_modules(optimizer: Any, root: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[Any]:
+    """Hooks on the root, and on each layer with codes, so that state_dict() of any module that holds one is noticed.
+
+    Returns handles that take them off. A hook holds neither the model nor the optimizer.
+    """
+    handles = [root.register_forward_pre_hook(_BeforeForward(optimizer, root), prepend=True)]
+    for module in dict.fromkeys([root, *layers]):
+        handles.append(module.register_state_dict_pre_hook(_BeforeStateDict(optimizer, module)))
+        handles.append(module.register_load_state_dict_pre_hook(_BeforeLoad(optimizer, module)))
+    return handles

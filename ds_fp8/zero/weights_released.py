@@ -1,0 +1,321 @@
+"""A weight whose 16 bits are elsewhere: what O3 leaves in the place of a Parameter while only its FP8 data is here.
+
+The FP8 layer multiplies with quantized data and never looks at its Parameter. Others do: a tied decoder, a fused loss that
+takes `lm_head.weight`, a penalty, an average over steps, a norm in a log. For them the Parameter, still the same object, has
+the class `ReleasedWeight` for as long as it is released:
+
+    reads     any function of torch, any method: computes with the values that the layer multiplies with, decoded to the
+              Parameter's dtype, and its gradient goes to the Parameter
+    writes    in place, through `.data`, `out=`, a view: `WeightError` with the name and the cure. One rank has no master to
+              write to, and a write to decoded values would vanish
+    the rest  shape, dtype, device, grad, hooks: the Parameter's own
+
+`.data`, `.detach()` and views of them are `DecodedWeight`: plain values that refuse to be written to. Copies and pickles are
+plain. The memory behind the Parameter itself is one NaN: what goes past torch's dispatch (`__torch_function__`) reads that. Known are
+the wrappers of `torch.vmap` and `torch.func.grad` when the Parameter itself is their argument; its `.detach()` is right there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import WeightError
+from ..layers import WeightCodes
+from ..numerics.gemm_blocks import dequantize_128x128
+
+SOURCE = "_ds_fp8_source"
+"""Attribute of a released or decoded tensor: where its values come from."""
+
+raw = torch._C.DisableTorchFunctionSubclass
+"""Context in which a released weight is what it looks like to C++: for code that only passes it on."""
+
+
+class Source:
+    """The quantized data of one weight, under its name.
+
+    kept  decoded values that somebody holds an address of, until the data changes
+    """
+
+    __slots__ = ("codes", "kept", "name")
+
+    def __init__(self, name: str, codes: WeightCodes):
+        self.name, self.codes, self.kept = name, codes, None
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """[N, K] in `dtype`, new memory."""
+        data, scale_inv = self.codes
+        if scale_inv.dim() == 2:
+            return dequantize_128x128(data, scale_inv, dtype)
+        return kernels.dequantize(data, scale_inv, dtype)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The same as a tensor that refuses writes."""
+        return _mark(self.values(dtype), self)
+
+    def held(self, dtype: torch.dtype) -> Tensor:
+        """The same at an address that stays good until the next step."""
+        if self.kept is None:
+            self.kept = self.values(dtype)
+        return self.kept
+
+
+class _Decode(torch.autograd.Function):
+    """Decoded values of a released weight; the gradient is the weight's own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, source: Source) -> Tensor:  # type: ignore[override]
+        return source.values(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class DecodedWeight(Tensor):
+    """Decoded values of a released weight, or a view of them: to be read."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        memo[id(self)] = copied = plain(self).clone()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)
+
+
+class Released:
+    """Mixin over the class that the Parameter had."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OWN:
+            with raw():
+                return func(*args, **(kwargs or {}))
+        return _call(func, args, kwargs or {})
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = torch.nn.Parameter(values_of(self), self.requires_grad)
+        return copied
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return torch._utils._rebuild_parameter, (values_of(self), self.requires_grad, OrderedDict())
+
+
+@functools.cache
+def _released_class(original: type) -> type:
+    return type("ReleasedWeight", (Released, original), {"__module__": __name__})
+
+
+def is_released(param: Any) -> bool:
+    return isinstance(param, Released)
+
+
+def release(param: Any, like: Tensor, shape: Sequence[int], source: Source) -> None:
+    """Give the memory of `param` up; readers get `source`. Again for new data of a weight that is released already."""
+    if is_released(param):
+        param.__dict__[SOURCE] = source
+        return
+    param.data = torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(tuple(shape))
+    param.__dict__[SOURCE] = source
+    param.__class__ = _released_class(type(param))
+
+
+def take_back(param: Any) -> None:
+    """The Parameter's own class again; the caller gives it memory."""
+    if is_released(param):
+        param.__class__ = type(param).__mro__[2]
+        del param.__dict__[SOURCE]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A decoded weight without its refusal of writes; shares memory."""
+    with raw():
+        return tensor.as_subclass(Tensor)
+
+
+def values_of(param: Any) -> Tensor:
+    """Decoded values of a released Parameter, new memory."""
+    return param.__dict__[SOURCE].values(param.dtype)
+
+
+def _mark(values: Tensor, source: Source) -> Tensor:
+    values.__class__ = DecodedWeight
+    values.__dict__[SOURCE] = source
+    return values
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------
+
+
+def _call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`func` with decoded values in the place of released weights."""
+    for written in _written(func, args, kwargs):
+        source = _source(written)
+        if source is not None:
+            if func == _SET_DATA and _is_what_it_reads(args[0], args[1]):
+                return None  # Module.to() where nothing changes
+            raise WeightError(_refusal(func, source))
+    first = args[0] if args else None
+    if is_released(first):
+        if func == _GET_DATA or func == Tensor.detach:
+            return first.__dict__[SOURCE].decoded(first.dtype)
+        if func in _LAYOUT:
+            with raw():
+                return func(torch.empty(first.shape, dtype=first.dtype, device="meta"), *args[1:], **kwargs)
+        if func in _ADDRESS:
+            with raw():
+                return func(first.__dict__[SOURCE].held(first.dtype), *args[1:], **kwargs)
+    if func in _OWN:
+        with raw():
+            return func(*args, **kwargs)
+    sources: dict[int, Source] = {}
+    args, kwargs = _decoded(args, sources), _decoded(kwargs, sources)
+    with raw():
+        return _guarded(func(*args, **kwargs), sources)
+
+
+def _decoded(found: Any, sources: dict[int, Source]) -> Any:
+    """`found` with values for released weights; `sources` notes them by the memory they lie in."""
+    if isinstance(found, Tensor):
+        source = _source(found)
+        if source is None:
+            return found
+        if is_released(found):
+            with raw():
+                graph = torch.is_grad_enabled() and found.requires_grad
+                found = _Decode.apply(found, source) if graph else source.values(found.dtype)
+        else:
+            found = plain(found)
+        sources[_memory(found)] = source
+        return found
+    if isinstance(found, (list, tuple)):
+        made = [_decoded(one, sources) for one in found]
+        return type(found)(*made) if hasattr(found, "_fields") else type(found)(made)
+    if isinstance(found, dict):
+        return {key: _decoded(value, sources) for key, value in found.items()}
+    return found
+
+
+def _guarded(result: Any, sources: dict[int, Source]) -> Any:
+    """Results that lie in a decoded weight's memory refuse writes as it does."""
+    if isinstance(result, Tensor):
+        if type(result) is Tensor:
+            source = sources.get(_memory(result))
+            return result if source is None else _mark(result, source)
+        return result
+    if isinstance(result, (list, tuple)) and any(isinstance(one, Tensor) for one in result):
+        made = [_guarded(one, sources) for one in result]
+        if isinstance(result, list):
+            return made
+        return type(result)(made) if type(result) is not tuple else tuple(made)
+    return result
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells one memory from another; 0 for tensors that have none (sparse, functorch's)."""
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        return tensor.untyped_storage()._cdata
+    return 0
+
+
+def _source(found: Any) -> Source | None:
+    return found.__dict__.get(SOURCE) if isinstance(found, (Released, DecodedWeight)) else None
+
+
+def _is_what_it_reads(param: Any, value: Any) -> bool:
+    """Whether `param.data = value` changes nothing: `value` are the param's own decoded values."""
+    return _source(value) is _source(param) and value.shape == param.shape and value.dtype == param.dtype
+
+
+# -- what writes -------------------------------------------------------------------------------------------------------
+
+_ITEM_WRITERS = frozenset(
+    f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand",
+                              "ior", "ixor", "ilshift", "irshift", "imatmul", "set", "delete")
+)  # fmt: skip
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The arguments that `func` writes to."""
+    out = kwargs.get("out")
+    if out is not None:
+        yield from out if isinstance(out, (tuple, list)) else (out,)
+    schema = getattr(func, "_schema", None)
+    if schema is not None:  # an operator of torch.ops
+        for place, argument in enumerate(schema.arguments):
+            if argument.is_write:
+                value = args[place] if place < len(args) else kwargs.get(argument.name)
+                yield from value if isinstance(value, (tuple, list)) else (value,)
+        return
+    name = getattr(func, "__name__", "")
+    writes = name in _ITEM_WRITERS or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+    if writes and func not in _OWN:
+        value = args[0] if args else next(iter(kwargs.values()), None)
+        yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _refusal(func: Any, source: Source) -> str:
+    name = getattr(func, "__name__", "a function")
+    name = ".data = ..." if name == "__set__" else name
+    return (
+        f"{source.name} was written to ({name}), but at O3 it is released: this rank has its FP8 data, and the 16-bit"
+        " weight is spread over the ranks, so the write would be lost.\n"
+        "  Write inside `with deepspeed.zero.GatheredParameters(param, modifier_rank=0):` on all ranks, or keep this"
+        f' weight in 16 bits: msamp/weight_wire_exclude ["{source.name}"].'
+    )
+
+
+# -- what is the Parameter's own ---------------------------------------------------------------------------------------
+
+
+def _accessors(names: str) -> Iterator[Any]:
+    for name in names.split():
+        found = getattr(Tensor, name, None)
+        for kind in ("__get__", "__set__", "__delete__"):
+            if hasattr(found, kind) and not callable(found):
+                yield getattr(found, kind)
+
+
+def _methods(names: str) -> Iterator[Any]:
+    for name in names.split():
+        for home in (Tensor, torch):
+            if hasattr(home, name):
+                yield getattr(home, name)
+
+
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
+_OWN = frozenset(
+    (
+        *_accessors(
+            "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf grad _grad grad_fn grad_dtype retains_grad "
+            "output_nr _version _backward_hooks _post_accumulate_grad_hooks name names is_cuda is_cpu is_meta is_sparse "
+            "is_sparse_csr is_quantized is_nested is_mkldnn is_xla is_xpu is_hpu is_mps is_mtia is_maia is_ipu is_vulkan"
+        ),
+        *_methods(
+            "size dim ndimension numel nelement element_size get_device is_floating_point is_complex is_signed is_inference "
+            "is_neg is_conj is_same_size requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad "
+            "has_names __len__ sym_numel sym_size backward"
+        ),
+        torch.autograd.grad,
+        torch.autograd.backward,
+    )
+)
+_LAYOUT = frozenset(_methods("stride is_contiguous storage_offset is_coalesced dim_order"))
+_ADDRESS = frozenset(_methods("data_ptr untyped_storage storage _typed_storage __array__ __cuda_array_interface__"))
