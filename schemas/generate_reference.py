@@ -44,7 +44,7 @@ def rows(definitions: dict[str, Any], name: str) -> list[str]:
         if "$ref" in entry:
             inner = definitions[entry["$ref"].rsplit("/", 1)[1]]
             lines.append(
-                f"| `{key}` | object, see [`{inner['title']}`](#{inner['title'].replace('.', '')}) | | {inner['description']} |"
+                f"| `{key}` | {'`true`, `false`, or ' if 'boolean' in inner['type'] else ''}object, see [`{inner['title']}`](#{inner['title'].replace('.', '')}) | | {inner['description']} |"
             )
             continue
         default = json.dumps(entry["default"])
@@ -73,7 +73,7 @@ def render() -> str:
     """The whole page."""
     definitions = json.loads((HERE / "ds_fp8.schema.json").read_text(encoding="utf-8"))["definitions"]
     lines = [HEAD]
-    for name in ("fp8", "layers", "msamp", "telemetry"):
+    for name in ("fp8", "layers", "compile", "msamp", "telemetry"):
         lines += rows(definitions, name)
     return "\n".join(lines)
 

@@ -58,8 +58,11 @@ def effective_settings(settings: config.Settings) -> Iterator[tuple[str, str, st
         recipe = {**asdict(fp8.recipe), "recipe": fp8.recipe.kind}
         recipe["override_linear_precision"] = list(fp8.recipe.override_linear_precision)
         own = {key: value for key, value in asdict(fp8).items() if key not in ELSEWHERE}
+        own["compile"] = fp8.compile is not None
         yield from _rows("fp8", "fp8", {**recipe, **own}, given["fp8"], "msamp" if fp8.implied or msamp.use_te else "")
         yield from _rows("layers", "fp8/layers", asdict(fp8.layers), _sub(given["fp8"], "layers"), "")
+        if fp8.compile is not None:
+            yield from _rows("compile", "fp8/compile", asdict(fp8.compile), _sub(given["fp8"], "compile"), "")
     if msamp.level is not None:
         name = msamp.level.name
         level = {key: value for key, value in asdict(msamp).items() if key not in ELSEWHERE}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .loading import check, check_document, load
     from .settings import (
+        CompileSettings,
         DeepSpeedFacts,
         Fp8Settings,
         LayerSettings,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .source import Document, parse, read
 
 __all__ = [
+    "CompileSettings",
     "DeepSpeedFacts",
     "Document",
     "Fp8Settings",

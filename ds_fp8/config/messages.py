@@ -25,6 +25,9 @@ CURES = {
 }
 """Values that people are known to try, each with the reason why not."""
 
+INNER = ("layers", "compile", "telemetry")
+"""Objects inside a section."""
+
 MOVED = {
     ("fp8", "use_autocast_during_eval"): "unknown key; ds_fp8 calls it 'eval'",
     ("fp8", "use_mxfp8_block_scaling"): 'unknown key; ds_fp8 writes it "recipe": "mxfp8"',
@@ -74,8 +77,8 @@ def unknown_key(key: str, path: Path, known: dict[str, Any]) -> str:
     if guess := closest(key, known):
         return f"unknown key; did you mean '{guess}'?"
     ours = not section or section in contract.SECTIONS
-    for other in ("layers", "telemetry", *contract.SECTIONS) if ours else ():
-        home = f"{section}/{other}" if other in ("layers", "telemetry") else other
+    for other in (*INNER, *contract.SECTIONS) if ours else ():
+        home = f"{section}/{other}" if other in INNER else other
         if (other in known or other in contract.SECTIONS) and key in contract.properties(other) and home != section:
             return f"unknown key here; it belongs to {home}"
     return f"unknown key; known are {', '.join(known)}"

@@ -12,7 +12,7 @@ from ..levels import LEVELS
 from ..recipe import HighPrecision, Recipe
 from . import contract
 from .facts import read_facts
-from .settings import Fp8Settings, LayerSettings, MsampSettings, Settings, TelemetrySettings
+from .settings import CompileSettings, Fp8Settings, LayerSettings, MsampSettings, Settings, TelemetrySettings
 
 LEVEL_KEYS = (
     "exp_avg",
@@ -106,6 +106,7 @@ def _fp8(given: dict[str, Any], backend: str, implied: bool = False) -> Fp8Setti
         ),
         layers=_layers(given.get("layers", "auto")),
         fuse=value_of(given, "fp8", "fuse"),
+        compile=_compile(given.get("compile", False)),
         weight_cache=value_of(given, "fp8", "weight_cache"),
         eval=value_of(given, "fp8", "eval"),
         start_step=integer(value_of(given, "fp8", "start_step")),
@@ -124,6 +125,12 @@ def _layers(given: Any) -> LayerSettings:
         first_last_high_precision=value_of(given, "layers", "first_last_high_precision"),
         min_features=integer(value_of(given, "layers", "min_features")),
     )
+
+
+def _compile(given: Any) -> CompileSettings | None:
+    if not isinstance(given, dict):
+        return CompileSettings() if given is True else None
+    return CompileSettings(**{key: value_of(given, "compile", key) for key in contract.properties("compile")})
 
 
 def _telemetry(given: Any) -> TelemetrySettings:

@@ -68,6 +68,49 @@ def fused_layers_need_transformer_engine(data: dict[str, Any]) -> Found:
         yield ("fp8", "fuse"), "fused layers are Transformer Engine's, but fp8/backend is torch; change one of them"
 
 
+def compiled_layers_are_our_own(data: dict[str, Any]) -> Found:
+    """Transformer Engine's modules run outside a compiled graph: each would break it."""
+    given = fp8_of(data) or {}
+    if given.get("compile", False) in (False, "auto"):
+        return
+    if given.get("backend") == "transformer_engine" or value_of(given, "fp8", "recipe") in BLACKWELL_RECIPES:
+        yield (
+            ("fp8", "compile"),
+            (
+                "Transformer Engine's layers (fp8/backend, fp8/recipe) run outside a compiled graph and break it at each layer; "
+                "set fp8/backend to torch with recipe delayed, current or block, or fp8/compile to false"
+            ),
+        )
+    if given.get("fuse") is True:
+        yield ("fp8", "compile"), "fp8/fuse makes layers of Transformer Engine, which break a compiled graph; drop one"
+
+
+def compiled_blocks_keep_their_parameters(data: dict[str, Any]) -> Found:
+    """ZeRO-3 gathers and releases parameters in hooks on every module."""
+    if (fp8_of(data) or {}).get("compile", False) not in (False, "auto") and zero_stage(data) == 3:
+        yield (
+            ("fp8", "compile"),
+            (
+                "ZeRO-3 gathers parameters in hooks on every module, which break the graph at every layer; "
+                "set zero_optimization/stage to 2, or fp8/compile to false"
+            ),
+        )
+
+
+def graphs_replay_fixed_memory(data: dict[str, Any]) -> Found:
+    """O3's codes of weights arrive in new memory at each step; a CUDA graph would read the old one."""
+    given, level = (fp8_of(data) or {}).get("compile"), level_of(data)
+    mode = given.get("mode") if isinstance(given, dict) else None
+    if mode in ("reduce-overhead", "max-autotune") and level is not None and level.weight_wire != "none":
+        yield (
+            ("fp8", "compile", "mode"),
+            (
+                f"'{mode}' replays CUDA graphs, which read weights at fixed places; with msamp/weight_wire "
+                f"{level.weight_wire} (O3) they arrive in new memory at each step; use default, or opt_level O2"
+            ),
+        )
+
+
 def something_is_swapped(data: dict[str, Any]) -> Found:
     """An opt-in that can convert nothing is a mistake."""
     layers = (fp8_of(data) or {}).get("layers")
@@ -203,6 +246,9 @@ RULES: tuple[Rule, ...] = (
     delayed_only_keys,
     blackwell_recipes_need_transformer_engine,
     fused_layers_need_transformer_engine,
+    compiled_layers_are_our_own,
+    compiled_blocks_keep_their_parameters,
+    graphs_replay_fixed_memory,
     something_is_swapped,
     use_te_agrees_with_backend,
     use_te_needs_fp8,

@@ -27,6 +27,24 @@ class LayerSettings:
 
 
 @dataclass(frozen=True)
+class CompileSettings:
+    """`fp8.compile`, as an object: how torch.compile is called.
+
+    dynamic   None leaves it to torch
+    regional  the repeated blocks, and not the whole model
+    """
+
+    mode: str = "default"
+    dynamic: bool | None = None
+    regional: bool = True
+
+    @property
+    def replays_graphs(self) -> bool:
+        """CUDA graphs are recorded and replayed."""
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+
+@dataclass(frozen=True)
 class TelemetrySettings:
     """`telemetry`, inside either section."""
 
@@ -45,6 +63,7 @@ class Fp8Settings:
     recipe: Recipe = field(default_factory=Recipe)
     layers: LayerSettings = field(default_factory=LayerSettings)
     fuse: bool = False
+    compile: CompileSettings | None = None
     weight_cache: bool | None = None
     eval: bool | None = None
     start_step: int = 0

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import BackendError, DsFp8Error
 from ..plan import ModuleDecision, Plan
 from . import conv1d, experts, fp8_linear, norms
+from .blocks import compile_blocks, release_blocks
 from .fused import fuse_layers
 from .owners import OWNERS, Owner, remove_turns, take_form
 from .scale_book import ScaleBook
@@ -61,8 +62,11 @@ def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None, by_engine: b
             _swap(model, decision, plan, book, by_engine)
         if plan.fp8.fuse:
             fuse_layers(model, plan)
+        if plan.fp8.compile is not None:
+            compile_blocks(model, plan.fp8.compile, {decision.fqn for decision in plan.swaps})
     except DsFp8Error:
         restore_layers(model)
+        release_blocks(model)
         raise
     model.__dict__[BOOK] = book
     book.watch(model)
@@ -87,6 +91,7 @@ def restore_layers(model: nn.Module, book: ScaleBook | None = None) -> nn.Module
             del root.__dict__[BOOK]
             own.unwatch(root)
             remove_turns(root, own)
+            release_blocks(root)
     return model
 
 

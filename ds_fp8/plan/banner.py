@@ -74,6 +74,10 @@ def _setting_lines(plan: Plan) -> list[str]:
             settings.append(f"high precision until step {fp8.start_step}")
         if fp8.fuse:
             settings.append("fused")
+        if fp8.compile is not None:
+            what = "repeated blocks" if fp8.compile.regional else "the whole model"
+            mode = "" if fp8.compile.mode == "default" else f", {fp8.compile.mode}"
+            settings.append(f"{what} compiled by torch.compile{mode}")
         lines.append("; ".join(settings))
         lines.append(share_line(plan))
         if plan.unknown:

@@ -12,6 +12,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..config.settings import CompileSettings
 from ..levels import Level
 from ..recipe import HighPrecision, Recipe
 
@@ -92,6 +93,7 @@ class Fp8Plan:
     start_step: int = 0
     min_features: int = 0
     fuse: bool = False
+    compile: CompileSettings | None = None
     emulated: bool = True
 
 
@@ -185,7 +187,9 @@ def plan_from_json(text: str) -> Plan:
     data["modules"] = tuple(ModuleDecision(**_tuples(item)) for item in data["modules"])
     data["parameters"] = tuple(ParameterDecision(**_tuples(item)) for item in data["parameters"])
     data["products"] = tuple(ProductDecision(**item) for item in data.get("products", ()))
-    data["fp8"] = Fp8Plan(**{**data["fp8"], "recipe": Recipe(**recipe)})
+    compiled = data["fp8"].get("compile")
+    compiled = None if compiled is None else CompileSettings(**compiled)
+    data["fp8"] = Fp8Plan(**{**data["fp8"], "recipe": Recipe(**recipe), "compile": compiled})
     data["optim"] = None if optim is None else OptimPlan(**{**optim, "level": Level(**optim["level"])})
     data["comm"] = None if comm is None else CommPlan(**_tuples(comm))
     return Plan(**_tuples(data))

@@ -84,6 +84,7 @@ def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
         start_step=asked.start_step,
         min_features=asked.layers.min_features or 0,
         fuse=asked.fuse,
+        compile=asked.compile,
         emulated=emulated,
     )
 
@@ -117,6 +118,13 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
     if asked == "torch":
         if kind in BLACKWELL_RECIPES:
             raise PlanError(f"fp8/recipe {kind} exists in Transformer Engine only, but fp8/backend is torch; use auto.")
+        return "torch"
+    if settings.fp8.compile is not None:
+        if asked == "transformer_engine":
+            raise PlanError(
+                "fp8/compile needs our own layers, but msamp/use_te or fp8/backend asks for Transformer Engine's, which break "
+                "a compiled graph at each layer.\n  Set fp8/backend to torch, or fp8/compile to false."
+            )
         return "torch"
     if runs:
         fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear

@@ -64,6 +64,15 @@ REFUSED = [
         "msamp/checkpoint_on_signal",
         {**msamp(checkpoint_on_signal="a"), **fp8(checkpoint_on_signal="a")},
     ),
+    (fp8(compile=True, backend="transformer_engine"), "fp8/compile", fp8(compile=True, backend="torch")),
+    (fp8(compile=True, recipe="mxfp8"), "fp8/compile", fp8(compile=False, recipe="mxfp8")),
+    (fp8(compile={}, fuse=True), "fp8/compile", fp8(compile="auto", fuse=True)),
+    ({**fp8(compile=True), **zero(stage=3)}, "fp8/compile", {**fp8(compile=True), **zero(stage=2)}),
+    (
+        {**msamp("O3"), **fp8(compile={"mode": "reduce-overhead"})},
+        "fp8/compile/mode",
+        {**msamp("O2"), **fp8(compile={"mode": "reduce-overhead"})},
+    ),
     ({**fp8(), "compile": {"deepcompile": True}}, "compile/deepcompile", {**fp8(), "compile": {"deepcompile": False}}),
     ({**msamp(), **zero(zenflow={})}, "zero_optimization/zenflow", {**fp8(), **zero(zenflow={})}),
     (

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from ds_fp8 import levels, recipe
-from ds_fp8.config import Fp8Settings, LayerSettings, TelemetrySettings, contract
+from ds_fp8.config import CompileSettings, Fp8Settings, LayerSettings, TelemetrySettings, contract
 from ds_fp8.levels import LEVELS
 from ds_fp8.recipe import Recipe
 
-SECTIONS = ("fp8", "layers", "msamp", "telemetry")
+SECTIONS = ("fp8", "layers", "compile", "msamp", "telemetry")
 
 
 def undecided(value):
@@ -24,12 +24,13 @@ def undecided(value):
 @pytest.mark.parametrize(
     ("section", "instance", "renamed"),
     [
-        ("fp8", Fp8Settings(), {"recipe", "layers", "telemetry", "implied"}),
+        ("fp8", Fp8Settings(), {"recipe", "layers", "compile", "telemetry", "implied"}),
         ("fp8", Recipe(), {"kind"}),
         ("layers", LayerSettings(), set()),
+        ("compile", CompileSettings(), set()),
         ("telemetry", TelemetrySettings(), set()),
     ],
-    ids=["fp8", "recipe", "layers", "telemetry"],
+    ids=["fp8", "recipe", "layers", "compile", "telemetry"],
 )
 def test_defaults_agree(section, instance, renamed):
     """A default that stands in two places stands there once."""
@@ -37,6 +38,8 @@ def test_defaults_agree(section, instance, renamed):
         if field.name not in renamed:
             assert undecided(getattr(instance, field.name)) == contract.default(section, field.name), field.name
     assert contract.default("fp8", "recipe") == Recipe().kind
+    assert contract.definition("compile")["default"] is False
+    assert Fp8Settings().compile is None
 
 
 def test_every_key_has_a_home():
@@ -45,6 +48,7 @@ def test_every_key_has_a_home():
     fp8_fields = {field.name for field in fields(Fp8Settings)} - {"implied"}
     assert contract.properties("fp8").keys() == recipe_fields | fp8_fields
     assert contract.properties("layers").keys() == {field.name for field in fields(LayerSettings)}
+    assert contract.properties("compile").keys() == {field.name for field in fields(CompileSettings)}
     assert contract.properties("telemetry").keys() == {field.name for field in fields(TelemetrySettings)}
     level_fields = {field.name for field in fields(LEVELS["O1"])} - {"name"}
     assert contract.properties("msamp").keys() == level_fields | {

@@ -1,0 +1,65 @@
+"""`fp8.compile`: torch.compile for a model's repeated blocks, in place, once its layers are converted.
+
+Why blocks and not the whole model: equal blocks share one compilation, so starting takes seconds and not minutes; and a
+compiled block meets attention as its model calls it. (Traced as a whole, transformers' models make a mask tensor, for which
+torch has slower attention kernels only.) What a model does once, embeddings, head and loss, stays as it is.
+
+`nn.Module.compile` changes how a module is called and nothing else: names, parameters, hooks and the module itself stay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config.settings import CompileSettings
+from ..errors import BackendError
+
+COMPILED = "_ds_fp8_compiled"
+"""Attribute of a block that was compiled here."""
+
+
+def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) -> None:
+    """Compile the blocks of `model` that hold converted layers; the model itself where nothing repeats.
+
+    converted  full names of the converted layers
+    A block that its owner has compiled already stays as it is. Raises BackendError where torch.compile does not run.
+    """
+    if not torch._dynamo.is_dynamo_supported():
+        raise BackendError(
+            f"fp8/compile: torch {torch.__version__} cannot compile on this Python or platform.\n  Set fp8/compile to false."
+        )
+    blocks = repeated_blocks(model, converted) if how.regional else {}
+    for block in blocks.values() if blocks else (model,):
+        if getattr(block, "_compiled_call_impl", None) is None:
+            block.compile(mode=None if how.mode == "default" else how.mode, dynamic=how.dynamic)
+            block.__dict__[COMPILED] = True
+
+
+def release_blocks(model: nn.Module) -> None:
+    """Undo `compile_blocks`."""
+    for module in model.modules():
+        if module.__dict__.pop(COMPILED, False):
+            module._compiled_call_impl = None
+
+
+def repeated_blocks(model: nn.Module, converted: set[str]) -> dict[str, nn.Module]:
+    """The outermost modules that have a sibling of their class and hold converted layers: decoder layers, pipeline layers."""
+    found: dict[str, nn.Module] = {}
+
+    def holds(name: str) -> bool:
+        return any(layer.startswith(f"{name}.") for layer in converted)
+
+    def look(prefix: str, parent: nn.Module) -> None:
+        children = [(f"{prefix}{name}", child) for name, child in parent.named_children()]
+        kinds = [type(child) for name, child in children if holds(name)]
+        for name, child in children:
+            if not holds(name):
+                continue
+            if kinds.count(type(child)) > 1 and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                found[name] = child
+            else:
+                look(f"{name}.", child)
+
+    look("", model)
+    return found
