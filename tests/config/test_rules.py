@@ -64,6 +64,7 @@ REFUSED = [
         "msamp/checkpoint_on_signal",
         {**msamp(checkpoint_on_signal="a"), **fp8(checkpoint_on_signal="a")},
     ),
+    (msamp("O2", weight_wire_exclude=["a"]), "msamp/weight_wire_exclude", msamp("O3", weight_wire_exclude=["a"])),
     (fp8(compile=True, backend="transformer_engine"), "fp8/compile", fp8(compile=True, backend="torch")),
     (fp8(compile=True, recipe="mxfp8"), "fp8/compile", fp8(compile=False, recipe="mxfp8")),
     (fp8(compile={}, fuse=True), "fp8/compile", fp8(compile="auto", fuse=True)),
