@@ -138,3 +138,43 @@ def test_rows_of_an_aligned_layout():
     ends, places, room = groups.aligned()
     assert ends.tolist() == [16, 16, 48] and room % 16 == 0
     assert places.tolist() == [0, 1, 2, *range(16, 33), room - 1, room - 1] and room - 1 >= 48
+
+
+def grouped_product_of_torch(a, b, scale_a, scale_b, offs=None, out_dtype=None, use_fast_accum=False):
+    """What `torch._scaled_grouped_mm` computes and demands, written out: row-wise scales, both operands by rows of 16 bytes.
+
+    [S, Q] with [E, Q, R]: scales [S] and [E, R], groups of rows;  [P, S] with [S, R]: scales [E * P] and [E * R], groups of the sum.
+    Memory that belongs to no group comes back as NaN: the kernel does not write it.
+    """
+    assert a.dtype == b.dtype == torch.float8_e4m3fn and offs.dtype == torch.int32 and out_dtype == torch.bfloat16
+    assert a.stride(-1) == 1 and b.stride(-2) == 1, "left by rows, right by columns"
+    assert a.stride(-2) % 16 == 0 and b.stride(-1) % 16 == 0, "16 bytes"
+    bounds = list(zip([0, *offs.tolist()[:-1]], offs.tolist(), strict=True))
+    if b.dim() == 3:
+        out = torch.full((a.shape[0], b.shape[2]), torch.nan)
+        for e, (first, last) in enumerate(bounds):
+            product = a[first:last].float() @ b[e].float()
+            out[first:last] = product * scale_a[first:last, None] * scale_b[e]
+        return out.to(out_dtype)
+    experts, rows, columns = len(bounds), a.shape[0], b.shape[1]
+    out = torch.full((experts, rows, columns), torch.nan)
+    for e, (first, last) in enumerate(bounds):
+        assert first % 16 == last % 16 == 0, "each group begins at 16 bytes"
+        if last > first:
+            product = a[:, first:last].float() @ b[first:last].float()
+            out[e] = product * scale_a.view(experts, -1)[e][:, None] * scale_b.view(experts, -1)[e]
+    return out.to(out_dtype)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_one_launch_for_all_experts_gives_the_references_numbers(counts, monkeypatch):
+    """Hopper's path with torch's product written out: the same codes and scales, once each expert and once all together."""
+    from ds_fp8.layers import grouped_rows
+
+    extra = 6 if counts == "rows of nobody" else 0
+    expected = run(RECIPES["current"], COUNTS[counts], extra=extra, dtype=torch.bfloat16)[0]
+    monkeypatch.setattr(grouped_rows, "groups_in_one_launch", lambda device: True)
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", grouped_product_of_torch)
+    found = run(RECIPES["current"], COUNTS[counts], extra=extra, dtype=torch.bfloat16)[0]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=2**-7), "a sum in another order, rounded to bf16"
