@@ -34,6 +34,7 @@ PIECES = {
     "linear": "one linear layer 4096 x 4096, forward and backward, by number of tokens and backend",
     "profile": "where the time of one linear pass goes, on the device and on the host",
     "block": "one GPT block of width 4096, 16K tokens",
+    "moe": "the expert blocks of Mixtral, gpt-oss and Qwen3-30B-A3B, forward and backward, FP8 beside bf16",
     "gpt": "GPT of 1.25B parameters under ZeRO-2: tokens/s and memory for bf16, fp8, O1, O2, O3",
     "largest": "largest model that trains on the card, bf16 against O3 with expanded states",
     "wire": "two ranks on one device over gloo, and NCCL as far as one device lets it",

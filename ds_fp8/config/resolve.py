@@ -107,6 +107,7 @@ def _fp8(given: dict[str, Any], backend: str, implied: bool = False) -> Fp8Setti
         layers=_layers(given.get("layers", "auto")),
         fuse=value_of(given, "fp8", "fuse"),
         compile=_compile(given.get("compile", False)),
+        frozen_weights=value_of(given, "fp8", "frozen_weights"),
         weight_cache=value_of(given, "fp8", "weight_cache"),
         eval=value_of(given, "fp8", "eval"),
         start_step=integer(value_of(given, "fp8", "start_step")),

@@ -64,6 +64,7 @@ class Fp8Settings:
     layers: LayerSettings = field(default_factory=LayerSettings)
     fuse: bool = False
     compile: CompileSettings | None = None
+    frozen_weights: str = "high_precision"
     weight_cache: bool | None = None
     eval: bool | None = None
     start_step: int = 0

@@ -5,6 +5,7 @@ Bytes of one parameter on one rank, W ranks, b bytes of the base dtype (2 or 4);
     stage         0        1           2        3
     weight        b        b           b        b/W
                            1 (O3)      1 (O3)   + 1/W (O3: its FP8 data beside the 16 bits)
+                           1 (frozen, `frozen_weights`; stage 0 too)
     gradient      b        b, b/W*     b/W      b/W
     master        m        m/W         m/W      m/W
     exp_avg(_sq)  s        s/W         s/W      s/W
@@ -80,6 +81,7 @@ class Kept:
     ours                         the states are ds_fp8's (`msamp`), not DeepSpeed's
     fp8_weight                   it travels as FP8 data (O3)
     is_multiplied                an FP8 layer multiplies with it
+    is_fp8_alone                 frozen, and its FP8 data is all that is kept (`frozen_weights`; stages 0 to 2)
     """
 
     exp_avg: str
@@ -88,6 +90,7 @@ class Kept:
     ours: bool
     fp8_weight: bool = False
     is_multiplied: bool = True
+    is_fp8_alone: bool = False
 
     @property
     def is_frozen(self) -> bool:
@@ -99,7 +102,7 @@ def bytes_of(kept: Kept, where: Placement) -> tuple[Bytes, Bytes]:
     base, stage = FORMATS[where.base].bytes, where.zero_stage
     shard = 1 / where.world_size
     states_shard = shard if stage >= 1 else 1.0
-    is_fp8_weight = kept.fp8_weight and stage > 0
+    is_fp8_weight = (kept.fp8_weight and stage > 0) or kept.is_fp8_alone
     weights = base * (shard if stage == 3 else 1.0)
     if is_fp8_weight:
         weights = 1.0 if stage < 3 else weights + shard

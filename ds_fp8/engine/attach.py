@@ -36,6 +36,7 @@ class Attachment:
     plan      the decision, equal on all ranks
     book      scales and amax histories of the FP8 layers; None when only `msamp`'s states were asked for
     watch     telemetry; None when it is off
+    frozen    frozen weights that are kept as codes alone; None without any
     """
 
     engine: Any
@@ -44,6 +45,7 @@ class Attachment:
     plan: Any
     book: Any = None
     watch: Any = None
+    frozen: Any = None
 
     @property
     def is_attached(self) -> bool:
@@ -58,6 +60,11 @@ class Attachment:
         """DeepSpeed has put the model on its device and knows its groups: whoever shares data shares scales."""
         if self.book is not None:
             self.book.group = self.engine.seq_data_parallel_group
+        if self.plan.fp8.frozen_weights:
+            from ..zero.frozen_weights import FrozenWeights
+
+            self.frozen = FrozenWeights(self.model, self.plan)
+            self.frozen.freeze()
         if self.watch is not None:
             self.watch.begin()
 
@@ -105,6 +112,8 @@ class Attachment:
         give_back = getattr(self.engine.optimizer, "fp8_give_back", None)
         if give_back is not None:
             give_back()
+        if self.frozen is not None:
+            self.frozen.thaw()
         if self.book is not None:
             restore_layers(self.model, self.book)
 
@@ -136,13 +145,19 @@ class Attachment:
         if not self.is_attached:
             return original(*args, **kwargs)
         # Looks at every file of this rank before the engine is touched.
-        path, client_state = load_checkpoint(
-            original,
-            self.engine,
-            *args,
-            check_client_state=lambda state, where: check_state(self, state, where),
-            **kwargs,
-        )
+        if self.frozen is not None:
+            self.frozen.thaw()
+        try:
+            path, client_state = load_checkpoint(
+                original,
+                self.engine,
+                *args,
+                check_client_state=lambda state, where: check_state(self, state, where),
+                **kwargs,
+            )
+        finally:
+            if self.frozen is not None:
+                self.frozen.freeze()
         if path is not None:
             take_state(self, client_state, path)
         return path, client_state

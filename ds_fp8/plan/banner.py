@@ -79,6 +79,9 @@ def _setting_lines(plan: Plan) -> list[str]:
             mode = "" if fp8.compile.mode == "default" else f", {fp8.compile.mode}"
             settings.append(f"{what} compiled by torch.compile{mode}")
         lines.append("; ".join(settings))
+        if fp8.frozen_weights:
+            kept = len(fp8.frozen_weights)
+            lines.append(f"frozen weights of {kept} Linear are kept in FP8 alone (1 byte per parameter)")
         lines.append(share_line(plan))
         if plan.unknown:
             more = f" and {len(plan.unknown) - SHOWN} more" if len(plan.unknown) > SHOWN else ""

@@ -82,7 +82,10 @@ class ProductDecision:
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """The part of the layers: settings with every `auto` decided."""
+    """The part of the layers: settings with every `auto` decided.
+
+    frozen_weights  names of the FP8 layers whose frozen weight is kept as its codes alone
+    """
 
     enabled: bool = False
     implied: bool = False
@@ -95,6 +98,7 @@ class Fp8Plan:
     fuse: bool = False
     compile: CompileSettings | None = None
     emulated: bool = True
+    frozen_weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def plan_from_json(text: str) -> Plan:
     data["products"] = tuple(ProductDecision(**item) for item in data.get("products", ()))
     compiled = data["fp8"].get("compile")
     compiled = None if compiled is None else CompileSettings(**compiled)
-    data["fp8"] = Fp8Plan(**{**data["fp8"], "recipe": Recipe(**recipe), "compile": compiled})
+    data["fp8"] = Fp8Plan(**_tuples({**data["fp8"], "recipe": Recipe(**recipe), "compile": compiled}))
     data["optim"] = None if optim is None else OptimPlan(**{**optim, "level": Level(**optim["level"])})
     data["comm"] = None if comm is None else CommPlan(**_tuples(comm))
     return Plan(**_tuples(data))

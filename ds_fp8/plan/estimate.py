@@ -89,4 +89,5 @@ def _kept(parameter: ParameterDecision, plan: Plan, multiplied: set[str]) -> Kep
         ours=plan.optim is not None,
         fp8_weight=parameter.weight_wire == "e4m3",
         is_multiplied=holder in multiplied and name == "weight",
+        is_fp8_alone=holder in plan.fp8.frozen_weights and name == "weight",
     )

@@ -7,6 +7,7 @@ the same one; `digest()` proves it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,11 +17,11 @@ from ..config.settings import Settings
 from ..errors import PlanError
 from . import crossover
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
-from .effective import Effective, decide_settings
+from .effective import BLACKWELL_RECIPES, Effective, decide_settings
 from .flops import Counted, count_products
 from .modules import Rules, decide_modules
 from .obstacles import MATRICES
-from .parameters import decide_parameters, unmatched_exclusions
+from .parameters import decide_parameters, frozen_layers, unmatched_exclusions
 
 
 def make_plan(
@@ -57,6 +58,7 @@ def make_plan(
         )
         modules, unmatched = decide_modules(model, rules)
         _require_conversion(modules, settings, partial)
+        effective = _keep_frozen(model, modules, effective, settings, partial)
     counted = count_products(model, modules) if effective.fp8.enabled else Counted((), (), 0)
     facts = settings.deepspeed
     recipe = effective.fp8.recipe if effective.fp8.enabled else None
@@ -123,6 +125,29 @@ def _require_conversion(modules: tuple[ModuleDecision, ...], settings: Settings,
         f"fp8 is enabled, but nothing would compute in FP8: {found}.\n"
         "  Change fp8/layers or the model, or set fp8/enabled to false."
     )
+
+
+def _keep_frozen(
+    model: nn.Module, modules: tuple[ModuleDecision, ...], effective: Effective, settings: Settings, partial: bool
+) -> Effective:
+    """Name the layers whose frozen weights are kept in FP8 alone; refuse what cannot be kept so."""
+    if settings.fp8.frozen_weights != "fp8":
+        return effective
+    recipe = effective.fp8.recipe
+    why = None
+    if settings.deepspeed.zero_stage == 3:
+        why = "zero_optimization/stage 3 cuts the 16-bit weights and gathers them itself. Set stage to 0, 1 or 2"
+    elif recipe.kind in BLACKWELL_RECIPES:
+        why = f"it makes codes for the recipes delayed, current and block, not {recipe.kind}. Use one of the three"
+    names = () if why else frozen_layers(model, modules, recipe)
+    if not why and not names and not partial and settings.trains:
+        why = (
+            "no FP8 Linear of this model has a frozen weight of its own that all its products use in FP8. Freeze the base "
+            "before deepspeed.initialize, as peft.get_peft_model does"
+        )
+    if why:
+        raise PlanError(f"fp8/frozen_weights fp8: {why}, or remove the key.")
+    return replace(effective, fp8=replace(effective.fp8, frozen_weights=names))
 
 
 def _optim(effective: Effective, settings: Settings) -> OptimPlan | None:

@@ -66,6 +66,16 @@ def unmatched_exclusions(model: nn.Module, patterns: Sequence[str]) -> list[str]
     return [pattern for pattern in patterns if not any(_is_named(name, (pattern,)) for name in names)]
 
 
+def frozen_layers(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe) -> tuple[str, ...]:
+    """FP8 Linears whose weight is frozen and theirs alone: its codes can be all that is kept of it."""
+    owners = _owners(model, modules, recipe)
+    return tuple(
+        owners[id(parameter)]
+        for parameter in model.parameters()
+        if not parameter.requires_grad and id(parameter) in owners
+    )
+
+
 def _plain(frozen: bool) -> str:
     return "none" if frozen else "fp32"
 

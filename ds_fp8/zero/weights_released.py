@@ -171,7 +171,9 @@ def _call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if source is not None:
             if func == _SET_DATA and _is_what_it_reads(args[0], args[1]):
                 return None  # Module.to() where nothing changes
-            raise WeightError(_refusal(func, source))
+            if (thaw := getattr(source, "thaw", None)) is None:
+                raise WeightError(_refusal(func, source))
+            thaw(None if is_released(written) else _whole(written))  # a frozen weight (`frozen_weights.py`)
     first = args[0] if args else None
     if is_released(first):
         if func == _GET_DATA or func == Tensor.detach:
@@ -236,7 +238,15 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _source(found: Any) -> Source | None:
-    return found.__dict__.get(SOURCE) if isinstance(found, (Released, DecodedWeight)) else None
+    source = found.__dict__.get(SOURCE) if isinstance(found, (Released, DecodedWeight)) else None
+    return None if getattr(source, "thawed", False) else source
+
+
+def _whole(decoded: Tensor) -> Tensor:
+    """The whole weight that a decoded tensor, or a view of it, lies in."""
+    shape = decoded.__dict__[SOURCE].codes.data.shape
+    with raw():
+        return torch.empty(0, dtype=decoded.dtype, device=decoded.device).set_(decoded.untyped_storage(), 0, shape)
 
 
 def _is_what_it_reads(param: Any, value: Any) -> bool:

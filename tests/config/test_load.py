@@ -111,6 +111,8 @@ def test_every_fp8_key_arrives():
             "min_features": 256,
         },
         "fuse": True,
+        "compile": False,
+        "frozen_weights": "fp8",
         "weight_cache": False,
         "eval": True,
         "start_step": 10,
@@ -132,7 +134,7 @@ def test_every_fp8_key_arrives():
         10,
     )
     assert fp8.telemetry == config.TelemetrySettings(True, 5, "runs")
-    assert fp8.checkpoint_on_signal == "$CHECKPOINT_DIR"
+    assert fp8.checkpoint_on_signal == "$CHECKPOINT_DIR" and fp8.frozen_weights == "fp8"
     assert not fp8.implied
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,4 +75,56 @@ def train_families(rank: int, world_size: int, stage: int, names: list[str], fol
                     result["resumed"] = steps(again, rank, 4, 6)
                     result["weights"] = {key: value.sum().item() for key, value in full_weights(engine).items()}
             found[f"{name} {level}"] = result
+    return found
+
+
+def lora() -> nn.Module:
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=64, target_modules="all-linear"))
+
+
+def train_lora(rank: int, world_size: int, stages: list[int], folder: str) -> dict[str, Any]:
+    """PEFT's LoRA with the base kept in 16 bits and in FP8: losses, a resumed run, adapters on disk, the merged model."""
+    import ds_fp8.engine
+    from ds_fp8.zero.weights_released import is_released
+
+    ds_fp8.activate()
+    found: dict[str, Any] = {}
+    for stage in stages:
+        for kept in ("high_precision", "fp8"):
+            settings = config(stage, fp8={"enabled": True, "recipe": "current", "frozen_weights": kept})
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                engine = make_engine(settings, lora())
+                result: dict[str, Any] = {"losses": steps(engine, rank, 0, 6)}
+                result["released"] = sum(is_released(parameter) for parameter in engine.module.parameters())
+                engine.save_checkpoint(f"{folder}/{kept}{stage}")
+                engine.module.save_pretrained(f"{folder}/adapters{kept}{stage}-{rank}")
+                result["adapters"] = sorted(
+                    file.name for file in Path(f"{folder}/adapters{kept}{stage}-{rank}").iterdir()
+                )
+                result["after"] = steps(engine, rank, 6, 8)
+                again = make_engine(settings, lora())
+                again.load_checkpoint(f"{folder}/{kept}{stage}")
+                result["resumed"] = steps(again, rank, 6, 8)
+                engine.module.eval()
+                batch = tokens(rank, 99)
+                with torch.no_grad():
+                    before = engine.module(input_ids=batch).logits.float()
+                model = engine.module
+                engine.destroy()
+                merged = model.merge_and_unload()
+                with torch.no_grad():
+                    after = merged(input_ids=batch).logits.float()
+            result["said"] = said.getvalue()
+            result["merged_error"] = float((after - before).norm() / before.norm())
+            result["merged_classes"] = sorted(
+                {type(m).__name__ for m in merged.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+            )
+            found[f"{kept} {stage}"] = result
     return found

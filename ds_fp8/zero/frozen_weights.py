@@ -1,0 +1,88 @@
+"""`fp8.frozen_weights: "fp8"`: of a weight that is never stepped, the FP8 data is all that is kept.
+
+LoRA's base is read in every product and written by nobody. Its codes are made once, when DeepSpeed has put the model on its
+device, and the 16 bits are given up: 1 byte per parameter instead of 2, and no cast in any step. The Parameter stays where it
+is, as a `ReleasedWeight` (`weights_released.py`): whoever reads it (a norm for DoRA, a checkpoint, an evaluation in high
+precision) gets the values that the layer multiplies with. Unlike at O3 this rank has all of the weight, so whoever writes
+(`merge_and_unload`, a load) is not refused: the 16 bits come back first, for good.
+
+One scale for the tensor, or one for each tile under recipe `block`, and powers of two: e4m3 has 3 mantissa bits, so decoded
+values are exact in bf16, and casting them again gives the same values. A merged or a resumed model is the one that was
+trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..formats import Format
+from ..layers import WeightCodes
+from ..numerics.gemm_blocks import block_scale
+from ..numerics.scaling import scale_inv_of
+from ..plan import Plan
+from . import weights_released
+
+
+class FrozenSource(weights_released.Source):
+    """The codes of one frozen weight, and the way back to 16 bits."""
+
+    __slots__ = ("layer", "thawed")
+
+    def __init__(self, name: str, codes: WeightCodes, layer: Any):
+        super().__init__(name, codes)
+        self.layer, self.thawed = layer, False
+
+    def thaw(self, memory: Tensor | None = None) -> None:
+        """16 bits again: in `memory`, decoded values that somebody is about to write to, or in new memory."""
+        if self.thawed:
+            return
+        param = self.layer.weight
+        values = self.values(param.dtype) if memory is None else memory
+        weights_released.take_back(param)
+        param.data = values
+        self.layer.weight_codes = None
+        self.thawed = True
+
+
+class FrozenWeights:
+    """The frozen weights of one engine's model.
+
+    freeze  16 bits -> codes, of all that are not kept so already
+    thaw    codes -> 16 bits
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        self.model, self.names = model, plan.fp8.frozen_weights
+        self.recipe = plan.fp8.recipe
+        self.sources: dict[str, FrozenSource] = {}
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        for fqn in self.names:
+            layer: Any = self.model.get_submodule(fqn)
+            weight = layer.weight
+            if weights_released.is_released(weight):
+                continue
+            codes = frozen_codes(weight.detach(), self.recipe.forward_format, by_tiles=self.recipe.kind == "block")
+            source = FrozenSource(f"{fqn}.weight", codes, layer)
+            layer.weight_codes = codes
+            weights_released.release(weight, weight.detach(), tuple(weight.shape), source)
+            self.sources[fqn] = source
+
+    @torch.no_grad()
+    def thaw(self) -> None:
+        for source in self.sources.values():
+            source.thaw()
+        self.sources.clear()
+
+
+def frozen_codes(weight: Tensor, fmt: Format, *, by_tiles: bool) -> WeightCodes:
+    """Codes of `weight` [N, K] with scales that are powers of two: one for all, or one for each tile of 128 x 128."""
+    if by_tiles:
+        return WeightCodes(*kernels.quantize_128x128(weight, fmt))
+    scale = block_scale(kernels.amax(weight), fmt, power_of_two=True)
+    return WeightCodes(kernels.quantize(weight, scale, fmt), scale_inv_of(scale))
