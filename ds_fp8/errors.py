@@ -58,6 +58,10 @@ class SeamError(DsFp8Error):
     """The installed DeepSpeed differs from the one whose private names we hook; training unquantised is not an option."""
 
 
+class NonFiniteError(DsFp8Error, RuntimeError):
+    """Training goes on with a loss that is no number, and DeepSpeed takes the steps all the same."""
+
+
 class CheckpointError(DsFp8Error):
     """A checkpoint is truncated, foreign or newer than this version; the engine was left as it was."""
 

@@ -111,6 +111,8 @@ def _fp8(given: dict[str, Any], backend: str, implied: bool = False) -> Fp8Setti
         weight_cache=value_of(given, "fp8", "weight_cache"),
         eval=value_of(given, "fp8", "eval"),
         start_step=integer(value_of(given, "fp8", "start_step")),
+        first_step_check=value_of(given, "fp8", "first_step_check"),
+        max_nonfinite_steps=integer(value_of(given, "fp8", "max_nonfinite_steps")),
         telemetry=_telemetry(given.get("telemetry", "auto")),
         checkpoint_on_signal=value_of(given, "fp8", "checkpoint_on_signal"),
     )

@@ -68,6 +68,8 @@ class Fp8Settings:
     weight_cache: bool | None = None
     eval: bool | None = None
     start_step: int = 0
+    first_step_check: str = "warn"
+    max_nonfinite_steps: int = 5
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     checkpoint_on_signal: str | None = None
 

@@ -37,6 +37,8 @@ class Attachment:
     book      scales and amax histories of the FP8 layers; None when only `msamp`'s states were asked for
     watch     telemetry; None when it is off
     frozen    frozen weights that are kept as codes alone; None without any
+    proof     of the first step in FP8; None when it is over, or was not asked for
+    guard     stops a job whose loss is no number; None when it is off
     """
 
     engine: Any
@@ -46,6 +48,8 @@ class Attachment:
     book: Any = None
     watch: Any = None
     frozen: Any = None
+    proof: Any = None
+    guard: Any = None
 
     @property
     def is_attached(self) -> bool:
@@ -67,6 +71,10 @@ class Attachment:
             self.frozen.freeze()
         if self.watch is not None:
             self.watch.begin()
+        if self.proof is not None:
+            self.proof.begin()
+        if self.guard is not None:
+            self.guard.listen()
 
     def configure_optimizer(self, original: Callable, client_optimizer: Any, model_parameters: Any) -> None:
         """Under `msamp` ours takes the place of the JSON's or the client's Adam; else DeepSpeed goes on as always."""
@@ -100,8 +108,9 @@ class Attachment:
             return
         # Whatever fails below, nobody may count on this engine any more.
         del self.engine.__dict__[ATTRIBUTE]
-        if self.watch is not None:
-            self.watch.stop()
+        for watcher in (self.watch, self.proof):
+            if watcher is not None:
+                watcher.stop()
         if communicate or not self.releases_weights:
             self._restore()
         life.forget(self)
@@ -130,6 +139,10 @@ class Attachment:
             self.book.weights_changed()
         if self.watch is not None:
             self.watch.after_step()
+        if self.proof is not None and self.proof.after_step():
+            self.proof = None
+        if self.guard is not None:
+            self.guard.after_step()
         return result
 
     def _save_checkpoint(
@@ -196,6 +209,8 @@ def attach(engine: Any, model: Any) -> Attachment | None:
     engine.__dict__[ATTRIBUTE] = attachment
     attachment.hook()
     tell(plan.banner())
+    if settings.trains:
+        _watch_steps(attachment)
     if settings.telemetry.enabled and settings.trains:
         import deepspeed.comm as dist
 
@@ -203,6 +218,18 @@ def attach(engine: Any, model: Any) -> Attachment | None:
 
         attachment.watch = Watch(attachment, dist.get_rank() if dist.is_initialized() else 0)
     return attachment
+
+
+def _watch_steps(attachment: Attachment) -> None:
+    """What looks at the steps of an engine that trains."""
+    from .first_step import FirstStep
+    from .nonfinite import NonFiniteGuard
+
+    fp8 = attachment.settings.fp8
+    if attachment.book is not None and fp8.first_step_check != "off":
+        attachment.proof = FirstStep(attachment)
+    if fp8.max_nonfinite_steps:
+        attachment.guard = NonFiniteGuard(attachment.engine, attachment.model, fp8.max_nonfinite_steps)
 
 
 def _settings(engine: Any) -> Any:

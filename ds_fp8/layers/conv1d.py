@@ -28,6 +28,7 @@ class Fp8Conv1D:
         page = self.page
         call = page.book.call(page, training=self.training, device=x.device)  # type: ignore[attr-defined]
         if call is None:
+            page.note_call()
             return super().forward(x)  # type: ignore[misc]
         return multiply(x, self.weight.t(), self.bias, call)  # type: ignore[attr-defined]
 

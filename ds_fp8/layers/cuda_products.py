@@ -88,6 +88,7 @@ class CudaProducts(torch.autograd.Function):
         )
         if len(shape) != 2:
             output.resize_(*shape[:-1], output.shape[1])  # no view: nobody may write into a view that was made in here
+        page.note_forward(call.high, dgrad=grad and needs[0], wgrad=grad and needs[1])
         ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *turned)
         ctx.call, ctx.dtype, ctx.weight_dtype = call, dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -127,6 +128,7 @@ class CudaProducts(torch.autograd.Function):
             rows = grad_output if grad_output.dim() == 2 else grad_output.view(-1, grad_output.shape[-1])
             exact = None if dtype == ctx.bias_dtype else torch.float32  # as in `products`
             grad_bias = rows.sum(0, dtype=exact).to(ctx.bias_dtype)
+        call.page.note_backward(call.high, dgrad=needs_dgrad, wgrad=needs_wgrad)
         return grad_input, grad_weight, grad_bias, None, None
 
 

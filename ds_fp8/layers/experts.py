@@ -23,6 +23,7 @@ from ..plan.expert_rules import ExpertRule, rule_of
 from .fp8_linear import ORIGINAL
 from .grouped_products import GroupedProducts
 from .groups import Groups
+from .ran import Ran, note_by_hook
 
 if TYPE_CHECKING:
     from .scale_book import ScaleBook
@@ -36,10 +37,12 @@ class ExpertsState:
 
     book       whose plan and step say whether FP8 is on
     rule       names and layout of the parameters
+    ran        what the products did in the first step, while that lasts (`ran.py`)
     is_shared  several engines step these weights; no codes of theirs are kept anyway
     """
 
     is_shared = False
+    ran: Ran | None = None
 
     def __init__(self, book: ScaleBook, fqn: str, rule: ExpertRule, original: type[nn.Module]):
         self.book, self.fqn, self.rule, self.original = book, fqn, rule, original
@@ -58,6 +61,8 @@ class Fp8Experts:
     def forward(self, *args: Any, **named: Any) -> Any:
         state: ExpertsState = self.__dict__[STATE]
         if not state.is_active(self):  # type: ignore[arg-type]
+            if state.ran is not None:
+                state.ran.called = True
             return super().forward(*args, **named)  # type: ignore[misc]
         return _forward_of(state)(self, _Linear(self, state), *args, **named)  # type: ignore[arg-type]
 
@@ -132,10 +137,12 @@ class _Linear:
         if self.groups is None or self.groups.counts is not counts or self.groups.rows != x.shape[0]:
             self.groups = Groups(counts, x.shape[0])
         x = x.to(dtype).contiguous()
+        recipe, grad = self.state.book.recipe, torch.is_grad_enabled()
         with torch.autocast(device, enabled=False):
-            return GroupedProducts.apply(
-                x, weight, self.groups, self.state.book.recipe, name in rule.transposed, torch.is_grad_enabled()
-            )
+            output = GroupedProducts.apply(x, weight, self.groups, recipe, name in rule.transposed, grad)
+        if self.state.ran is not None:
+            note_by_hook(self.state.ran, output, recipe.override_linear_precision, x, weight)
+        return output
 
 
 def _forward_of(state: ExpertsState) -> Callable[..., Any]:

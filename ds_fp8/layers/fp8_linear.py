@@ -42,6 +42,7 @@ class Fp8Linear(nn.Linear):
         page = self.page
         call = page.book.call(page, training=self.training, device=input.device)
         if call is None:
+            page.note_call()
             return F.linear(input, self.weight, self.bias)
         return multiply(input, self.weight, self.bias, call)
 

@@ -14,6 +14,7 @@ import torch
 from ..formats import Format
 from ..recipe import HighPrecision, Recipe
 from .operands import Operand
+from .ran import Ran
 from .regions import Region
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Page:
     weight_codes        codes set from outside (O3); the layer then never reads its weight
     staged_weight_amax  amax of those codes, recorded at the layer's next recording call
     is_shared           engines that know nothing of each other may step the weight, so that its codes are never kept
+    ran                 what the layer's products did in the first step, while that lasts (`ran.py`)
     ready               the codes of `cached_weight` as the GPU's products read them (cuda_products)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast road, 0 for never (cuda_products)
     """
@@ -55,7 +57,22 @@ class Page:
         self.staged_weight_amax: torch.Tensor | None = None
         self.fast_step: int | None = None
         self.is_shared = False
+        self.ran: Ran | None = None
         self.forget_weight()
+
+    def note_forward(self, high: HighPrecision, *, dgrad: bool, wgrad: bool) -> None:
+        """A forward has multiplied, and its backward will be asked for these products."""
+        if self.ran is not None:
+            self.ran.forward(high, dgrad=dgrad, wgrad=wgrad)
+
+    def note_backward(self, high: HighPrecision, *, dgrad: bool, wgrad: bool) -> None:
+        if self.ran is not None:
+            self.ran.backward(high, dgrad=dgrad, wgrad=wgrad)
+
+    def note_call(self) -> None:
+        """The layer computed in high precision: in eval mode."""
+        if self.ran is not None:
+            self.ran.called = True
 
     def forget_weight(self) -> None:
         """Drop codes that this layer made itself."""

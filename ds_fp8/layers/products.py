@@ -85,6 +85,7 @@ class LinearProducts(torch.autograd.Function):
             else:
                 codes = cast_transposed(input, input_codes, call, page.input_column)
                 kept["input_data"], kept["input_scale_inv"] = codes.data, codes.scale_inv
+        page.note_forward(high, dgrad=needs_dgrad, wgrad=needs_wgrad)
         ctx.save_for_backward(*kept.values())
         ctx.names, ctx.call, ctx.dtype = tuple(kept), call, dtype
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
@@ -134,6 +135,7 @@ class LinearProducts(torch.autograd.Function):
                 # In one dtype torch's own sum, as nn.Linear takes it: accumulated in fp32 and rounded once, without a copy.
                 exact = None if grad_output.dtype == ctx.bias_dtype else torch.float32
                 grad_bias = grad_output.sum(0, dtype=exact).to(ctx.bias_dtype)
+        page.note_backward(high, dgrad=needs_dgrad, wgrad=needs_wgrad)
         return grad_input, grad_weight, grad_bias, None, None
 
 

@@ -103,7 +103,7 @@ class _Counter:
     def attention(self) -> Iterator[ProductDecision]:
         for fqn, query, value in attentions(self.model):
             macs = self.length * (query + value)
-            yield ProductDecision(_starred(fqn), "attention", float(macs), True, False, "no weights")
+            yield ProductDecision(starred(fqn), "attention", float(macs), True, False, "no weights")
 
     def unknown(self) -> Iterator[str]:
         """Parameters that could be matrices, and that nothing above has counted."""
@@ -114,7 +114,7 @@ class _Counter:
                 continue
             if any(NO_PRODUCT.search(part) for part in fqn.split(".")[-2:]):
                 continue
-            names[f"{_starred(fqn)} {list(shape)}"] = None
+            names[f"{starred(fqn)} {list(shape)}"] = None
         yield from names
 
     def _layer(self, fqn: str, weight: Any, shape: tuple[int, int]) -> ProductDecision:
@@ -123,7 +123,7 @@ class _Counter:
             label, reason = "layers", ""
         else:
             reason = decision.reason if decision is not None else "not a layer of ours"
-            last = [part for part in _starred(fqn).split(".") if part != "*"][-1:] or ["the model"]
+            last = [part for part in starred(fqn).split(".") if part != "*"][-1:] or ["the model"]
             plural = {"router": "routers", "adapter": "adapters"}
             label = last[0] if role is None else plural.get(role.name, fqn)
         macs = shape[0] * shape[1] * self._share(fqn)
@@ -135,7 +135,7 @@ class _Counter:
         self, fqn: str, weight: Any, macs: float, label: str, reason: str, fp8: bool = False
     ) -> ProductDecision:
         trained = weight is None or bool(weight.requires_grad)
-        return ProductDecision(_starred(fqn), label, float(macs), trained, fp8, reason)
+        return ProductDecision(starred(fqn), label, float(macs), trained, fp8, reason)
 
     def _know(self, module: nn.Module) -> None:
         self.known.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
@@ -172,7 +172,8 @@ def _grouped(products: Sequence[ProductDecision]) -> tuple[ProductDecision, ...]
     )
 
 
-def _starred(fqn: str) -> str:
+def starred(fqn: str) -> str:
+    """The name that layers of equal place share: `model.layers.*.mlp.up_proj`."""
     return ".".join("*" if part.isdigit() else part for part in fqn.split(".")) or "the model itself"
 
 

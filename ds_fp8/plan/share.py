@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
+
 from .decisions import Plan, ProductDecision
+from .flops import starred
 
 LOW_SHARE = 0.5
 """Below it FP8 can hardly pay: with products twice as fast, half of them in FP8 make all of them 1.33x."""
@@ -10,12 +14,22 @@ LOW_SHARE = 0.5
 SHOWN = 6
 
 
-def flops_share(plan: Plan) -> float | None:
-    """Share of the matrix FLOPs of a training step that compute in FP8; None where nothing was counted."""
+def flops_share(plan: Plan, without: Collection[str] = ()) -> float | None:
+    """Share of the matrix FLOPs of a training step that compute in FP8; None where nothing was counted.
+
+    without  names of planned layers that did not
+    """
     total = sum(_flops(product) for product in plan.products)
     if not total:
         return None
-    return sum(_fp8_flops(product, plan) for product in plan.products) / total
+    lost = _absent_parts(plan, without)
+    return sum(_fp8_flops(product, plan) * (1 - lost.get(product.name, 0.0)) for product in plan.products) / total
+
+
+def _absent_parts(plan: Plan, without: Collection[str]) -> dict[str, float]:
+    """Name of products -> the part of their layers that is in `without`."""
+    planned = Counter(starred(decision.fqn) for decision in plan.swaps)
+    return {name: count / planned[name] for name, count in Counter(map(starred, without)).items()}
 
 
 def share_line(plan: Plan) -> str:

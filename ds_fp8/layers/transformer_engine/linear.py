@@ -26,6 +26,7 @@ from torch import nn
 
 from ...errors import BackendError
 from ...recipe import HighPrecision
+from ..ran import note_by_hook
 from .codes import TakesCodes, weight_of
 from .names import TransformerEngine, load
 from .products import attach
@@ -95,6 +96,7 @@ def linear_class() -> type[nn.Module]:
             state: LayerState = self.__dict__["fp8_state"]
             bias = self.bias if self.use_bias else None
             if not state.is_active(self.training) or input.numel() == 0:
+                note_call(self)
                 return state.observe(input, F.linear(input, self.weight, bias))
             tokens = input.numel() // self.in_features
             short = -tokens % TOKEN_MULTIPLE
@@ -104,6 +106,7 @@ def linear_class() -> type[nn.Module]:
             with engine.autocast(state.scaling):
                 bind_slots(self, engine, state, records)
                 output = self._multiply(operand, state)
+            note_products(self, output, input, state.high)
             if short:
                 output = output[:tokens].reshape(*input.shape[:-1], self.out_features)
             return attach(output, input, self.weight, bias, state.high) if any(state.high) else output
@@ -125,6 +128,20 @@ def linear_class() -> type[nn.Module]:
 
     TELinear.__module__, TELinear.__qualname__ = __name__, "TELinear"
     return TELinear
+
+
+def note_call(layer: Any) -> None:
+    """See `Page.note_call`."""
+    page = vars(layer).get("page")
+    if page is not None:
+        page.note_call()
+
+
+def note_products(layer: Any, output: torch.Tensor, input: torch.Tensor, high: HighPrecision) -> None:
+    """While the first step is watched: that Transformer Engine multiplied, and by a hook that it does so backward."""
+    ran = getattr(vars(layer).get("page"), "ran", None)
+    if ran is not None:
+        note_by_hook(ran, output, high, input, layer.weight)
 
 
 def bind_slots(layer: Any, engine: TransformerEngine, state: LayerState, records: bool) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .codes import TakesCodes, weight_of
-from .linear import TOKEN_MULTIPLE, LayerState, bind_slots
+from .linear import TOKEN_MULTIPLE, LayerState, bind_slots, note_call, note_products
 from .names import load
 
 
@@ -32,6 +32,7 @@ def norm_linear_class() -> type[nn.Module]:
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             state: LayerState = self.__dict__["fp8_state"]
             if not state.is_active(self.training) or input.numel() == 0:
+                note_call(self)
                 normed = plain_norm(self, input)
                 return state.observe(normed, F.linear(normed, self.weight, self.bias if self.use_bias else None))
             tokens = input.numel() // self.in_features
@@ -45,6 +46,7 @@ def norm_linear_class() -> type[nn.Module]:
                 bind_slots(self, engine, state, records)
                 with weight_of(self, engine, state) as microbatch:
                     output = super().forward(operand, is_first_microbatch=microbatch)
+            note_products(self, output, input, state.high)
             return output[:tokens].reshape(*input.shape[:-1], self.out_features) if short else output
 
     TELayerNormLinear.__module__, TELayerNormLinear.__qualname__ = __name__, "TELayerNormLinear"

@@ -1,0 +1,123 @@
+"""Models that do not do all that was planned, for `test_first_step.py`; and losses that are no numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.engine.engine_jobs import WIDTH, Recomputed, Residual, batch, dtype_of, make_engine
+
+
+class Partial(nn.Module):
+    """A model whose `kind` says what goes another way than the plan.
+
+    whole     nothing: every layer runs forward and backward
+    past      a loss multiplies by `out.weight` itself, as fused losses do; `spare` is never called
+    eval      `frozen` is called in eval mode only
+    unused    the output of `spare` is in no loss
+    one_rank  `spare` runs on rank 1 only
+    """
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.block = Residual()
+        self.frozen = Residual().requires_grad_(False)
+        self.spare = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "eval":
+            self.frozen.eval()
+        x = self.frozen(self.block(x))
+        rank = torch.distributed.get_rank()
+        if self.kind == "unused":
+            self.spare(x)
+        elif self.kind != "past" and (self.kind != "one_rank" or rank == 1):
+            x = x + self.spare(x)
+        if self.kind == "past":
+            return F.linear(x, self.out.weight).float().pow(2).mean()
+        return self.out(x).float().pow(2).mean()
+
+
+def first_steps(
+    rank: int, world_size: int, settings: dict[str, Any], kind: str, count: int = 2, after: Any = None
+) -> dict[str, Any]:
+    """What is printed in each of `count` steps, and what is left on the layers afterwards."""
+    import ds_fp8
+    import ds_fp8.engine
+    from ds_fp8.errors import DsFp8Error
+
+    ds_fp8.activate()
+    said, error, lines = io.StringIO(), "", []
+    with contextlib.redirect_stdout(said):
+        torch.manual_seed(0)
+        model = Recomputed(kind[10:]) if kind.startswith("recompute") else Partial(kind)
+        engine = make_engine(settings, model)
+        try:
+            for step in range(count):
+                start = len(said.getvalue())
+                for micro in range(settings["gradient_accumulation_steps"]):
+                    loss = engine(batch(rank, 10 * step + micro).to(dtype_of(settings)))
+                    engine.backward(loss)
+                    engine.step()
+                lines.append(
+                    [line for line in said.getvalue()[start:].splitlines() if "ds_fp8" in line or "exclude" in line]
+                )
+        except DsFp8Error as found:
+            error = f"{type(found).__name__}: {found}"
+    pages = [vars(module)["page"] for module in engine.module.modules() if "page" in vars(module)]
+    hooks = [weight for weight in engine.module.parameters() if getattr(weight, "_post_accumulate_grad_hooks", None)]
+    ours = [hook for weight in hooks for hook in weight._post_accumulate_grad_hooks.values() if "ds_fp8" in str(hook)]
+    return {
+        "lines": lines,
+        "error": error,
+        "left": [page.fqn for page in pages if page.ran is not None],
+        "hooks": len(ours),
+    }
+
+
+class Exploding(nn.Module):
+    """A loss that is NaN in the steps of `bad`."""
+
+    def __init__(self, bad: list[int]):
+        super().__init__()
+        self.bad, self.step = bad, 0
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = self.layer(x).float().pow(2).mean()
+        self.step += 1
+        return loss * float("nan") if self.step in self.bad else loss
+
+
+def exploding(
+    rank: int, world_size: int, settings: dict[str, Any], bad: list[int], on: list[int], count: int
+) -> dict[str, Any]:
+    """Steps taken before the error, and the error; the losses of the ranks in `on` are NaN in the steps of `bad`."""
+    import ds_fp8
+    from ds_fp8.errors import NonFiniteError
+
+    ds_fp8.activate()
+    error, taken = "", 0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        torch.manual_seed(0)
+        engine = make_engine(settings, Exploding(bad if rank in on else []))
+        try:
+            for step in range(count):
+                loss = engine(batch(rank, step).to(dtype_of(settings)))
+                engine.backward(loss)
+                engine.step()
+                taken += 1
+        except NonFiniteError as found:
+            error = str(found)
+    return {"taken": taken, "error": error, "skipped": engine.skipped_steps, "said": said.getvalue()}
+
+
+def several(rank: int, world_size: int, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+    return [globals()[name](rank, world_size, *arguments) for name, arguments in calls]

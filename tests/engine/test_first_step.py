@@ -1,0 +1,116 @@
+"""What the layers really did in the first step; and jobs whose loss is no number."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import run_ranks
+
+from ds_fp8.engine.first_step import GRADIENT, verdict
+from ds_fp8.layers.ran import Ran
+from ds_fp8.plan import Plan
+from tests.engine.engine_jobs import config
+from tests.engine.first_step_jobs import several
+
+
+def fp8(stage=1, gas=1, level=None, dtype="bf16", **keys):
+    msamp = {"msamp": {"enabled": True, "opt_level": level}} if level else {}
+    return config(stage, dtype, gas, fp8={"enabled": True, **keys}, **msamp)
+
+
+JOBS = {
+    "all": [
+        (fp8(0), "whole"),
+        (fp8(3, level="O3"), "whole"),
+        (fp8(2, override_linear_precision=[False, True, True]), "whole"),
+        (fp8(1), "recomputedtorch"),
+        (fp8(1, recipe="block"), "recomputeddeepspeed"),
+        (fp8(0, recipe="current"), "one_rank"),
+    ],
+    "past": [(fp8(2, gas=2), "past"), (fp8(3), "past"), (fp8(2, level="O3"), "past")],
+}
+OTHERS = [
+    (fp8(0, start_step=1), "whole"),
+    (fp8(1), "eval"),
+    (fp8(2), "unused"),
+    (fp8(1, first_step_check="error"), "past"),
+    (fp8(1, first_step_check="off"), "past"),
+]
+
+
+@pytest.mark.dist
+def test_the_first_step_tells_which_layers_ran():
+    """All layers, under accumulation, checkpointing, overridden products, every stage, O3, and on one rank only.
+
+    A fused loss reads a weight past its layer; a layer is never called; in eval mode only; its output is in no loss. After
+    the step no mark and no hook is left, and nothing is said a second time.
+    """
+    calls = [("first_steps", job) for job in (*JOBS["all"], *JOBS["past"], *OTHERS)]
+    results = list(zip(*run_ranks(2, several, calls)))
+    for (settings, kind), (told, silent) in zip((job for _, job in calls), results):
+        assert told["left"] == silent["left"] == [] and told["hooks"] == silent["hooks"] == 0, (settings, kind)
+        assert all(not lines for lines in silent["lines"]), "only rank 0 speaks"
+    for told, _ in results[: len(JOBS["all"])]:
+        first, second = told["lines"]
+        assert len(first) == 1 and "planned layers ran in FP8" in first[0] and ": all " in first[0] and not second
+    for told, _ in results[len(JOBS["all"]) : -len(OTHERS)]:
+        assert "4 of 6 planned layers ran in FP8, 69% of the model" in told["lines"][0][0]
+        assert "spare (never called)" in told["lines"][0][0]
+        assert "out (never called, and yet its weight got a gradient" in told["lines"][0][0]
+    (later, _), (frozen, _), (unused, _), (stopped, too), (silent, _) = results[-len(OTHERS) :]
+    assert not later["lines"][0] and "step 2: all 6" in later["lines"][1][0]
+    assert "frozen.up, frozen.down (called in high precision only" in frozen["lines"][0][0]
+    assert "spare (no dgrad and no wgrad" in unused["lines"][0][0]
+    assert stopped["error"] == too["error"] and "first_step_check to warn" in too["error"]
+    assert silent["lines"] == [[], []]
+
+
+def test_what_one_rank_did_counts_for_all():
+    """Bits of all ranks are put together by name: the forward of one, the backward of the same."""
+    ran = Ran()
+    assert "never called" in verdict({"a": ran.bits()}, 1, _plan())[0]
+    assert "its weight got a gradient" in verdict({"a": ran.bits() | GRADIENT}, 1, _plan())[0]
+    high = _plan().fp8.recipe.override_linear_precision
+    ran.forward(high, dgrad=False, wgrad=True)
+    assert "a (no wgrad" in verdict({"a": ran.bits()}, 1, _plan())[0]
+    ran.backward(high, dgrad=False, wgrad=True)
+    assert verdict({"a": ran.bits()}, 7, _plan()) == ("step 7: all 1 planned layers ran in FP8", True)
+
+
+def _plan() -> Plan:
+    from torch import nn
+
+    from ds_fp8.config.settings import Fp8Settings, Settings
+    from ds_fp8.plan import make_plan
+
+    return make_plan(nn.Sequential(nn.LayerNorm(8)), Settings(fp8=Fp8Settings(enabled=True, implied=True)))
+
+
+FOREVER = list(range(3, 20))
+NO_CHECK = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+
+
+@pytest.mark.dist
+def test_a_loss_that_is_no_number_stops_the_job():
+    """Five steps in a row that DeepSpeed takes, though one rank alone met the NaN: all ranks stop at the same step.
+
+    In bf16 DeepSpeed skips them by default: told, not stopped. One bad step that is skipped is forgotten. 0 never stops.
+    """
+    calls = [
+        ("exploding", (fp8(0, dtype="fp32"), FOREVER, [1], 10)),
+        ("exploding", ({**fp8(1), **NO_CHECK}, FOREVER, [0], 10)),
+        ("exploding", ({**fp8(2, level="O2"), **NO_CHECK}, FOREVER, [0], 10)),
+        ("exploding", (fp8(0, dtype="fp32", max_nonfinite_steps=2), [2], [0], 10)),
+        ("exploding", (fp8(2), FOREVER, [0], 10)),
+        ("exploding", (fp8(2, dtype="fp16"), [2, 3], [0], 10)),
+        ("exploding", ({**fp8(2, max_nonfinite_steps=0), **NO_CHECK}, FOREVER, [0], 10)),
+    ]
+    *stopped, skipped, scaled, never = zip(*run_ranks(2, several, calls))
+    for (first, second), taken in zip(stopped, (6, 6, 6, 2)):
+        assert first["taken"] == second["taken"] == taken, (first, second)
+        for found in (first, second):
+            assert "not finite" in found["error"] and "layer.weight" in found["error"]
+            assert "max_nonfinite_steps" in found["error"]
+    for found in (*skipped, *scaled, *never):
+        assert found["taken"] == 10 and not found["error"]
+    assert all(found["skipped"] == 8 for found in skipped) and all(found["skipped"] == 2 for found in scaled)
+    assert skipped[0]["said"].count("DeepSpeed has skipped 5 steps in a row") == 1
