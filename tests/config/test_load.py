@@ -116,6 +116,8 @@ def test_every_fp8_key_arrives():
         "weight_cache": False,
         "eval": True,
         "start_step": 10,
+        "first_step_check": "error",
+        "max_nonfinite_steps": 0,
         "checkpoint_on_signal": "$CHECKPOINT_DIR",
         "telemetry": {"enabled": True, "interval": 5, "path": "runs"},
     }
@@ -135,6 +137,7 @@ def test_every_fp8_key_arrives():
     )
     assert fp8.telemetry == config.TelemetrySettings(True, 5, "runs")
     assert fp8.checkpoint_on_signal == "$CHECKPOINT_DIR" and fp8.frozen_weights == "fp8"
+    assert fp8.first_step_check == "error" and fp8.max_nonfinite_steps == 0
     assert not fp8.implied
 
 
