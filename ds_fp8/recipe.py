@@ -23,6 +23,7 @@ from .formats import E4M3, E5M2, Format
 RECIPES = ("delayed", "current", "block", "mxfp8", "nvfp4")
 FP8_FORMATS = ("E4M3", "HYBRID")
 AMAX_ALGORITHMS = ("max", "most_recent")
+AMAX_RULES = ("ds_fp8", "transformer_engine")
 
 
 class HighPrecision(NamedTuple):
@@ -40,9 +41,12 @@ class Recipe:
     kind                       one of RECIPES
     fp8_format                 `E4M3` for all operands, or `HYBRID`: E5M2 for grad_output
     margin                     powers of two of headroom below format.max (delayed)
-    interval                   forward regions between two recomputations of the scales (delayed)
-    amax_history_len           regions remembered (delayed)
+    interval                   optimizer steps between two recomputations of the scales (delayed)
+    amax_history_len           optimizer steps remembered (delayed)
     amax_compute_algo          `max` of the history or the `most_recent` entry (delayed)
+    amax_rules                 what a tensor without history is cast with, and what a non-finite amax does (delayed):
+                               `ds_fp8`: its own amax; nothing. `transformer_engine`: scale 1; it stays in the history.
+                               `auto`: ds_fp8 under an engine, transformer_engine for a layer by itself
     override_linear_precision  products kept in high precision
     reduce_amax                amax is MAX-reduced over the data-parallel group (delayed; current and block scale
                                each rank's own tensor, as Transformer Engine does)
@@ -54,6 +58,7 @@ class Recipe:
     interval: int = 1
     amax_history_len: int = 1024
     amax_compute_algo: str = "max"
+    amax_rules: str = "auto"
     override_linear_precision: HighPrecision = HighPrecision()
     reduce_amax: bool = True
 

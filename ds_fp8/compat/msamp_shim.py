@@ -54,8 +54,9 @@ def initialize(model: Any, optimizer: Any = None, opt_level: str = "O1", use_te:
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters())
     ours = optim.take_over(optimizer, level=plan.optim.level, base_dtype=base_dtype, seed=0x5EED)
-    book = swap_layers(model, plan)
+    book = swap_layers(model, plan, managed=True)
     if book is not None:
+        ours.register_step_pre_hook(lambda *_: book.update_scales())
         ours.register_step_post_hook(lambda *_: book.weights_changed())
     print(plan.banner(), flush=True)
     return model, ours

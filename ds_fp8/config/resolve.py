@@ -26,7 +26,7 @@ LEVEL_KEYS = (
 )
 """Keys of `msamp` that override one format of the level."""
 
-RECIPE_KEYS = ("fp8_format", "margin", "interval", "amax_history_len", "amax_compute_algo", "reduce_amax")
+RECIPE_KEYS = ("fp8_format", "margin", "interval", "amax_history_len", "amax_compute_algo", "amax_rules", "reduce_amax")
 
 
 def value_of(given: dict[str, Any], section: str, key: str) -> Any:

@@ -168,14 +168,9 @@ def fp8_weights_need_zero(data: dict[str, Any]) -> Found:
         )
 
 
-def fp8_weights_come_from_the_cache(data: dict[str, Any]) -> Found:
-    """Codes that travel are made once per optimizer step; a layer that casts anew each time would not use them."""
+def fp8_weights_need_codes(data: dict[str, Any]) -> Found:
+    """Only recipes whose codes the owner of a weight can make."""
     level, given = level_of(data), fp8_of(data) or {}
-    if level and level.weight_wire == "e4m3" and given.get("weight_cache") is False:
-        yield (
-            ("fp8", "weight_cache"),
-            "false, but FP8 weights are codes made once per optimizer step; remove it, or use O2",
-        )
     if level and level.weight_wire == "e4m3" and value_of(given, "fp8", "recipe") in BLACKWELL_RECIPES:
         message = (
             f"FP8 weights have no codes for recipe '{given['recipe']}'; use delayed, current or block, or opt_level O2"
@@ -254,7 +249,7 @@ RULES: tuple[Rule, ...] = (
     use_te_needs_fp8,
     fp8_weights_need_fp8_layers,
     fp8_weights_need_zero,
-    fp8_weights_come_from_the_cache,
+    fp8_weights_need_codes,
     only_fp8_weights_are_excluded,
     masters_fit_the_base,
     rounding_has_something_to_round,

@@ -64,6 +64,8 @@ class Attachment:
         """DeepSpeed has put the model on its device and knows its groups: whoever shares data shares scales."""
         if self.book is not None:
             self.book.group = self.engine.seq_data_parallel_group
+            # Now, not with the first forward: a rank that runs none in a step takes part in its collective all the same.
+            self.book.to(self.engine.device)
         if self.plan.fp8.frozen_weights:
             from ..zero.frozen_weights import FrozenWeights
 
@@ -81,10 +83,13 @@ class Attachment:
         if self.settings.checkpoint_on_signal is not None:  # only what has an optimizer comes to a step
             checkpoint_on_signal(self.engine, self.settings.checkpoint_on_signal)
         if self.plan.optim is None:
-            return original(self.engine, client_optimizer, model_parameters)
-        from ..zero import configure_optimizer
+            original(self.engine, client_optimizer, model_parameters)
+        else:
+            from ..zero import configure_optimizer
 
-        return configure_optimizer(original, self.engine, client_optimizer, model_parameters, self.plan, self.book)
+            configure_optimizer(original, self.engine, client_optimizer, model_parameters, self.plan, self.book)
+        if self.book is not None:
+            self.book.optimized = optimized_parameters(self.engine)
 
     def hook(self) -> None:
         """Hang step, checkpoints and the end on this engine; they outlive `deactivate()`, as the FP8 layers do."""
@@ -132,6 +137,9 @@ class Attachment:
         return original(*args, **kwargs)
 
     def _take_model_step(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """All ranks come here at the boundary, with a step that is skipped for an overflow too."""
+        if self.book is not None:
+            self.book.update_scales()
         result = original(*args, **kwargs)
         if not self.is_attached:
             return result
@@ -174,6 +182,17 @@ class Attachment:
         if path is not None:
             take_state(self, client_state, path)
         return path, client_state
+
+
+def optimized_parameters(engine: Any) -> frozenset[int]:
+    """ids of the model's Parameters that the engine's optimizer steps; ZeRO's groups hold flats, and name them elsewhere."""
+    optimizer, found = engine.optimizer, set()
+    groups = [group["params"] for group in getattr(optimizer, "param_groups", ())]
+    for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
+        groups += getattr(optimizer, name, None) or ()
+    for group in groups:
+        found.update(id(parameter) for parameter in group)
+    return frozenset(found)
 
 
 def attach(engine: Any, model: Any) -> Attachment | None:

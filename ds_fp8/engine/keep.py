@@ -4,10 +4,12 @@ The module's state_dict stays the plain model's, so a checkpoint of ours loads i
 `strict=True`, and the other way round. The FP8 state travels in the client state under the key `ds_fp8`: plain
 tensors, strings and numbers, safe under `torch.load(weights_only=True)`.
 
-    {"version": 1, "plan": digest, "world_size": W, "books": [state, ...], "book_of_rank": [index, ...]}
+    {"version": 1, "plan": digest, "world_size": W, "books": [state, ...], "book_of_rank": [index, ...],
+     "pending": [amaxes or None, ...]}
 
 DeepSpeed writes the client state of one rank only. With `reduce_amax` all ranks hold the same book and one is stored;
-without, and in a pipeline, books differ: each different one is stored once, with the ranks it belongs to.
+without, and in a pipeline, books differ: each different one is stored once, with the ranks it belongs to. A save in the
+middle of gradient accumulation finds amaxes that no update has taken up yet, each rank's its own: `pending`, by rank.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def add_state(attachment: Any, client_state: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"client_state already has a key {KEY!r}, which ds_fp8 keeps its own state under.")
     if attachment.book is None:
         return client_state
-    books, book_of_rank = _distinct(attachment.book.state_dict())
+    books, book_of_rank, pending = _distinct(attachment.book.state_dict())
     kept = {
         "version": VERSION,
         "plan": attachment.plan.digest(),
@@ -35,6 +37,8 @@ def add_state(attachment: Any, client_state: dict[str, Any]) -> dict[str, Any]:
         "books": books,
         "book_of_rank": book_of_rank,
     }
+    if any(amaxes is not None for amaxes in pending):
+        kept["pending"] = pending
     return {**client_state, KEY: kept}
 
 
@@ -49,8 +53,7 @@ def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None
         return
     if kept is None:
         # The weights are other ones: codes made from the old ones are stale. The steps are those of the checkpoint.
-        book.weights_changed()
-        book.steps = attachment.engine.global_steps
+        book.weights_replaced(steps=attachment.engine.global_steps)
         _tell(f"ds_fp8: {path} has no FP8 scales (written without the plugin); amax histories start fresh")
         return
     for note in book.load_state_dict(_own_book(kept, path)):
@@ -74,7 +77,9 @@ def _own_book(kept: Any, path: str) -> Any:
     rank, world_size = _world()
     book_of_rank = kept["book_of_rank"]
     if len(book_of_rank) == world_size:
-        return kept["books"][book_of_rank[rank]]
+        own = kept["books"][book_of_rank[rank]]
+        pending = kept.get("pending", [None] * world_size)[rank]
+        return own if pending is None else {**own, "pending": pending}
     if len(kept["books"]) > 1:
         _tell(
             f"ds_fp8: {path} was written by {len(book_of_rank)} ranks with scales of their own; "
@@ -83,15 +88,19 @@ def _own_book(kept: Any, path: str) -> Any:
     return kept["books"][book_of_rank[0]]
 
 
-def _distinct(state: Any) -> tuple[list[Any], list[int]]:
-    """Every different book among the ranks, and which one each rank has. Only different ones are sent."""
+def _distinct(state: Any) -> tuple[list[Any], list[int], list[Any]]:
+    """Every different book among the ranks, which one each rank has, and what is pending on each. Only different books are
+    sent.
+    """
     import deepspeed.comm as dist
 
     rank, world_size = _world()
+    pending = state.pop("pending", None)
     if world_size == 1:
-        return [state], [0]
-    prints: list[Any] = [None] * world_size
-    dist.all_gather_object(prints, _fingerprint(state))
+        return [state], [0], [pending]
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, (_fingerprint(state), pending))
+    prints = [fingerprint for fingerprint, _ in found]
     owners = {}
     for other, fingerprint in enumerate(prints):
         owners.setdefault(fingerprint, other)
@@ -100,7 +109,11 @@ def _distinct(state: Any) -> tuple[list[Any], list[int]]:
         # Those that bring nothing new send nothing.
         dist.all_gather_object(books, state if rank in owners.values() else None)
     order = list(owners)
-    return [books[owners[fingerprint]] for fingerprint in order], [order.index(found) for found in prints]
+    return (
+        [books[owners[fingerprint]] for fingerprint in order],
+        [order.index(one) for one in prints],
+        [amaxes for _, amaxes in found],
+    )
 
 
 def _fingerprint(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 swap_layers(model, plan)   nn.Linear -> Fp8Linear or te.Linear, norms likewise; the same Parameter objects
 restore_layers(model)      plain torch layers again
-ScaleBook                  amax histories and scales of all layers, regions, state
+ScaleBook                  amax histories and scales of all layers, their update once per step, state
 WeightCodes                a weight that somebody else cast (O3)
 """
 

@@ -1,17 +1,19 @@
 """Delayed scaling: the scale of this step comes from the amaxes of earlier ones.
 
 Why: measuring a tensor and casting it in one pass needs the scale beforehand. Neighbouring steps look alike, so the
-largest amax of the last `amax_history_len` regions is a good guess, and what exceeds it saturates for one step.
+largest amax of the last `amax_history_len` steps is a good guess, and what exceeds it saturates for one step.
 
-One `fold` per region, in Transformer Engine's order and layout (its golden vectors hold this file bit for bit):
+One `fold` per step, in Transformer Engine's order and layout (its golden vectors hold this file bit for bit):
 
-    slot 0 of the history  <- the amax of the region
+    slot 0 of the history  <- the amax of the step
     amax                    = max over the history, or slot 0 (`most_recent`)
     scale                   = (format.max / amax) / 2 ** margin; a non-finite amax keeps the previous scale
     the history rolls by -1, slot 0 is zeroed
 
-A column whose amax of the region is zero is left alone, history and scale: its layer did not run, its weight codes were
-cached, or the tensor was all zeros. So a region without a backward does not age the gradients' histories. A non-finite amax stays in the history like any other: under `max` it holds the scale still until it rolls out.
+A column whose amax of the step is zero is left alone, history and scale: its layer did not run, or the tensor was all
+zeros. So a step without a backward does not age the gradients' histories. So is one whose amax is not finite: in Transformer
+Engine it stays in the history like any other, and under `max` holds the scale still until it rolls out, 1024 steps after one
+bad batch that everybody skipped (`keeps_non_finite`, JSON key `fp8/amax_rules`).
 Source: Transformer Engine 2.x, delayed scaling.
 """
 
@@ -28,22 +30,23 @@ class AmaxHistory:
     """Histories and scales of many tensors of one format, updated together.
 
     history  [amax_history_len, columns] fp32
-    scale    [columns] fp32, a view into the book's scales: updated in place, so its address never changes
-    folds    regions folded so far
+    scale    [columns] fp32, a view into the scales of all columns: updated in place, so its address never changes
+    folds    steps folded so far
     """
 
-    def __init__(self, recipe: Recipe, fmt: Format, scale: torch.Tensor):
+    def __init__(self, recipe: Recipe, fmt: Format, scale: torch.Tensor, *, keeps_non_finite: bool = False):
         self.recipe = recipe
         self.format = fmt
         self.scale = scale
+        self.keeps_non_finite = keeps_non_finite
         length = recipe.amax_history_len if recipe.is_delayed else 1
         self.history = torch.zeros(length, scale.numel(), dtype=torch.float32, device=scale.device)
         self.folds = 0
         self._spare: torch.Tensor | None = None
 
     def fold(self, amax: torch.Tensor) -> None:
-        """Take the amaxes [columns] of one region; every `interval` folds (the first one too) renew the scales."""
-        seen = amax > 0
+        """Take the amaxes [columns] of one step; every `interval` folds (the first one too) renew the scales."""
+        seen = amax > 0 if self.keeps_non_finite else counts(amax)
         history = torch.cat([amax.unsqueeze(0), self.history[1:]])
         if self.renews:
             found = amax if self.recipe.amax_compute_algo == "most_recent" else history.amax(dim=0)
@@ -67,7 +70,12 @@ class AmaxHistory:
                 self._spare = torch.empty_like(self.history)
         return self._spare
 
-    def take_spare(self, *, folded: bool) -> None:
-        """What the kernel left in `spare` is the history now; `folded` if amaxes were pending, which counts as a fold."""
+    def take_spare(self) -> None:
+        """What the kernel left in `spare` is the history now."""
         self.history, self._spare = self.spare, self.history
-        self.folds += folded
+        self.folds += 1
+
+
+def counts(amax: torch.Tensor) -> torch.Tensor:
+    """Which amaxes [columns] say something about the range of their tensor: bool."""
+    return (amax > 0) & torch.isfinite(amax)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 KEYS = ("names", "recipe", "steps", "forward_folds", "backward_folds", "scales", "forward_history", "backward_history")
 
 
-def match_state(state: dict[str, Any], book: ScaleBook) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """(tensors in the layout of `book`, one note for each thing that did not fit).
+def match_state(state: dict[str, Any], book: ScaleBook) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[str]]:
+    """(tensors in the layout of `book`, pending amaxes, one note for each thing that did not fit).
 
     Raises CheckpointError for a state that is foreign, newer, or damaged.
     """
@@ -37,10 +37,15 @@ def match_state(state: dict[str, Any], book: ScaleBook) -> tuple[dict[str, torch
     new_backward, old_backward = [new for new, _ in pairs], [old for _, old in pairs]
 
     total = len(book.names)
-    scales = torch.ones(3 * total)
-    scales[new_forward] = state["scales"][old_forward]
-    scales[[2 * total + new for new in new_backward]] = state["scales"][[2 * count + old for old in old_backward]]
-    tensors = {"scales": scales}
+    new_columns = new_forward + [2 * total + new for new in new_backward]
+    old_columns = old_forward + [2 * count + old for old in old_backward]
+    scales, pending = torch.ones(3 * total), torch.zeros(3 * total)
+    known = torch.zeros(3 * total, dtype=torch.bool)
+    scales[new_columns] = state["scales"][old_columns]
+    known[new_columns] = _known(state)[old_columns]
+    if "pending" in state:
+        pending[new_columns] = state["pending"][old_columns]
+    tensors = {"scales": scales, "known": known}
     length = book.forward.history.shape[0]
     if state["forward_history"].shape[0] != length and book.recipe.is_delayed:
         notes.append(
@@ -51,8 +56,19 @@ def match_state(state: dict[str, Any], book: ScaleBook) -> tuple[dict[str, torch
         ("backward_history", total, new_backward, old_backward),
     ):
         tensors[key] = torch.zeros(length, columns)
-        tensors[key][:, new] = _newest(state[key][:, old], length)
-    return tensors, notes
+        history = state[key][:, old]
+        if not book.exact:  # written when infinities were remembered
+            history = torch.where(torch.isfinite(history), history, 0.0)
+        tensors[key][:, new] = _newest(history, length)
+    return tensors, pending, notes
+
+
+def _known(state: dict[str, Any]) -> torch.Tensor:
+    """Which columns have a scale of their own: as written, or (until version 0.1.0, and under Transformer Engine's rules, which
+    do not ask) as it shows.
+    """
+    known = state["scales"] != 1
+    return known | state["known"] if "known" in state else known
 
 
 def _newest(history: torch.Tensor, length: int) -> torch.Tensor:
@@ -77,5 +93,8 @@ def _check(state: dict[str, Any]) -> None:
         tensor = state[key]
         if not isinstance(tensor, torch.Tensor) or tensor.shape[-1] != columns:
             raise CheckpointError(f"the saved FP8 state is damaged: {key} does not fit its {count} layers.")
-        if not torch.isfinite(state["scales"]).all():
-            raise CheckpointError("the saved FP8 state is damaged: a scale is not finite.")
+    for key in ("known", "pending"):
+        if key in state and (not isinstance(state[key], torch.Tensor) or state[key].shape != (3 * count,)):
+            raise CheckpointError(f"the saved FP8 state is damaged: {key} does not fit its {count} layers.")
+    if not torch.isfinite(state["scales"]).all():
+        raise CheckpointError("the saved FP8 state is damaged: a scale is not finite.")

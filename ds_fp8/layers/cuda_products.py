@@ -6,7 +6,8 @@
 
 Why a road of its own: below some thousand tokens a linear layer costs what the host needs to start it. So a pass makes
 three casts (one launch each: codes, transposed codes, amax into the book's slot) and three `torch._scaled_mm`, and nothing
-else; nothing waits for the device. The weight's codes, both ways round, live until the weight changes (`weight_cache`).
+else; nothing waits for the device. The weight's codes, both ways round, live from a forward to its backward, or for the rest of
+the optimizer step (`weight_cache`).
 Codes and scales are those of `products`; what this road does not take (`takes`) goes there.
 """
 
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..capabilities import FP8_SINCE
-from ..errors import BackendError
-from ..formats import BLOCK_SIZE
+from ..formats import BLOCK_SIZE, Format
 from ..kernels import dense, library_for
+from ..numerics.scaling import scale_inv_of
 from .gemm import aligned
-from .operands import TENSOR, TILES, Operand, cast_weight, is_sharded
+from .operands import TENSOR, TILES, CachedWeight, Operand, cast_weight, is_sharded
 from .page import Call, Page
+from .products import refuse_second_derivative
 
 STEP = 16
 """Rows and columns of every operand, in elements: what `torch._scaled_mm` takes without padding."""
@@ -41,6 +43,8 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
     if not input.is_cuda or call.warming or input.dtype not in COMPUTE:
         return False
     page = call.page
+    if not call.knows_operands():  # for some steps only: their scales come from the tensors themselves
+        return False
     if is_sharded(weight):  # exists only while its layer runs; the plain road knows when to cast it again
         return False
     if page.fast_step is None:
@@ -97,11 +101,8 @@ class CudaProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call, dtype = ctx.call, ctx.dtype
-        if torch.is_grad_enabled():
-            raise BackendError(
-                f"{call.page.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
-                "  Exclude this layer in fp8/layers/exclude, or differentiate once."
-            )
+        refuse_second_derivative(call)
+        call.in_backward()
         weight, weight_scale_inv, kept, kept_scale_inv = ctx.saved_tensors
         needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
         if grad_output.dtype != dtype:
@@ -156,15 +157,31 @@ def _cast(
         return pair[0], pair[1]
     if book.kind == "current":
         (codes, back), scale_inv, shown = casts.cast_current(x, fmt, plain=plain, turned=turned, guarded=guarded)
+    elif not call.knows(column):
+        (codes, back), scale_inv, shown = _cast_unknown(x, call, column, fmt, plain, turned)
+        shown = _poisoned(scale_inv, shown) if guarded else scale_inv
     else:
-        region, pending = call.region, call.raised(column)
-        codes, back = casts.cast_delayed(x, region.frozen, column, fmt, pending, plain=plain, turned=turned)
-        scale_inv = shown = region.scale_inv[column]
+        scales, pending = call.scales, call.raised(column)
+        codes, back = casts.cast_delayed(x, scales.frozen, column, fmt, pending, plain=plain, turned=turned)
+        scale_inv = shown = scales.scale_inv[column]
         if guarded:
             # The cast has just raised it; an older infinity in it poisons the same step anyway.
-            amax = library_for(x.device).amax(x) if pending is None else book.raised_slot(region, column)
+            amax = library_for(x.device).amax(x) if pending is None else pending[column]
             shown = _poisoned(scale_inv, amax)
     return (codes, scale_inv if turned else shown), (back, shown) if turned else (None, None)
+
+
+def _cast_unknown(
+    x: torch.Tensor, call: Call, column: int, fmt: Format, plain: bool, turned: bool
+) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], torch.Tensor, torch.Tensor]:
+    """((codes, transposed codes), scale_inv, amax) of a tensor without history: two passes, for some steps only."""
+    amax = library_for(x.device).amax(x)
+    scale = call.scales.of_tensor(column, amax, fmt)
+    if call.records:
+        call.record(column, amax)
+    frozen = torch.stack([scale_inv_of(scale), scale, scale, scale]).unsqueeze(0)  # a book of one column
+    casts = library_for(x.device).operands
+    return casts.cast_delayed(x, frozen, 0, fmt, None, plain=plain, turned=turned), frozen[0, 0], amax
 
 
 class ReadyWeight(NamedTuple):
@@ -187,21 +204,16 @@ def _ready_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> ReadyWei
     page = call.page
     if page.weight_codes is not None:
         return _ready(cast_weight(weight, call), turned=turned)
-    book = page.book
-    key = (book.weights_version, weight._version, weight.data_ptr()) if book.plan.weight_cache else None
-    found, ready = page.cached_weight, page.ready
-    if key is None or page.cached_key != key or found is None:
-        found = _cast_weight_now(weight, call, turned=turned)
-        if key is not None and (call.records or not book.is_delayed) and not torch.is_inference_mode_enabled():
-            # As in `cast_weight`: a forward that does not record must not rob the next one of recording.
-            page.cached_key, page.cached_weight = key, found
-            page.cached_scale = None  # for sharded weights only, which do not come here
-    elif ready is not None and ready.source is found and (ready.dgrad is not None or not turned):
+    if not call.may_cache(weight):
+        return _ready(_cast_weight_now(weight, call, turned=turned), turned=turned)
+    cached, ready = page.cached, page.ready
+    if cached is None or not cached.is_of(weight):
+        operand = _cast_weight_now(weight, call, turned=turned)
+        page.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
+    elif ready is not None and ready.source is cached.operand and (ready.dgrad is not None or not turned):
         return ready
-    ready = _ready(found, turned=turned)
-    if found is page.cached_weight:
-        page.ready = ready
-    return ready
+    page.ready = _ready(page.cached.operand, turned=turned)
+    return page.ready
 
 
 def _ready(operand: Operand, *, turned: bool) -> ReadyWeight:
@@ -222,8 +234,8 @@ def _cast_weight_now(weight: torch.Tensor, call: Call, *, turned: bool) -> Opera
         (codes, back), scale_inv, _ = casts.cast_current(weight, fmt, turned=turned)
         scale_inv = scale_inv[0]
     else:
-        codes, back = casts.cast_delayed(weight, call.region.frozen, column, fmt, call.raised(column), turned=turned)
-        scale_inv = call.region.scale_inv[column]
+        codes, back = casts.cast_delayed(weight, call.scales.frozen, column, fmt, call.raised(column), turned=turned)
+        scale_inv = call.scales.scale_inv[column]
     return Operand(codes, scale_inv, TENSOR, turned=None if back is None else Operand(back, scale_inv))
 
 

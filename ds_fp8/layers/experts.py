@@ -51,8 +51,7 @@ class ExpertsState:
         """Nothing is kept between a forward and the next."""
 
     def is_active(self, module: nn.Module) -> bool:
-        plan = self.book.plan
-        return (module.training or plan.eval) and self.book.steps >= plan.start_step
+        return (module.training or self.book.plan.eval) and not self.book.warming
 
 
 class Fp8Experts:

@@ -72,10 +72,8 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     x = x if x.is_contiguous() else x.contiguous()
     if takes(x, weight, call):
         return CudaProducts.apply(x, weight, bias, call, torch.is_grad_enabled())
-    rows = x.view(-1, columns)
     with torch.autocast(device, enabled=False):
-        output = LinearProducts.apply(rows, weight, bias, call, torch.is_grad_enabled())
-    return output.view(*input.shape[:-1], output.shape[-1])
+        return LinearProducts.apply(x, weight, bias, call, torch.is_grad_enabled())
 
 
 def weight_shape(weight: torch.Tensor) -> tuple[int, ...]:

@@ -69,7 +69,8 @@ def _scaled(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | Non
     out = torch._scaled_mm(
         left, right.t(), scale_a=scale_a, scale_b=scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast
     )
-    out = out[:rows, :columns]
+    if out.shape != (rows, columns):
+        out = out[:rows, :columns].contiguous()
     return out if bias is None or fused is not None else out + bias.to(dtype)
 
 

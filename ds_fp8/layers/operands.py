@@ -1,6 +1,7 @@
 """One operand of a product: FP8 codes with their scales, made by the recipe that is in force.
 
-    delayed   one scale, known beforehand from the book; the amax is recorded for later
+    delayed   one scale, known beforehand from the book; the amax is recorded for later. A tensor without history
+              is cast as under `current`, once: so its first non-zero amax is used at once
     current   one scale from this tensor's own amax
     block     1x128 groups along the summed axis for input and grad_output, 128x128 tiles for the weight
 
@@ -11,7 +12,7 @@ so an operand that is used both ways (input in fprop and wgrad) is cast twice, e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -90,6 +91,23 @@ class Operand:
         return dequantize(self.data.t().contiguous(), factor, dtype).t()
 
 
+class CachedWeight(NamedTuple):
+    """Codes of a weight, and what they are codes of.
+
+    weight   the Parameter itself: a tensor that another one replaces may lie at the same address
+    version  how often it had been written, and `address` where its data lay: `weight.data = other` keeps the Parameter
+    operand  None where somebody else keeps the codes (Transformer Engine)
+    """
+
+    weight: torch.Tensor
+    version: int
+    address: int
+    operand: Operand | None
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        return self.weight is weight and self.version == weight._version and self.address == weight.data_ptr()
+
+
 def cast(x: torch.Tensor, call: Call, column: int) -> Operand:
     """Cast an input or grad_output `x` [rows, columns] for a product that sums over its columns.
 
@@ -101,12 +119,7 @@ def cast(x: torch.Tensor, call: Call, column: int) -> Operand:
         return Operand(*quantize_1x128(x, fmt), GROUPS)
     if kind == "current":
         return _cast_current(x, fmt)
-    scale, scale_inv = call.scale(column)
-    if not call.records_column(column):
-        return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale)
-    codes, amax = quantize_with_amax(x, scale, fmt)
-    call.record(column, amax)
-    return Operand(codes, scale_inv, TENSOR, scale, amax)
+    return _cast_delayed(x, call, column, fmt)
 
 
 def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: int) -> Operand:
@@ -119,10 +132,10 @@ def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: 
 
 
 def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
-    """The weight [N, K] as codes: set from outside (O3), cached since the last step, or cast now.
+    """The weight [N, K] as codes: set from outside (O3), cached in this optimizer step, or cast now.
 
-    With `weight_cache` a weight is cast, and its amax recorded, once per optimizer step. Under ZeRO-3 the codes are not
-    kept (that would hold the whole model on every rank) but made again with the same scale, so they are the same codes.
+    Cast as often as the layer runs, since a weight can change in ways that leave no trace (`weight.data.copy_(...)`): within
+    a step the scale stands still, so an unchanged weight gives the same codes, and its amax counts once.
     """
     page = call.page
     if page.weight_codes is not None:
@@ -130,21 +143,12 @@ def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
             call.record(page.weight_column, page.staged_weight_amax)
             page.staged_weight_amax = None
         return Operand(*page.weight_codes, TILES if call.recipe.kind == "block" else TENSOR)
-    if not call.caches_weight:
+    if not call.may_cache(weight):
         return _cast_weight_now(weight, call)
-    sharded = is_sharded(weight)
-    key = (page.book.weights_version, -1 if sharded else weight._version, -1 if sharded else weight.data_ptr())
-    if page.cached_key == key:
-        if page.cached_weight is not None:
-            return page.cached_weight
-        return recast_weight(weight, page.cached_scale, call)
-    operand = _cast_weight_now(weight, call)
-    if (call.records or not call.recipe.is_delayed) and not torch.is_inference_mode_enabled():
-        # A forward that does not record (eval) must not rob the next one of recording this weight's amax; and what was
-        # made in inference mode cannot be kept for a backward.
-        page.cached_key, page.cached_scale = key, scale_of(operand)
-        page.cached_weight = None if sharded else operand
-    return operand
+    if page.cached is None or not page.cached.is_of(weight):
+        operand = _cast_weight_now(weight, call)
+        page.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
+    return page.cached.operand
 
 
 def scale_of(operand: Operand) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -173,15 +177,28 @@ def measure(x: torch.Tensor, operand: Operand | None) -> torch.Tensor:
 
 
 def _cast_weight_now(weight: torch.Tensor, call: Call) -> Operand:
-    if not call.recipe.is_delayed:
-        return recast_weight(weight, None, call)
-    column = call.page.weight_column
-    if call.records:
-        call.record(column, amax_of(weight.detach()))
-    return recast_weight(weight, call.scale(column), call)
+    if call.recipe.is_delayed:
+        return _cast_delayed(weight.detach(), call, call.page.weight_column, call.recipe.forward_format)
+    return recast_weight(weight, None, call)
 
 
 def _cast_current(x: torch.Tensor, fmt: Format) -> Operand:
     amax = amax_of(x)
     scale = scale_from_amax(amax, fmt)
     return Operand(quantize(x, scale, fmt), scale_inv_of(scale), amax=amax)
+
+
+def _cast_delayed(x: torch.Tensor, call: Call, column: int, fmt: Format) -> Operand:
+    """With the scale of this step; the amax is recorded if it counts."""
+    if not call.knows(column):
+        amax = amax_of(x)
+        scale = call.scales.of_tensor(column, amax, fmt)
+        if call.records:
+            call.record(column, amax)
+        return Operand(quantize(x, scale, fmt), scale_inv_of(scale), TENSOR, scale, amax)
+    scale, scale_inv = call.scale(column)
+    if not call.records:
+        return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale)
+    codes, amax = quantize_with_amax(x, scale, fmt)
+    call.record(column, amax)
+    return Operand(codes, scale_inv, TENSOR, scale, amax)

@@ -19,10 +19,10 @@ from ..plan.shapes import is_conv1d
 from . import norms
 from .conv1d import fp8_class
 from .experts import STATE, ExpertsState, take_state
+from .forward_scope import tensors_of
 from .fp8_linear import ORIGINAL, Fp8Linear
 from .opaque import opaque
 from .page import Page
-from .regions import tensors_of
 
 if TYPE_CHECKING:
     from .scale_book import ScaleBook

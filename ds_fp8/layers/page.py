@@ -13,9 +13,10 @@ import torch
 
 from ..formats import Format
 from ..recipe import HighPrecision, Recipe
-from .operands import Operand
+from .forward_scope import ForwardScope
+from .operands import CachedWeight
 from .ran import Ran
-from .regions import Region
+from .scales import Scales
 
 if TYPE_CHECKING:
     from .scale_book import ScaleBook
@@ -42,7 +43,9 @@ class Page:
     staged_weight_amax  amax of those codes, recorded at the layer's next recording call
     is_shared           engines that know nothing of each other may step the weight, so that its codes are never kept
     ran                 what the layer's products did in the first step, while that lasts (`ran.py`)
-    ready               the codes of `cached_weight` as the GPU's products read them (cuda_products)
+    cached              codes of the weight for the rest of the optimizer step (`weight_cache`); see `operands.cast_weight`
+    ready               the same as the GPU's products read them (cuda_products)
+    wrapped             `weight_codes` as Transformer Engine's tensor, with its transpose (`weight_cache`)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast road, 0 for never (cuda_products)
     """
 
@@ -76,18 +79,13 @@ class Page:
 
     def forget_weight(self) -> None:
         """Drop codes that this layer made itself."""
-        self.cached_key: tuple[int, ...] | None = None
-        self.cached_weight: Operand | None = None
+        self.cached: CachedWeight | None = None
         self.ready: Any = None
-        self.cached_scale: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.wrapped: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as a page of the copied book."""
         return _page_of, (self.book, self.fqn)
-
-    def call(self, *, training: bool, device: torch.device) -> Call | None:
-        """What one forward needs; None when it is to compute in high precision."""
-        return self.book.call(self, training=training, device=device)
 
 
 def _page_of(book: ScaleBook, fqn: str) -> Page:
@@ -98,54 +96,71 @@ def _page_of(book: ScaleBook, fqn: str) -> Page:
 class Call:
     """One forward of one layer, and its backward.
 
-    region   scales to cast with; None unless the scaling is delayed
-    records  amaxes of input and weight count: not in a recompute. That of grad_output counts in a recompute too, whose
-             graph is the one that reentrant checkpointing differentiates (`records_gradient`).
+    scales   what to cast with; None unless the scaling is delayed
+    records  amaxes count: in training, where gradients are recorded
     warming  before `start_step`: compute in high precision, record all the same
+    scope    the pass it belongs to, in a model without an engine
     """
 
     page: Page
-    region: Region | None
-    records: bool
-    warming: bool
+    scales: Scales | None = None
+    records: bool = False
+    warming: bool = False
+    scope: ForwardScope | None = None
 
     @property
     def recipe(self) -> Recipe:
         return self.page.book.recipe
+
+    def may_cache(self, weight: torch.Tensor) -> bool:
+        """Whether codes of `weight` may serve later forwards of this optimizer step: `weight_cache` asks for it, and nothing
+        but this engine's optimizer writes the weight, as far as anybody can tell.
+
+        Everything else is cast in every forward: frozen weights, which a momentum branch may write at any time; weights
+        that are given to `torch.func.functional_call`; any weight in evaluation or under no_grad, where averaged weights
+        are swapped in; one that ZeRO-3 gathers for the length of its layer; and every weight of a model without an engine.
+        """
+        book = self.page.book
+        mine = id(weight) in book.optimized and weight.requires_grad and not self.page.is_shared
+        return book.plan.weight_cache and self.records and mine
 
     @property
     def high(self) -> HighPrecision:
         """The products that run in high precision in this call."""
         return ALL_HIGH if self.warming else self.recipe.override_linear_precision
 
-    @property
-    def caches_weight(self) -> bool:
-        return self.page.book.plan.weight_cache and not self.page.is_shared
+    def knows(self, column: int) -> bool:
+        """Whether the scale of a column stands before its tensor is seen (delayed scaling)."""
+        assert self.scales is not None, "only delayed scaling knows a scale before the tensor"
+        return column not in self.scales.unknown
+
+    def knows_operands(self) -> bool:
+        """Whether input and weight can be cast in one pass; true under every recipe that keeps no history."""
+        if self.scales is None or not self.scales.unknown:
+            return True
+        page = self.page
+        return self.knows(page.input_column) and (page.weight_codes is not None or self.knows(page.weight_column))
 
     def scale(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, scale_inv), 0-d fp32, frozen since the region opened."""
-        assert self.region is not None, "only delayed scaling knows a scale before the tensor"
-        return self.region.scale[column], self.region.scale_inv[column]
-
-    @property
-    def records_gradient(self) -> bool:
-        return self.region is not None and self.region.records
-
-    def records_column(self, column: int) -> bool:
-        return self.records_gradient if column == self.page.grad_output_column else self.records
+        """(scale, scale_inv), 0-d fp32, of this step."""
+        assert self.scales is not None, "only delayed scaling knows a scale before the tensor"
+        return self.scales.scale[column], self.scales.scale_inv[column]
 
     def record(self, column: int, amax: torch.Tensor) -> None:
-        assert self.region is not None, "only delayed scaling records"
-        self.page.book.record(self.region, column, amax)
+        self.page.book.record(column, amax)
 
     def raised(self, column: int) -> torch.Tensor | None:
         """The book's pending amaxes, whose entry `column` a kernel itself raises; None where it does not count."""
-        if not self.records_column(column):
+        if not self.records:
             return None
-        assert self.region is not None, "only delayed scaling records"
-        self.page.book.raised_slot(self.region, column)
+        self.page.book.slot(column)
         return self.page.book.pending
 
+    def in_backward(self) -> None:
+        """The backward of this call has begun."""
+        if self.scope is not None:
+            self.scope.saw_backward = True
+
     def format_of(self, column: int) -> Format:
-        recipe: Any = self.recipe
-        return recipe.backward_format if column == self.page.grad_output_column else recipe.forward_format
+        book = self.page.book
+        return book.backward_format if column == self.page.grad_output_column else book.forward_format

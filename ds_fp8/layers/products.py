@@ -38,105 +38,147 @@ from .page import Call
 class LinearProducts(torch.autograd.Function):
     """output = input @ weight.T + bias with FP8 operands.
 
-    input   [M, K] in the compute dtype
+    input   [..., K] in the compute dtype, contiguous
     weight  [N, K] in its own dtype: codes are made from it directly
     bias    [N] or None
     call    scales, and what to do with them
     grad    whether a backward may follow (inside `forward` autograd is always off)
+
+    Axes are folded in here, and what is returned is no view: nobody may write into a view that was made in here.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, grad: bool
     ) -> torch.Tensor:
-        high, page, dtype = call.high, call.page, input.dtype
-        needs_dgrad, needs_wgrad = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
-        if call.warming and call.records:
-            call.record(page.input_column, amax_of(input))
-            call.record(page.weight_column, amax_of(weight))
-
-        input_codes = weight_codes = None
-        if not high.fprop or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
-            input_codes = cast(input, call, page.input_column)
-        elif call.records and not high.wgrad and call.recipe.is_delayed:
-            # Under a checkpoint this forward has no gradient, and the recompute that casts for wgrad does not record.
-            call.record(page.input_column, amax_of(input))
-        if not (high.fprop and high.dgrad):
-            weight_codes = cast_weight(weight, call)
-
-        # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
-        if high.fprop:
-            output = F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
-        else:
-            output = matmul(input_codes, weight_codes, dtype, bias=bias, fast=True)
-
-        kept: dict[str, torch.Tensor] = {}
-        if needs_dgrad:
-            if high.dgrad or is_sharded(weight):
-                # Sharded: gathered again before the backward, as codes at O3; holding codes would hold the whole model.
-                kept["weight"] = weight
-                if weight_codes is not None and weight_codes.scale is not None:
-                    kept["weight_scale"], kept["weight_scale_inv"] = weight_codes.scale, weight_codes.scale_inv
-            else:
-                kept["weight_data"], kept["weight_scale_inv"] = weight_codes.data, weight_codes.scale_inv
-        if needs_wgrad:
-            if high.wgrad:
-                kept["input"] = input
-            else:
-                codes = cast_transposed(input, input_codes, call, page.input_column)
-                kept["input_data"], kept["input_scale_inv"] = codes.data, codes.scale_inv
-        page.note_forward(high, dgrad=needs_dgrad, wgrad=needs_wgrad)
+        needs = ctx.needs_input_grad
+        output, kept = forward_products(
+            input.view(-1, input.shape[-1]), weight, bias, call, dgrad=grad and needs[0], wgrad=grad and needs[1]
+        )
         ctx.save_for_backward(*kept.values())
-        ctx.names, ctx.call, ctx.dtype = tuple(kept), call, dtype
+        ctx.names, ctx.call, ctx.dtype = tuple(kept), call, input.dtype
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        return output
+        return as_shape(output, (*input.shape[:-1], output.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise BackendError(
-                f"{ctx.call.page.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
-                "  Exclude this layer in fp8/layers/exclude, or differentiate once."
-            )
         call: Call = ctx.call
-        high, page = call.high, call.page
+        refuse_second_derivative(call)
         kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        grad_output = grad_output.to(ctx.dtype).contiguous()
-        needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
-        grad_input = grad_weight = grad_bias = None
-        with torch.autocast(grad_output.device.type, enabled=False):
-            if call.warming and call.records_gradient:
-                call.record(page.grad_output_column, amax_of(grad_output))
-            codes = None
-            if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
-                codes = cast(grad_output, call, page.grad_output_column)
-                if needs_dgrad and needs_wgrad and not high.dgrad and not high.wgrad:
-                    codes = _shared(codes, ctx.dtype, ctx.weight_dtype)
-            hidden = not needs_bias and not (needs_dgrad and high.dgrad) and not (needs_wgrad and high.wgrad)
-
-            # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
-            if needs_dgrad and high.dgrad:
-                grad_input = grad_output @ kept["weight"].to(ctx.dtype)
-            elif needs_dgrad:
-                codes = _poison(codes, grad_output) if hidden and not needs_wgrad else codes
-                grad_input = matmul(codes, _weight_operand(kept, call).t(), ctx.dtype)
-
-            # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
-            if needs_wgrad and high.wgrad:
-                grad_weight = (grad_output.t() @ kept["input"]).to(ctx.weight_dtype)
-            elif needs_wgrad:
-                left = cast_transposed(grad_output, codes, call, page.grad_output_column)
-                left = _poison(left, grad_output) if hidden else left
-                extent = GROUPS if call.recipe.kind == "block" else TENSOR
-                right = Operand(kept["input_data"], kept["input_scale_inv"], extent)
-                grad_weight = matmul(left, right, ctx.weight_dtype)
-
-            if needs_bias:
-                # In one dtype torch's own sum, as nn.Linear takes it: accumulated in fp32 and rounded once, without a copy.
-                exact = None if grad_output.dtype == ctx.bias_dtype else torch.float32
-                grad_bias = grad_output.sum(0, dtype=exact).to(ctx.bias_dtype)
-        page.note_backward(high, dgrad=needs_dgrad, wgrad=needs_wgrad)
+        rows = grad_output.to(ctx.dtype).contiguous().view(-1, grad_output.shape[-1])
+        with torch.autocast(rows.device.type, enabled=False):
+            grad_input, grad_weight, grad_bias = backward_products(
+                rows,
+                kept,
+                call,
+                needs=ctx.needs_input_grad[:3],
+                weight_dtype=ctx.weight_dtype,
+                bias_dtype=ctx.bias_dtype,
+            )
+        if grad_input is not None:
+            grad_input = as_shape(grad_input, (*grad_output.shape[:-1], grad_input.shape[1]))
         return grad_input, grad_weight, grad_bias, None, None
+
+
+def as_shape(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """[M, N], fresh and dense, as [..., N] that is no view of it."""
+    return rows if rows.shape == shape else torch.ops.aten._unsafe_view.default(rows, shape)
+
+
+def refuse_second_derivative(call: Call) -> None:
+    if torch.is_grad_enabled():
+        raise BackendError(
+            f"{call.page.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
+            "  Exclude this layer in fp8/layers/exclude, or differentiate once."
+        )
+
+
+def forward_products(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(output [M, N], what `backward_products` needs) for `input` [M, K]; `dgrad`, `wgrad`: products that will be asked for."""
+    high, page, dtype = call.high, call.page, input.dtype
+    if call.warming and call.records:
+        call.record(page.input_column, amax_of(input))
+        call.record(page.weight_column, amax_of(weight.detach()))
+
+    input_codes = weight_codes = None
+    if not high.fprop or (wgrad and not high.wgrad and call.recipe.kind != "block"):
+        input_codes = cast(input, call, page.input_column)
+    if not (high.fprop and high.dgrad):
+        weight_codes = cast_weight(weight, call)
+
+    # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
+    if high.fprop:
+        output = F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+    else:
+        output = matmul(input_codes, weight_codes, dtype, bias=bias, fast=True)
+
+    kept: dict[str, torch.Tensor] = {}
+    if dgrad:
+        if high.dgrad or is_sharded(weight):
+            # Sharded: gathered again before the backward, as codes at O3; holding codes would hold the whole model.
+            kept["weight"] = weight
+            if weight_codes is not None and weight_codes.scale is not None:
+                kept["weight_scale"], kept["weight_scale_inv"] = weight_codes.scale, weight_codes.scale_inv
+        else:
+            kept["weight_data"], kept["weight_scale_inv"] = weight_codes.data, weight_codes.scale_inv
+    if wgrad:
+        if high.wgrad:
+            kept["input"] = input
+        else:
+            codes = cast_transposed(input, input_codes, call, page.input_column)
+            kept["input_data"], kept["input_scale_inv"] = codes.data, codes.scale_inv
+    page.note_forward(high, dgrad=dgrad, wgrad=wgrad)
+    return output, kept
+
+
+def backward_products(
+    grad_output: torch.Tensor,
+    kept: dict[str, torch.Tensor],
+    call: Call,
+    *,
+    needs: tuple[bool, bool, bool],
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of input [M, K], weight [N, K] and bias [N], None where not in `needs`, for `grad_output` [M, N]."""
+    call.in_backward()
+    high, page, dtype = call.high, call.page, grad_output.dtype
+    needs_dgrad, needs_wgrad, needs_bias = needs
+    grad_input = grad_weight = grad_bias = None
+    if call.warming and call.records:
+        call.record(page.grad_output_column, amax_of(grad_output))
+    codes = None
+    if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
+        codes = cast(grad_output, call, page.grad_output_column)
+        if needs_dgrad and needs_wgrad and not high.dgrad and not high.wgrad:
+            codes = _shared(codes, dtype, weight_dtype)
+    hidden = not needs_bias and not (needs_dgrad and high.dgrad) and not (needs_wgrad and high.wgrad)
+
+    # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
+    if needs_dgrad and high.dgrad:
+        grad_input = grad_output @ kept["weight"].to(dtype)
+    elif needs_dgrad:
+        codes = _poison(codes, grad_output) if hidden and not needs_wgrad else codes
+        grad_input = matmul(codes, _weight_operand(kept, call).t(), dtype)
+
+    # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
+    if needs_wgrad and high.wgrad:
+        grad_weight = (grad_output.t() @ kept["input"]).to(weight_dtype)
+    elif needs_wgrad:
+        left = cast_transposed(grad_output, codes, call, page.grad_output_column)
+        left = _poison(left, grad_output) if hidden else left
+        extent = GROUPS if call.recipe.kind == "block" else TENSOR
+        right = Operand(kept["input_data"], kept["input_scale_inv"], extent)
+        grad_weight = matmul(left, right, weight_dtype)
+
+    if needs_bias:
+        # In one dtype torch's own sum, as nn.Linear takes it: accumulated in fp32 and rounded once, without a copy.
+        exact = None if dtype == bias_dtype else torch.float32
+        grad_bias = grad_output.sum(0, dtype=exact).to(bias_dtype)
+    page.note_backward(high, dgrad=needs_dgrad, wgrad=needs_wgrad)
+    return grad_input, grad_weight, grad_bias
 
 
 def _shared(codes: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dtype) -> Operand:

@@ -45,18 +45,22 @@ CARRIED = (
 callers hold (`handle.remove()`) go on working."""
 
 
-def swap_layers(model: nn.Module, plan: Plan, *, group: Any = None, by_engine: bool = False) -> ScaleBook:
+def swap_layers(
+    model: nn.Module, plan: Plan, *, group: Any = None, by_engine: bool = False, managed: bool | None = None
+) -> ScaleBook:
     """Make the layers that `plan` names FP8 layers, with the same Parameter objects. Returns their scale book.
 
     group      process group whose ranks share one amax history (`reduce_amax`); None is the whole world
     by_engine  a DeepSpeed engine does it by its JSON: the next engine of this model may undo it (see `owners.py`)
+    managed    the caller will call the book's `update_scales` once per optimizer step, as an engine does; otherwise the
+               scales are updated before each forward of `model`, by this rank alone. None: as `by_engine`
     Raises BackendError when the model is not the one that was planned, or a backend refuses a layer; the model is then
     as it was.
     """
     if BOOK in vars(model):
         raise BackendError("this model has FP8 layers already; call restore_layers(model) first.")
     names = [decision.fqn for decision in plan.swaps if decision.kind in ("Linear", "Conv1D")]
-    book = ScaleBook(names, plan.fp8, group=group)
+    book = ScaleBook(names, plan.fp8, group=group, managed=by_engine if managed is None else managed)
     try:
         for decision in plan.swaps:
             _swap(model, decision, plan, book, by_engine)

@@ -91,7 +91,7 @@ class Fp8Plan:
     implied: bool = False
     backend: str = "torch"
     recipe: Recipe = field(default_factory=Recipe)
-    weight_cache: bool = True
+    weight_cache: bool = False
     eval: bool = False
     start_step: int = 0
     min_features: int = 0

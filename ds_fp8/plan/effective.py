@@ -79,7 +79,7 @@ def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
         implied=asked.implied,
         backend=backend,
         recipe=asked.recipe,
-        weight_cache=True if asked.weight_cache is None else asked.weight_cache,
+        weight_cache=bool(asked.weight_cache),
         eval=bool(asked.eval),
         start_step=asked.start_step,
         min_features=asked.layers.min_features or 0,
@@ -178,11 +178,6 @@ def _check_weight_wire(settings: Settings, fp8: Fp8Plan, level: Level) -> None:
         raise PlanError(
             f"{asked} makes codes for the recipes delayed, current and block, but fp8/recipe is {fp8.recipe.kind}.\n"
             "  Use one of the three, or opt_level O2."
-        )
-    if not fp8.weight_cache:
-        raise PlanError(
-            f"{asked} makes the codes of a weight once per optimizer step, but fp8/weight_cache is false.\n"
-            "  Remove fp8/weight_cache, or use opt_level O2."
         )
 
 

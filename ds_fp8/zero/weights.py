@@ -78,9 +78,10 @@ class WeightCaster:
         """Fill the segments' codes; returns scale_inv of every weight, in the shape its layer wants."""
         per_weight = self._exchange_amaxes(segments)
         if self.kind == "delayed":
-            self.book.fold()
-            scales = [self.book.weight_scale(w.layer) for w in self.weights]
+            # The step's amaxes are in the histories already: these are the scales that the layers would cast with next.
+            scales = []
             for weight, amax in zip(self.weights, per_weight, strict=True):
+                scales.append(self.book.weight_scale(weight.layer, amax.view(())))
                 self.book.record_weight_amax(weight.layer, amax.view(()))
         elif self.kind == "current":
             scales = [scale_from_amax(amax.view(()), E4M3) for amax in per_weight]

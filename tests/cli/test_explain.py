@@ -78,7 +78,7 @@ def test_tables(job, capsys):
     assert main(["explain", job]) == 0
     text = capsys.readouterr().out
     assert "amax_history_len" in text
-    assert "forward regions" in text
+    assert "optimizer steps" in text
     assert "zero_stage" in text
 
 

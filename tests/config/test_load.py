@@ -100,6 +100,7 @@ def test_every_fp8_key_arrives():
         "interval": 4,
         "amax_history_len": 16,
         "amax_compute_algo": "most_recent",
+        "amax_rules": "transformer_engine",
         "override_linear_precision": [False, False, True],
         "reduce_amax": False,
         "layers": {
@@ -127,6 +128,7 @@ def test_every_fp8_key_arrives():
     assert (recipe.kind, recipe.fp8_format, recipe.margin, recipe.interval) == ("delayed", "E4M3", 1, 4)
     assert (recipe.amax_history_len, recipe.amax_compute_algo, recipe.reduce_amax) == (16, "most_recent", False)
     assert recipe.override_linear_precision == HighPrecision(wgrad=True)
+    assert recipe.amax_rules == "transformer_engine"
     assert fp8.layers == config.LayerSettings(("a.*",), ("*.head",), True, False, True, 256)
     assert (fp8.backend, fp8.fuse, fp8.weight_cache, fp8.eval, fp8.start_step) == (
         "transformer_engine",

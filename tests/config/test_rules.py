@@ -45,8 +45,11 @@ REFUSED = [
         "msamp/opt_level",
         {**msamp("O3"), "zero_optimization": {"stage": 1}},
     ),
-    ({**msamp("O3"), **fp8(weight_cache=False)}, "fp8/weight_cache", {**msamp("O2"), **fp8(weight_cache=False)}),
-    ({**msamp("O3"), **fp8(recipe="mxfp8")}, "fp8/recipe", {**msamp("O3"), **fp8(recipe="block")}),
+    (
+        {**msamp("O3"), **fp8(recipe="mxfp8")},
+        "fp8/recipe",
+        {**msamp("O3"), **fp8(recipe="block", weight_cache=False)},
+    ),
     ({**msamp(master="split24"), "bf16": {"enabled": False}}, "msamp/master", {**msamp(), "bf16": {"enabled": False}}),
     (msamp("O1", rounding="stochastic"), "msamp/rounding", msamp("O2", rounding="stochastic")),
     (

@@ -252,7 +252,7 @@ def recompute_job(rank: int, world_size: int, settings: dict[str, Any], kind: st
         engine = make_engine(settings, Recomputed(kind))
         losses = steps(engine, settings, rank, 0, 4)
     book = ds_fp8.engine.of(engine).book
-    book.fold()
+    book.update_scales()
     return {"losses": losses, "scales": book.scales.clone()}
 
 
@@ -292,7 +292,7 @@ def pipeline_job(rank: int, world_size: int, settings: dict[str, Any], count: in
     attachment = ds_fp8.engine.of(engine)
     before = attachment.book.scales.clone()
     losses = [engine.train_batch(iter(data)).item() for _ in range(count)]
-    attachment.book.fold()
+    attachment.book.update_scales()
     return {
         "swapped": len(attachment.plan.swaps),
         "losses": losses,

@@ -121,11 +121,11 @@ def main() -> None:
         constants |= {"EVEN": not coded and not short, "HARDWARE": True, "FAST": not short}
         constants |= {"GRADIENT": 0 if coded else adam.NOT_CODED}
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 2, constants, fused=2)
-    for fold in (False, True):
+    for keep in (False, True):
         constants = {"FORWARD_MAX": 448.0, "BACKWARD_MAX": 57344.0, "MARGIN_FACTOR": 2.0, "LENGTH": 1024}
-        constants |= {"MOST_RECENT": False, "FOLD": fold, "FREEZE": True, "FROZEN": operands.FROZEN}
+        constants |= {"MOST_RECENT": False, "KEEP": keep, "FROZEN": operands.FROZEN}
         constants |= {"ROWS": history.ROWS, "COLUMNS": history.COLUMNS}
-        build(history._open_kernel, ["*fp32"] * 7 + ["i32"] * 4, constants)
+        build(history._update_kernel, ["*fp32"] * 7 + ["i32"] * 4, constants)
     parts = {"PARTS": operands.PARTS, "ELEMENTS": operands.PART_ELEMENTS}
     build(operands._parts_kernel, ["*bf16", "*fp32", "i32"], parts)
     for write in (False, True):

@@ -13,13 +13,12 @@ import torch
 from ds_fp8.formats import E4M3, E5M2, Format
 from ds_fp8.kernels import dispatch, self_test
 from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands
-from ds_fp8.layers import ScaleBook
+from ds_fp8.layers.scales import ScaleTensors
 from ds_fp8.numerics import cast as reference_cast
 from ds_fp8.numerics import flat as reference
 from ds_fp8.numerics import gemm_blocks, scaling
 from ds_fp8.numerics.dtypes import torch_dtype
 from ds_fp8.numerics.random_bits import Stochastic
-from ds_fp8.plan import Fp8Plan
 from ds_fp8.recipe import Recipe
 
 assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
@@ -221,14 +220,13 @@ def test_block_operands_have_the_strides_that_cublas_wants():
 
 @pytest.mark.parametrize("length", [1, 2, 5, 300])
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
-@pytest.mark.parametrize(("margin", "interval"), [(0, 1), (3, 2)])
-def test_a_region_opens_in_one_launch(length, algorithm, margin, interval):
-    """Zero, tiny, infinite and ordinary amaxes, more folds than the history is long; with and without a backward; the
+@pytest.mark.parametrize(("margin", "interval", "exact"), [(0, 1, True), (3, 2, False)])
+def test_scales_are_updated_in_one_launch(length, algorithm, margin, interval, exact):
+    """Zero, tiny, infinite and ordinary amaxes, more updates than the history is long; with and without a backward; the
     frozen scales and their reciprocals."""
     recipe = Recipe(amax_history_len=length, amax_compute_algo=algorithm, margin=margin, interval=interval)
-    names = [f"layer{number}" for number in range(7)]
-    plain, fast = (ScaleBook(names, Fp8Plan(enabled=True, recipe=recipe)) for _ in range(2))
-    fast._kernels = entry
+    plain, fast = (ScaleTensors(7, recipe, exact=exact, device=torch.device("cpu")) for _ in range(2))
+    fast.kernels = entry
     generator = torch.Generator().manual_seed(0)
     for step in range(7):
         amax = torch.rand(21, generator=generator) * 10
@@ -236,13 +234,11 @@ def test_a_region_opens_in_one_launch(length, algorithm, margin, interval):
         amax[3], amax[4], amax[5], amax[15] = float("inf"), 1e-44, 1e38, float("inf")
         if step == 2:
             amax[14:] = 0
-        for book in (plain, fast):
-            book.pending.copy_(amax)
-            book._forward_pending, book._backward_pending = True, step != 2
-            if step == 4:
-                book.fold()  # for somebody who wants the scales, without a region
-        regions = [book._open(records=True) for book in (plain, fast)]
-        assert torch.equal(*(region.frozen[:, :2] for region in regions))
+        for one in (plain, fast):
+            one.pending.copy_(amax)
+            one.update()
+        assert torch.equal(*(one.current.frozen[:, :2] for one in (plain, fast)))
+        assert plain.current.unknown == fast.current.unknown
         assert torch.equal(fast.scales, plain.scales) and not fast.pending.any()
         for found, wanted in ((fast.forward, plain.forward), (fast.backward, plain.backward)):
             assert torch.equal(found.history, wanted.history) and found.folds == wanted.folds

@@ -51,18 +51,20 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
     """Whoever set `fast_step` takes the fast road."""
     assert x.is_contiguous()
-    return bool(call.page.fast_step) and not call.warming and x.numel() // x.shape[-1] % call.page.fast_step == 0
+    rows = x.numel() // x.shape[-1]
+    return bool(call.page.fast_step) and not call.warming and rows % call.page.fast_step == 0 and call.knows_operands()
 
 
 def passes(recipe: Recipe, *, fast: bool, bias: bool = True, cached: bool = True, spoiled: int = -1, codes: bool = False,
-           shape: tuple[int, ...] = (2, 64), micro_batches: int = 1) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
+           shape: tuple[int, ...] = (2, 64), micro_batches: int = 1, managed: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
     """Outputs and gradients of some steps, each after an evaluation, and the book."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(WIDTH, HIDDEN, bias=bias), nn.GELU(), nn.Linear(HIDDEN, WIDTH, bias=bias)
     ).bfloat16()
-    book = swapped(model, recipe, weight_cache=cached, backend="torch", eval=True)
-    book._kernels = entry if fast else None
+    book = swapped(model, recipe, managed=managed, weight_cache=cached, backend="torch", eval=True)
+    book.optimized = frozenset(map(id, model.parameters()))
+    book.tensors.kernels = entry if fast else None
     for page in book.pages:
         page.fast_step = 16 if fast else 0
     found = []
@@ -90,6 +92,8 @@ def passes(recipe: Recipe, *, fast: bool, bias: bool = True, cached: bool = True
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.where(parameter.grad.isfinite(), parameter.grad, 0), alpha=-1.0)
+        if managed:
+            book.update_scales()
         book.weights_changed()
     return found, book
 
@@ -119,6 +123,13 @@ def test_the_fast_road_is_the_plain_road(recipe):
 def test_over_micro_batches(recipe, cached):
     """Codes of the weight serve all of them, and after an evaluation they lack nothing for the backward."""
     hold_together(recipe, cached=cached, micro_batches=2, shape=(48,))
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
+def test_under_an_engine_where_the_first_step_measures_each_tensor(cached):
+    """Tensors without history are cast with their own amax; gradients too, which come after a forward on the fast road."""
+    hold_together(RECIPES[0], managed=True, cached=cached, micro_batches=2)
+    hold_together(RECIPES[1], managed=True, cached=cached, spoiled=0, bias=False)
 
 
 def test_codes_from_outside():

@@ -12,7 +12,7 @@ from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, Settings
 from ds_fp8.layers import Fp8Linear, swap_layers
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
-from tests.layers.small_models import Block
+from tests.layers.small_models import Block, managed_by
 
 
 class Net(nn.Module):
@@ -29,13 +29,13 @@ class Net(nn.Module):
 
 
 def amaxes(rank: int, world_size: int, reduce_amax: bool) -> dict[str, torch.Tensor]:
-    """One region with inputs of size 1 + rank and gradients of size 2 ** rank."""
+    """One step with inputs of size 1 + rank and gradients of size 2 ** rank."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32))
     recipe = Recipe(amax_history_len=4, reduce_amax=reduce_amax)
     book = swap_layers(model, make_plan(model, Settings(Fp8Settings(True, recipe=recipe)), world_size=world_size))
     model(torch.full((16, 32), 1.0 + rank)).mul(2.0**rank).sum().backward()
-    book.fold()
+    book.update_scales()
     return {"scales": book.scales, "history": book.forward.history}
 
 
@@ -60,8 +60,9 @@ def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) ->
     recipe = Recipe(kind=kind, amax_history_len=4 if kind == "delayed" else 1024)
     facts = DeepSpeedFacts(zero_stage=stage, base_dtype="bf16")
     plan = make_plan(model, Settings(Fp8Settings(True, recipe=recipe), deepspeed=facts), world_size=world_size)
-    book = swap_layers(model, plan)
+    book = swap_layers(model, plan, managed=True)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    managed_by(engine, book)
     layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     losses = []
     for step in range(3):
@@ -71,9 +72,7 @@ def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) ->
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
-        # Before the step is told: `weights_changed` frees codes that no longer fit.
-        kept_codes = [layer.page.cached_weight is not None for layer in layers]
-        book.weights_changed()
+        kept_codes = [layer.page.cached is not None for layer in layers]
     state = book.state_dict()
     return {
         "losses": torch.stack(losses),
@@ -100,7 +99,7 @@ def pipeline(rank: int, world_size: int, checkpoint_interval: int) -> dict[str, 
     facts = DeepSpeedFacts(base_dtype="fp32")
     recipe = Recipe(amax_history_len=4)
     plan = make_plan(model, Settings(Fp8Settings(True, recipe=recipe), deepspeed=facts), world_size=1)
-    book = swap_layers(model, plan, group=model._grid.get_data_parallel_group())
+    book = swap_layers(model, plan, group=model._grid.get_data_parallel_group(), managed=True)
     config = {
         "train_micro_batch_size_per_gpu": 16,
         "gradient_accumulation_steps": 4,
@@ -108,12 +107,12 @@ def pipeline(rank: int, world_size: int, checkpoint_interval: int) -> dict[str, 
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    managed_by(engine, book)
     generator = torch.Generator().manual_seed(1)
     batches = iter([(torch.randn(16, 32, generator=generator),) * 2 for _ in range(8)])
     losses = []
     for _ in range(2):
         losses.append(engine.train_batch(data_iter=batches).detach())
-        book.weights_changed()
     state = book.state_dict()
     return {
         "losses": torch.stack(losses),

@@ -32,14 +32,28 @@ def settings(
     )
 
 
-def swapped(model: nn.Module, recipe: Recipe | None = None, **fp8: Any) -> ScaleBook:
+def swapped(model: nn.Module, recipe: Recipe | None = None, *, managed: bool = False, **fp8: Any) -> ScaleBook:
     """Swap `model` by a plan of its own."""
-    return swap_layers(model, make_plan(model, settings(recipe, **fp8)))
+    return swap_layers(model, make_plan(model, settings(recipe, **fp8)), managed=managed)
+
+
+def managed_by(engine: Any, book: ScaleBook) -> None:
+    """What the engine hook does with a book at each optimizer step."""
+    take_step = engine._take_model_step
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        book.update_scales()
+        take_step(*args, **kwargs)
+        book.weights_changed()
+
+    engine._take_model_step = step
+    book.to(engine.device)
+    book.optimized = frozenset(map(id, engine.module.parameters()))
 
 
 def columns(book: ScaleBook, fqn: str) -> dict[str, torch.Tensor]:
-    """Scales and histories of one layer after everything recorded was folded."""
-    book.fold()
+    """Scales and histories of one layer after everything recorded was taken up."""
+    book.update_scales()
     page = book.page(fqn)
     split = 2 * len(book.names)
     forward = [page.input_column, page.weight_column]

@@ -114,7 +114,7 @@ def test_high_precision_where_fp8_is_off():
     exact = loss_and_gradients(model.train())[0]
     book = swapped(model, start_step=1, layers=LayerSettings(include=("*.experts",), norm=False))
     assert loss_and_gradients(model)[0] == exact
-    book.steps = 1
+    book.weights_replaced(1)
     assert loss_and_gradients(model)[0] != exact
     restore_layers(model)
     swapped(model, layers=LayerSettings(exclude=("*.experts",), norm=False))

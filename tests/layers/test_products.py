@@ -198,7 +198,7 @@ def test_non_finite_gradients_reach_the_overflow_check(kind, trained, bad):
     y.backward(grad)
     shown = [tensor.grad for tensor in (x, *model.parameters()) if tensor.grad is not None]
     assert not all(tensor.isfinite().all() for tensor in shown)
-    book.fold()
+    book.update_scales()
     assert book.scales.isfinite().all()
 
 

@@ -106,7 +106,7 @@ def test_a_model_that_is_one_layer():
     book = swapped(model)
     assert isinstance(model, Fp8Linear)
     model(torch.randn(16, 32)).sum().backward()
-    book.fold()
+    book.update_scales()
     assert book.forward.folds == 1
     assert type(restore_layers(model)) is nn.Linear
 
@@ -126,12 +126,12 @@ def test_pickle_carries_scales():
     model = Block()
     book = swapped(model)
     model(torch.randn(16, 32)).sum().backward()
-    book.fold()
+    book.update_scales()
     again = pickle.loads(pickle.dumps(model))
     other = again.up.page.book
     assert other is again.down.page.book and torch.equal(other.scales, book.scales)
     again(torch.randn(16, 32)).sum().backward()
-    other.fold()
+    other.update_scales()
     assert other.forward.folds == 2
     restore_layers(again)
     assert not again._forward_hooks

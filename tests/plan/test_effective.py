@@ -108,21 +108,20 @@ def test_a_default_is_adapted_and_told_an_explicit_value_is_refused():
         plan(job(level="O2", base="fp32", explicit=("master",)))
 
 
-def test_o3_needs_zero_fp8_and_the_weight_cache():
+def test_o3_needs_zero_fp8_and_a_recipe_with_codes():
     with pytest.raises(
         PlanError, match=r"opt_level O3 needs FP8 weights in ZeRO, but zero_optimization/stage is 0\.\n  Set"
     ):
         plan(job(level="O3", stage=0))
     with pytest.raises(PlanError, match="but fp8 is off"):
         plan(job(level="O3", enabled=False))
-    with pytest.raises(PlanError, match="fp8/weight_cache is false"):
-        plan(job(level="O3", weight_cache=False))
     with pytest.raises(PlanError, match="but fp8/recipe is mxfp8"):
         plan(job("mxfp8", level="O3"), BLACKWELL)
     high = Recipe(override_linear_precision=HighPrecision(dgrad=True))
     with pytest.raises(PlanError, match="no weight qualifies"):
         plan(job(level="O3", recipe=high))
-    assert plan(job(level="O3")).comm.fp8_weights == ("0.weight",)
+    for cache in (None, False, True):
+        assert plan(job(level="O3", weight_cache=cache)).comm.fp8_weights == ("0.weight",)
 
 
 def test_this_machine():

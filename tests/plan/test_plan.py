@@ -59,7 +59,7 @@ def test_banner():
     assert text.splitlines() == [
         "ds_fp8: 4 of 5 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: head (tied to embed (Embedding))",
         "ds_fp8: 2 of 2 LayerNorm -> Fp8LayerNorm (fp32 inside, high precision out)",
-        "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache on; eval off",
+        "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache off; eval off",
         "ds_fp8: 75% of the model's matrix FLOPs in FP8 (sequences of 2048 tokens); not: head 25%",
         (
             "ds_fp8: msamp O3: exp_avg int8, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
@@ -129,11 +129,11 @@ def test_resident_bytes_of_the_table(world_size):
     """docs/numerics.md: AMP 2 + 14/W, O2 2 + 6.1/W, O3 1 + 8.1/W bytes per parameter under ZeRO-2."""
     model = nn.Sequential(nn.Linear(256, 256, bias=False))
     count = 256 * 256
-    options = {"world_size": world_size, "model": model, "weight_cache": False}
+    options = {"world_size": world_size, "model": model}
     amp = estimate(plan_at(None, **options))
     assert amp.resident_bytes / count == pytest.approx(2 + 14 / world_size)
     assert estimate(plan_at("O2", **options)).resident_bytes / count == pytest.approx(2 + 6.1 / world_size, abs=0.05)
-    o3 = estimate(plan_at("O3", **(options | {"weight_cache": True})))
+    o3 = estimate(plan_at("O3", **options))
     assert o3.resident_bytes / count == pytest.approx(1 + 8.1 / world_size, abs=0.05)
 
 
@@ -149,7 +149,9 @@ def test_wire_bytes():
 
 
 def test_weight_cache_is_counted():
-    plan = plan_at("O2")
+    """Where it is asked for; by default no rank holds codes of whole weights between its forwards."""
+    assert estimate(plan_at("O2")).device.cached == 0
+    plan = plan_at("O2", weight_cache=True)
     assert estimate(plan).device.cached == 2 * (32 * 48 + 48 * 32)
     assert estimate(plan, zero_stage=3).device.cached == 0
     theirs = replace(plan, fp8=replace(plan.fp8, backend="transformer_engine"))

@@ -17,6 +17,7 @@ from ds_fp8.levels import LEVELS
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
 from ds_fp8.zero import specializing, wire
+from tests.layers.small_models import managed_by
 
 WIDTHS = (32, 144, 48)
 
@@ -66,7 +67,7 @@ def start(
     plan = make_plan(
         model, settings, device=torch.device(get_accelerator().device_name()), world_size=dist.get_world_size()
     )
-    book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)))
+    book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)), managed=True)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": gas,
@@ -77,6 +78,7 @@ def start(
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
+    managed_by(engine, book)
     optimizer = engine.optimizer
     specializing.compose(optimizer, specializing.wire_mixins(specializing.served(optimizer), plan))
     wire.attach(engine, optimizer, plan, book)
@@ -96,7 +98,6 @@ def take_steps(engine: Any, book: Any, steps: range) -> list[float]:
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        book.weights_changed()
     return losses
 
 

@@ -29,7 +29,7 @@ PARTS, PART_ELEMENTS, PART_WARPS = 512, 4096, 8
 """Programs that look for an amax, each leaving its own: nothing to zero before, no atomics."""
 
 FROZEN = 4
-"""fp32 per column of a region's frozen scales: scale_inv where cuBLASLt reads it (at multiples of 16 bytes), then scale."""
+"""fp32 per column of the scales of a step: scale_inv where cuBLASLt reads it (at multiples of 16 bytes), then scale."""
 
 
 @triton.jit(do_not_specialize=["column"])
@@ -92,7 +92,7 @@ def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format
                  plain: bool = True, turned: bool = True) -> Cast:  # fmt: skip
     """Cast contiguous `x` [..., K] (M rows in all) with a known scale.
 
-    frozen   [columns of the book, FROZEN] fp32: a region's scales, of which number `column` is used
+    frozen   [columns of the book, FROZEN] fp32: the scales of a step, of which number `column` is used
     pending  [columns of the book] fp32: entry `column` is raised to the amax of `x`; None measures nothing
     """
     columns = x.shape[-1]

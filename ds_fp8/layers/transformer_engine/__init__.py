@@ -2,7 +2,7 @@
 
     names.py      the library, resolved and compared with what we count on
     scaling.py    our recipe as one of its recipes
-    linear.py     te.Linear with its own region in each call, and scales from the scale book
+    linear.py     te.Linear with its own autocast in each call, and scales from the scale book
     products.py   override_linear_precision, which it dropped
     codes.py      a weight that travelled as codes (O3), as te.Linear's own
     norms.py      its norms

@@ -8,8 +8,7 @@ does not look at the 16-bit one. So the codes that travelled become such a cache
 
 Nothing is copied: the tensor is a view of the codes. Its transpose, which dgrad needs before Blackwell, is made in the
 forward, because a cached weight without one counts as stale, and Transformer Engine would quantise the 16-bit weight, which
-may be released. It is kept until the codes change, as Transformer Engine keeps its own; under ZeRO-3 from a forward to its
-backward. The gradient goes to the Parameter as ever: of it, only shape and dtype are read (2.11.0 and 2.20.2).
+may be released. It is kept from a forward to its backward, with `weight_cache` until the codes change. The gradient goes to the Parameter as ever: of it, only shape and dtype are read (2.11.0 and 2.20.2).
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ class TakesCodes:
         page.weight_codes = codes
         page.forget_weight()
         # What the layer cached itself is stale too, and would hold two bytes per parameter.
-        self.__dict__["fp8_state"].forget_weight()
         self.__dict__[WORKSPACE].pop("weight", None)
 
     def verify_codes(self) -> None:
@@ -91,10 +89,10 @@ def weight_of(layer: Any, engine: TransformerEngine, state: LayerState) -> Itera
 
 
 def rebind_cached(layer: Any, state: LayerState) -> None:
-    """Point the quantiser of a cached weight at the slots of this region.
+    """Point the quantiser of a cached weight at the slots of this call.
 
     A cached weight is cast again by the copy of the quantiser that it was made with (2.20.2), and our slots change with every
-    region: without this it would keep the scale of the first one, which is 1.
+    step: without this it would keep the scale of the first one.
     """
     kept = getattr(getattr(layer, WORKSPACE, {}).get("weight"), "_quantizer", None)
     if kept is not None and state.scale("weight") is not None:
@@ -109,7 +107,7 @@ def wrap(codes: WeightCodes, quantizer: Any, dtype: torch.dtype, kind: str) -> A
     common = {"shape": data.shape, "dtype": dtype, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
     common["device"] = data.device
     if kind != "block":
-        # To the codes' device: before its first region the book lies on the CPU, and cuBLASLt would take a host address.
+        # To the codes' device: before its first call a book without an engine lies on the CPU, and cuBLASLt would take a host address.
         scale_inv = aligned(codes.scale_inv.reshape(1).to(data.device))
         return made(data=data, fp8_scale_inv=scale_inv, data_transpose=None, **common)
     rows, columns = codes.scale_inv.shape

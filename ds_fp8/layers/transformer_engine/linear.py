@@ -1,4 +1,4 @@
-"""te.Linear as a stand-in for nn.Linear: the same Parameters, our scales, and a region of its own in every call.
+"""te.Linear in the place of nn.Linear: the same Parameters, our scales, and an autocast of its own in every call.
 
 Three habits of Transformer Engine do not fit a plug-in, and are turned here:
 
@@ -9,15 +9,16 @@ Three habits of Transformer Engine do not fit a plug-in, and are turned here:
    part when it has no entry under `buffer_key` in `fp8_meta`; ours have one from the start, so TE's buffers stay empty.
 3. *State.* Instead the quantisers read their scale from, and leave their amax in, slots of the scale book, which folds
    all layers of all backends at once, with the group that it was given. TE's casts raise the slot to a running maximum
-   (seen on an H200 with 2.20.2), so several calls in a region, and a recompute, count once.
+   (seen on an H200 with 2.20.2), so several calls in a step, and a recompute, count once.
 
-A call that must not record (eval, recompute) gets a scratch slot for the amax. Tokens are padded to a multiple of 16 with
+A call that must not record (eval, no_grad) gets a scratch slot for the amax. Tokens are padded to a multiple of 16 with
 zeros, which change no amax, output or gradient of the others. Without FP8 a call is `F.linear`, bit for bit nn.Linear.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -52,20 +53,20 @@ class LayerState(Protocol):
     def is_active(self, training: bool) -> bool:
         """FP8 in this call: `start_step` is reached, and it is training or `eval` is on."""
 
-    def begin(self) -> bool:
-        """Open a region if none is open; whether this call records its amaxes."""
+    def begin(self, input: Callable[[], torch.Tensor]) -> bool:
+        """Start a call; whether its tensors record their amaxes. `input` makes what the product reads."""
+
+    def finish(self, output: torch.Tensor) -> torch.Tensor:
+        """What the layer returns for `output`: a tensor that callers may write into."""
 
     def scale(self, role: str) -> torch.Tensor | None:
         """fp32 [1] on the layer's device; None when the recipe keeps no scales."""
 
     def amax(self, role: str) -> torch.Tensor:
-        """fp32 [1]: the slot of the open region."""
+        """fp32 [1]: the slot that the cast raises."""
 
     def scratch(self) -> torch.Tensor:
         """fp32 [1] that nobody reads."""
-
-    def records_backward(self) -> bool:
-        """Whether the backward of this call records: it does after a recompute, whose forward does not."""
 
     def observe(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Before `start_step`: record the amaxes of a call in high precision; returns `output`."""
@@ -75,9 +76,6 @@ class LayerState(Protocol):
 
     def codes(self) -> WeightCodes | None:
         """The weight's codes if somebody else made them (O3); records their amax if this call records."""
-
-    def forget_weight(self) -> None:
-        """The layer's own cache was emptied."""
 
 
 @functools.cache
@@ -101,14 +99,15 @@ def linear_class() -> type[nn.Module]:
             tokens = input.numel() // self.in_features
             short = -tokens % TOKEN_MULTIPLE
             operand = F.pad(input.reshape(tokens, self.in_features), (0, 0, 0, short)) if short else input
-            records = state.begin()
+            records = state.begin(lambda: input)
             operand = operand.detach() if state.high.dgrad else operand
             with engine.autocast(state.scaling):
                 bind_slots(self, engine, state, records)
                 output = self._multiply(operand, state)
             note_products(self, output, input, state.high)
+            output = state.finish(output)
             if short:
-                output = output[:tokens].reshape(*input.shape[:-1], self.out_features)
+                output = unpadded(output, tokens, input.shape)
             return attach(output, input, self.weight, bias, state.high) if any(state.high) else output
 
         def _multiply(self, operand: torch.Tensor, state: LayerState) -> torch.Tensor:
@@ -163,10 +162,14 @@ def bind_slots(layer: Any, engine: TransformerEngine, state: LayerState, records
             ) from error
         if direction == "scaling_bwd":
             # The backward reads it later, and a pipeline has several forwards in flight: each keeps its own.
-            records = state.records_backward()
             quantizer = layer.quantizers[direction][index] = quantizer.copy()
         quantizer.scale = state.scale(role)
         quantizer.amax = state.amax(role) if records else state.scratch()
+
+
+def unpadded(output: torch.Tensor, tokens: int, shape: torch.Size) -> torch.Tensor:
+    """The first `tokens` rows, with the leading axes of `shape`; no view, so that callers may write into it."""
+    return torch.ops.aten._unsafe_view.default(output[:tokens], (*shape[:-1], output.shape[-1]))
 
 
 def make_linear(source: nn.Linear, state: LayerState) -> nn.Module:

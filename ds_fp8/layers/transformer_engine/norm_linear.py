@@ -1,6 +1,6 @@
 """te.LayerNormLinear in the place of a linear layer, reading the Parameters of the norm before it; see `layers/fused.py`.
 
-The FP8 side is that of `linear.py`: a region of its own, slots of the scale book, no `_extra_state`. Tokens are padded by
+The FP8 side is that of `linear.py`: an autocast of its own, slots of the scale book, no `_extra_state`. Tokens are padded by
 repeating the last one, not with zeros: the norm would turn zeros into its bias, which might be the largest amax.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .codes import TakesCodes, weight_of
-from .linear import TOKEN_MULTIPLE, LayerState, bind_slots, note_call, note_products
+from .linear import TOKEN_MULTIPLE, LayerState, bind_slots, note_call, note_products, unpadded
 from .names import load
 
 
@@ -41,13 +41,14 @@ def norm_linear_class() -> type[nn.Module]:
             if short:
                 rows = input.reshape(tokens, self.in_features)
                 operand = torch.cat([rows, rows[-1:].detach().expand(short, -1)])
-            records = state.begin()
+            records = state.begin(lambda: plain_norm(self, input))
             with engine.autocast(state.scaling):
                 bind_slots(self, engine, state, records)
                 with weight_of(self, engine, state) as microbatch:
                     output = super().forward(operand, is_first_microbatch=microbatch)
             note_products(self, output, input, state.high)
-            return output[:tokens].reshape(*input.shape[:-1], self.out_features) if short else output
+            output = state.finish(output)
+            return unpadded(output, tokens, input.shape) if short else output
 
     TELayerNormLinear.__module__, TELayerNormLinear.__qualname__ = __name__, "TELayerNormLinear"
     return TELayerNormLinear

@@ -42,15 +42,16 @@ class Pair(nn.Module):
         return x + self.down(self.rms(torch.relu(self.up(self.norm(x)))))
 
 
-def twins(recipe: Recipe | None = None, recompute: bool | None = None, **fp8):
-    """The same model under both backends, with their books."""
+def twins(recipe: Recipe | None = None, recompute: bool | None = None, managed: bool = False, **fp8):
+    """The same model under both backends, with their books; `managed`: as an engine would hold them."""
     torch.manual_seed(0)
     ours = Pair(recompute)
     theirs = copy.deepcopy(ours)
     found = []
     for model, backend in ((ours, "torch"), (theirs, "transformer_engine")):
         plan = make_plan(model, settings(recipe, **fp8))
-        book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)))
+        book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)), managed=managed)
+        book.optimized = frozenset(map(id, model.parameters()) if managed else ())
         found.append((model, book))
     return found
 
@@ -69,7 +70,7 @@ def run(model, steps=3, tokens=16, train=True):
 
 def assert_same_state(ours, theirs):
     for book in (ours, theirs):
-        book.fold()
+        book.update_scales()
     for name, tensor in ours.state_dict().items():
         other = theirs.state_dict()[name]
         if isinstance(tensor, torch.Tensor):
@@ -142,7 +143,7 @@ def test_current_scaling(te):
 
 def test_weight_cache_quantises_once_per_optimizer_step(te):
     """Four micro-batches, one cast of the weight; after `weights_changed` one more."""
-    _, (theirs, book) = twins(weight_cache=True)
+    _, (theirs, book) = twins(weight_cache=True, managed=True)
     run(theirs, 4)
     # The cached weight keeps a copy of the quantiser, which is asked when the weight has changed.
     assert theirs.up.quantizers["scaling_fwd"][1].calls == 1
@@ -157,11 +158,11 @@ def test_weight_cache_quantises_once_per_optimizer_step(te):
 
 
 def test_a_cached_weight_is_cast_with_the_scale_of_its_own_step(te):
-    """Under delayed scaling the copy of the quantiser in the cache kept the scale of the first region: 1, for ever.
+    """Under delayed scaling the copy of the quantiser in the cache kept the scale of the first step, for ever.
 
     Weights of 0.02 then lay among e4m3's subnormals. Twins: our layers, and one without a cache whose weight is the same.
     """
-    (ours, book), (theirs, their_book) = twins(weight_cache=True)
+    (ours, book), (theirs, their_book) = twins(weight_cache=True, managed=True)
     for _ in range(3):
         assert_close(run(theirs, 2), run(ours, 2))
         assert_same_state(book, their_book)

@@ -40,8 +40,11 @@ def build(recipe: Recipe, fuse: bool = False, **fp8):
     model = Pair()
     plan = make_plan(model, settings(recipe, **fp8))
     book = swap_layers(
-        model, replace(plan, fp8=replace(plan.fp8, backend="transformer_engine", fuse=fuse), zero_stage=2)
+        model,
+        replace(plan, fp8=replace(plan.fp8, backend="transformer_engine", fuse=fuse), zero_stage=2),
+        managed=True,
     )
+    book.optimized = frozenset(map(id, model.parameters()))
     return model, book
 
 
@@ -51,7 +54,7 @@ def code_weights(model: nn.Module, book, weights: dict[str, torch.Tensor]) -> No
         layer, weight = getattr(model, name), weights[name]
         amax = kernels.amax(weight)
         if book.recipe.is_delayed:
-            scale = book.weight_scale(layer)
+            scale = book.weight_scale(layer, amax)
             book.record_weight_amax(layer, amax)
         else:
             scale = scale_from_amax(amax, E4M3)
@@ -74,6 +77,7 @@ def three_steps(model: nn.Module, book, coded: bool, micro: int = 2):
             for name, weight in now.items():
                 getattr(model, name).weight.data = weight
         found += run(model, micro)
+        book.update_scales()
         book.weights_changed()
     return found, book.state_dict()
 
@@ -107,16 +111,20 @@ def test_wgrad_in_high_precision_needs_no_weight(te):
 
 
 def test_the_transpose_is_made_once_a_step_and_goes_with_the_codes(te):
-    """Micro-batches share one tensor; after the step nothing holds it."""
+    """`weight_cache`: micro-batches share one tensor; after the step nothing holds it."""
+    model, book = build(RECIPES[0], weight_cache=True)
+    code_weights(model, book, weights_of(model, 1.0))
+    run(model, 1)
+    kept = model.up.page.wrapped
+    run(model, 2)
+    assert model.up.page.wrapped is kept
+    assert kept._data.data_ptr() == model.up.weight_codes.data.data_ptr(), "a view of the codes, not a copy"
+    book.weights_changed()
+    assert model.up.page.wrapped is None
     model, book = build(RECIPES[0])
     code_weights(model, book, weights_of(model, 1.0))
     run(model, 1)
-    kept = model.up.page.cached_weight
-    run(model, 2)
-    assert model.up.page.cached_weight is kept
-    assert kept._data.data_ptr() == model.up.weight_codes.data.data_ptr(), "a view of the codes, not a copy"
-    book.weights_changed()
-    assert model.up.page.cached_weight is None
+    assert model.up.page.wrapped is None, "by default nothing is kept"
 
 
 def test_dropped_codes_give_the_weight_back_to_transformer_engine(te):

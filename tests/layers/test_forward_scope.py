@@ -1,4 +1,8 @@
-"""Which amax counts, and which scales a cast uses: recompute, accumulation, eval, shared and lonely modules."""
+"""Which amax counts, and which scales a cast uses: recompute, accumulation, eval, shared and lonely modules.
+
+Most models here have no engine, and update their histories before each pass; those with `managed` are held as an engine
+holds them, and update when told to.
+"""
 
 from __future__ import annotations
 
@@ -106,40 +110,64 @@ def test_scales_hold_still_within_a_region_and_move_with_the_next():
     assert columns(book, "0")["forward_scale"][0] == 448 / 4
 
 
-def test_every_micro_batch_is_a_region():
-    """Gradient accumulation: as many history entries as forwards; the weight, cast once per step, has one per step."""
+def test_under_an_engine_a_step_is_one_entry_whatever_was_run():
+    """Four micro-batches share their scales; the step takes the largest amax. Without an engine each pass is an entry."""
     model = nn.Sequential(nn.Linear(32, 32))
-    book = swapped(model, Recipe(amax_history_len=8))
-    for micro in range(4):
+    book = swapped(model, Recipe(amax_history_len=8, amax_compute_algo="most_recent"), managed=True)
+    for micro in (1, 3, 0, 2):
         model(torch.full((16, 32), 1.0 + micro)).sum().backward()
+        assert torch.equal(book.scales, torch.ones(3)), "scales stand still within a step"
     found = columns(book, "0")
-    assert found["forward_history"][1:, 0].tolist() == [0, 0, 0, 1, 2, 3, 4]
-    assert (found["forward_history"][:, 1] > 0).sum() == 1
-    assert (found["backward_history"] > 0).sum() == 4
-    book.weights_changed()
-    model(torch.ones(16, 32)).sum().backward()
-    assert (columns(book, "0")["forward_history"][:, 1] > 0).sum() == 2
+    assert found["forward_history"][1:, 0].tolist() == [0, 0, 0, 0, 0, 0, 4]
+    assert (found["forward_history"] > 0).sum() == 2 and (found["backward_history"] > 0).sum() == 1
+    assert found["forward_scale"][0] == 448 / 4
+    book.update_scales()  # a step in which this rank ran nothing: what it knows stays
+    assert torch.equal(found["forward_history"], book.forward.history) and book.forward.folds == 2
+    alone = nn.Sequential(nn.Linear(32, 32))
+    book = swapped(alone, Recipe(amax_history_len=8))
+    for micro in range(4):
+        alone(torch.full((16, 32), 1.0 + micro)).sum().backward()
+    assert columns(book, "0")["forward_history"][1:, 0].tolist() == [0, 0, 0, 1, 2, 3, 4]
+
+
+def test_addresses_stay_and_an_old_forward_keeps_its_scales():
+    """What a captured graph reads is rewritten in place; what a forward of the last step kept for its backward is not."""
+    model = nn.Sequential(nn.Linear(32, 32))
+    book = swapped(model, RECIPE, managed=True)
+    addresses = [tensor.data_ptr() for tensor in (book.slots, book.pending, book.scales)]
+    x = torch.full((16, 32), 2.0, requires_grad=True)
+    model(x).sum().backward()
+    book.update_scales()
+    late = model(x)  # its backward comes two updates later
+    wanted = torch.autograd.grad(late, x, torch.ones(16, 32), retain_graph=True)[0]
+    kept = book.slots.clone()
+    for _ in range(2):
+        model(torch.full((16, 32), 7.0)).sum().backward()
+        book.update_scales()
+    assert not torch.equal(kept, book.slots) and book.slots[0, 1] == 448 / 7
+    assert addresses == [tensor.data_ptr() for tensor in (book.slots, book.pending, book.scales)]
+    assert torch.equal(torch.autograd.grad(late, x, torch.ones(16, 32))[0], wanted)
 
 
 def test_weight_cache_casts_once_per_step(monkeypatch):
+    """Where it is asked for; by default every forward casts."""
     from ds_fp8.layers import operands
 
     casts = []
-    plain = operands.quantize
-    monkeypatch.setattr(operands, "quantize", lambda x, *rest: casts.append(tuple(x.shape)) or plain(x, *rest))
+    for name in ("quantize", "quantize_with_amax"):
+        plain = getattr(operands, name)
+        monkeypatch.setattr(
+            operands, name, lambda x, *rest, plain=plain: casts.append(tuple(x.shape)) or plain(x, *rest)
+        )
     for cache, expected in ((True, 1), (False, 3)):
         model = nn.Sequential(nn.Linear(32, 48))
-        book = swapped(model, RECIPE, weight_cache=cache)
+        book = swapped(model, RECIPE, weight_cache=cache, managed=True)
+        book.optimized = frozenset(map(id, model.parameters()))
         book.weights_changed()
         casts.clear()
         for _ in range(3):
             model(torch.randn(16, 32)).sum().backward()
         assert casts.count((48, 32)) == expected
-    casts.clear()
-    with torch.no_grad():
-        model[0].weight.add_(1)  # changed without a word: seen by its version
-    model(torch.randn(16, 32))
-    assert casts.count((48, 32)) == 1
 
 
 def test_eval_is_plain_unless_asked_for():
@@ -151,7 +179,7 @@ def test_eval_is_plain_unless_asked_for():
         twin = copy.deepcopy(model)
         book = swapped(model, RECIPE, eval=in_fp8)
         model(x.clone().requires_grad_()).sum().backward()
-        book.fold()
+        book.update_scales()
         before = book.state_dict()
         model.eval()
         for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -192,7 +220,7 @@ def test_a_submodule_called_by_itself_is_a_region_of_its_own():
     book = swapped(model, RECIPE)
     for _ in range(3):
         model.blocks[1](torch.randn(16, 32).requires_grad_()).sum().backward()
-    book.fold()
+    book.update_scales()
     assert book.forward.folds == book.backward.folds == 3
     assert columns(book, "blocks.0.up")["forward_history"].sum() == 0
     assert (columns(book, "blocks.1.up")["forward_history"][1:, 0] > 0).all()
@@ -203,9 +231,9 @@ def test_a_failed_forward_closes_its_region():
     book = swapped(model, RECIPE)
     with pytest.raises(RuntimeError):
         model(torch.randn(16, 31))
-    assert book._depth == 0
+    assert book.scopes._depth == 0
     model(torch.randn(16, 32)).sum().backward()
-    book.fold()
+    book.update_scales()
     assert book.forward.folds >= 1
 
 
@@ -267,6 +295,6 @@ def test_a_copied_model_has_a_book_of_its_own():
     twins = twin.blocks[0].up.page.book
     assert isinstance(twins, ScaleBook) and twins is not book
     twin(100 * torch.randn(16, 32)).sum().backward()
-    twins.fold(), book.fold()
+    twins.update_scales(), book.update_scales()
     assert twins.forward.folds == 2 and book.forward.folds == 1
     assert not torch.equal(twins.scales, book.scales)
