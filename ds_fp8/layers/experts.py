@@ -23,6 +23,7 @@ from ..plan.expert_rules import ExpertRule, rule_of
 from .fp8_linear import ORIGINAL
 from .grouped_products import GroupedProducts
 from .groups import Groups
+from .opaque import opaque
 from .ran import Ran, note_by_hook
 
 if TYPE_CHECKING:
@@ -57,12 +58,13 @@ class ExpertsState:
 class Fp8Experts:
     """Mixed into the class of a converted module, in front of it."""
 
+    @opaque
     def forward(self, *args: Any, **named: Any) -> Any:
         state: ExpertsState = self.__dict__[STATE]
         if not state.is_active(self):  # type: ignore[arg-type]
             if state.ran is not None:
                 state.ran.called = True
-            return super().forward(*args, **named)  # type: ignore[misc]
+            return state.original.forward(self, *args, **named)
         return _forward_of(state)(self, _Linear(self, state), *args, **named)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

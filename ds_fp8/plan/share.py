@@ -22,8 +22,13 @@ def flops_share(plan: Plan, without: Collection[str] = ()) -> float | None:
     total = sum(_flops(product) for product in plan.products)
     if not total:
         return None
-    lost = _absent_parts(plan, without)
-    return sum(_fp8_flops(product, plan) * (1 - lost.get(product.name, 0.0)) for product in plan.products) / total
+    absent = _absent_parts(plan, without)
+    # A product of stacked experts bears the name of its parameter, below that of the module.
+    lost = {
+        product.name: absent.get(product.name, absent.get(product.name.rpartition(".")[0], 0.0))
+        for product in plan.products
+    }
+    return sum(_fp8_flops(product, plan) * (1 - lost[product.name]) for product in plan.products) / total
 
 
 def _absent_parts(plan: Plan, without: Collection[str]) -> dict[str, float]:

@@ -94,6 +94,8 @@ def test_by_hand():
     }  # fmt: skip
     in_fp8 = sum(product.macs for product in plan.products if product.fp8)
     assert flops_share(plan) == in_fp8 / (linear + attention + experts + router + head)
+    half = flops_share(plan, without=["model.layers.0.mlp.experts"])
+    assert half == pytest.approx((linear + experts / 2) / (linear + attention + experts + router + head))
 
 
 def test_the_model_is_not_run_and_meta_and_zero_init_count_the_same():
@@ -107,6 +109,17 @@ def test_the_model_is_not_run_and_meta_and_zero_init_count_the_same():
     assert count_products(model, ()) == expected
     with torch.device("meta"):
         assert count_products(TinyModel(blocks=3, tied=False), ()) == expected
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "GPT2LMHeadModel"])
+def test_a_plan_under_zero_init_is_the_plan_of_the_whole_model(name):
+    """Stacked experts and Conv1D too are planned by the shapes that parameters carry."""
+    model = built(name)
+    expected = make_plan(model, settings(), host=Host())
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
+        parameter.data = torch.empty(0)
+    assert make_plan(model, settings(), host=Host()).digest() == expected.digest()
 
 
 def test_the_sentence_and_the_warning():

@@ -34,11 +34,11 @@ def tokens(rank: int, step: int) -> torch.Tensor:
     return (torch.randint(0, WORDS, (8, 1), generator=generator) + torch.arange(LENGTH)) % WORDS
 
 
-def steps(engine: Any, rank: int, first: int, last: int) -> list[float]:
+def steps(engine: Any, rank: int, first: int, last: int, loss_of: Any = lambda output: output.loss) -> list[float]:
     losses = []
     for step in range(first, last):
         batch = tokens(rank, step)
-        loss = engine(input_ids=batch, labels=batch).loss
+        loss = loss_of(engine(input_ids=batch, labels=batch))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -127,4 +127,49 @@ def train_lora(rank: int, world_size: int, stages: list[int], folder: str) -> di
                 {type(m).__name__ for m in merged.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
             )
             found[f"{kept} {stage}"] = result
+    return found
+
+
+def deepspeed_mixture() -> nn.Module:
+    """DeepSpeed's own MoE layer, whose experts are a list of modules, between two Linears."""
+    from deepspeed.moe.layer import MoE
+
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.relu(self.up(x)))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(WORDS, 32), nn.Linear(32, 32)
+            self.moe = MoE(32, Expert(), num_experts=16, ep_size=2, k=1, min_capacity=8, use_rts=False)
+            self.head = nn.Linear(32, WORDS)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            x, extra, _ = self.moe(self.embed(input_ids))
+            logits = self.head(self.out(x))[:, :-1].float()
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()) + 0.01 * extra
+
+    torch.manual_seed(0)
+    return Net()
+
+
+def train_expert_parallel(rank: int, world_size: int, stage: int) -> dict[str, Any]:
+    """DeepSpeed's own MoE layer with its experts spread over both ranks, in bf16 and in FP8."""
+    import ds_fp8.engine
+    from ds_fp8.layers import Fp8Linear
+
+    ds_fp8.activate()
+    found: dict[str, Any] = {}
+    for name, fp8 in (("bf16", {}), ("fp8", {"fp8": {"enabled": True, "recipe": "current"}})):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            engine = make_engine(config(stage, **fp8), deepspeed_mixture())
+            losses = steps(engine, rank, 0, 4, lambda output: output)
+        layers = [fqn for fqn, module in engine.module.named_modules() if isinstance(module, Fp8Linear)]
+        found[name] = {"losses": losses, "said": said.getvalue(), "layers": layers}
     return found

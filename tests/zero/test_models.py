@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 pytest.importorskip("transformers")
 
-from tests.zero.model_jobs import train_families
+from tests.zero.model_jobs import train_expert_parallel, train_families
 
 pytestmark = pytest.mark.dist
 
@@ -36,3 +36,18 @@ def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
         assert ranks[0][last]["weights"] == ranks[1][last]["weights"]
     if stage:
         assert "O3: the weights of 2 Experts compute in FP8 and travel in 16 bits" in ranks[0]["mixtral O3"]["said"]
+
+
+def test_deepspeeds_own_mixture_with_experts_on_both_ranks():
+    """A list of Linears, 8 of 16 experts here: converted but for the router and the head; losses beside bf16's."""
+    for rank, found in enumerate(run_ranks(2, train_expert_parallel, 2)):
+        plain, ours = found["bf16"]["losses"], found["fp8"]["losses"]
+        assert ours != plain and ours == pytest.approx(plain, rel=0.01)
+        expected = {
+            f"moe.deepspeed_moe.experts.deepspeed_experts.{n}.{name}" for n in range(8) for name in ("up", "down")
+        }
+        assert set(found["fp8"]["layers"]) == {"out", *expected}
+        if rank == 0:
+            assert "moe.deepspeed_moe.gate.wg (router, in high precision by default" in found["fp8"]["said"]
+            assert "59% of the model's matrix FLOPs in FP8" in found["fp8"]["said"]
+            assert "not: head 35%, routers 6%" in found["fp8"]["said"]
