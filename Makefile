@@ -1,5 +1,5 @@
 # Short names for what the scripts do; `make` alone lists them.
-.PHONY: help main-job test fast lint format ci bench clean
+.PHONY: help main-job test fast lint format ci bench docs clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,9 @@ ci:              ## tests and form, from a fresh environment
 
 bench:           ## the CPU benchmarks, one after another
 	python benchmarks/run.py
+
+docs:            ## the documentation site, in runs/site; a warning is an error
+	mkdocs build --strict --quiet
 
 clean:           ## what builds and runs leave behind
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

@@ -143,6 +143,7 @@ setup(
         "triton": ["triton>=3.0"],
         "plot": ["matplotlib>=3.7"],
         "report": ["plotly>=5"],
+        "docs": ["mkdocs-material>=9.5"],
         "example": ["tqdm", "matplotlib>=3.7"],
         "test": [
             "pytest>=8",
