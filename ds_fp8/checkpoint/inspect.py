@@ -2,8 +2,10 @@
 
 DeepSpeed loads the module first, the optimizer afterwards, and learns only then that a shard is truncated, belongs to
 another world size or to another stage; by that time the weights are gone. A run that falls back to an older checkpoint,
-or asks its user, needs the engine as it was. So each rank reads its files first; the verdicts are exchanged, and either
-all ranks go on (with the files already in memory: nothing is read twice) or all raise.
+or asks its user, needs the engine as it was. So each rank reads its files first and judges everything that will be
+used (`records`, `entries`, the layers' scales, names and shapes of the module); the verdicts are exchanged, and either all
+ranks go on (with the files already in memory) or all raise. Whatever a damaged file makes this code stumble over is a
+verdict too.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,13 @@ from deepspeed.checkpoint.constants import (
 )
 
 from ..errors import CheckpointError
-from ..zero.states import KEY, check_codes
+from ..zero.states import KEY
 from ..zero.states_stage0 import Stage0Optimizer
 from ..zero.states_stage0_formats import read_state
+from .entries import check_entry, check_masters
+from .module import check_module
+from .records import check_records
+from .stamp import STAMP, Found, agree
 
 UNIVERSAL_CURE = (
     "  Convert it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder DIR/TAG --output_folder DIR/TAG_universal`"
@@ -49,8 +56,16 @@ def load_checkpoint(
     names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     with_optimizer = given.get("load_optimizer_states", True) and not given.get("load_module_only", False)
+    strict = given.get("load_module_strict", True) and given.get("custom_load_fn") is None and len(args) < 5
     with _model_files_of_any_stage(engine):
-        files = inspect(engine, load_dir, tag, with_optimizer=with_optimizer, check_client_state=check_client_state)
+        files = inspect(
+            engine,
+            load_dir,
+            tag,
+            with_optimizer=with_optimizer,
+            check_client_state=check_client_state,
+            strict=strict,
+        )
         with _already_read(engine, files):
             return original(load_dir, tag, *args, **kwargs)
 
@@ -62,22 +77,30 @@ def inspect(
     *,
     with_optimizer: bool = True,
     check_client_state: Callable[[Any, str], None] | None = None,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Read and judge this rank's files; {path: content} of what was read. Collective.
 
-    CheckpointError on all ranks if any rank finds a fault. A checkpoint that is not there is DeepSpeed's to report.
+    CheckpointError on all ranks if any rank finds a fault, or if they would load different things. A checkpoint that is
+    not there for any of them is DeepSpeed's to report.
+    strict  the module's names and shapes must be those of the file
     """
     files: dict[str, Any] = {}
-    problem = None
+    found = Found()
     try:
         tag = _tag(engine, load_dir, tag)
+        found = Found(tag=tag, exists=tag is not None and (Path(load_dir) / tag).is_dir())
         if tag is not None:
-            _inspect_model(engine, load_dir, tag, files, with_optimizer, check_client_state)
+            step, ids = _inspect_model(engine, load_dir, tag, files, with_optimizer, check_client_state, strict)
             if with_optimizer:
-                _inspect_optimizer(engine, load_dir, tag, files)
+                ids += _inspect_optimizer(engine, load_dir, tag, files)
+            found = replace(found, step=step, ids=tuple(dict.fromkeys(ids)))
     except CheckpointError as error:
-        problem = str(error)
-    _raise_together(problem)
+        found = replace(found, problem=str(error))
+    except Exception as error:  # noqa: BLE001  # a damaged file may trip anything; the other ranks must hear of it
+        problem = f"{load_dir}/{tag}: damaged, or no checkpoint of this job ({type(error).__name__}: {error})."
+        found = replace(found, problem=problem + "\n  Use an older tag.")
+    agree(found)
     return files
 
 
@@ -95,15 +118,20 @@ def _inspect_model(
     files: dict[str, Any],
     with_optimizer: bool,
     check_client_state: Callable[[Any, str], None] | None,
-) -> None:
+    strict: bool,
+) -> tuple[int | None, list[str]]:
+    """(optimizer steps of the model file, ids of the saves that it and an optimizer in it come from)."""
     names = engine._get_all_ckpt_names(load_dir, tag)
     if len(names) != 1 or not Path(names[0]).is_file():
-        return  # several model-parallel files are merged by DeepSpeed; a missing one it reports itself
+        return None, []  # several model-parallel files are merged by DeepSpeed; a missing one it reports itself
     state = files[names[0]] = _read(engine, names[0])
     if not isinstance(state, dict) or "module" not in state:
         raise CheckpointError(f"{names[0]}: no model state of DeepSpeed.")
     if check_client_state is not None:
         check_client_state(state.get(KEY), names[0])
+    if strict and not engine.load_universal_checkpoint() and engine.zero_optimization_stage() < 3:
+        check_module(engine.module, state["module"], names[0])
+    ids = _ids(state.get(KEY))
     optimizer = engine.optimizer
     if with_optimizer and isinstance(optimizer, Stage0Optimizer):
         saved = state.get("optimizer")
@@ -112,16 +140,29 @@ def _inspect_model(
                 f"{names[0]}: no optimizer state, as ZeRO stages keep theirs in files of their own.\n{UNIVERSAL_CURE}"
                 "\n  Or load the weights alone with load_optimizer_states=False."
             )
-        read_state(optimizer, saved)
-        check_codes(saved.get(KEY), names[0])
+        loaded = read_state(optimizer, saved)
+        entry = saved.get(KEY)
+        check_entry(entry, names[0], rank=0, world_size=0)  # every rank of stage 0 has all states
+        if entry is not None and loaded.masters is not None:
+            check_masters(entry, loaded.masters, names[0])
+        ids += _ids(entry)
+    step = state.get("global_steps")
+    return step if isinstance(step, int) else None, ids
 
 
-def _inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, Any]) -> None:
+def _ids(entry: Any) -> list[str]:
+    """The id of the save that an entry of ours comes from; none from before ids."""
+    stamp = entry.get(STAMP) if isinstance(entry, dict) else None
+    return [str(stamp["id"])] if isinstance(stamp, dict) and "id" in stamp else []
+
+
+def _inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, Any]) -> list[str]:
+    """The id of the save that this rank's shard comes from, if it says so."""
     if not engine.zero_optimization():
-        return
+        return []
     if engine.load_universal_checkpoint():
         _inspect_universal(engine, Path(load_dir) / tag)
-        return
+        return []
     path = engine._get_zero_ckpt_name(load_dir, tag)
     shards = sorted(Path(path).parent.glob("*_optim_states.pt"))
     if not Path(path).is_file():
@@ -129,13 +170,18 @@ def _inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, An
             raise CheckpointError(
                 f"{path}: not there, though {len(shards)} optimizer shards are: another world size or base dtype.\n{UNIVERSAL_CURE}"
             )
-        return
+        return []
     content = files[path] = _read(engine, path)
     shard = content.get(OPTIMIZER_STATE_DICT) if isinstance(content, dict) else None
     if not isinstance(shard, dict):
         raise CheckpointError(f"{path}: no optimizer shard of DeepSpeed.")
-    check_codes(shard.get(KEY), path)
+    entry, group = shard.get(KEY), engine.optimizer.dp_process_group
+    check_entry(entry, path, rank=dist.get_rank(group=group), world_size=dist.get_world_size(group=group))
     _check_layout(engine, shard, path)
+    flats = shard.get(FP32_FLAT_GROUPS, shard.get(SINGLE_PARTITION_OF_FP32_GROUPS))
+    if entry is not None and isinstance(flats, (list, tuple)):
+        check_masters(entry, flats, path)
+    return _ids(entry)
 
 
 def _check_layout(engine: Any, shard: dict[str, Any], path: str) -> None:
@@ -182,6 +228,10 @@ def _inspect_universal(engine: Any, folder: Path) -> None:
         for key in ("fp32", "exp_avg", "exp_avg_sq")
         if not (folder / "zero" / name / f"{key}.pt").is_file()
     ]
+    for param, name in engine.param_names.items():
+        if param.requires_grad and not missing:
+            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+                check_records(folder / "zero" / name / f"{key}.pt")
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
@@ -190,24 +240,13 @@ def _inspect_universal(engine: Any, folder: Path) -> None:
 
 
 def _read(engine: Any, path: str) -> Any:
+    check_records(path)
     try:
         return engine.checkpoint_engine.load(path, map_location="cpu")
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {error}). Truncated or no checkpoint; use an older tag."
         ) from error
-
-
-def _raise_together(problem: str | None) -> None:
-    problems: list[str | None] = [problem]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if problem is not None:
-        raise CheckpointError(problem)
-    for rank, other in enumerate(problems):
-        if other is not None:
-            raise CheckpointError(f"rank {rank}: {other}")
 
 
 @contextmanager

@@ -156,9 +156,20 @@ class Attachment:
     def _save_checkpoint(
         self, original: Callable, save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.is_attached:
-            client_state = add_state(self, client_state or {})
-        return original(save_dir, tag, client_state or {}, *args, **kwargs)
+        if not self.is_attached:
+            return original(save_dir, tag, client_state or {}, *args, **kwargs)
+        from ..checkpoint.stamp import new_stamp
+
+        stamp = new_stamp(self.engine, tag)
+        # Ours, below DeepSpeed's wrapper: its exact states carry the stamp of the save that they are written in.
+        ours = getattr(self.engine.optimizer, "optimizer", None) if self.plan.optim is not None else None
+        if ours is not None:
+            ours.save_stamp = stamp
+        try:
+            return original(save_dir, tag, add_state(self, client_state or {}, stamp), *args, **kwargs)
+        finally:
+            if ours is not None:
+                ours.save_stamp = None
 
     def _load_checkpoint(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         from ..checkpoint import load_checkpoint

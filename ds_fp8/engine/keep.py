@@ -5,7 +5,7 @@ The module's state_dict stays the plain model's, so a checkpoint of ours loads i
 tensors, strings and numbers, safe under `torch.load(weights_only=True)`.
 
     {"version": 1, "plan": digest, "world_size": W, "books": [state, ...], "book_of_rank": [index, ...],
-     "pending": [amaxes or None, ...]}
+     "pending": [amaxes or None, ...], "save": stamp}
 
 DeepSpeed writes the client state of one rank only. With `reduce_amax` all ranks hold the same book and one is stored;
 without, and in a pipeline, books differ: each different one is stored once, with the ranks it belongs to. A save in the
@@ -18,24 +18,27 @@ import hashlib
 from typing import Any
 
 from ..errors import CheckpointError
+from ..layers.book_state import match_state
 
 KEY = "ds_fp8"
 VERSION = 1
 
 
-def add_state(attachment: Any, client_state: dict[str, Any]) -> dict[str, Any]:
-    """The client state with our key added; the caller's dict is left alone. Collective: all ranks call it."""
+def add_state(attachment: Any, client_state: dict[str, Any], stamp: dict[str, Any]) -> dict[str, Any]:
+    """The client state with our key added; the caller's dict is left alone. Collective: all ranks call it.
+
+    stamp  of this save, see `checkpoint/stamp.py`
+    """
     if KEY in client_state:
         raise CheckpointError(f"client_state already has a key {KEY!r}, which ds_fp8 keeps its own state under.")
-    if attachment.book is None:
-        return client_state
-    books, book_of_rank, pending = _distinct(attachment.book.state_dict())
+    books, book_of_rank, pending = ([], [], []) if attachment.book is None else _distinct(attachment.book.state_dict())
     kept = {
         "version": VERSION,
         "plan": attachment.plan.digest(),
         "world_size": len(book_of_rank),
         "books": books,
         "book_of_rank": book_of_rank,
+        "save": stamp,
     }
     if any(amaxes is not None for amaxes in pending):
         kept["pending"] = pending
@@ -51,7 +54,7 @@ def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None
     book = attachment.book
     if book is None:
         return
-    if kept is None:
+    if kept is None or not kept["books"]:
         # The weights are other ones: codes made from the old ones are stale. The steps are those of the checkpoint.
         book.weights_replaced(steps=attachment.engine.global_steps)
         _tell(f"ds_fp8: {path} has no FP8 scales (written without the plugin); amax histories start fresh")
@@ -62,18 +65,33 @@ def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None
 
 def check_state(attachment: Any, kept: Any, path: str) -> None:
     """Raise CheckpointError if `kept`, our entry of a model file, cannot be read; nothing is changed."""
-    if kept is not None and attachment.book is not None:
-        _own_book(kept, path)
+    if kept is None:
+        return
+    _check_head(kept, path)
+    if attachment.book is not None and kept["books"]:
+        match_state(_own_book(kept, path), attachment.book)
 
 
-def _own_book(kept: Any, path: str) -> Any:
-    """This rank's book out of a checkpoint's; the first one if the world has another size."""
+def _check_head(kept: Any, path: str) -> None:
     if not isinstance(kept, dict) or not {"version", "books", "book_of_rank"} <= kept.keys():
         raise CheckpointError(f"{path}: the entry {KEY!r} of the client state was not written by ds_fp8.")
+    for key, kind in (("version", int), ("books", list), ("book_of_rank", list)):
+        if not isinstance(kept[key], kind):
+            raise CheckpointError(f"{path}: {KEY}/{key} is a {type(kept[key]).__name__}, expected {kind.__name__}.")
     if kept["version"] > VERSION:
         raise CheckpointError(
             f"{path}: FP8 state of version {kept['version']}, this ds_fp8 reads up to {VERSION}. Upgrade ds_fp8."
         )
+    count = len(kept["books"])
+    if any(not isinstance(index, int) or not 0 <= index < count for index in kept["book_of_rank"]):
+        raise CheckpointError(f"{path}: {KEY}/book_of_rank names scales that are not there; the entry is damaged.")
+    if count and not kept["book_of_rank"]:
+        raise CheckpointError(f"{path}: {KEY}/book_of_rank is empty; the entry is damaged.")
+
+
+def _own_book(kept: Any, path: str) -> Any:
+    """This rank's book out of a checkpoint's; the first one if the world has another size."""
+    _check_head(kept, path)
     rank, world_size = _world()
     book_of_rank = kept["book_of_rank"]
     if len(book_of_rank) == world_size:

@@ -88,13 +88,25 @@ def _check(state: dict[str, Any]) -> None:
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise CheckpointError(f"the saved FP8 state is truncated: {', '.join(missing)} missing.")
-    count = len(state["names"])
+    names = state["names"]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError("the saved FP8 state is damaged: names is no list of layers.")
+    if len(set(names)) < len(names):
+        raise CheckpointError("the saved FP8 state is damaged: a layer stands there twice.")
+    for key in ("steps", "forward_folds", "backward_folds"):
+        if not isinstance(state[key], int) or state[key] < 0:
+            raise CheckpointError(f"the saved FP8 state is damaged: {key} is {state[key]!r}.")
+    count = len(names)
     for key, columns in (("scales", 3 * count), ("forward_history", 2 * count), ("backward_history", count)):
         tensor = state[key]
-        if not isinstance(tensor, torch.Tensor) or tensor.shape[-1] != columns:
+        dimensions = 1 if key == "scales" else 2
+        fits = isinstance(tensor, torch.Tensor) and tensor.dim() == dimensions and tensor.shape[-1] == columns
+        if not fits or tensor.dtype != torch.float32 or tensor.shape[0] == 0 < columns:
             raise CheckpointError(f"the saved FP8 state is damaged: {key} does not fit its {count} layers.")
+        if key != "scales" and bool(((tensor < 0) | tensor.isnan()).any()):
+            raise CheckpointError(f"the saved FP8 state is damaged: {key} holds negative values or NaN.")
     for key in ("known", "pending"):
         if key in state and (not isinstance(state[key], torch.Tensor) or state[key].shape != (3 * count,)):
             raise CheckpointError(f"the saved FP8 state is damaged: {key} does not fit its {count} layers.")
-    if not torch.isfinite(state["scales"]).all():
-        raise CheckpointError("the saved FP8 state is damaged: a scale is not finite.")
+    if not bool((torch.isfinite(state["scales"]) & (state["scales"] > 0)).all()):
+        raise CheckpointError("the saved FP8 state is damaged: a scale is zero, negative or not finite.")

@@ -70,18 +70,31 @@ def export_codes(optimizer: ScaledAdam, param: torch.Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def import_codes(optimizer: ScaledAdam, param: torch.Tensor, codes: dict[str, Any]) -> None:
     """The way back; raises CheckpointError with everything unchanged."""
-    where = "codes of a partition"
+    _apply(optimizer, param, check_saved(codes, param.numel(), "codes of a partition"))
+
+
+def check_saved(codes: Any, numel: int, where: str) -> Saved:
+    """What `export_codes` wrote of a partition of `numel` elements; CheckpointError, by `where`, if it is damaged."""
     _check_header(codes, where, ("formats", "dtype", "step", "partition", "tensors", "weight"))
+    for key, kind in (("formats", dict), ("dtype", str), ("tensors", dict), ("weight", torch.Tensor)):
+        if not isinstance(codes[key], kind):
+            raise CheckpointError(f"{where}: {key} is a {type(codes[key]).__name__}, expected {kind.__name__}.")
+    for key in ("step", "partition"):
+        if not isinstance(codes[key], int) or codes[key] < 0:
+            raise CheckpointError(f"{where}: {key} is {codes[key]!r}, expected a whole number of at least 0.")
     saved = Saved(
         _checked_formats(codes["formats"], where),
         _checked_dtype(codes["dtype"], where),
-        int(codes["step"]),
-        int(codes["partition"]),
+        codes["step"],
+        codes["partition"],
         codes["tensors"],
         codes["weight"],
     )
-    _check_tensors(saved, param, where)
-    _apply(optimizer, param, saved)
+    _check_tensors(saved, numel, where)
+    for key, tensor in saved.tensors.items():
+        if key.endswith("scale_inv") and bool((tensor < 0).any()):
+            raise CheckpointError(f"{where}: {key} has negative scales; it is damaged.")
+    return saved
 
 
 def state_dict(optimizer: ScaledAdam, plain: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +134,7 @@ def load_state_dict(optimizer: ScaledAdam, loaded: dict[str, Any]) -> None:
                 f"{where}: saved beside a {saved.dtype} parameter, this one is {param.dtype}; the master cannot be"
                 " put together again. Load the fp32 export instead."
             )
-        _check_tensors(saved, param, where)
+        _check_tensors(saved, param.numel(), where)
         found.append((param, saved))
     for group, values in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
         group.update({key: value for key, value in values.items() if key not in _NOT_OURS})
@@ -170,6 +183,8 @@ def _check_groups(optimizer: ScaledAdam, groups: list[dict[str, Any]]) -> None:
 def _check_header(header: Any, where: str, names: tuple[str, ...]) -> None:
     if not isinstance(header, dict) or not {"version", *names} <= header.keys():
         raise CheckpointError(f"{where}: not written by ds_fp8, or truncated.")
+    if not isinstance(header["version"], int):
+        raise CheckpointError(f"{where}: version is {header['version']!r}, expected a whole number.")
     if header["version"] < VERSION:
         raise CheckpointError(
             f"{where}: version {header['version']}, from a ds_fp8 before its first release; there exp_avg in 8 bits meant"
@@ -195,9 +210,8 @@ def _checked_dtype(name: str, where: str) -> torch.dtype:
     return BASE_DTYPES[name]
 
 
-def _check_tensors(saved: Saved, param: torch.Tensor, where: str) -> None:
+def _check_tensors(saved: Saved, numel: int, where: str) -> None:
     """Names, sizes and dtypes against what the saved formats say they must be."""
-    numel = param.numel()
     expected: dict[str, torch.Tensor] = {}
     for moment in MOMENTS:
         expected |= codecs.new_moment(moment, saved.formats[moment], numel, "meta")
@@ -212,6 +226,8 @@ def _check_tensors(saved: Saved, param: torch.Tensor, where: str) -> None:
         raise CheckpointError(f"{where}: tensors missing: {missing or 'none'}; not expected: {extra or 'none'}.")
     for key, like in expected.items():
         tensor = tensors[key]
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{where}: {key} is a {type(tensor).__name__}, expected a tensor.")
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
             raise CheckpointError(
                 f"{where}: {key} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(like.shape)} {like.dtype}."

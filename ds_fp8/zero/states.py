@@ -153,12 +153,17 @@ class ScaledStates(PlainView):
 
 
 def codes_state(optimizer: Any, masters: list[Tensor], layout: dict[str, Any]) -> dict[str, Any]:
-    """The exact state, as plain types and CPU tensors: safe under `torch.load(weights_only=True)`."""
+    """The exact state, as plain types and CPU tensors: safe under `torch.load(weights_only=True)`.
+
+    `save` is the stamp of the save that is under way (`checkpoint/stamp.py`); none outside of one.
+    """
+    stamp = getattr(optimizer, "save_stamp", None)
     return {
         "version": VERSION,
         "layout": layout,
         "seed": int(optimizer.seed),
         "codes": [optimizer.export_codes(master) for master in masters],
+        **({} if stamp is None else {"save": stamp}),
     }
 
 
@@ -176,15 +181,23 @@ def check_codes(state: Any, where: str) -> None:
         return
     if not isinstance(state, dict) or not {"version", "layout", "codes", "seed"} <= state.keys():
         raise CheckpointError(f"{where}: the entry {KEY!r} of the optimizer shard was not written by ds_fp8.")
+    for key, kind in (("version", int), ("layout", dict), ("codes", (list, tuple)), ("seed", int)):
+        if not isinstance(state[key], kind):
+            raise CheckpointError(
+                f"{where}: {KEY}/{key} is a {type(state[key]).__name__}; the entry of the optimizer shard is damaged."
+            )
+    numels = state["layout"].get("numel")
+    if not isinstance(numels, (list, tuple)) or not all(isinstance(numel, int) and numel >= 0 for numel in numels):
+        raise CheckpointError(
+            f"{where}: {KEY}/layout/numel is {numels!r}; the entry of the optimizer shard is damaged."
+        )
     if state["version"] > VERSION:
         raise CheckpointError(
             f"{where}: optimizer state of version {state['version']}, this ds_fp8 reads up to {VERSION}."
             " Upgrade ds_fp8, or load without the plugin: the fp32 flats beside it are plain DeepSpeed."
         )
-    if len(state["codes"]) != len(state["layout"]["numel"]):
-        raise CheckpointError(
-            f"{where}: codes of {len(state['codes'])} partitions for a layout of {len(state['layout']['numel'])}."
-        )
+    if len(state["codes"]) != len(numels):
+        raise CheckpointError(f"{where}: codes of {len(state['codes'])} partitions for a layout of {len(numels)}.")
 
 
 def load_codes(optimizer: Any, masters: list[Tensor], state: Any, layout: dict[str, Any]) -> bool:

@@ -1,0 +1,105 @@
+"""One save, one stamp: files that were written together say so, and ranks compare what they are about to load.
+
+    {"id": 16 hex digits, drawn by rank 0, "tag": the tag, "step": engine.global_steps}
+
+The stamp stands in our entry of the model file and of every optimizer shard. An optimizer file of another step beside
+this model, a shard of another save, ranks whose `latest` differs (a node with an old copy of the folder), a checkpoint
+that exists on one rank only: each of them loads in silence in DeepSpeed, or hangs. Here the ranks exchange what each
+of them found before anything is changed. Checkpoints from before stamps have none; then tag and steps are compared.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed import comm as dist
+
+from ..errors import CheckpointError
+
+STAMP = "save"
+"""Key of our entries under which the stamp stands."""
+
+
+def new_stamp(engine: Any, tag: Any) -> dict[str, Any]:
+    """The stamp of a save that begins. Collective: rank 0 draws the id."""
+    drawn = [secrets.token_hex(8)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(drawn, src=0)
+    step = int(engine.global_steps)
+    return {"id": drawn[0], "tag": str(tag if tag is not None else f"global_step{step}"), "step": step}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank is about to load.
+
+    problem  why it cannot; None: nothing was found wrong
+    tag      the tag that it would take; None: no `latest`, nothing to load
+    exists   the folder of the tag is there
+    step     optimizer steps of the model file; None where it says nothing, or is not read here
+    ids      of the saves that this rank's files come from, without repetition
+    """
+
+    problem: str | None = None
+    tag: str | None = None
+    exists: bool = False
+    step: int | None = None
+    ids: tuple[str, ...] = ()
+
+
+def agree(found: Found) -> None:
+    """Raise CheckpointError on all ranks if one of them has a problem, or if they would load different things."""
+    everyone = [found]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, found)
+        everyone = gathered
+    if found.problem is not None:
+        raise CheckpointError(found.problem)
+    for rank, other in enumerate(everyone):
+        if other.problem is not None:
+            raise CheckpointError(f"rank {rank}: {other.problem}")
+    _compare(everyone)
+
+
+def _compare(everyone: Sequence[Found]) -> None:
+    tags = [one.tag for one in everyone]
+    if len(set(tags)) > 1:
+        raise CheckpointError(
+            f"the ranks would load different checkpoints: {_by_rank(tags)}. `latest` differs between nodes, or the script"
+            " passes different tags.\n  Put one folder where all ranks see it, or pass the same tag on all of them."
+        )
+    if len({one.exists for one in everyone}) > 1:
+        lacking = [rank for rank, one in enumerate(everyone) if not one.exists]
+        raise CheckpointError(
+            f"the checkpoint {tags[0]} is not there for rank {', '.join(map(str, lacking))}, and is for the others.\n"
+            "  Put one folder where all ranks see it, or copy it to every node."
+        )
+    ids = sorted({name for one in everyone for name in one.ids})
+    if len(ids) > 1:
+        raise CheckpointError(
+            f"the checkpoint {tags[0]} is made of files of {len(ids)} saves: {_by_rank([one.ids for one in everyone])}. A"
+            " file was copied from another tag, or a save over this tag was broken off.\n  Use another tag."
+        )
+    steps = [one.step for one in everyone]
+    if len({step for step in steps if step is not None}) > 1:
+        raise CheckpointError(
+            f"the ranks would load different steps of the checkpoint {tags[0]}: {_by_rank(steps)}.\n"
+            "  Put one folder where all ranks see it, or copy it anew to every node."
+        )
+
+
+def _by_rank(values: Sequence[Any], most: int = 4) -> str:
+    """`rank 0: a; ranks 1, 2: b`, shortened."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    parts = []
+    for value, holders in list(ranks.items())[:most]:
+        shown = ", ".join(map(str, holders[:most])) + (", ..." if len(holders) > most else "")
+        text = " + ".join(value) if isinstance(value, tuple) else value
+        parts.append(f"rank{'s' if len(holders) > 1 else ''} {shown}: {text if text not in (None, '') else 'none'}")
+    return "; ".join(parts)

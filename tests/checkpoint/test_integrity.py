@@ -1,0 +1,224 @@
+"""Damage of every kind: refused by all ranks before anything changes, or harmless. Nothing loads in silence.
+
+Bit flips anywhere in the files, wrong values in our own entries, files of another save, shards renamed into each other,
+ranks that would load different things. The control is the engine itself: its weights and its next loss are what they
+were.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import old_jobs
+import pytest
+import torch
+from ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+JOB = {"stage": 2, "fp8": {"recipe": "delayed", "amax_history_len": 4}, "msamp": {"opt_level": "O2"}}
+MODEL = "mp_rank_00_model_states.pt"
+
+
+def shard(rank: int) -> str:
+    return f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def flip(path: Path, seed: int) -> None:
+    """One bit of the data of one record, the archive's directory left alone."""
+    chosen = random.Random(seed)
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if record.file_size > 64 and "data/" in record.filename]
+    record = chosen.choice(records)
+    content = bytearray(path.read_bytes())
+    name_and_extra = content[record.header_offset + 26] + 256 * content[record.header_offset + 27]
+    name_and_extra += content[record.header_offset + 28] + 256 * content[record.header_offset + 29]
+    at = record.header_offset + 30 + name_and_extra + chosen.randrange(record.file_size)
+    content[at] ^= 1 << chosen.randrange(8)
+    path.write_bytes(content)
+
+
+def edit(path: Path, change: Any) -> None:
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def entry(change: Any) -> Any:
+    """Damage to our entry of a shard."""
+    return lambda path: edit(path, lambda content: change(content["optimizer_state_dict"]["ds_fp8"]))
+
+
+def scales(change: Any) -> Any:
+    """Damage to the layers' FP8 state in the model file."""
+    return lambda path: edit(path, lambda content: change(content["ds_fp8"]))
+
+
+def set_item(*path: Any, value: Any) -> Any:
+    def change(node: Any) -> None:
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = value
+
+    return change
+
+
+def drop(*path: Any) -> Any:
+    def change(node: Any) -> None:
+        for key in path[:-1]:
+            node = node[key]
+        del node[path[-1]]
+
+    return change
+
+
+def scaled(*path: Any, factor: float) -> Any:
+    def change(node: Any) -> None:
+        for key in path:
+            node = node[key]
+        node.mul_(factor)
+
+    return change
+
+
+SHARD_DAMAGE = {
+    **{f"bit flip {seed}": lambda path, seed=seed: flip(path, seed) for seed in range(4)},
+    **{f"{key} is None": entry(set_item(key, value=None)) for key in ("version", "layout", "codes", "seed")},
+    "version is text": entry(set_item("version", value="2")),
+    "layout is empty": entry(set_item("layout", value={})),
+    "numel is wrong": entry(set_item("layout", "numel", value=[7])),
+    "a partition is None": entry(set_item("codes", 0, value=None)),
+    "a partition lacks its step": entry(drop("codes", 0, "step")),
+    "a negative step": entry(set_item("codes", 0, "step", value=-1)),
+    "formats is text": entry(set_item("codes", 0, "formats", value="O2")),
+    "an unknown format": entry(set_item("codes", 0, "formats", "exp_avg", value="int4")),
+    "an unknown dtype": entry(set_item("codes", 0, "dtype", value="fp12")),
+    "a tensor is missing": entry(drop("codes", 0, "tensors", "exp_avg.data")),
+    "a tensor is a list": entry(set_item("codes", 0, "tensors", "exp_avg.data", value=[1])),
+    "a tensor is short": entry(set_item("codes", 0, "tensors", "exp_avg.data", value=torch.zeros(3, dtype=torch.int8))),
+    "a weight is short": entry(set_item("codes", 0, "weight", value=torch.zeros(3, dtype=torch.bfloat16))),
+    "negative scales": entry(scaled("codes", 0, "tensors", "exp_avg.scale_inv", factor=-1.0)),
+    "masters changed": entry(scaled("codes", 0, "weight", factor=1.5)),
+    "another save": entry(set_item("save", "id", value="0123456789abcdef")),
+    "fp32 values changed": lambda path: edit(
+        path, lambda content: content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].mul_(2)
+    ),
+}
+MODEL_DAMAGE = {
+    **{f"bit flip {seed}": lambda path, seed=seed: flip(path, seed) for seed in range(3)},
+    **{f"{key} is None": scales(set_item(key, value=None)) for key in ("version", "books", "book_of_rank")},
+    "scales of zero": scales(scaled("books", 0, "scales", factor=0.0)),
+    "negative scales": scales(scaled("books", 0, "scales", factor=-1.0)),
+    "a layer twice": scales(lambda kept: kept["books"][0]["names"].__setitem__(0, kept["books"][0]["names"][1])),
+    "negative steps": scales(set_item("books", 0, "steps", value=-3)),
+    "a short history": scales(lambda kept: kept["books"][0].update(forward_history=torch.zeros(4, 1))),
+    "a list for scales": scales(lambda kept: kept["books"][0].update(scales=[1.0])),
+    "ranks without scales": scales(set_item("book_of_rank", value=[0, 7])),
+    "another shape": lambda path: edit(path, lambda content: content["module"].update({"0.weight": torch.zeros(3, 3)})),
+    "another model": lambda path: edit(path, lambda content: content["module"].pop("0.weight")),
+    "no module": lambda path: edit(path, lambda content: content.pop("module")),
+    "module is a list": lambda path: edit(path, lambda content: content.update(module=[1])),
+}
+
+
+def weights(engine: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().float().reshape(-1) for parameter in engine.module.parameters()])
+
+
+def try_damage(rank: int, world_size: int, folder: str) -> dict[str, tuple[str, bool]]:
+    engine = old_jobs.make_engine(JOB)
+    old_jobs.train(engine, range(1))
+    good = Path(folder) / "good"
+    engine.save_checkpoint(str(good), tag="a")
+    old_jobs.train(engine, range(1, 2))
+    before, results = weights(engine), {}
+
+    def attempt(name: str, prepare: Any, load_dir: Path, tag: Any = None) -> None:
+        if rank == 0:
+            prepare()
+        torch.distributed.barrier()
+        try:
+            engine.load_checkpoint(str(load_dir), tag=tag)
+            message = "loaded"
+        except Exception as error:  # noqa: BLE001  # raw errors are what must not come
+            message = f"{type(error).__name__}: {error}"
+        results[name] = (message, torch.equal(before, weights(engine)))
+        torch.distributed.barrier()
+
+    for file, damages in ((shard(1), SHARD_DAMAGE), (MODEL, MODEL_DAMAGE)):
+        for name, damage in damages.items():
+            bad = Path(folder) / "bad"
+
+            def prepare(bad: Path = bad, file: str = file, damage: Any = damage) -> None:
+                shutil.rmtree(bad, ignore_errors=True)
+                shutil.copytree(good, bad)
+                damage(bad / "a" / file)
+
+            attempt(f"{file}: {name}", prepare, bad)
+
+    swapped = Path(folder) / "swapped"
+
+    def swap() -> None:
+        shutil.copytree(good, swapped)
+        (swapped / "a" / shard(0)).rename(swapped / "a" / "kept")
+        (swapped / "a" / shard(1)).rename(swapped / "a" / shard(0))
+        (swapped / "a" / "kept").rename(swapped / "a" / shard(1))
+
+    attempt("renamed into each other", swap, swapped)
+
+    engine.save_checkpoint(str(Path(folder) / "later"), tag="a")
+    mixed = Path(folder) / "mixed"
+
+    def mix() -> None:
+        shutil.copytree(good, mixed)
+        for number in (0, 1):
+            shutil.copy(Path(folder) / "later" / "a" / shard(number), mixed / "a" / shard(number))
+
+    attempt("optimizer of another step", mix, mixed)
+    # A node with a folder of its own: `latest` differs, or there is nothing at all.
+    own = Path(folder) / f"node{rank}"
+    shutil.copytree(good, own)
+    if rank == 1:
+        (own / "a").rename(own / "b")
+        (own / "latest").write_text("b")
+    attempt("latest differs", lambda: None, own)
+    attempt(
+        "exists on one rank only", lambda: None, Path(folder) / "node0" if rank == 0 else Path(folder) / "none", "a"
+    )
+    path, _ = engine.load_checkpoint(str(good))
+    results["good"] = (str(path is not None), True)
+    results["resumed"] = (repr(old_jobs.train(engine, range(1, 3))), True)
+    engine.destroy()
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(2, try_damage, str(tmp_path_factory.mktemp("damage")), timeout_s=600)
+
+
+NAMES = [f"{shard(1)}: {name}" for name in SHARD_DAMAGE] + [f"{MODEL}: {name}" for name in MODEL_DAMAGE]
+WORDS = {
+    "renamed into each other": "renamed into each other",
+    "optimizer of another step": "files of 2 saves",
+    "latest differs": "would load different checkpoints",
+    "exists on one rank only": "is not there for rank 1",
+}
+
+
+@pytest.mark.parametrize("name", [*NAMES, *WORDS])
+def test_every_rank_refuses_and_nothing_changes(results, name):
+    for of_rank in results:
+        message, unchanged = of_rank[name]
+        assert message.startswith("CheckpointError: "), message
+        assert WORDS.get(name, "") in message
+        assert unchanged
+
+
+def test_the_undamaged_one_loads_after_all_that(results):
+    assert all(of_rank["good"] == ("True", True) for of_rank in results)
+    assert results[0]["resumed"] == results[1]["resumed"]
