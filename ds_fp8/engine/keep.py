@@ -87,6 +87,9 @@ def _check_head(kept: Any, path: str) -> None:
         raise CheckpointError(f"{path}: {KEY}/book_of_rank names scales that are not there; the entry is damaged.")
     if count and not kept["book_of_rank"]:
         raise CheckpointError(f"{path}: {KEY}/book_of_rank is empty; the entry is damaged.")
+    pending = kept.get("pending", [])
+    if "pending" in kept and (not isinstance(pending, list) or len(pending) != len(kept["book_of_rank"])):
+        raise CheckpointError(f"{path}: {KEY}/pending is not one entry for each rank; the entry is damaged.")
 
 
 def _own_book(kept: Any, path: str) -> Any:
