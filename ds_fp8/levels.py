@@ -54,7 +54,7 @@ class Level:
     master                 one of MASTER_FORMATS
     rounding               how codes of states and masters are rounded
     gradient_wire          format in which gradients cross the network
-    gradient_wire_scope    `inter_node`: high precision inside a node, FP8 between nodes
+    gradient_wire_scope    `inter_node`: high precision inside a node, FP8 between nodes; `auto`: by the machine
     weight_wire            format in which updated weights are gathered
     block_size             elements per scale in a flat partition
     """
@@ -65,7 +65,7 @@ class Level:
     master: str
     rounding: str = "nearest"
     gradient_wire: str = "e4m3"
-    gradient_wire_scope: str = "all"
+    gradient_wire_scope: str = "auto"
     weight_wire: str = "none"
     block_size: int = BLOCK_SIZE
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import kernels
 from ..formats import BLOCK_SIZE, FORMATS, Format
 
-CHUNK_NUMEL = {"cpu": 1 << 23, "other": 1 << 25}
+CHUNK_NUMEL = {"cpu": 1 << 23, "other": 1 << 26}
 """Elements in flight per message. Small enough that temporaries stay bounded and that casts overlap with the
 network; large enough that latency does not count. The same on all ranks, as it shapes the messages."""
 

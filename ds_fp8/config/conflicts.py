@@ -158,7 +158,12 @@ def communication_dtype(data: dict[str, Any]) -> Found:
     """communication_data_type names the dtype of a reduction that FP8 codes replace."""
     level = level_of(data)
     name = data.get("communication_data_type")
-    if level and level.gradient_wire != "none" and level.gradient_wire_scope == "all" and name not in (None, "auto"):
+    if (
+        level
+        and level.gradient_wire != "none"
+        and level.gradient_wire_scope != "inter_node"
+        and name not in (None, "auto")
+    ):
         yield (
             ("communication_data_type",),
             (f"{name!r} is replaced by msamp's gradient wire ({level.gradient_wire}) wherever FP8 travels"),

@@ -209,7 +209,7 @@ def rounding_has_something_to_round(data: dict[str, Any]) -> Found:
 def wire_scope_has_a_wire(data: dict[str, Any]) -> Found:
     """A scope of a wire that is none would be ignored."""
     level = level_of(data)
-    if level and level.gradient_wire == "none" and level.gradient_wire_scope != "all":
+    if level and level.gradient_wire == "none" and level.gradient_wire_scope == "inter_node":
         yield ("msamp", "gradient_wire_scope"), "has no effect while gradient_wire is none; remove it"
 
 

@@ -94,7 +94,7 @@ def _setting_lines(plan: Plan) -> list[str]:
         parts = [
             f"msamp {level.name}: {states} ({level.rounding} rounding, {plan.base_dtype} base)",
             f"gradients on the wire {_wire(level.gradient_wire)}"
-            + (f" ({level.gradient_wire_scope})" if level.gradient_wire_scope != "all" else ""),
+            + (f" ({level.gradient_wire_scope})" if level.gradient_wire_scope == "inter_node" else ""),
             f"weights {_wire(level.weight_wire)}",
             f"ZeRO stage {plan.zero_stage}, {plan.world_size} rank{'s' if plan.world_size != 1 else ''}",
         ]

@@ -70,7 +70,7 @@ class FrozenWeights:
             codes = frozen_codes(weight.detach(), self.recipe.forward_format, by_tiles=self.recipe.kind == "block")
             source = FrozenSource(f"{fqn}.weight", codes, layer)
             layer.weight_codes = codes
-            weights_released.release(weight, weight.detach(), tuple(weight.shape), source)
+            weights_released.release(weight, weight.dtype, weight.device, tuple(weight.shape), source)
             self.sources[fqn] = source
 
     @torch.no_grad()

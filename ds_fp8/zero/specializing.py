@@ -90,6 +90,7 @@ def configure_optimizer(
 ) -> None:
     """DeepSpeed's `_configure_optimizer` with our Adam, states and wire. `engine.optimizer` is set afterwards."""
     refuse_unsupported(engine)
+    plan = wire.settle_scope(plan)
     client, given = None, ClientStates({})
     if client_optimizer is not None:
         client, given = take_over(engine, client_optimizer, model_parameters, plan)

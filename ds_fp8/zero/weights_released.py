@@ -127,12 +127,18 @@ def is_released(param: Any) -> bool:
     return isinstance(param, Released)
 
 
-def release(param: Any, like: Tensor, shape: Sequence[int], source: Source) -> None:
+@functools.cache
+def _blank(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One NaN, the memory behind every released Parameter."""
+    return torch.full((1,), torch.nan, dtype=dtype, device=device)
+
+
+def release(param: Any, dtype: torch.dtype, device: torch.device, shape: Sequence[int], source: Source) -> None:
     """Give the memory of `param` up; readers get `source`. Again for new data of a weight that is released already."""
     if is_released(param):
         param.__dict__[SOURCE] = source
         return
-    param.data = torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(tuple(shape))
+    param.data = _blank(dtype, device).expand(tuple(shape))
     param.__dict__[SOURCE] = source
     param.__class__ = _released_class(type(param))
 

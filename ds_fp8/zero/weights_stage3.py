@@ -26,26 +26,40 @@ from ..errors import PlanError
 from . import weights_released
 from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, set_codes
 
+PREFETCH = "_PartitionedParameterCoordinator__prefetch_bucket_sz"
+"""Elements that DeepSpeed's coordinator gathers ahead. It counts elements whatever their size; codes are half of them."""
+
 
 class CodedWeight:
-    """One partitioned weight: its chunk of codes on this rank, and the scale that goes with the whole."""
+    """One partitioned weight: its chunk of codes on this rank, and the scale that goes with the whole.
 
-    def __init__(self, weight: OwnedWeight):
-        self.weight = weight
-        self.chunk = torch.zeros(
-            weight.param.ds_tensor.ds_numel, dtype=torch.uint8, device=weight.param.ds_tensor.device
-        )
+    chunk  uint8, this rank's codes: a part of `message`, where the chunks of all weights lie in model order
+    start  where it begins there
+    """
+
+    def __init__(self, weight: OwnedWeight, message: Tensor, start: int):
+        self.weight, self.message, self.start = weight, message, start
+        self.numel = weight.param.ds_tensor.ds_numel
+        self.chunk = message[start : start + self.numel]
         self.scale_inv: Tensor | None = None
+        self.dtype = weight.param.ds_tensor.dtype
+        self._segment: Segment | None = None
+        self._segment_of = 0
 
     def segment(self) -> Segment | None:
         """The elements of this rank's chunk that are not padding."""
         param = self.weight.param
+        if self._segment is not None and self._segment_of == param.ds_tensor.data_ptr():
+            return self._segment
         start = dist.get_rank(group=param.ds_process_group) * param.ds_tensor.ds_numel
         numel = min(param.ds_tensor.ds_numel, param.ds_numel - start)
         if numel <= 0:
             return None
         source = param.ds_tensor.data[:numel].to(get_accelerator().current_device_name())
-        return Segment(self.weight, start, source, self.chunk[:numel])
+        found = Segment(self.weight, start, source, self.chunk[:numel])
+        if source.data_ptr() == param.ds_tensor.data_ptr():  # not a copy of what lies on the host
+            self._segment, self._segment_of = found, source.data_ptr()
+        return found
 
 
 class CodesHandle:
@@ -55,12 +69,12 @@ class CodesHandle:
         self.coded = coded
         self.world_size = dist.get_world_size(group=group)
         device = get_accelerator().current_device_name()
-        self.sizes = [one.chunk.numel() for one in coded]
-        self.own = torch.cat([one.chunk.to(device) for one in coded])
+        self.sizes = [one.numel for one in coded]
+        self.own = own_message(coded, device)
         self.gathered = torch.empty(self.world_size * self.own.numel(), dtype=torch.uint8, device=device)
         self.handle = dist.all_gather_into_tensor(self.gathered, self.own, group=group, async_op=True)
         sent = all_gather_bytes(self.own.numel(), self.world_size)
-        counters.add("weight", sent, sent * coded[0].weight.param.ds_tensor.element_size())
+        counters.add("weight", sent, sent * coded[0].dtype.itemsize)
         self.complete = False
 
     def wait(self, handle_dependency: bool = True) -> None:
@@ -68,20 +82,46 @@ class CodesHandle:
             return
         if self.handle is not None:
             self.handle.wait()
-        rows = self.gathered.view(self.world_size, -1)
-        start = 0
-        for one, size in zip(self.coded, self.sizes, strict=True):
+        # By rank, then by weight: the codes of a weight that travelled alone lie in one piece already.
+        rows = [self.gathered] if len(self.sizes) == 1 else self.gathered.view(self.world_size, -1).split(self.sizes, 1)
+        records = not get_accelerator().is_synchronized_device() and handle_dependency
+        stream = get_accelerator().current_stream() if records else None
+        for one, row in zip(self.coded, rows, strict=True):
             weight = one.weight
-            whole = rows[:, start : start + size].reshape(-1)[: weight.numel]
+            whole = row.reshape(-1)[: weight.numel]
             set_codes(weight, whole, one.scale_inv)
             source = weights_released.Source(weight.name, weight.layer.weight_codes)
-            like = whole.new_empty(0, dtype=weight.param.ds_tensor.dtype)
-            weights_released.release(weight.param, like, weight.shape, source)
+            weights_released.release(weight.param, one.dtype, whole.device, weight.shape, source)
             weight.param.ds_status = ZeroParamStatus.AVAILABLE
-            if not get_accelerator().is_synchronized_device() and handle_dependency:
-                whole.record_stream(get_accelerator().current_stream())
-            start += size
+            if records:
+                whole.record_stream(stream)
         self.complete = True
+
+
+def own_message(coded: list[CodedWeight], device: str) -> Tensor:
+    """This rank's chunks as they travel: a view where they follow each other in the model, as they mostly do."""
+    first, last = coded[0], coded[-1]
+    stop = last.start + last.numel
+    together = all(one.message is first.message for one in coded)
+    if together and stop - first.start == sum(one.numel for one in coded):
+        return first.message[first.start : stop].to(device)
+    return torch.cat([one.chunk for one in coded]).to(device)
+
+
+def lay_out_chunks(weights: list[OwnedWeight]) -> dict[int, CodedWeight]:
+    """The chunks of all weights in one message for each process group and device, in the order in which DeepSpeed sorts
+    what it gathers (`ds_id`), so that what is gathered together mostly lies together; by id of the parameter."""
+    found: dict[int, CodedWeight] = {}
+    by_place: dict[Any, list[OwnedWeight]] = {}
+    for weight in sorted(weights, key=lambda weight: weight.param.ds_id):
+        by_place.setdefault((weight.param.ds_process_group, weight.param.ds_tensor.device), []).append(weight)
+    for (_, device), together in by_place.items():
+        numel = sum(weight.param.ds_tensor.ds_numel for weight in together)
+        message, start = torch.zeros(numel, dtype=torch.uint8, device=device), 0
+        for weight in together:
+            found[id(weight.param)] = CodedWeight(weight, message, start)
+            start += weight.param.ds_tensor.ds_numel
+    return found
 
 
 class WeightsStage3:
@@ -97,9 +137,16 @@ class WeightsStage3:
                     " codes are made from are not in memory after a step.\n  Set weight_wire to none, or offload"
                     " parameters to cpu."
                 )
-        self.fp8_coded = {id(weight.param): CodedWeight(weight) for weight in kept}
-        self.fp8_codes_fresh = False
+        self.fp8_coded = lay_out_chunks(kept)
         self.fp8_cast_event = None
+        every = [param for param in engine.module.parameters() if param.requires_grad and not param.ds_persist]
+        of_codes = sum(weight.numel for weight in kept)
+        total = sum(param.ds_numel for param in every)
+        coordinator = self._get_param_coordinator()
+        ahead = getattr(coordinator, PREFETCH, 0)
+        # As many bytes ahead as 16-bit gathers would be, counted by the elements that DeepSpeed counts.
+        self.fp8_prefetch = (ahead, int(ahead * 2 * total / max(1, 2 * total - of_codes)))
+        self._fp8_set_fresh(False)
         by_group: dict[Any, list[OwnedWeight]] = {}
         for weight in kept:
             by_group.setdefault(weight.param.ds_process_group, []).append(weight)
@@ -114,6 +161,13 @@ class WeightsStage3:
             self._fp8_replace(param, "all_gather", self._fp8_bring_16bit(param, param.all_gather))
             self._fp8_replace(param, "partition", self._fp8_partition_instead(param, param.partition))
 
+    def _fp8_set_fresh(self: Any, fresh: bool) -> None:
+        """Whether the next gathers of weights carry codes, and so how far ahead they may be."""
+        self.fp8_codes_fresh = fresh
+        coordinator = self._get_param_coordinator()
+        if hasattr(coordinator, PREFETCH):
+            setattr(coordinator, PREFETCH, self.fp8_prefetch[fresh])
+
     def _fp8_replace(self: Any, param: Any, name: str, method: Any) -> None:
         """DeepSpeed's methods of a parameter hang on the object; what was there is kept for the end."""
         self._fp8_methods.append((param, name, getattr(param, name)))
@@ -121,7 +175,7 @@ class WeightsStage3:
 
     def fp8_give_back(self: Any) -> None:
         """The end of the engine: no codes in the layers, DeepSpeed's own methods on the parameters."""
-        self.fp8_codes_fresh = False
+        self._fp8_set_fresh(False)
         for coded in self.fp8_coded.values():
             drop_codes(coded.weight)
             if (
@@ -138,7 +192,7 @@ class WeightsStage3:
 
         @functools.wraps(method)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.fp8_codes_fresh = False
+            self._fp8_set_fresh(False)
             return method(*args, **kwargs)
 
         return wrapped
@@ -192,7 +246,7 @@ class WeightsStage3:
                 if id(one) in self.fp8_coded:
                     drop_codes(self.fp8_coded[id(one)].weight)
                     if has_been_updated:
-                        self.fp8_codes_fresh = False
+                        self._fp8_set_fresh(False)
             return result
 
         return partition
@@ -212,7 +266,7 @@ class WeightsStage3:
         book = self.fp8_weight_book
         if not self.fp8_coded:
             return
-        self.fp8_codes_fresh = book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step
+        self._fp8_set_fresh(book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step)
         if not self.fp8_codes_fresh:
             return
         for caster in self.fp8_casters:
@@ -225,7 +279,7 @@ class WeightsStage3:
 
     def fp8_weights_changed(self: Any) -> None:
         """New masters (a load, a setter): gathers are 16-bit until the next step."""
-        self.fp8_codes_fresh = False
+        self._fp8_set_fresh(False)
         changed = getattr(super(), "fp8_weights_changed", None)
         if changed is not None:
             changed()

@@ -107,7 +107,7 @@ class GroupStore:
         for weight, _, _ in self.coded:
             codes = weight.layer.weight_codes
             source = weights_released.Source(weight.name, codes)
-            weights_released.release(weight.param, self.others, weight.shape, source)
+            weights_released.release(weight.param, self.others.dtype, self.others.device, weight.shape, source)
         if self.is_released:
             return
         for param, _, at in self.rest:

@@ -14,14 +14,17 @@ The gradients of one step are handed on in fp32 where DeepSpeed accumulates in f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ..comm import Route, Wire, counters, flat_route, reduce_slices, two_level_routes
 from ..comm.counters import all_reduce_bytes
+from ..comm.topology import choose_scope
 from ..errors import PlanError
 
 
@@ -53,6 +56,21 @@ def make_gradient_wire(comm: Any, groups: Sequence[Any], *, node_name: str | Non
         distinct = list(dict.fromkeys(groups))
         result.routes = dict(zip(distinct, two_level_routes(distinct, node_name=node_name), strict=True))
     return result
+
+
+def settle_scope(plan: Any) -> Any:
+    """The plan with `gradient_wire_scope: auto` decided (see comm.topology); rank 0 says what and why. Collective."""
+    comm = plan.comm
+    if comm is None or comm.gradient_wire == "none" or comm.gradient_wire_scope != "auto":
+        return plan
+    scope, reason = choose_scope()
+    if scope == "none":
+        chosen, words = replace(comm, gradient_wire="none", gradient_wire_scope="all"), "DeepSpeed's own reduction"
+    else:
+        chosen, words = replace(comm, gradient_wire_scope=scope), f"{comm.gradient_wire}, {scope}"
+    if dist.get_rank() == 0 and get_accelerator().device_name() == "cuda" and dist.get_world_size() > 1:
+        print(f"ds_fp8: gradient_wire_scope auto: {words} ({reason})", flush=True)
+    return replace(plan, comm=chosen)
 
 
 def data_parallel_groups(engine: Any, zero_optimizer: Any | None = None) -> list[Any]:
