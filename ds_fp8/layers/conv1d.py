@@ -8,13 +8,14 @@ ZeRO 3 the codes made in the forward are kept for dgrad (one byte per weight), s
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import compiled
 from .fp8_linear import ORIGINAL, multiply
-from .opaque import opaque
 from .page import Page
 
 
@@ -23,14 +24,22 @@ class Fp8Conv1D:
 
     page: Page
 
-    @opaque
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            shape = (self.weight.shape[1], self.weight.shape[0])  # type: ignore[attr-defined]
+            return compiled.linear(x, self.weight.t(), self.bias, self.page, shape, self.training)  # type: ignore[attr-defined]
         page = self.page
         call = page.book.call(page, training=self.training, device=x.device)  # type: ignore[attr-defined]
         if call is None:
             page.note_call()
             return super().forward(x)  # type: ignore[misc]
         return multiply(x, self.weight.t(), self.bias, call)  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Conv1D:
+        """`to`, `cuda`, `to_empty` and their like: the layer's page follows."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.page.settle(self.weight.device)  # type: ignore[attr-defined]
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as the layer it was, and converted again: the class itself exists in this process only."""
@@ -49,6 +58,7 @@ def adopt(module: nn.Module, page: Page) -> nn.Module:
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = fp8_class(type(module))
     module.__dict__["page"] = page
+    page.settle(module.weight.device)  # type: ignore[union-attr, arg-type]
     return module
 
 

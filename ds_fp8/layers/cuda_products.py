@@ -77,60 +77,93 @@ class CudaProducts(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, grad: bool
     ) -> torch.Tensor:
         needs = ctx.needs_input_grad
-        page, dtype, shape = call.page, input.dtype, input.shape
-        plain, turned = _cast(input, call, page.input_column, True, grad and needs[1])
-        ready = _ready_weight(weight, call, turned=grad and needs[0])
-        # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
-        output = torch._scaled_mm(
-            plain[0],
-            ready.fprop,
-            scale_a=plain[1],
-            scale_b=ready.fprop_scale_inv,
-            bias=bias if bias is None or bias.dtype == dtype else bias.to(dtype),
-            out_dtype=dtype,
-            use_fast_accum=page.book.kind != "block",
+        output, ready, turned = forward_on_cuda(
+            input, weight, bias, call, dgrad=grad and needs[0], wgrad=grad and needs[1]
         )
-        if len(shape) != 2:
-            output.resize_(*shape[:-1], output.shape[1])  # no view: nobody may write into a view that was made in here
-        page.note_forward(call.high, dgrad=grad and needs[0], wgrad=grad and needs[1])
         ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *turned)
-        ctx.call, ctx.dtype, ctx.weight_dtype = call, dtype, weight.dtype
+        ctx.call, ctx.dtype, ctx.weight_dtype = call, input.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        call, dtype = ctx.call, ctx.dtype
-        refuse_second_derivative(call)
-        call.in_backward()
+        refuse_second_derivative(ctx.call)
         weight, weight_scale_inv, kept, kept_scale_inv = ctx.saved_tensors
-        needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
-        if grad_output.dtype != dtype:
-            grad_output = grad_output.to(dtype)
-        if not grad_output.is_contiguous():
-            grad_output = grad_output.contiguous()
-        grad_input = grad_weight = grad_bias = None
-        if needs_dgrad or needs_wgrad:
-            column = call.page.grad_output_column
-            plain, turned = _cast(grad_output, call, column, needs_dgrad, needs_wgrad, guarded=not needs_bias)
-            # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
-            if needs_dgrad:
-                grad_input = torch._scaled_mm(
-                    plain[0], weight, scale_a=plain[1], scale_b=weight_scale_inv, out_dtype=dtype
-                )
-                if grad_output.dim() != 2:
-                    grad_input.resize_(*grad_output.shape[:-1], grad_input.shape[1])
-            # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
-            if needs_wgrad:
-                grad_weight = torch._scaled_mm(
-                    turned[0], kept.t(), scale_a=turned[1], scale_b=_t(kept_scale_inv), out_dtype=ctx.weight_dtype
-                )
-        if needs_bias:
-            rows = grad_output if grad_output.dim() == 2 else grad_output.view(-1, grad_output.shape[-1])
-            exact = None if dtype == ctx.bias_dtype else torch.float32  # as in `products`
-            grad_bias = rows.sum(0, dtype=exact).to(ctx.bias_dtype)
-        call.page.note_backward(call.high, dgrad=needs_dgrad, wgrad=needs_wgrad)
-        return grad_input, grad_weight, grad_bias, None, None
+        gradients = backward_on_cuda(
+            grad_output if grad_output.dtype == ctx.dtype else grad_output.to(ctx.dtype),
+            (weight, weight_scale_inv),
+            (kept, kept_scale_inv),
+            ctx.call,
+            needs=ctx.needs_input_grad[:3],
+            weight_dtype=ctx.weight_dtype,
+            bias_dtype=ctx.bias_dtype,
+        )
+        return *gradients, None, None
+
+
+def forward_on_cuda(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
+) -> tuple[torch.Tensor, ReadyWeight, Coded]:
+    """(output [..., N], the weight, the transposed input [K, M] for wgrad) for `input` [..., K]; see `takes`."""
+    page, dtype, shape = call.page, input.dtype, input.shape
+    plain, turned = _cast(input, call, page.input_column, True, wgrad)
+    ready = ready_weight(weight, call, turned=dgrad)
+    # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
+    output = torch._scaled_mm(
+        plain[0],
+        ready.fprop,
+        scale_a=plain[1],
+        scale_b=ready.fprop_scale_inv,
+        bias=bias if bias is None or bias.dtype == dtype else bias.to(dtype),
+        out_dtype=dtype,
+        use_fast_accum=page.book.kind != "block",
+    )
+    if len(shape) != 2:
+        output.resize_(*shape[:-1], output.shape[1])  # no view: nobody may write into a view that was made in here
+    page.note_forward(call.high, dgrad=dgrad, wgrad=wgrad)
+    return output, ready, turned
+
+
+def backward_on_cuda(
+    grad_output: torch.Tensor,
+    weight: Coded,
+    input: Coded,
+    call: Call,
+    *,
+    needs: tuple[bool, bool, bool],
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of input, weight and bias, None where not in `needs`, for `grad_output` [..., N] in the compute dtype.
+
+    weight  codes [N, K] dense by columns, and scale_inv (`ReadyWeight.dgrad`)
+    input   transposed codes [K, M], and scale_inv, as `forward_on_cuda` gave them
+    """
+    call.in_backward()
+    dtype = grad_output.dtype
+    needs_dgrad, needs_wgrad, needs_bias = needs
+    if not grad_output.is_contiguous():
+        grad_output = grad_output.contiguous()
+    grad_input = grad_weight = grad_bias = None
+    if needs_dgrad or needs_wgrad:
+        column = call.page.grad_output_column
+        plain, turned = _cast(grad_output, call, column, needs_dgrad, needs_wgrad, guarded=not needs_bias)
+        # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
+        if needs_dgrad:
+            grad_input = torch._scaled_mm(plain[0], weight[0], scale_a=plain[1], scale_b=weight[1], out_dtype=dtype)
+            if grad_output.dim() != 2:
+                grad_input.resize_(*grad_output.shape[:-1], grad_input.shape[1])
+        # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
+        if needs_wgrad:
+            grad_weight = torch._scaled_mm(
+                turned[0], input[0].t(), scale_a=turned[1], scale_b=_t(input[1]), out_dtype=weight_dtype
+            )
+    if needs_bias:
+        rows = grad_output if grad_output.dim() == 2 else grad_output.view(-1, grad_output.shape[-1])
+        exact = None if dtype == bias_dtype else torch.float32  # as in `products`
+        grad_bias = rows.sum(0, dtype=exact).to(bias_dtype)
+    call.page.note_backward(call.high, dgrad=needs_dgrad, wgrad=needs_wgrad)
+    return grad_input, grad_weight, grad_bias
 
 
 Coded = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -184,6 +217,11 @@ def _cast_unknown(
     return casts.cast_delayed(x, frozen, 0, fmt, None, plain=plain, turned=turned), frozen[0, 0], amax
 
 
+def cast_input_transposed(input: torch.Tensor, call: Call) -> Coded:
+    """The transposed input [K, M] for wgrad, cast for it alone."""
+    return _cast(input, call, call.page.input_column, False, True)[1]
+
+
 class ReadyWeight(NamedTuple):
     """A weight as its two products read it, with scales where cuBLASLt can read them.
 
@@ -199,7 +237,7 @@ class ReadyWeight(NamedTuple):
     source: Operand
 
 
-def _ready_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> ReadyWeight:
+def ready_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> ReadyWeight:
     """The weight [N, K] for fprop, and for dgrad if `turned`: set from outside (O3), cached, or cast now; see `cast_weight`."""
     page = call.page
     if page.weight_codes is not None:

@@ -47,6 +47,11 @@ class ForwardScopes:
         self._open: ForwardScope | None = None
         self._latest: weakref.ref[ForwardScope] | None = None
         self._called: set[int] = set()
+        self._held: ForwardScope | None = None
+
+    def hold(self, scope: ForwardScope | None) -> None:
+        """Keep a scope until the next one: no autograd graph does it for a compiled forward."""
+        self._held = scope
 
     def of_call(self, index: int, records: bool) -> ForwardScope | None:
         """The scope of a layer call that happens now; None for one that leaves nothing to wait for.

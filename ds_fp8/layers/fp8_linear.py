@@ -8,13 +8,15 @@ buffers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import BackendError
+from . import compiled
 from .cuda_products import CudaProducts, takes
-from .opaque import opaque
 from .page import Call, Page, WeightCodes
 from .products import LinearProducts
 
@@ -37,14 +39,22 @@ class Fp8Linear(nn.Linear):
         self.page.weight_codes = codes
         self.page.forget_weight()
 
-    @opaque
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            shape = (self.out_features, self.in_features)
+            return compiled.linear(input, self.weight, self.bias, self.page, shape, self.training)
         page = self.page
         call = page.book.call(page, training=self.training, device=input.device)
         if call is None:
             page.note_call()
             return F.linear(input, self.weight, self.bias)
         return multiply(input, self.weight, self.bias, call)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Linear:
+        """`to`, `cuda`, `to_empty` and their like: the layer's page follows."""
+        super()._apply(fn, recurse)
+        self.page.settle(self.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         recipe = self.page.book.recipe
@@ -86,6 +96,7 @@ def adopt(module: nn.Linear, page: Page) -> Fp8Linear:
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = Fp8Linear
     module.__dict__["page"] = page
+    page.settle(module.weight.device)
     return module  # type: ignore[return-value]
 
 

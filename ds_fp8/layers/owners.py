@@ -60,9 +60,11 @@ def take_form(module: nn.Module, owner: Owner | None) -> None:
     elif is_conv1d(module):
         module.__class__ = fp8_class(module.__dict__[ORIGINAL])
         module.__dict__["page"] = owner.page
+        owner.page.settle(module.weight.device)
     elif owner.page is not None:
         module.__class__ = Fp8Linear
         module.__dict__["page"] = owner.page
+        owner.page.settle(module.weight.device)
     else:
         module.__class__ = next(cls for cls in norms.CLASSES.values() if isinstance(module, cls.__bases__))
 

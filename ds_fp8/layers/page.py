@@ -13,6 +13,7 @@ import torch
 
 from ..formats import Format
 from ..recipe import HighPrecision, Recipe
+from .anchors import make_anchor
 from .forward_scope import ForwardScope
 from .operands import CachedWeight
 from .ran import Ran
@@ -46,6 +47,9 @@ class Page:
     cached              codes of the weight for the rest of the optimizer step (`weight_cache`); see `operands.cast_weight`
     ready               the same as the GPU's products read them (cuda_products)
     wrapped             `weight_codes` as Transformer Engine's tensor, with its transpose (`weight_cache`)
+    blocks, delayed, runs_in_eval, carries_input, carries_weight
+                        what a compiled forward needs to know of the recipe when it is traced: constants (compiled)
+    anchor              tensor by whose address a compiled forward finds this page (anchors)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast road, 0 for never (cuda_products)
     """
 
@@ -56,11 +60,19 @@ class Page:
         self.input_column = 2 * index
         self.weight_column = 2 * index + 1
         self.grad_output_column = 2 * len(book.names) + index
+        recipe, high = book.recipe, book.recipe.override_linear_precision
+        self.blocks = recipe.kind == "block"
+        self.delayed = recipe.is_delayed
+        self.runs_in_eval = book.plan.eval
+        self.carries_input = book.plan.start_step == 0 and not high.wgrad
+        self.carries_weight = book.plan.start_step == 0 and not high.dgrad and not self.blocks
         self.weight_codes: WeightCodes | None = None
         self.staged_weight_amax: torch.Tensor | None = None
         self.fast_step: int | None = None
         self.is_shared = False
         self.ran: Ran | None = None
+        self.anchor: torch.Tensor | None = None
+        self._anchors: list[torch.Tensor] = []
         self.forget_weight()
 
     def note_forward(self, high: HighPrecision, *, dgrad: bool, wgrad: bool) -> None:
@@ -83,13 +95,31 @@ class Page:
         self.ready: Any = None
         self.wrapped: Any = None
 
+    def settle(self, device: torch.device) -> None:
+        """The layer is on `device` now."""
+        if self.anchor is None or self.anchor.device != device:
+            self._anchors.clear()
+            self._name_anew(device)
+
+    def renew_anchor(self) -> None:
+        """What the layer does from now on is not what a CUDA graph of it has recorded."""
+        if self.anchor is not None:
+            self._name_anew(self.anchor.device)
+
+    def _name_anew(self, device: torch.device) -> None:
+        self.anchor = make_anchor(self, device)
+        self._anchors.append(self.anchor)  # an address must not come back: a graph recorded for it would run again
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as a page of the copied book."""
-        return _page_of, (self.book, self.fqn)
+        return _page_of, (self.book, self.fqn, None if self.anchor is None else str(self.anchor.device))
 
 
-def _page_of(book: ScaleBook, fqn: str) -> Page:
-    return book.page(fqn)
+def _page_of(book: ScaleBook, fqn: str, device: str | None) -> Page:
+    page = book.page(fqn)
+    if device is not None:
+        page.settle(torch.device(device))
+    return page
 
 
 @dataclass(eq=False, slots=True)

@@ -22,7 +22,6 @@ import torch
 from ..plan import Fp8Plan
 from .amax_history import AmaxHistory
 from .forward_scope import ForwardScopes
-from .opaque import opaque
 from .page import Call, Page
 from .scales import Scales, ScaleTensors
 
@@ -67,6 +66,7 @@ class ScaleBook:
         self._by_name = dict(zip(self.names, self.pages, strict=True))
         self.tensors = ScaleTensors(len(self.names), self.recipe, exact=self.exact, device=torch.device(device))
         self.scopes = None if managed else ForwardScopes(self._update_alone)
+        self._phase: Any = None
 
     def page(self, fqn: str) -> Page:
         return self._by_name[fqn]
@@ -115,12 +115,14 @@ class ScaleBook:
                 del hooks[key]
                 root._forward_hooks_always_called.pop(key, None)
 
-    @opaque
     def _before_root(self, root: torch.nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # a compiled model's layers find out for themselves, as those do that are called without their root
         self.scopes.before_root(torch.is_grad_enabled() and root.training)  # type: ignore[union-attr]
 
-    @opaque
     def _after_root(self, root: torch.nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.scopes.after_root(output)  # type: ignore[union-attr]
 
     # -- the call of a layer -----------------------------------------------------------------------------------------
@@ -189,6 +191,15 @@ class ScaleBook:
         """The weights are other ones, those of a run that took `steps` optimizer steps."""
         self._count_steps(steps)
         self._forget_weights()
+        self._renew_anchors()
+
+    def _renew_anchors(self) -> None:
+        """Tell CUDA graphs (`anchors`) when the layers go on in another way: `start_step` is reached, a history has begun."""
+        phase = self.warming, self.tensors.current.unknown
+        if phase != self._phase:
+            self._phase = phase
+            for page in self.pages:
+                page.renew_anchor()
 
     def _count_steps(self, steps: int) -> None:
         self.steps = steps

@@ -101,6 +101,11 @@ class ScaleTensors:
         self.fill(kept, *folds)
         self.pending.copy_(pending)
 
+    @property
+    def standing(self) -> Scales:
+        """The scales of every step at one address, for what a CUDA graph replays; whoever takes it does not outlive a step."""
+        return Scales(self.slots, self._unknown, self.known if self._unknown else None, self.recipe.margin)
+
     # -- the update --------------------------------------------------------------------------------------------------
 
     def update(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ds_fp8.kernels.triton import entry, launch, operands
-from ds_fp8.layers import cuda_products, fp8_linear
+from ds_fp8.layers import compiled, compiled_products, cuda_products, fp8_linear
 from ds_fp8.layers.gemm import matmul
 from ds_fp8.layers.operands import GROUPS, TENSOR, TILES, Operand
 from ds_fp8.layers.page import WeightCodes
@@ -45,7 +45,10 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(cuda_products, "library_for", lambda device: entry)
-    monkeypatch.setattr(fp8_linear, "takes", takes)
+    for module in (fp8_linear, compiled_products):
+        monkeypatch.setattr(module, "takes", takes)
+    for module in (compiled, compiled_products):
+        monkeypatch.setattr(module, "multiplies_turned", lambda x: True)
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
@@ -55,7 +58,7 @@ def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
     return bool(call.page.fast_step) and not call.warming and rows % call.page.fast_step == 0 and call.knows_operands()
 
 
-def passes(recipe: Recipe, *, fast: bool, bias: bool = True, cached: bool = True, spoiled: int = -1, codes: bool = False,
+def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True, cached: bool = True, spoiled: int = -1, codes: bool = False,
            shape: tuple[int, ...] = (2, 64), micro_batches: int = 1, managed: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
     """Outputs and gradients of some steps, each after an evaluation, and the book."""
     torch.manual_seed(0)
@@ -65,6 +68,8 @@ def passes(recipe: Recipe, *, fast: bool, bias: bool = True, cached: bool = True
     book = swapped(model, recipe, managed=managed, weight_cache=cached, backend="torch", eval=True)
     book.optimized = frozenset(map(id, model.parameters()))
     book.tensors.kernels = entry if fast else None
+    if graph:
+        model.compile(backend="aot_eager", fullgraph=True)
     for page in book.pages:
         page.fast_step = 16 if fast else 0
     found = []
@@ -101,7 +106,7 @@ def passes(recipe: Recipe, *, fast: bool, bias: bool = True, cached: bool = True
 def hold_together(recipe: Recipe, **how: Any) -> list[torch.Tensor]:
     """The two roads: every bit of outputs, gradients, scales and histories. NaN equals NaN."""
     ours, book = passes(recipe, fast=True, **how)
-    plain, plain_book = passes(recipe, fast=False, **how)
+    plain, plain_book = passes(recipe, fast=False, **{**how, "graph": False})
     for number, (found, wanted) in enumerate(zip(ours, plain, strict=True)):
         assert found.shape == wanted.shape, f"tensor {number}"
         assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0)), f"tensor {number}"
@@ -116,6 +121,12 @@ def hold_together(recipe: Recipe, **how: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_the_fast_road_is_the_plain_road(recipe):
     hold_together(recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_the_fast_road_in_a_compiled_graph(recipe):
+    """Codes and scales travel from forward to backward in fixed forms; the products make the same of them."""
+    hold_together(recipe, graph=True)
 
 
 @pytest.mark.parametrize("recipe", RECIPES[1:3], ids=str)

@@ -1,0 +1,52 @@
+"""Anchors: how a compiled graph names a layer without a Python object that a guard would watch.
+
+torch.compile turns attributes of modules into constants of the graph, and compiles anew for each layer and whenever one
+changes. Tensors are inputs instead. So each layer owns one small tensor: its address is the layer's name at run time, looked
+up without reading the device; a copy, which some tools make of all inputs, is known by its value. Equal layers then share
+one compilation, and what changes from step to step stays behind the name.
+
+For CUDA graphs the address is declared as one that stays. When what a layer does changes for good (`start_step` is reached,
+a history has begun), it gets another anchor: torch then records the graph once more, without compiling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import BackendError
+
+if TYPE_CHECKING:
+    from .page import Page
+
+_by_address: weakref.WeakValueDictionary[int, Page] = weakref.WeakValueDictionary()
+_by_number: weakref.WeakValueDictionary[int, Page] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def make_anchor(page: Page, device: torch.device) -> torch.Tensor:
+    """A new name for `page`: int64 [1] on `device`. The caller keeps it, and all earlier ones, for as long as `page` lives."""
+    number = next(_numbers)
+    with torch.inference_mode(False):
+        anchor = torch.full((1,), number, dtype=torch.int64, device=device)
+    if device.type != "meta":
+        torch._dynamo.mark_static_address(anchor)
+        _by_address[anchor.data_ptr()] = page
+        _by_number[number] = page
+    return anchor
+
+
+def page_of(anchor: torch.Tensor) -> Page:
+    """The page that `anchor` names. Raises BackendError when its model is gone."""
+    page = _by_address.get(anchor.data_ptr())
+    if page is None and not (anchor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        page = _by_number.get(int(anchor))  # waits for the device
+    if page is None:
+        raise BackendError(
+            "a compiled FP8 layer was run after its model was gone, or in a CUDA graph with a copy of its anchor.\n"
+            "  Compile the model again after moving, copying or exporting it."
+        )
+    return page

@@ -1,0 +1,189 @@
+"""FP8 layers as torch.compile reads them: two operators per layer, and nothing that a guard would watch.
+
+    ds_fp8::linear_forward    casts input and weight, fprop
+    ds_fp8::linear_backward   casts grad_output, dgrad, wgrad
+
+An eager layer reads Python state in each call: whether `start_step` is reached, scales of this step, codes set from outside.
+A compiler would make constants of it, and compile anew when it changes. So a traced layer is an operator that the compiler
+does not look into: shapes and dtypes are known beforehand, and the state is found when the operator runs, by an anchor
+(`anchors`). The graph is whole, norms and activations around the layer are fused, attention keeps its fast kernels, and the
+layer's numbers are those of the eager layer.
+
+Amaxes are raised to a running maximum behind the operators' back. That is no hazard: it does not matter how often or in what
+order a maximum is taken, so a compiler may repeat or move a call (activation checkpointing); nothing in a graph reads them,
+and scales stand still within a step.
+
+Casts inside the operators, not before them: an H100 showed that a cast which Inductor fuses into the norm or SwiGLU before
+it gains less than 1 % of a Llama block, because the transposed codes and the amax then are launches of their own.
+
+What the host pays for a call counts (a compiled model of small layers waits for it): so the operators are defined by
+`torch.library.Library`, whose calls cost a fifth of `custom_op`'s, take few arguments, and are differentiated by an
+autograd.Function around them, which exists only while the model is traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import BackendError
+from ..formats import E4M3
+from ..numerics.dtypes import torch_dtype
+from .anchors import page_of
+from .compiled_products import Carried, carries_rows, multiplies_turned, run_backward, run_forward
+from .page import Page
+
+TRAINING, GRAD, BLOCKS, DELAYED = 1, 2, 4, 8
+CARRIES_INPUT, CARRIES_WEIGHT = 16, 32
+DGRAD, WGRAD, BGRAD = 64, 128, 256
+"""Bits of an operator's `flags`: constants of a traced call."""
+
+_library = torch.library.Library("ds_fp8", "DEF")
+_library.define(
+    "linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor anchor, int n, int flags) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? bias, Tensor input_codes, "
+    "Tensor input_scale_inv, Tensor weight_codes, Tensor weight_scale_inv, Tensor anchor, int k, int flags) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    page: Page,
+    shape: tuple[int, int],
+    training: bool,
+) -> torch.Tensor:
+    """The forward of an Fp8Linear while it is traced; `shape` (N, K) of the weight.
+
+    Reads of `page` only what never changes: all else would be guarded, or differ between equal layers.
+    """
+    if not (training or page.runs_in_eval):
+        return F.linear(input, weight, bias)
+    device, dtype = input.device.type, input.dtype
+    if torch.is_autocast_enabled(device) and input.is_floating_point():
+        dtype = torch.get_autocast_dtype(device)
+    elif dtype != weight.dtype:
+        raise BackendError(f"{page.fqn}: input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.")
+    if input.dim() == 0 or input.shape[-1] != shape[1]:
+        raise BackendError(f"{page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {shape[1]}.")
+    x = input.to(dtype).contiguous()
+    flags = training * TRAINING | page.blocks * BLOCKS | page.delayed * DELAYED
+    if not torch.is_grad_enabled():
+        return torch.ops.ds_fp8.linear_forward(x, weight, bias, page.anchor, shape[0], flags)[0]
+    flags |= GRAD
+    if weight.requires_grad:
+        flags |= WGRAD | page.carries_input * CARRIES_INPUT
+    if x.requires_grad:
+        is_whole = not hasattr(weight, "ds_id")
+        flags |= DGRAD | (page.carries_weight and multiplies_turned(x) and is_whole) * CARRIES_WEIGHT
+    if bias is not None and bias.requires_grad:
+        flags |= BGRAD
+    return _Linear.apply(x, weight, bias, page.anchor, shape[0], flags)
+
+
+class _Linear(torch.autograd.Function):
+    """Differentiates `linear_forward`; traced by Dynamo, which leaves the two operators in its graphs."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        anchor: torch.Tensor,
+        n: int,
+        flags: int,
+    ) -> torch.Tensor:
+        output, *carried = torch.ops.ds_fp8.linear_forward(x, weight, bias, anchor, n, flags)
+        saves_input = flags & WGRAD and not flags & CARRIES_INPUT
+        ctx.save_for_backward(x if saves_input else None, weight, bias, anchor, *carried)
+        ctx.k, ctx.flags = x.shape[-1], flags
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, anchor, *carried = ctx.saved_tensors
+        flags = ctx.flags
+        grad_input, grad_weight, grad_bias = torch.ops.ds_fp8.linear_backward(
+            grad_output, x, weight, bias, *carried, anchor, ctx.k, flags
+        )
+        return (
+            grad_input if flags & DGRAD else None,
+            grad_weight if flags & WGRAD else None,
+            grad_bias if flags & BGRAD else None,
+            None,
+            None,
+            None,
+        )
+
+
+@torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
+def _forward(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) -> tuple[torch.Tensor, ...]:
+    output, carried = run_forward(
+        x,
+        weight,
+        bias,
+        page_of(anchor),
+        training=bool(flags & TRAINING),
+        grad=bool(flags & GRAD),
+        carries_input=bool(flags & CARRIES_INPUT),
+        carries_weight=bool(flags & CARRIES_WEIGHT),
+    )
+    return output, *carried
+
+
+@torch.library.register_fake("ds_fp8::linear_forward", lib=_library)
+def _(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) -> tuple[torch.Tensor, ...]:
+    k = x.shape[-1]
+    rows = x.numel() // k
+    shape = (rows, k) if carries_rows(x, bool(flags & BLOCKS)) else (k, rows)
+    scales: tuple[int, ...] = (k, (rows + 127) // 128) if flags & BLOCKS else (2, 4) if flags & DELAYED else (1,)
+
+    def made(bits: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return x.new_empty(shape if flags & bits else (0,), dtype=dtype)
+
+    return (
+        x.new_empty((*x.shape[:-1], n)),
+        made(CARRIES_INPUT, shape, torch_dtype(E4M3)),
+        made(CARRIES_INPUT | CARRIES_WEIGHT * bool(flags & DELAYED), scales),
+        made(CARRIES_WEIGHT, (k, n), torch_dtype(E4M3)),
+        made(CARRIES_WEIGHT * (not flags & DELAYED), (1,)),
+    )
+
+
+@torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_output: Any, x: Any, weight: Any, bias: Any, input_codes: Any, input_scale_inv: Any, weight_codes: Any,
+    weight_scale_inv: Any, anchor: Any, k: int, flags: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    found = run_backward(
+        grad_output,
+        x,
+        weight,
+        bias,
+        Carried(input_codes, input_scale_inv, weight_codes, weight_scale_inv),
+        page_of(anchor),
+        training=bool(flags & TRAINING),
+        needs=(bool(flags & DGRAD), bool(flags & WGRAD), bool(flags & BGRAD)),
+    )
+    return tuple(grad_output.new_empty(0) if one is None else one for one in found)
+
+
+@torch.library.register_fake("ds_fp8::linear_backward", lib=_library)
+def _(
+    grad_output: Any, x: Any, weight: Any, bias: Any, input_codes: Any, input_scale_inv: Any, weight_codes: Any,
+    weight_scale_inv: Any, anchor: Any, k: int, flags: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    n = grad_output.shape[-1]
+    return (
+        grad_output.new_empty((*grad_output.shape[:-1], k) if flags & DGRAD else (0,)),
+        grad_output.new_empty((n, k) if flags & WGRAD else (0,), dtype=weight.dtype if flags & WGRAD else None),
+        grad_output.new_empty((n,) if flags & BGRAD else (0,), dtype=bias.dtype if flags & BGRAD else None),
+    )

@@ -1,0 +1,233 @@
+"""What the operators of `compiled` do when they run: the casts and products of an eager layer, between fixed forms.
+
+An eager layer keeps for its backward whatever its products made. A compiled graph must know shapes, dtypes and strides of
+what it carries from forward to backward before anything runs, whatever the layer then decides (`start_step`, codes set from
+outside, rows that no fast path takes). So everything carried has one form (`Carried`), and is made of, and into, what the
+products know. Weights are cast in each forward: a replayed CUDA graph cannot ask whether one has changed.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import BackendError
+from ..formats import E4M3
+from ..kernels import dense
+from ..numerics.dtypes import torch_dtype
+from .cuda_products import backward_on_cuda, cast_input_transposed, forward_on_cuda, ready_weight, takes
+from .operands import cast, cast_transposed, cast_weight
+from .page import Call, Page
+from .products import as_shape, backward_products, forward_products
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class Carried(NamedTuple):
+    """From forward to backward, each dense and nobody else's; empty where it is not carried.
+
+    input             codes: [K, M]; or [M, K] on a CPU where a scale is that of a tensor, which serves both ways round
+    input_scale_inv   fp32 [1], or [K, ceil(M / 128)] under the block recipe; under delayed scaling [2, 4], whose rows begin
+                      with that of the input and that of the weight, where cuBLASLt can read them
+    weight            codes [K, N]
+    weight_scale_inv  fp32 [1]; empty under delayed scaling
+    """
+
+    input: torch.Tensor
+    input_scale_inv: torch.Tensor
+    weight: torch.Tensor
+    weight_scale_inv: torch.Tensor
+
+
+def carries_rows(x: torch.Tensor, blocks: bool) -> bool:
+    """Whether codes of an input are carried as [M, K] and not transposed."""
+    return not (blocks or multiplies_turned(x))
+
+
+def multiplies_turned(x: torch.Tensor) -> bool:
+    """Whether products on the device of `x` read dense transposed codes, of input and weight."""
+    return x.is_cuda
+
+
+def run_forward(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    page: Page,
+    *,
+    training: bool,
+    grad: bool,
+    carries_input: bool,
+    carries_weight: bool,
+) -> tuple[torch.Tensor, Carried]:
+    """(output [..., N], what is carried) for contiguous `input` [..., K] in the compute dtype."""
+    call = _call(page, training=training, grad=grad, x=input)
+    kept_input = kept_weight = (None, None)
+    with _no_autocast(input.device.type):
+        if takes(input, weight, call):
+            output, ready, turned = forward_on_cuda(
+                input, weight, bias, call, dgrad=carries_weight, wgrad=carries_input
+            )
+            kept_input = turned
+            if carries_weight:
+                kept_weight = ready.dgrad.t(), ready.dgrad_scale_inv  # type: ignore[union-attr]
+        else:
+            rows = input.view(-1, input.shape[-1])
+            output, kept = forward_products(rows, weight, bias, call, dgrad=carries_weight, wgrad=carries_input)
+            output = as_shape(output, (*input.shape[:-1], output.shape[1]))
+            if carries_input:
+                codes = kept["input_data"].t() if carries_rows(input, page.blocks) else kept["input_data"]
+                kept_input = codes, kept["input_scale_inv"]
+            if carries_weight:
+                kept_weight = kept["weight_data"].t(), kept["weight_scale_inv"]
+    return output, _carried(kept_input, kept_weight, call)
+
+
+def run_backward(
+    grad_output: torch.Tensor,
+    input: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    carried: Carried,
+    page: Page,
+    *,
+    training: bool,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Gradients of input, weight and bias; None where not in `needs`.
+
+    input  [..., K] in high precision, where it is not carried as codes
+    """
+    call = _call(page, training=training, grad=True, x=grad_output)
+    grad_output = grad_output.contiguous()
+    dtypes: dict[str, Any] = {"weight_dtype": weight.dtype, "bias_dtype": None if bias is None else bias.dtype}
+    with _no_autocast(grad_output.device.type):
+        if takes(grad_output, weight, call):
+            return backward_on_cuda(
+                grad_output,
+                _weight_on_cuda(weight, carried, call) if needs[0] else (None, None),
+                _input_on_cuda(input, carried, call) if needs[1] else (None, None),
+                call,
+                needs=needs,
+                **dtypes,
+            )
+        rows = grad_output.view(-1, grad_output.shape[-1])
+        kept = _kept_weight(weight, carried, call) if needs[0] else {}
+        kept |= _kept_input(input, carried, call) if needs[1] else {}
+        grad_input, grad_weight, grad_bias = backward_products(rows, kept, call, needs=needs, **dtypes)
+        if grad_input is not None:
+            grad_input = as_shape(grad_input, (*grad_output.shape[:-1], grad_input.shape[1]))
+    return grad_input, grad_weight, grad_bias
+
+
+def _call(page: Page, *, training: bool, grad: bool, x: torch.Tensor) -> Call:
+    """The call of a layer; one that computes in high precision where an eager layer would not be asked at all."""
+    call = page.book.call(page, training=training, device=x.device, grad=grad)
+    if call is None:
+        return Call(page, warming=True)
+    if call.scope is not None:
+        page.book.scopes.hold(call.scope)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _refuse_graph(page)
+        if call.scales is not None:
+            call = replace(call, scales=page.book.tensors.standing)
+    return call
+
+
+def _refuse_graph(page: Page) -> None:
+    if page.book.scopes is not None and page.book.is_delayed:
+        raise BackendError(
+            f"{page.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed engine steps: "
+            "nothing would renew the scales of delayed scaling.\n  Train it in an engine, or set fp8/recipe to current."
+        )
+    if page.weight_codes is not None:
+        raise BackendError(
+            f"{page.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), but at O3 weights arrive as codes in new "
+            "memory at each step.\n  Compile without CUDA graphs, or use msamp/opt_level O2."
+        )
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+Kept = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def _carried(input: Kept, weight: Kept, call: Call) -> Carried:
+    """What the products kept, as `Carried` has it. The graph owns that, and may write into it: no state of ours."""
+    page, codes = call.page, [None if one is None else dense(one) for one in (input[0], weight[0])]
+    given = [None if one is None else one.contiguous() for one in (input[1], weight[1])]
+    if page.delayed and (given[0] is not None or given[1] is not None):
+        given = [_both_scales(given, call), None]
+    elif not page.blocks:
+        given = [None if one is None else one.reshape(1) for one in given]
+    found = (codes[0], given[0], codes[1], given[1])
+    device = page.anchor.device  # type: ignore[union-attr]
+    dtypes = (torch_dtype(E4M3), torch.float32) * 2
+    return Carried(
+        *(
+            torch.empty(0, dtype=dtype, device=device) if one is None else one
+            for one, dtype in zip(found, dtypes, strict=True)
+        )
+    )
+
+
+def _both_scales(given: list[torch.Tensor | None], call: Call) -> torch.Tensor:
+    """fp32 [2, 4], fresh: scale_inv of input and weight at the head of a row each."""
+    page, scales = call.page, call.scales
+    if scales is not None and call.knows(page.input_column) and call.knows(page.weight_column):
+        return scales.frozen[page.input_column : page.weight_column + 1].clone()
+    both = page.anchor.new_ones(2, 4, dtype=torch.float32)  # type: ignore[union-attr]
+    for row, one in enumerate(given):
+        if one is not None:
+            both[row, 0] = one
+    return both
+
+
+def _scale_inv(carried: Carried, row: int, page: Page) -> torch.Tensor:
+    """fp32 [1]: that of the input (0) or the weight (1)."""
+    if page.delayed:
+        return carried.input_scale_inv[row, :1]
+    return carried.weight_scale_inv if row else carried.input_scale_inv
+
+
+def _weight_on_cuda(weight: torch.Tensor, carried: Carried, call: Call) -> tuple[Any, Any]:
+    if carried.weight.numel():
+        return carried.weight.t(), _scale_inv(carried, 1, call.page)
+    ready = ready_weight(weight, call, turned=True)
+    return ready.dgrad, ready.dgrad_scale_inv
+
+
+def _input_on_cuda(input: torch.Tensor | None, carried: Carried, call: Call) -> tuple[Any, Any]:
+    if input is not None:
+        return cast_input_transposed(input, call)
+    if call.page.blocks:
+        return carried.input, carried.input_scale_inv.t().contiguous().t()
+    return carried.input, _scale_inv(carried, 0, call.page)
+
+
+def _kept_weight(weight: torch.Tensor, carried: Carried, call: Call) -> dict[str, torch.Tensor]:
+    if call.high.dgrad:
+        return {"weight": weight}
+    if carried.weight.numel():
+        return {"weight_data": carried.weight.t(), "weight_scale_inv": _scale_inv(carried, 1, call.page).reshape(())}
+    operand = cast_weight(weight, call)
+    return {"weight_data": operand.data, "weight_scale_inv": operand.scale_inv}
+
+
+def _kept_input(input: torch.Tensor | None, carried: Carried, call: Call) -> dict[str, torch.Tensor]:
+    page = call.page
+    if input is not None:
+        rows = input.view(-1, input.shape[-1])
+        if call.high.wgrad:
+            return {"input": rows}
+        codes = None if page.blocks else cast(rows, call, page.input_column)
+        operand = cast_transposed(rows, codes, call, page.input_column)
+        return {"input_data": operand.data, "input_scale_inv": operand.scale_inv}
+    turned = carried.input.t() if carries_rows(carried.input, page.blocks) else carried.input
+    scale_inv = carried.input_scale_inv if page.blocks else _scale_inv(carried, 0, page).reshape(())
+    return {"input_data": turned, "input_scale_inv": scale_inv}
