@@ -66,6 +66,13 @@ def linear(
     """
     if not (training or page.runs_in_eval):
         return F.linear(input, weight, bias)
+    with torch._C.DisableTorchFunctionSubclass():  # a weight that is released (O3) is passed on, not decoded
+        return _operator(input, weight, bias, page, shape, training)
+
+
+def _operator(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, page: Page, shape: tuple[int, int], training: bool
+) -> torch.Tensor:
     device, dtype = input.device.type, input.dtype
     if torch.is_autocast_enabled(device) and input.is_floating_point():
         dtype = torch.get_autocast_dtype(device)
@@ -75,15 +82,8 @@ def linear(
         raise BackendError(f"{page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {shape[1]}.")
     x = input.to(dtype).contiguous()
     flags = training * TRAINING | page.blocks * BLOCKS | page.delayed * DELAYED
-    with torch._C.DisableTorchFunctionSubclass():  # a weight that is released (O3) is passed on, not decoded
-        return _call(x, weight, bias, page, shape[0], flags)
-
-
-def _call(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, page: Page, n: int, flags: int
-) -> torch.Tensor:
     if not torch.is_grad_enabled():
-        return torch.ops.ds_fp8.linear_forward(x, weight, bias, page.anchor, n, flags)[0]
+        return torch.ops.ds_fp8.linear_forward(x, weight, bias, page.anchor, shape[0], flags)[0]
     flags |= GRAD
     if weight.requires_grad:
         flags |= WGRAD | page.carries_input * CARRIES_INPUT
@@ -92,7 +92,7 @@ def _call(
         flags |= DGRAD | (page.carries_weight and multiplies_turned(x) and is_whole) * CARRIES_WEIGHT
     if bias is not None and bias.requires_grad:
         flags |= BGRAD
-    return _Linear.apply(x, weight, bias, page.anchor, n, flags)
+    return _Linear.apply(x, weight, bias, page.anchor, shape[0], flags)
 
 
 class _Linear(torch.autograd.Function):

@@ -96,7 +96,12 @@ class _Hook:
         self.optimizer, self.module = weakref.ref(optimizer), weakref.ref(module)
 
     def __call__(self, module: torch.nn.Module, *args: Any) -> None:
-        if torch.compiler.is_compiling() or module is not self.module():
+        if torch.compiler.is_compiling():
+            # Evaluation may change the weights before its forward, which no graph can; training never does.
+            if not module.training:
+                _outside_graphs(self, module)
+            return
+        if module is not self.module():
             return
         optimizer = self.optimizer()
         if optimizer is not None:
@@ -110,6 +115,11 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _get_nothing, ()
+
+
+@torch.compiler.disable
+def _outside_graphs(hook: _Hook, module: torch.nn.Module) -> None:
+    hook(module)
 
 
 def nothing(*args: Any) -> None:

@@ -105,7 +105,7 @@ class Released:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OWN:
+        if func in _OWN or _is_looked_at_by_a_compiler():
             with raw():
                 return func(*args, **(kwargs or {}))
         return _call(func, args, kwargs or {})
@@ -116,6 +116,11 @@ class Released:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return torch._utils._rebuild_parameter, (values_of(self), self.requires_grad, OrderedDict())
+
+
+def _is_looked_at_by_a_compiler() -> bool:
+    """torch.compile's own questions about the inputs of a graph it has traced; what a traced model reads is not among them."""
+    return not torch.compiler.is_dynamo_compiling() and torch._guards.TracingContext.try_get() is not None
 
 
 @functools.cache
