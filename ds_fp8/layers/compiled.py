@@ -71,7 +71,12 @@ def linear(
 
 
 def _operator(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, page: Page, shape: tuple[int, int], training: bool
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    page: Page,
+    shape: tuple[int, int],
+    training: bool,
 ) -> torch.Tensor:
     device, dtype = input.device.type, input.dtype
     if torch.is_autocast_enabled(device) and input.is_floating_point():

@@ -30,14 +30,14 @@ def losses(rank: int, stage: int, level: str | None, how: str, recipe: str) -> t
     counters = torch._dynamo.utils.counters
     graphs = counters["stats"]["unique_graphs"]
     found += steps(engine, settings, rank, 5, 10)
-    again = counters["stats"]["unique_graphs"] - graphs
+    again, breaks = counters["stats"]["unique_graphs"] - graphs, sum(counters["graph_break"].values())
     engine.module.eval()
     with torch.no_grad():
         found.append(engine.module(batch(rank, 999).bfloat16()).item())
     engine.module.train()
     found += steps(engine, settings, rank, 10, 12)
     engine.destroy()
-    return found, {"graphs": graphs, "recompiled": again, "breaks": sum(counters["graph_break"].values())}
+    return found, {"graphs": graphs, "recompiled": again, "breaks": breaks}
 
 
 def several(rank: int, world_size: int, calls: list[tuple]) -> list[Any]:
