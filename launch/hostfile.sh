@@ -35,7 +35,8 @@ set_node_env "$((GPUS > 0 ? GPUS : 1))"
 set_caches
 [[ -z $LOG_DIR ]] || { set_logs "$$" && EXTRA=(--enable_each_rank_log "$LOG_DIR" "${EXTRA[@]}"); }
 set_rendezvous "${FIRST_HOST:-127.0.0.1}" "$$"
-# Remote ranks get no environment but what this file lists. pdsh's exports are read by a shell, so they are quoted for it.
+# Remote ranks get no environment but what this file lists. For pdsh DeepSpeed puts
+# a value into double quotes, in which a shell still reads some characters.
 DS_ENV_FILE=$(mktemp)
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
@@ -44,7 +45,9 @@ for name in "${CARRIED[@]}"; do
   [[ $name != MASTER_* && $name != LOG_DIR ]] || continue
   value=${!name}
   [[ $value != *$'\n'* ]] || { say "$name has several lines, which DeepSpeed's launcher cannot carry: left out"; continue; }
-  if ((HOSTS > 1 && BY_PDSH)); then printf '%s=%q\n' "$name" "$value"; else printf '%s=%s\n' "$name" "$value"; fi >>"$DS_ENV_FILE"
+  # shellcheck disable=SC2001 # a class of characters
+  if ((HOSTS > 1 && BY_PDSH)); then value=$(sed -e 's/[\\"$`]/\\&/g' <<<"$value"); fi
+  printf '%s=%s\n' "$name" "$value" >>"$DS_ENV_FILE"
 done
 SKIPPED=2 # the launcher brings its own `python -u`
 LINE=(deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${HOSTFILE:+--master_addr "$MASTER_ADDR"} --master_port "$MASTER_PORT" "${EXTRA[@]}")

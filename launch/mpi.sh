@@ -41,6 +41,8 @@ if [[ -z ${MPI_FLAVOR:-} ]]; then
     *) MPI_FLAVOR=mpich ;;
   esac
 fi
+# Hydra waits for all processes when one that is no MPI program has failed: the rank tells it, and this script ends the rest.
+if [[ $MPI_FLAVOR != openmpi ]]; then export TELL_EXIT=1; fi
 set_carried
 if [[ $MPI_FLAVOR == openmpi ]]; then
   # One rank per core would be bound to that core; a rank has data loaders and a communication thread.
@@ -51,8 +53,11 @@ else
 fi
 read -ra MPI_EXTRA <<<"${MPI_ARGS:-}"
 LINE=("$MPIRUN" "${WHERE[@]}" "${MPI_EXTRA[@]}" bash "$LAUNCH_DIR/rank_env.sh")
-# Both pass USR1 on to every rank; Hydra takes other signals for its own end.
-tell_ranks() { kill "-$1" "$LAUNCHER_PID"; }
+# Open MPI passes USR1 on to every rank. Hydra does not: one rank that hears it tells the others (checkpoint_on_signal).
+tell_ranks() {
+  if [[ $MPI_FLAVOR == openmpi && $1 == USR* ]]; then kill "-$1" "$LAUNCHER_PID"; return; fi
+  signal_local_ranks "$1" || { say "no rank on this machine to tell: the launcher ends them"; kill -TERM "$LAUNCHER_PID"; }
+}
 if ((RANKS > RANKS_PER_NODE)); then check_nodes "${LINE[@]}"; else check_machine; fi
 
 run_until_done "${LINE[@]}" "${COMMAND[@]}"

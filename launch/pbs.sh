@@ -80,6 +80,7 @@ on_stop() {
   qsub -v "$(IFS=,; echo "${HANDED_ON[*]},TRAIN,RESTART_COUNT")" "${ask[@]}" -W depend=afterany:"$PBS_JOBID" "$LAUNCH_DIR/pbs.sh"
 }
 
+trap 'STOPPING=USR1' USR1 # until supervise.sh takes over
 if ((WALLTIME_S > 0)); then
   # Holds nobody's output, and goes with this shell.
   (sleep "$((WALLTIME_S - WARN_S))" & trap 'kill $!' TERM; wait $! && kill -USR1 $$) </dev/null >/dev/null 2>&1 &

@@ -51,6 +51,24 @@ if [[ ${NUMA_BIND:-0} == 1 ]]; then
   BIND=(numactl --cpunodebind="$NODE" --membind="$NODE")
 fi
 
+if [[ ${TELL_EXIT:-0} == 1 ]]; then # for a launcher that does not tell who failed; read by supervise.sh
+  exec 3>&2
+  if [[ -n ${LOG_DIR:-} && $RANK != 0 ]]; then mkdir -p "$LOG_DIR" && exec >>"$LOG_DIR/rank_$RANK.log" 2>&1; fi
+  CHILD=
+  for number in TERM USR1 INT; do
+    # shellcheck disable=SC2064 # the signal of this turn
+    trap "[[ -z \$CHILD ]] || kill -$number \$CHILD 2>/dev/null || true" "$number"
+  done
+  "${BIND[@]}" "$@" 3>&- &
+  CHILD=$!
+  while true; do
+    CODE=0
+    wait "$CHILD" || CODE=$?
+    if ((CODE <= 128)) || ! kill -0 "$CHILD" 2>/dev/null; then break; fi
+  done
+  ((CODE == 0)) || echo "rank_env: rank $RANK ended with exit code $CODE" >&3
+  exit "$CODE"
+fi
 if [[ -n ${LOG_DIR:-} && $RANK != 0 ]]; then
   mkdir -p "$LOG_DIR"
   exec "${BIND[@]}" "$@" >>"$LOG_DIR/rank_$RANK.log" 2>&1

@@ -15,17 +15,17 @@
 # job's) and on_every_node (runs a command once per node).
 
 : "${GRACE_S:=200}" "${RETRIES:=3}" "${HANG_S:=0}" "${FORWARD_SIGNAL=USR1}"
-STOPPING='' STOP_BY=0 LAUNCHER_PID='' FAILED_RANK=''
+: "${STOPPING:=}"
+STOP_BY=0 LAUNCHER_PID='' FAILED_RANK=''
 
 # Runs the launcher; never returns. Arguments: the launcher line.
 run_until_done() {
   local code tries=0 before now
-  trap 'stop_asked USR1' USR1
-  trap 'stop_asked TERM' TERM
-  trap 'stop_asked INT' INT
   dcgm --pause
   before=$(newest_or_none)
   while true; do
+    code=143
+    [[ -z $STOPPING ]] || break # asked before the first start
     code=0
     run_once "$@" || code=$?
     # Ranks that somebody else told to stop, as Slurm does at a preemption: they have saved and left, nobody crashed.
@@ -65,15 +65,20 @@ rebuild_launcher() {
 SKIPPED=0
 
 run_once() {
-  local code=0 notes watcher=
+  local code=0 notes
   notes=$(mktemp)
   STARTED=("${COMMAND[@]:SKIPPED}")
   # The launcher's own words on stderr tell which rank failed first, with which code; its exit code may be another's.
-  "$@" 2> >(exec tee >(exec awk -v notes="$notes" "$NOTE_FAILURES" >/dev/null 2>&1) >&2) &
+  "$@" 2> >(exec tee >(exec grep --line-buffered -aoE "$FAILURES" >"$notes" 2>/dev/null) >&2) &
   LAUNCHER_PID=$!
+  WATCHERS=()
+  if [[ ${TELL_EXIT:-0} == 1 ]]; then
+    end_after_failure "$LAUNCHER_PID" "$notes" >&2 </dev/null &
+    WATCHERS+=("$!")
+  fi
   if ((HANG_S > 0)); then
-    watch_for_hang "$LAUNCHER_PID" >&2 2>&1 </dev/null &
-    watcher=$!
+    watch_for_hang "$LAUNCHER_PID" >&2 </dev/null &
+    WATCHERS+=("$!")
   fi
   while true; do
     code=0
@@ -88,32 +93,44 @@ run_once() {
       if ((code <= 128)) || ! kill -0 "$LAUNCHER_PID" 2>/dev/null; then break; fi
     fi
   done
-  [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
-  ((code == 0)) || { nap 0.5; [[ ! -s $notes ]] || read -r code FAILED_RANK <"$notes"; }
+  ((${#WATCHERS[@]} == 0)) || kill "${WATCHERS[@]}" 2>/dev/null || true
+  if ((code != 0)); then
+    nap 0.5
+    [[ ! -s $notes ]] || read -r code FAILED_RANK < <(first_failure "$notes")
+  fi
   rm -f "$notes"
   return "$code"
 }
 
-# srun: "task 2: Exited with exit code 7"; torchrun: "failed (exitcode: 7) local_rank: 1"; Slurm's TERM to the others is
-# not what went wrong. The first one counts.
-# shellcheck disable=SC2016 # awk's own $0
-NOTE_FAILURES='
-  seen { next }
-  match($0, /tasks? [0-9][-0-9,]*: Exited with exit code [0-9]+/) {
-    split(substr($0, RSTART, RLENGTH), words, /[ :]+/); print words[7], words[2] + 0 > notes; close(notes); seen = 1; next
-  }
-  match($0, /failed \(exitcode: [0-9]+\) local_rank: [0-9]+/) {
-    split(substr($0, RSTART, RLENGTH), words, /[ ():]+/); print words[3], "" > notes; close(notes); seen = 1
-  }'
+# rank_env.sh, srun and torchrun, each in its words. Slurm's TERM to the others is not what went wrong.
+FAILURES='rank_env: rank [0-9]+ ended with exit code [0-9]+|tasks? [0-9][-0-9,]*: Exited with exit code [0-9]+|failed \(exitcode: [0-9]+\) local_rank: [0-9]+'
+
+# Prints the code and, where it is told, the rank of the first failure in a file of notes.
+first_failure() {
+  local line
+  IFS= read -r line <"$1" || return 0
+  if [[ $line =~ rank\ ([0-9]+)\ ended.*code\ ([0-9]+) || $line =~ tasks?\ ([0-9]+).*code\ ([0-9]+) ]]; then
+    echo "${BASH_REMATCH[2]} ${BASH_REMATCH[1]}"
+  elif [[ $line =~ exitcode:\ ([0-9]+) ]]; then
+    echo "${BASH_REMATCH[1]}"
+  fi
+}
 
 # Called by the traps. The second signal changes nothing: the first one's deadline counts.
 stop_asked() {
   [[ -z $STOPPING ]] || return 0
   STOPPING=$1 STOP_BY=$((SECONDS + GRACE_S))
   say "asked to stop ($1)${FORWARD_SIGNAL:+: the ranks get $FORWARD_SIGNAL, and $GRACE_S s}"
-  [[ -n $LAUNCHER_PID ]] || exit 143
+  if [[ -z $LAUNCHER_PID ]]; then # still checking: a warning is answered afterwards
+    [[ $1 == USR1 ]] || exit 143
+    return 0
+  fi
   if [[ -z $FORWARD_SIGNAL ]]; then STOP_BY=$SECONDS; else tell_all "$FORWARD_SIGNAL"; fi
 }
+
+trap 'stop_asked USR1' USR1
+trap 'stop_asked TERM' TERM
+trap 'stop_asked INT' INT
 
 tell_all() {
   if declare -F tell_ranks >/dev/null; then tell_ranks "$1"; else signal_local_ranks "$1"; fi || true
@@ -153,6 +170,18 @@ signal_local_ranks() {
 }
 
 has_rank() { grep -qz '^LOCAL_RANK=' "/proc/$1/environ" 2>/dev/null; }
+
+# A rank has failed and the launcher waits on: the others get some time to notice by themselves, or to finish their save.
+end_after_failure() {
+  while kill -0 "$1" 2>/dev/null; do
+    sleep 0.5 >/dev/null 2>&1
+    [[ -s $2 ]] || continue
+    for _ in {1..20}; do kill -0 "$1" 2>/dev/null || return 0; sleep 0.5 >/dev/null 2>&1; done
+    say "a rank has failed, the others go on: ending them"
+    kill -TERM "$1" 2>/dev/null || true
+    return 0
+  done
+}
 
 watch_for_hang() {
   local last

@@ -34,6 +34,17 @@ def save(step: int) -> None:
         (folder / "latest").write_text(tag.name)
 
 
+def together(step: int) -> None:
+    """No rank ends a step before all others have begun it, as collectives would have it."""
+    Path(wish("REPORTS", "."), f"at_{rank}").write_text(str(step))
+    others = [Path(wish("REPORTS", "."), f"at_{other}") for other in range(int(os.environ["WORLD_SIZE"]))]
+    limit = time.monotonic() + 30
+    while not received and time.monotonic() < limit:
+        if all(other.exists() and int(other.read_text() or -1) >= step for other in others):
+            return
+        time.sleep(0.01)
+
+
 wished = {} if mark.exists() else {name: wish(name, "").split() for name in ("DIE", "HANG")}
 latest = folder / "latest"
 begin = int(latest.read_text().removeprefix("global_step")) if latest.exists() and latest.read_text() else 0
@@ -52,6 +63,7 @@ for step in range(begin, int(wish("STEPS", "3"))):
                 os.kill(os.getpid(), signal.SIGKILL)
             say(f"DYING {rank} {step}")
             sys.exit(int(last))
+    together(step)
     time.sleep(float(wish("STEP_S", "0.05")))
     say(f"STEP {rank} {step}")
     if received:

@@ -1,153 +1,18 @@
-"""The launch scripts, run for real against stand-ins for Slurm, MPI, PBS and Kubernetes that note what they are given.
-
-A stand-in `srun` or `mpirun` starts every rank with the variables of the original, so what is tested is the whole way
-from the user's line to the environment in which Python starts.
-"""
+"""The launch scripts, run for real against fakes of Slurm, MPI and Kubernetes (`fakes.py`): what reaches each rank."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+from tests.launch.fakes import FULL, LAUNCH, SLURM, TRAIN, checkpoint, of, wait_for
+
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 SOURCED = ("preflight.sh", "node_env.sh", "supervise.sh")
-READ = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_CACHE_DIR", "DS_ENV_FILE", "NOTED")
-
-NOTE = f"""#!{sys.executable}
-import json, os, sys
-name = os.path.basename(sys.argv[0])
-with open(os.environ["NOTES"], "a") as file:
-    file.write(json.dumps([name, sys.argv[1:], {{k: os.environ.get(k) for k in {READ!r}}}]) + "\\n")
-"""
-SCONTROL = NOTE + "if sys.argv[1:3] == ['show', 'hostnames']: print('node7\\nnode8')\n"
-CHECK = (
-    "#!" + sys.executable + "\nimport sys\nif sys.argv[1] == 'latest':\n"
-    "    from ds_fp8.cli.main import main\n    sys.exit(main())\n"
-    + NOTE.split("\n", 1)[1]
-    + "sys.exit(int(os.environ.get('CHECK_CODE', 0)))\n"
-)
-PYTHON = (
-    NOTE.replace("with open", "name = 'doctor' if sys.argv[1:3] == ['-m', 'ds_fp8.cli.main'] else name\nwith open", 1)
-    + "sys.exit(int(os.environ.get('DOCTOR_CODE', 0)) if name == 'doctor' else 0)\n"
-)
-SRUN = (
-    NOTE
-    + """
-import subprocess
-words = sys.argv[1:]
-if 'bash' in words:
-    command = words[words.index('bash'):]
-    for rank in range(2):
-        env = dict(os.environ, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NTASKS='2')
-        subprocess.run(command, env=env, check=True)
-    subprocess.run(['sleep', os.environ.get('LAUNCHER_SLEEPS', '0')])
-    sys.exit(int(os.environ.get('LAUNCHER_CODE', 0)))
-"""
-)
-MPIRUN = """
-import subprocess
-if sys.argv[1:] == ['--version']:
-    print(os.environ['MPI_VERSION'])
-    sys.exit()
-words = sys.argv[1:]
-command = words[words.index('bash'):]
-names = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE')
-if 'Open MPI' not in os.environ['MPI_VERSION']:
-    names = ('PMI_RANK', 'MPI_LOCALRANKID', 'PMI_SIZE')
-for rank in range(2):
-    subprocess.run(command, env=dict(os.environ, **dict(zip(names, (str(rank), str(rank % 2), '2')))), check=True)
-subprocess.run(['sleep', os.environ.get('LAUNCHER_SLEEPS', '0')])
-"""
-MPIRUN = (
-    NOTE.replace("with open", "if sys.argv[1:] != ['--version']:\n  with open").replace("    file", "      file")
-    + MPIRUN
-)
-
-STAND_INS = {
-    "scontrol": SCONTROL,
-    "scancel": NOTE,
-    "sbatch": NOTE,
-    "qsub": NOTE,
-    "srun": SRUN,
-    "mpirun": MPIRUN,
-    "deepspeed": NOTE,
-    "torchrun": NOTE,
-    "ds_fp8": CHECK,
-    "python": PYTHON,
-    "nvidia-smi": "#!/bin/sh\nprintf 'GPU 0\\nGPU 1\\n'\n",
-}
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """A machine with stand-ins only; returns a function that runs a script and gives (code, notes, stderr)."""
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    for name, text in STAND_INS.items():
-        (binaries / name).write_text(text)
-        (binaries / name).chmod(0o755)
-    (tmp_path / "ds.json").write_text("{}")
-    (tmp_path / "hosts").write_text("# two nodes\nnode1 slots=2\nnode2 slots=2\n")
-    notes = tmp_path / "notes"
-
-    def environment(**variables):
-        return {
-            "PATH": f"{binaries}:{os.environ['PATH']}",
-            "HOME": str(tmp_path),
-            "TMPDIR": str(tmp_path),
-            "USER": "me",
-            "NOTES": str(notes),
-            "DS_CONFIG": "ds.json",
-            "MPI_VERSION": "mpirun (Open MPI) 5.0.3",
-            **variables,
-        }
-
-    def start(script, *arguments, **variables):
-        return subprocess.Popen(
-            ["bash", str(LAUNCH / script), *arguments],
-            cwd=tmp_path,
-            env=environment(**variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def read():
-        return [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-
-    def run(script, *arguments, **variables):
-        process = start(script, *arguments, **variables)
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, read(), errors
-
-    run.start, run.read, run.folder = start, read, tmp_path
-    return run
-
-
-def checkpoint(folder, step, complete=True):
-    """A tag that `latest` names, complete by its manifest."""
-    tag = folder / f"global_step{step}"
-    tag.mkdir(parents=True)
-    files = {} if complete else {"mp_rank_00_model_states.pt": {"bytes": 7}}
-    (tag / "ds_fp8_manifest.json").write_text(json.dumps({"version": 1, "step": step, "files": files}))
-    (folder / "latest").write_text(tag.name)
-
-
-def of(notes, name):
-    return [(arguments, environment) for who, arguments, environment in notes if who == name]
-
-
-SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": "/nowhere"}
-TRAIN = ("train.py", "--epochs", "3")
-FULL = ["-u", *TRAIN, "--deepspeed_config", "ds.json"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -308,29 +173,6 @@ def test_mpi_on_one_machine_counts_its_gpus(cluster):
     assert of(notes, "mpirun")[0][0][:2] == ["-np", "2"]
 
 
-PBS = {"PBS_JOBID": "99.server", "PBS_NODEFILE": "nodes", "LAUNCH_DIR": str(LAUNCH), "TRAIN": " ".join(TRAIN)}
-
-
-def test_pbs_reads_ranks_and_nodes_from_the_node_file(cluster):
-    (cluster.folder / "nodes").write_text("nodeB\nnodeB\nnodeA\nnodeA\n")
-    code, notes, errors = cluster("pbs.sh", **PBS, WALLTIME_S="0")
-    assert code == 0, errors
-    (arguments, _) = of(notes, "mpirun")[0]
-    assert arguments[:4] == ["-np", "4", "--map-by", "ppr:2:node"]
-    assert {e["MASTER_ADDR"] for _, e in of(notes, "python")} == {"nodeB"}, "the first host is where the script runs"
-    assert of(notes, "python")[0][0] == FULL
-    assert list(cluster.folder.glob("tmp.*")) == [], "temporary files are gone"
-
-
-def test_pbs_queues_a_successor_before_the_limit(cluster):
-    """The timer fires one second after the start; the successor waits for this job."""
-    (cluster.folder / "nodes").write_text("nodeB\n")
-    code, notes, errors = cluster("pbs.sh", **PBS, WALLTIME_S="241", LAUNCHER_SLEEPS="3")
-    assert code == 0, errors
-    (arguments, _) = of(notes, "qsub")[0]
-    assert arguments[-3:] == ["-W", "depend=afterany:99.server", str(LAUNCH / "pbs.sh")]
-
-
 def test_hostfile_uses_deepspeeds_launcher_and_carries_the_caches(cluster):
     code, notes, errors = cluster(
         "hostfile.sh", *TRAIN, HOSTFILE="hosts", MASTER_PORT="1234", DEEPSPEED_ARGS="--num_gpus 2"
@@ -394,8 +236,84 @@ def test_a_rank_without_a_number_stops(cluster):
     assert "no rank variable" in errors
 
 
-def wait_for(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
+def test_kubernetes_validates_the_manifest():
+    """1.29 is the oldest that takes the rule for disrupted pods."""
+    validator = pytest.importorskip("kubernetes_validate")
+    import yaml
+
+    for version in ("1.29", "1.31"):
+        for document in yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()):
+            validator.validate(document, version, strict=True)
+
+
+def test_kubernetes_gives_the_ranks_the_pods_grace(cluster):
+    """TERM reaches this shell alone: the ranks get USR1 from it, torchrun nothing, and the exit code says interrupted."""
+    (cluster.folder / "bin" / "torchrun").write_text(
+        "#!/bin/bash\ntrap 'echo TORCHRUN SIGNALLED >&2' TERM USR1\n"
+        "LOCAL_RANK=0 bash -c 'trap \"echo RANK HEARD >&2; exit 138\" USR1; echo READY >&2; while :; do sleep .1; done' & "
+        "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done\n"
+        'echo "failed (exitcode: $code) local_rank: 0 (pid: 1)" >&2; exit 1\n'
+    )
+    process = cluster.start("kubernetes.sh", *TRAIN, SKIP_CHECK="1")
+    said = ""
+    while "READY" not in said:
+        said += process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=60)
+    assert "RANK HEARD" in rest and "TORCHRUN SIGNALLED" not in rest
+    assert process.returncode == 138, rest
+
+
+def test_a_check_that_cannot_run_is_not_a_refusal(cluster):
+    """127 blames the environment, not the configuration."""
+    code, _, errors = cluster("mpi.sh", *TRAIN, CHECK_CODE="127")
+    assert code == 2
+    assert "could not run" in errors and "refuses" not in errors
+
+
+def test_an_incomplete_checkpoint_is_passed_over(cluster):
+    """The newest one was cut short: the one before is resumed, and `latest` names it."""
+    checkpoint(cluster.folder / "ckpt", 10)
+    checkpoint(cluster.folder / "ckpt", 20, complete=False)
+    variables = {"CHECKPOINT_DIR": "ckpt", "RESUME_ARGS": "--from {dir} --tag {tag}"}
+    _, notes, errors = cluster("mpi.sh", *TRAIN, **variables, SKIP_CHECK="1")
+    assert of(notes, "python")[0][0] == [*FULL, "--from", "ckpt", "--tag", "global_step10"]
+    assert "passed over global_step20" in errors
+    assert (cluster.folder / "ckpt" / "latest").read_text() == "global_step10"
+    (cluster.folder / "ckpt" / "latest").write_text("")
+    code, _, errors = cluster("mpi.sh", *TRAIN, **variables, KEEP_LATEST="1", SKIP_CHECK="1")
+    assert code == 2 and "KEEP_LATEST" in errors
+
+
+def test_containers_see_every_folder_that_is_named(cluster):
+    variables = {
+        "CONTAINER_IMAGE": "me/image",
+        "CHECKPOINT_DIR": "/data/ckpt",
+        "HF_HOME": "/cache/hf",
+        "SKIP_CHECK": "1",
+    }
+    _, notes, errors = cluster("slurm.sh", *TRAIN, **SLURM, **variables)
+    (mounts,) = (word for word in of(notes, "srun")[-1][0] if word.startswith("--container-mounts="))
+    for folder in (cluster.folder, LAUNCH, "/data/ckpt", "/cache/hf"):
+        assert f"{folder}:{folder}" in mounts, errors
+
+
+def test_the_fabric_and_threads(cluster):
+    script = cluster.folder / "bin" / "python"
+    script.write_text("#!/bin/sh\nenv > $NOTES.env\n")
+    code, _, errors = cluster("mpi.sh", *TRAIN, FABRIC="efa", CPUS_PER_RANK="6", SKIP_CHECK="1")
+    assert code == 0, errors
+    found = dict(line.partition("=")[::2] for line in (cluster.folder / "notes.env").read_text().splitlines())
+    assert (found["FI_PROVIDER"], found["OMP_NUM_THREADS"], found["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == ("efa", "6", "1")
+    assert cluster("mpi.sh", *TRAIN, FABRIC="token-ring", SKIP_CHECK="1")[0] == 2
+
+
+def test_old_caches_go_and_strangers_caches_are_refused(cluster):
+    """One folder for each environment; those that nobody has used for CACHE_DAYS are removed."""
+    old = cluster.folder / "ds_fp8-me" / "env-1"
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    code, _, errors = cluster("mpi.sh", *TRAIN, SKIP_CHECK="1")
+    assert code == 0, errors
+    assert not old.exists()
+    assert len(list((cluster.folder / "ds_fp8-me").iterdir())) == 1

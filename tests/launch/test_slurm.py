@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.machines import LAUNCH, RANK, kill, slurm, wait_for  # noqa: F401 - slurm is a fixture
+from tests.launch.machines import LAUNCH, RANK, kill, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.dist, pytest.mark.timeout(400)]
 
@@ -19,7 +19,7 @@ QUICK = {"SKIP_CHECK": "1"}
 
 
 @pytest.fixture
-def job(slurm, tmp_path):  # noqa: F811
+def job(slurm, tmp_path):
     """Submit one; the folder has a configuration. Gives (submit, slurm, folder)."""
     (tmp_path / "ds.json").write_text(json.dumps(CONFIG))
 
