@@ -21,7 +21,7 @@ from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
 from .common_facts import common_facts
 from .keep import add_state, check_state, take_state
-from .on_signal import check_can_arm, checkpoint_on_signal
+from .on_signal import check_can_arm, checkpoint_on_signal, disarm
 from .sections import source_name
 from .tell import tell
 
@@ -116,6 +116,7 @@ class Attachment:
         for watcher in (self.watch, self.proof):
             if watcher is not None:
                 watcher.stop()
+        disarm(self.engine)
         if communicate or not self.releases_weights:
             self._restore()
         life.forget(self)

@@ -81,6 +81,12 @@ def _expanded(save_dir: str | os.PathLike[str]) -> str:
     return str(Path(text).absolute())
 
 
+def disarm(engine: Any) -> None:
+    """An engine that is destroyed saves no more; nothing where it was not armed."""
+    for armed in [each for each in _armed if each.engine is engine]:
+        armed.disarm()
+
+
 class SignalCheckpoint:
     """One engine that saves on a signal."""
 
