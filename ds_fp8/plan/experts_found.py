@@ -38,14 +38,17 @@ def stacked(module: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def expert_counts(module: nn.Module) -> set[int]:
-    """Numbers of experts that the children of `module` keep: the length of a list, the first axis of a stack."""
-    return set(_counts(module))
+def expert_counts(module: nn.Module, *, named: bool = True) -> set[int]:
+    """Numbers of experts that the children of `module` keep: the length of a list, the first axis of a stack.
+
+    named  only of children that are called experts
+    """
+    return set(_counts(module, named))
 
 
-def _counts(module: nn.Module) -> Iterator[int]:
+def _counts(module: nn.Module, named: bool) -> Iterator[int]:
     for name, child in module.named_children():
-        if "expert" not in name.lower():
+        if named and "expert" not in name.lower():
             continue
         for inner in (child, *child.children()):
             if isinstance(inner, (nn.ModuleList, nn.ModuleDict)) and len(inner) > 1:

@@ -34,6 +34,9 @@ POSITIONS = re.compile(r"pos|wpe|type|segment|time", re.IGNORECASE)
 CLASSIFIERS = ("classifier", "classifiers", "pre_classifier", "classification_head", "score", "qa_outputs", "cls_head")
 ROUTER_CLASS = re.compile(r"router|top_?k_?gat|moe_?gat|gating|gate_?network", re.IGNORECASE)
 ROUTER_NAME = re.compile(r"router|^wg$", re.IGNORECASE)
+GATE_NAME = re.compile(r"^(w_)?(gate|gates|gating|switch)(_linear|_network|_net|_layer)?$", re.IGNORECASE)
+"""A router if it gives one number for each module of any list beside it; a SwiGLU's projection may be called so too."""
+
 ADAPTER_NAME = re.compile(r"(^|_)(lora|loha|lokr|vera|dora|oft|boft|adapter|adapters)(_|$)|lora_", re.IGNORECASE)
 
 
@@ -106,6 +109,8 @@ def _router(fqn: str, modules: dict[str, nn.Module], counts: dict[str, set[int]]
         if len(parts) > up and ROUTER_CLASS.search(type(modules[above]).__name__) and not counts[above]:
             return role
         if width > 1 and not _inside_experts(parts[len(parts) - up :]) and width in counts[above]:
+            return role
+        if width > 1 and GATE_NAME.search(own) and width in expert_counts(modules[above], named=False):
             return role
     return None
 

@@ -42,6 +42,15 @@ class NoisyTopKGate(nn.Module):
         self.project = nn.Linear(32, 64)
 
 
+class Branches(nn.Module):
+    """Experts that are not called so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 16)
+        self.branches = nn.ModuleList(nn.Linear(32, 32) for _ in range(16))
+
+
 class Gated(nn.Module):
     """A SwiGLU whose projection is called `gate`: no router."""
 
@@ -55,7 +64,7 @@ class Zoo(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(64, 32)
         self.wpe = nn.Embedding(128, 32)
-        self.blocks = nn.ModuleList([Mixture(), Stacked(), NoisyTopKGate(), Gated()])
+        self.blocks = nn.ModuleList([Mixture(), Stacked(), NoisyTopKGate(), Gated(), Branches()])
         self.to_positions = nn.Linear(32, 128)
         self.output = nn.Linear(32, 64)
         self.lora_A = nn.ModuleDict({"default": nn.Linear(32, 16)})
@@ -71,6 +80,7 @@ ROLES = {
     "blocks.0.gate": "router",
     "blocks.1.switch": "router",
     "blocks.2.project": "router",
+    "blocks.4.gate": "router",
     "output": "output head",
     "lora_A.default": "adapter",
     "classifier.0": "classification head",
@@ -98,7 +108,7 @@ def test_they_are_kept_by_default_and_the_reason_names_the_cure(host):
 @pytest.mark.parametrize(
     ("pattern", "converted"),
     [
-        ("*.gate", {"blocks.0.gate"}),
+        ("*.gate", {"blocks.0.gate", "blocks.4.gate"}),
         ("*.0.gate*", {"blocks.0.gate"}),
         ("*lora*", {"lora_A.default"}),
         ("out*", {"output"}),
