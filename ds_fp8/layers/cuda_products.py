@@ -7,7 +7,8 @@
 Why a road of its own: below some thousand tokens a linear layer costs what the host needs to start it. So a pass makes
 three casts (one launch each: codes, transposed codes, amax into the book's slot) and three `torch._scaled_mm`, and nothing
 else; nothing waits for the device. The weight's codes, both ways round, live from a forward to its backward, or for the rest of
-the optimizer step (`weight_cache`).
+the optimizer step (`weight_cache`). A weight of ZeRO-3 and codes set from outside (O3) are there again before the backward: what
+dgrad reads is made then, of the same weight with the same scale, by one launch, and nothing is kept meanwhile.
 Codes and scales are those of `products`; what this road does not take (`takes`) goes there.
 """
 
@@ -45,12 +46,10 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
     page = call.page
     if not call.knows_operands():  # for some steps only: their scales come from the tensors themselves
         return False
-    if is_sharded(weight):  # exists only while its layer runs; the plain road knows when to cast it again
-        return False
     if page.fast_step is None:
         page.fast_step = _fast_step(page, weight)
     step, rows = page.fast_step, input.numel() // input.shape[-1]
-    return step > 0 and rows > 0 and rows % step == 0 and weight.is_contiguous()
+    return step > 0 and rows > 0 and rows % step == 0 and (call.weight_codes is not None or weight.is_contiguous())
 
 
 def _fast_step(page: Page, weight: torch.Tensor) -> int:
@@ -77,10 +76,15 @@ class CudaProducts(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, grad: bool
     ) -> torch.Tensor:
         needs = ctx.needs_input_grad
+        late = comes_again(weight, call)
         output, ready, turned = forward_on_cuda(
-            input, weight, bias, call, dgrad=grad and needs[0], wgrad=grad and needs[1]
+            input, weight, bias, call, dgrad=grad and needs[0] and not late, wgrad=grad and needs[1]
         )
-        ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *turned)
+        if late and grad and needs[0]:
+            ctx.save_for_backward(weight, None, *turned)
+        else:
+            ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *turned)
+        ctx.late = late
         ctx.call, ctx.dtype, ctx.weight_dtype = call, input.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
@@ -89,6 +93,8 @@ class CudaProducts(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative(ctx.call)
         weight, weight_scale_inv, kept, kept_scale_inv = ctx.saved_tensors
+        if ctx.late and ctx.needs_input_grad[0]:
+            weight, weight_scale_inv = weight_for_dgrad(weight, ctx.call)
         gradients = backward_on_cuda(
             grad_output if grad_output.dtype == ctx.dtype else grad_output.to(ctx.dtype),
             (weight, weight_scale_inv),
@@ -240,7 +246,7 @@ class ReadyWeight(NamedTuple):
 def ready_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> ReadyWeight:
     """The weight [N, K] for fprop, and for dgrad if `turned`: set from outside (O3), cached, or cast now; see `cast_weight`."""
     page = call.page
-    if page.weight_codes is not None:
+    if call.weight_codes is not None:
         return _ready(cast_weight(weight, call), turned=turned)
     if not call.may_cache(weight):
         return _ready(_cast_weight_now(weight, call, turned=turned), turned=turned)
@@ -254,6 +260,22 @@ def ready_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> ReadyWeig
     return page.ready
 
 
+def comes_again(weight: torch.Tensor, call: Call) -> bool:
+    """Whether the weight, or its codes, will be there in the backward without being kept: gathered again, or a store's own."""
+    return is_sharded(weight) or call.weight_codes is not None
+
+
+def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Coded:
+    """`ReadyWeight.dgrad` made in the backward, to the bits that the forward's cast had: the scale stands still in a step."""
+    if call.weight_codes is not None:
+        blocks = call.page.book.kind == "block"
+        ready = _ready(Operand(*call.weight_codes, TILES if blocks else TENSOR), turned=True)
+        return ready.dgrad, ready.dgrad_scale_inv
+    back = _cast_weight_now(weight, call, turned=True, plain=False).turned
+    assert back is not None
+    return back.data.t(), _t(_fit(back.scale_inv))
+
+
 def _ready(operand: Operand, *, turned: bool) -> ReadyWeight:
     back = back_scale_inv = None
     if turned:  # a cached forward without gradients, and codes from outside, have none yet
@@ -262,17 +284,19 @@ def _ready(operand: Operand, *, turned: bool) -> ReadyWeight:
     return ReadyWeight(operand.data.t(), _t(_fit(operand.scale_inv)), back, back_scale_inv, operand)
 
 
-def _cast_weight_now(weight: torch.Tensor, call: Call, *, turned: bool) -> Operand:
+def _cast_weight_now(weight: torch.Tensor, call: Call, *, turned: bool, plain: bool = True) -> Operand:
+    """The codes, transposed ones if `turned`. Without `plain` those alone, and the amax, recorded before, is not again."""
     book, column, weight = call.page.book, call.page.weight_column, weight.detach()
     fmt, casts = book.forward_format, library_for(weight.device).operands
     if book.kind == "block":
-        plain, back = casts.cast_tiles(weight, fmt, turned=turned)
-        return Operand(*plain, TILES, turned=None if back is None else Operand(*back, TILES))
+        tiles, back = casts.cast_tiles(weight, fmt, turned=turned)
+        return Operand(*tiles, TILES, turned=None if back is None else Operand(*back, TILES))
     if book.kind == "current":
-        (codes, back), scale_inv, _ = casts.cast_current(weight, fmt, turned=turned)
+        (codes, back), scale_inv, _ = casts.cast_current(weight, fmt, plain=plain, turned=turned)
         scale_inv = scale_inv[0]
     else:
-        codes, back = casts.cast_delayed(weight, call.scales.frozen, column, fmt, call.raised(column), turned=turned)
+        pending = call.raised(column) if plain else None
+        codes, back = casts.cast_delayed(weight, call.scales.frozen, column, fmt, pending, plain=plain, turned=turned)
         scale_inv = call.scales.scale_inv[column]
     return Operand(codes, scale_inv, TENSOR, turned=None if back is None else Operand(back, scale_inv))
 

@@ -37,6 +37,7 @@ class Fp8Linear(nn.Linear):
     @weight_codes.setter
     def weight_codes(self, codes: WeightCodes | None) -> None:
         self.page.weight_codes = codes
+        self.page.weight_codes_of = None if codes is None else self.weight
         self.page.forget_weight()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -45,10 +46,16 @@ class Fp8Linear(nn.Linear):
             return compiled.linear(input, self.weight, self.bias, self.page, shape, self.training)
         page = self.page
         call = page.book.call(page, training=self.training, device=input.device)
+        weight = self.weight
         if call is None:
             page.note_call()
-            return F.linear(input, self.weight, self.bias)
-        return multiply(input, self.weight, self.bias, call)
+            return F.linear(input, weight, self.bias)
+        if page.weight_codes is None:
+            return multiply(input, weight, self.bias, call)
+        call.foreign = weight is not page.weight_codes_of
+        # Of a released weight only shape and dtype are looked at in there: as it is, not as it reads.
+        with torch._C.DisableTorchFunctionSubclass():
+            return multiply(input, weight, self.bias, call)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Linear:
         """`to`, `cuda`, `to_empty` and their like: the layer's page follows."""

@@ -138,11 +138,11 @@ def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
     a step the scale stands still, so an unchanged weight gives the same codes, and its amax counts once.
     """
     page = call.page
-    if page.weight_codes is not None:
+    if call.weight_codes is not None:
         if call.records and page.staged_weight_amax is not None:
             call.record(page.weight_column, page.staged_weight_amax)
             page.staged_weight_amax = None
-        return Operand(*page.weight_codes, TILES if call.recipe.kind == "block" else TENSOR)
+        return Operand(*call.weight_codes, TILES if call.recipe.kind == "block" else TENSOR)
     if not call.may_cache(weight):
         return _cast_weight_now(weight, call)
     if page.cached is None or not page.cached.is_of(weight):

@@ -41,6 +41,7 @@ class Page:
 
     index               position in the book
     weight_codes        codes set from outside (O3); the layer then never reads its weight
+    weight_codes_of     the Parameter that they are the codes of
     staged_weight_amax  amax of those codes, recorded at the layer's next recording call
     is_shared           engines that know nothing of each other may step the weight, so that its codes are never kept
     ran                 what the layer's products did in the first step, while that lasts (`ran.py`)
@@ -67,6 +68,7 @@ class Page:
         self.carries_input = book.plan.start_step == 0 and not high.wgrad
         self.carries_weight = book.plan.start_step == 0 and not high.dgrad and not self.blocks
         self.weight_codes: WeightCodes | None = None
+        self.weight_codes_of: Any = None
         self.staged_weight_amax: torch.Tensor | None = None
         self.fast_step: int | None = None
         self.is_shared = False
@@ -130,6 +132,7 @@ class Call:
     records  amaxes count: in training, where gradients are recorded
     warming  before `start_step`: compute in high precision, record all the same
     scope    the pass it belongs to, in a model without an engine
+    foreign  the weight is another one than the codes set from outside stand for (functional_call, pruning, parametrizations)
     """
 
     page: Page
@@ -137,10 +140,16 @@ class Call:
     records: bool = False
     warming: bool = False
     scope: ForwardScope | None = None
+    foreign: bool = False
 
     @property
     def recipe(self) -> Recipe:
         return self.page.book.recipe
+
+    @property
+    def weight_codes(self) -> WeightCodes | None:
+        """Codes set from outside, where they are those of this call's weight."""
+        return None if self.foreign else self.page.weight_codes
 
     def may_cache(self, weight: torch.Tensor) -> bool:
         """Whether codes of `weight` may serve later forwards of this optimizer step: `weight_cache` asks for it, and nothing
@@ -151,7 +160,8 @@ class Call:
         are swapped in; one that ZeRO-3 gathers for the length of its layer; and every weight of a model without an engine.
         """
         book = self.page.book
-        mine = id(weight) in book.optimized and weight.requires_grad and not self.page.is_shared
+        sharded = hasattr(weight, "ds_id")  # `operands.is_sharded`
+        mine = id(weight) in book.optimized and weight.requires_grad and not self.page.is_shared and not sharded
         return book.plan.weight_cache and self.records and mine
 
     @property

@@ -199,8 +199,8 @@ def _poison(operand: Operand, x: torch.Tensor) -> Operand:
 
 def _weight_operand(kept: dict[str, torch.Tensor], call: Call) -> Operand:
     extent = TILES if call.recipe.kind == "block" else TENSOR
-    if call.page.weight_codes is not None and "weight" in kept:
-        return Operand(*call.page.weight_codes, extent)
+    if call.weight_codes is not None and "weight" in kept:
+        return Operand(*call.weight_codes, extent)
     if "weight_data" in kept:
         return Operand(kept["weight_data"], kept["weight_scale_inv"], extent)
     scale = (kept["weight_scale"], kept["weight_scale_inv"]) if "weight_scale" in kept else None

@@ -34,7 +34,10 @@ def make_engine(case: dict[str, Any]) -> Any:
     }
     if case["level"] is not None:
         config["fp8"] = FP8 | case.get("fp8", {})
-        config["msamp"] = {"enabled": True, "opt_level": case["level"], **case.get("msamp", {})}
+        # FP8 on the wire also where "auto" would leave it to NVLink.
+        config["msamp"] = {"enabled": True, "opt_level": case["level"], "gradient_wire_scope": "all"} | case.get(
+            "msamp", {}
+        )
     model = Net()
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 

@@ -59,7 +59,7 @@ def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
 
 
 def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True, cached: bool = True, spoiled: int = -1, codes: bool = False,
-           shape: tuple[int, ...] = (2, 64), micro_batches: int = 1, managed: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
+           shape: tuple[int, ...] = (2, 64), micro_batches: int = 1, managed: bool = False, sharded: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
     """Outputs and gradients of some steps, each after an evaluation, and the book."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -68,6 +68,9 @@ def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True
     book = swapped(model, recipe, managed=managed, weight_cache=cached, backend="torch", eval=True)
     book.optimized = frozenset(map(id, model.parameters()))
     book.tensors.kernels = entry if fast else None
+    if sharded:  # as ZeRO-3 marks them
+        for number, layer in enumerate((model[0], model[2])):
+            layer.weight.ds_id, layer.weight.ds_shape = number, layer.weight.shape
     if graph:
         model.compile(backend="aot_eager", fullgraph=True)
     for page in book.pages:
@@ -141,6 +144,45 @@ def test_under_an_engine_where_the_first_step_measures_each_tensor(cached):
     """Tensors without history are cast with their own amax; gradients too, which come after a forward on the fast road."""
     hold_together(RECIPES[0], managed=True, cached=cached, micro_batches=2)
     hold_together(RECIPES[1], managed=True, cached=cached, spoiled=0, bias=False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_sharded_weight(recipe):
+    """Cast in the forward as it lies, and in the backward, where ZeRO-3 has gathered it again, transposed: the same codes."""
+    hold_together(recipe, sharded=True, micro_batches=2)
+
+
+def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
+    """Forward: input and weight. Backward: grad_output, and the weight for dgrad. Recompute makes the forward's two again."""
+    launches = []
+    for name in ("cast_delayed", "cast_current"):
+        cast = getattr(operands, name)
+        monkeypatch.setattr(operands, name, lambda *a, cast=cast, **k: launches.append(cast) or cast(*a, **k))
+    turned = []
+    monkeypatch.setattr(cuda_products, "dense", lambda codes, make=cuda_products.dense: turned.append(1) or make(codes))
+    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False)).bfloat16()
+    book = swapped(model, RECIPES[0], managed=True, backend="torch")
+    book.tensors.kernels, book.pages[0].fast_step = entry, 16
+    layer = model[0]
+    layer.weight.ds_id, layer.weight.ds_shape = 0, layer.weight.shape
+    counts = []
+    for codes in (False, True):
+        for _step in range(3):
+            if codes:
+                data = (layer.weight.detach().float() * 100).to(torch.float8_e4m3fn)
+                layer.weight_codes = WeightCodes(data, torch.full((), 0.01))
+            x = torch.randn(32, WIDTH).bfloat16().requires_grad_()
+            launches.clear(), turned.clear()
+            output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+            forward = len(launches)
+            output.backward(torch.full_like(output, 1e-3))
+            counts.append((forward, len(launches) - forward, len(turned)))
+            book.update_scales()
+            book.weights_changed()
+    # With histories: 2 casts forward, 2 in the recompute, grad_output and the transposed weight in the backward.
+    assert counts[1:3] == [(2, 4, 0)] * 2
+    # Codes from outside: the weight is not cast at all, its codes are transposed once.
+    assert counts[4:6] == [(1, 2, 1)] * 2
 
 
 def test_codes_from_outside():

@@ -33,6 +33,7 @@ def read(rank, world_size, stage, recipe):
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
     from reads_jobs import batch, reads, start, train, writes
+    from torch.nn.utils import prune
     from torch.optim.swa_utils import AveragedModel
 
     from ds_fp8.errors import WeightError
@@ -66,6 +67,11 @@ def read(rank, world_size, stage, recipe):
         torch.func.grad(lambda x: (x @ weight).float().sum())(x),
         torch.func.grad(lambda x: (x @ plain).float().sum())(x),
     )
+    # Another weight than the one that the codes stand for: given for one call, or pruned.
+    zeros = {"weight": torch.zeros_like(plain), "bias": model.mid.bias}
+    found["functional_call"] = torch.equal(
+        torch.func.functional_call(model.mid, zeros, (x,)), model.mid.bias.detach().expand(8, 96)
+    )
     refused = {}
     for name, write in writes(model).items():
         try:
@@ -92,6 +98,10 @@ def read(rank, world_size, stage, recipe):
     found["snapshot"] = torch.equal(whole["mid.weight"], whole["mid.weight"].clone())
     with deepspeed.zero.GatheredParameters([weight]):
         found["gathered"] = type(weight) is torch.nn.Parameter
+    prune.random_unstructured(model.dec, "weight", amount=0.5)
+    small = x * 0.1  # within the range of the layer's scale
+    masked = torch.nn.functional.linear(small, model.dec.weight, model.dec.bias)
+    found["pruned"] = bool((model.dec(small) - masked).float().norm() < 0.1 * masked.float().norm())
     exact = whole["mid.weight"].float()
     wrong = [n for n, v in values.items() if not is_close(v, exact[:4, :4] if n == "item" else exact, scale_inv)]
     engine.destroy()

@@ -41,6 +41,7 @@ class TakesCodes:
     def weight_codes(self, codes: WeightCodes | None) -> None:
         page = self.__dict__["page"]
         page.weight_codes = codes
+        page.weight_codes_of = None if codes is None else self.weight  # type: ignore[attr-defined]
         page.forget_weight()
         # What the layer cached itself is stale too, and would hold two bytes per parameter.
         self.__dict__[WORKSPACE].pop("weight", None)
@@ -62,7 +63,7 @@ def weight_of(layer: Any, engine: TransformerEngine, state: LayerState) -> Itera
     Call inside autocast, after `state.begin()`. Raises BackendError when the layer quantised its weight all the same.
     """
     codes = state.codes()
-    if codes is None:
+    if codes is None or layer.weight is not layer.__dict__["page"].weight_codes_of:
         fresh = state.microbatch()
         if fresh:
             rebind_cached(layer, state)
@@ -78,7 +79,9 @@ def weight_of(layer: Any, engine: TransformerEngine, state: LayerState) -> Itera
     cache = layer.__dict__[WORKSPACE]
     cache["weight"] = quantized
     try:
-        yield False
+        # A released weight is only handed on by Transformer Engine: as it is, not as it reads.
+        with torch._C.DisableTorchFunctionSubclass():
+            yield False
         if cache.get("weight") is not quantized:
             raise BackendError(
                 f"Transformer Engine {engine.version} did not take the codes of a weight and quantised it again.\n"
