@@ -118,6 +118,23 @@ class DeepSpeedSource:
                 names |= self.attributes(home, base.id)
         return names
 
+    def names(self, module: str) -> set[str]:
+        """What `from module import ...` finds: definitions, assignments, imports."""
+        tree = self.module(module)
+        found: set[str] = set()
+        for node in [] if tree is None else _direct(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                found |= {(one.asname or one.name).partition(".")[0] for one in node.names}
+                if isinstance(node, ast.ImportFrom) and any(one.name == "*" for one in node.names):
+                    path = [*module.split("."), "x"][: -node.level] if node.level else []
+                    found |= self.names(".".join([*path, node.module or ""]).strip("."))
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+        return found
+
     def hung_on(self, *modules: str) -> set[str]:
         """Attributes that the code of `modules` writes on any object: what ZeRO hangs on a parameter, for example."""
         return {

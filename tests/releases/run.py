@@ -1,0 +1,97 @@
+"""Run the features on the installed DeepSpeed; one line of JSON:   python tests/releases/run.py [feature ...]
+
+Two ranks over gloo. A feature that fails on one rank fails; the ranks agree after each, so that the next one starts level.
+Last comes `uncalled`: overridden methods of DeepSpeed that no feature has called, which a table would promise blindly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+HERE = Path(__file__).resolve().parent
+LIMIT_S = 300
+
+
+def rank_main(rank: int, rendezvous: str, names: list[str], results: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(HERE))
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Only inference uses this op, and on Linux it would be compiled here for 40 s.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    limit = timedelta(seconds=LIMIT_S)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=limit
+    )
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    import called
+    from features import FEATURES
+
+    unused = called.watch()
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = [folder]
+        torch.distributed.broadcast_object_list(place)
+        for name in names or FEATURES:
+            began, problem = time.monotonic(), ""
+            try:
+                FEATURES[name](Path(place[0]))
+            except Exception as error:  # noqa: BLE001  any failure is a cell of the table
+                problem = f"{type(error).__name__}: {error}"
+                print(f"rank {rank}: {name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            problems: list[Any] = [None, None]
+            torch.distributed.all_gather_object(problems, problem)
+            found[name] = next((text for text in problems if text), "")
+            print(f"{name}: {found[name] or 'ok'} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+        torch.distributed.barrier()
+    results.put((rank, found, sorted(unused())))
+
+
+def main(names: list[str]) -> int:
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        work = [
+            context.Process(target=rank_main, args=(rank, f"{folder}/rendezvous", names, results)) for rank in (0, 1)
+        ]
+        for process in work:
+            process.start()
+        answers = {}
+        while len(answers) < 2:
+            if not results.empty():
+                rank, found, unused = results.get()
+                answers[rank] = (found, unused)
+            elif any(process.exitcode not in (None, 0) for process in work):
+                break
+            else:
+                time.sleep(0.2)
+        for process in work:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.terminate()
+    import deepspeed
+
+    if len(answers) < 2:
+        print(json.dumps({"deepspeed": deepspeed.__version__, "features": {}, "error": "a rank died"}))
+        return 1
+    features = answers[0][0]
+    uncalled = sorted(set(answers[0][1]) & set(answers[1][1]))
+    print(json.dumps({"deepspeed": deepspeed.__version__, "features": features, "uncalled": uncalled}))
+    return int(any(features.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
