@@ -34,6 +34,14 @@ def version() -> str:
     raise RuntimeError("ds_fp8/__init__.py: no __version__")
 
 
+def releases():
+    """The table of what we run on, read by its path for the same reason."""
+    spec = importlib.util.spec_from_file_location("ds_fp8_releases", ROOT / "ds_fp8" / "releases.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def build_kernels(target_dir: Path) -> None:
     """Compile the C++ kernels into `target_dir`; a machine that cannot is told so and gets the rest.
 
@@ -120,7 +128,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=f">={releases().PYTHON.oldest}",
     packages=[*find_packages(include=["ds_fp8", "ds_fp8.*"]), "ds_fp8.schemas"],
     package_dir={"ds_fp8.schemas": "schemas"},
     package_data={
@@ -129,18 +137,10 @@ setup(
         "ds_fp8.kernels.cpu": ["*.cpp", "*.h", "*.hpp", "*.so"],
         "ds_fp8.cli": ["*.html", "*.css"],
     },
-    install_requires=[
-        "torch>=2.5",
-        "deepspeed>=0.17.2",
-        "jsonschema>=4.20",
-        "hjson",
-        "rich>=13",
-        "safetensors>=0.4",
-        "numpy",
-    ],
+    install_requires=[known.requirement(name) for name, known in releases().REQUIRED.items()],
     extras_require={
-        "transformer-engine": ["transformer-engine[pytorch]>=2.2"],
-        "triton": ["triton>=3.0"],
+        "transformer-engine": [releases().OPTIONAL["transformer-engine"].requirement("transformer-engine[pytorch]")],
+        "triton": [releases().OPTIONAL["triton"].requirement("triton")],
         "plot": ["matplotlib>=3.7"],
         "report": ["plotly>=5"],
         "docs": ["mkdocs-material>=9.5"],

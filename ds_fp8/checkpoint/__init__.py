@@ -19,6 +19,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from ..zero.touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="load_checkpoint"),
+}
+
 __all__ = ["inspect", "load_checkpoint"]
 
 

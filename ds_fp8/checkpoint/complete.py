@@ -23,6 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..zero.touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="zero_optimization"),
+}
+
 MANIFEST = "ds_fp8_manifest.json"
 """Written last, when all ranks are done: {"version": 1, "step": N, "files": {name: {"bytes": n, ...}}}."""
 

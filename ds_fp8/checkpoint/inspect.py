@@ -32,10 +32,20 @@ from ..errors import CheckpointError
 from ..zero.states import KEY
 from ..zero.states_stage0 import Stage0Optimizer
 from ..zero.states_stage0_formats import read_state
+from ..zero.touched import touched
 from .entries import check_entry, check_masters
 from .module import check_module
 from .records import check_records
 from .stamp import STAMP, Found, agree
+
+TOUCHED = {
+    "CheckpointEngine": touched(reads="load", writes="load"),
+    "Engine": touched(
+        overrides="_get_all_ckpt_names",
+        reads="_get_zero_ckpt_name checkpoint_engine load_universal_checkpoint optimizer param_names zero_optimization zero_optimization_stage",
+    ),
+    "ZeroStage12": touched(reads="dp_process_group"),
+}
 
 UNIVERSAL_CURE = (
     "  Convert it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder DIR/TAG --output_folder DIR/TAG_universal`"

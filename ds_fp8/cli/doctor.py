@@ -1,6 +1,6 @@
 """`ds_fp8 doctor [FILE]`: does this machine fit, and if not, what exactly cures it.
 
-It looks, it changes nothing: versions, DeepSpeed's seams, the device, Transformer Engine, the kernels, the door that
+It looks, it changes nothing: versions, DeepSpeed's private names, the device, Transformer Engine, the kernels, the door that
 activates the plugin, and the `msamp` package if one is installed. Exit code 0: a job can run; 1: it cannot.
 
 With the job's DeepSpeed JSON a missing door is a failure, if the JSON has our sections: DeepSpeed ignores sections that
@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from .. import config
 from .check import brief
 from .clients import CLIENTS, client
-from .probes import MSAMP_SEAMS, PROBES, Finding
+from .probes import MSAMP_NAMES, PROBES, Finding
 from .tables import print_table
 
 MARKS = {"ok": "ok", "note": "note", "fail": "FAIL"}
@@ -47,6 +47,11 @@ def main(argv: Sequence[str]) -> int:
         help="started by the job's launcher in place of the script: look on every node, and reduce over all ranks",
     )
     parser.add_argument("--within", type=float, default=300, metavar="S", help="with --every-rank: seconds it may take")
+    parser.add_argument(
+        "--deepspeed",
+        metavar="PATH",
+        help="a DeepSpeed that is not installed (source tree, sdist or wheel): what differs there; nothing else is looked at",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     # DeepSpeed's launcher puts its own argument before those of the script.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -70,6 +75,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _look(options: argparse.Namespace) -> list[Finding]:
+    if options.deepspeed is not None:
+        from .other_deepspeed import report
+
+        return report(options.deepspeed, as_json=options.json)
     # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
     with contextlib.redirect_stdout(sys.stderr):
         findings = [finding for probe in PROBES for finding in _run(probe)]
@@ -90,7 +99,7 @@ def _fit(findings: Sequence[Finding], file: str, other_door: bool) -> Iterator[F
     for finding in findings:
         is_asked = settings is not None and finding.status == "note"
         is_missed = is_asked and finding.what == "door" and settings.enabled and not other_door
-        is_refused = is_asked and finding.what == MSAMP_SEAMS and settings.msamp.enabled
+        is_refused = is_asked and finding.what == MSAMP_NAMES and settings.msamp.enabled
         yield replace(finding, status="fail") if is_missed or is_refused else finding
     if settings is None:
         yield Finding(file, f"errors: {len(errors)}", "fail", f"`ds_fp8 check {file}` lists them")

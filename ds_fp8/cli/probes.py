@@ -15,22 +15,12 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from .. import releases
 from ..config import contract
 from ..door import DISABLE_VARIABLE, is_disabled
+from ..releases import numbers
 
-REQUIRED = {
-    "torch": (2, 5),
-    "deepspeed": (0, 17, 2),
-    "jsonschema": (4, 20),
-    "hjson": (),
-    "rich": (13,),
-    "safetensors": (0, 4),
-}
-"""Distribution -> oldest version; the same as in setup.py."""
-
-TESTED_DEEPSPEED = (0, 19, 8)
-
-MSAMP_SEAMS = "deepspeed seams of msamp"
+MSAMP_NAMES = "deepspeed names of msamp"
 """A note that is a failure for a job with `msamp`."""
 
 
@@ -50,17 +40,6 @@ class Finding:
     cure: str = ""
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """(2, 13, 0) from '2.13.0+cpu'; enough to compare releases."""
-    parts = []
-    for part in version.partition("+")[0].split("."):
-        digits = "".join(character for character in part if character.isdigit())
-        if not digits or not part[0].isdigit():
-            break
-        parts.append(int(digits))
-    return tuple(parts)
-
-
 def installed(name: str) -> str | None:
     """Version of an installed distribution, or None."""
     try:
@@ -75,42 +54,40 @@ def versions() -> Iterator[Finding]:
 
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     yield Finding("ds_fp8", f"{__version__} in {Path(__file__).resolve().parents[1]}")
-    for name, oldest in REQUIRED.items():
+    for name, known in releases.REQUIRED.items():
         version = installed(name)
-        wanted = ".".join(map(str, oldest))
         if version is None:
-            yield Finding(name, "not installed", "fail", f"pip install '{name}{'>=' + wanted if wanted else ''}'")
-        elif numbers(version) < oldest:
-            yield Finding(name, f"{version}, older than {wanted}", "fail", f"pip install --upgrade '{name}>={wanted}'")
+            yield Finding(name, "not installed", "fail", f"pip install '{known.requirement(name)}'")
+        elif numbers(version) < numbers(known.oldest):
+            cure = f"pip install --upgrade '{known.requirement(name)}'"
+            yield Finding(name, f"{version}, older than {known.oldest}", "fail", cure)
         else:
             yield Finding(name, version)
 
 
-def deepspeed_seams() -> Iterator[Finding]:
-    """The private names that we hook are as we know them."""
+def deepspeed_names() -> Iterator[Finding]:
+    """The private names that we stand on are as we know them: methods, attributes and imports, read off its source."""
     version = installed("deepspeed")
     if version is None:
         return
-    from ..zero import seams
+    from ..zero import private_names
+    from ..zero.deepspeed_source import DeepSpeedSource
 
-    different = {name: text for name in seams.SEAMS if (text := seams.difference(name)) is not None}
-    found = [text for name, text in different.items() if name in seams.FP8]
-    of_msamp = len(different) - len(found)
-    cure = f"install DeepSpeed {'.'.join(map(str, TESTED_DEEPSPEED))}, or a newer ds_fp8"
-    for difference in found:
-        yield Finding("deepspeed seam", difference, "fail", cure)
-    if of_msamp:
-        told = f"{of_msamp} of {len(seams.SEAMS)} differ in {version}: a job with msamp is refused, fp8 alone is not concerned"
-        yield Finding(MSAMP_SEAMS, told, "note", cure)
-    if not found:
-        newer = numbers(version) > TESTED_DEEPSPEED
-        tested = ".".join(map(str, TESTED_DEEPSPEED))
-        yield Finding(
-            "deepspeed seams",
-            f"all {len(seams.SEAMS) - of_msamp} as expected"
-            + (f"; newer than {tested}, which is the newest one tested" if newer else ""),
-            "note" if newer else "ok",
-        )
+    source = DeepSpeedSource.installed()
+    of_fp8 = list(private_names.differences(source, msamp=False, version=version))
+    of_msamp = [text for text in private_names.differences(source, version=version) if text not in of_fp8]
+    tested = f"{releases.DEEPSPEED[0]} to {releases.DEEPSPEED[-1]}"
+    cure = f"install DeepSpeed {releases.DEEPSPEED[-1]}, or a newer ds_fp8; `ds_fp8 doctor --deepspeed PATH` looks into others"
+    if numbers(version) < numbers(releases.DEEPSPEED[0]):
+        return  # `versions` has said it
+    for text in of_fp8:
+        yield Finding("deepspeed names", text, "fail", cure)
+    for text in of_msamp:
+        yield Finding(MSAMP_NAMES, f"{text}; a job with msamp is refused, fp8 alone is not concerned", "note", cure)
+    if not of_fp8 and not of_msamp:
+        is_tested = numbers(version) in {numbers(one) for one in releases.DEEPSPEED}
+        told = "all as expected" + ("" if is_tested else f"; {version} itself was not tested ({tested} were)")
+        yield Finding("deepspeed names", told, "ok" if is_tested else "note")
     schema_version = contract.schema("deepspeed")["x-deepspeed-version"]
     if schema_version != version:
         yield Finding("config schema", f"made from DeepSpeed {schema_version}, {version} is installed", "note",
@@ -232,7 +209,7 @@ def msamp_package() -> Iterator[Finding]:
 
 PROBES: tuple[Callable[[], Iterator[Finding]], ...] = (
     versions,
-    deepspeed_seams,
+    deepspeed_names,
     device,
     transformer_engine,
     kernels,

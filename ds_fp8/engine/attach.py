@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DsFp8Error
+from ..zero.touched import touched
 from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
 from .common_facts import common_facts
@@ -24,6 +25,14 @@ from .keep import add_state, check_state, take_state
 from .on_signal import check_can_arm, checkpoint_on_signal, disarm
 from .sections import source_name
 from .tell import tell
+
+TOUCHED = {
+    "Engine": touched(
+        overrides="_take_model_step load_checkpoint save_checkpoint",
+        reads="client_optimizer config device mpu optimizer optimizer_name seq_data_parallel_group",
+    ),
+    "PipelineEngine": touched(overrides="stage_id"),
+}
 
 
 @dataclass(eq=False)
@@ -268,9 +277,11 @@ def _settings(engine: Any) -> Any:
 
     settings = config.load(engine.config, where=source_name(), trains=has_optimizer(engine))
     if settings.enabled:
-        from ..zero import seams
+        from ..zero import private_names
 
-        seams.verify(None if settings.msamp.enabled else seams.FP8)
+        untested = private_names.verify(msamp=settings.msamp.enabled)
+        if untested:
+            tell(untested)
     return settings
 
 

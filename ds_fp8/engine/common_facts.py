@@ -11,6 +11,14 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
+from ..zero.touched import touched
+
+TOUCHED = {
+    "Engine": touched(
+        reads="client_optimizer communication_data_type config gradient_accumulation_steps gradient_clipping gradient_predivide_factor zero_optimization"
+    ),
+}
+
 SECTIONS = (
     "optimizer",
     "scheduler",

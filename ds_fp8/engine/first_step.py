@@ -21,7 +21,10 @@ import torch
 from ..errors import PlanError
 from ..layers.ran import has, watch
 from ..plan import flops_share
+from ..zero.touched import touched
 from .tell import tell
+
+TOUCHED = {"Engine": touched(reads="data_parallel_group global_steps"), "PipelineEngine": touched(reads="stage_id")}
 
 SHOWN = 6
 """Layers named for each reason."""

@@ -19,6 +19,11 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..layers.book_state import match_state
+from ..zero.touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="global_steps"),
+}
 
 KEY = "ds_fp8"
 VERSION = 1

@@ -11,8 +11,13 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError, DsFp8Error
+from ..zero.touched import touched
 from . import of
 from .sections import sections_of
+
+TOUCHED = {
+    "Engine": touched(reads="config"),
+}
 
 
 def refuse_engines_without_us(engine_class: type) -> None:

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 
 from ..errors import NonFiniteError
+from ..zero.touched import touched
 from .tell import tell
+
+TOUCHED = {
+    "Engine": touched(reads="backward device fp16_enabled global_steps optimizer", writes="backward"),
+    "AnyWrapper": touched(reads="_global_grad_norm overflow"),
+}
 
 SHOWN = 4
 """Parameters and layers named in the error."""

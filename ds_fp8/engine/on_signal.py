@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..zero.touched import touched
 from .agreed_step import PATIENCE_S, agreed_step
+
+TOUCHED = {
+    "Engine": touched(reads="global_steps save_checkpoint"),
+    "PipelineEngine": touched(reads="train_batch"),
+}
 
 SIGNALS = ("SIGTERM", "SIGUSR1")
 

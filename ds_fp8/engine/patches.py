@@ -17,6 +17,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ..zero.touched import touched
+
+TOUCHED = {
+    "Engine": touched(overrides="_configure_distributed_model _configure_optimizer", reads="config"),
+}
+
 ORIGINAL = "ds_fp8_original"
 """Attribute of a wrapper: the function that DeepSpeed defined."""
 
@@ -72,9 +78,9 @@ def _guarded_init(original: Callable, engine: Any, *args: Any, **kwargs: Any) ->
     from .sections import sections_of
 
     if any(sections_of(argument) for argument in (*args, *kwargs.values()) if isinstance(argument, dict)):
-        from ..zero import seams
+        from ..zero import private_names
 
-        seams.verify()
+        private_names.verify()
     original(engine, *args, **kwargs)
 
 

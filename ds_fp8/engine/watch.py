@@ -23,6 +23,11 @@ from ..formats import BLOCK_SIZE, Format
 from ..telemetry import JsonlLog, TensorStatistics, aggregate, find_alarms
 from ..telemetry.aggregate import events
 from ..telemetry.alarms import new_alarms
+from ..zero.touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="backward global_samples global_steps monitor"),
+}
 
 
 class Watch:

@@ -43,7 +43,7 @@ __all__ = ["build_optimizer", "configure_optimizer", "specialize", "take_over"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded when first asked for: `seams` must import under any DeepSpeed, to say what is different there."""
+    """Loaded when first asked for: `private_names` must import under any DeepSpeed, to say what is different there."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import specializing

@@ -12,6 +12,12 @@ from typing import Any
 
 from deepspeed.runtime import torch_autocast
 
+from .touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="torch_autocast_dtype torch_autocast_enabled torch_autocast_lower_precision_safe_modules"),
+}
+
 
 class _BeforeSwap:
     """The engine, with the model that it is about to wrap: `engine.module` is set later."""

@@ -204,9 +204,18 @@ def _body_names(scope: ast.ClassDef) -> Iterator[str]:
 def _assigned(scope: ast.AST, owners: set[str] | None) -> Iterator[str]:
     """x of every `owner.x = ...` (also in a tuple, a `for` or a `with`); of any owner when `owners` is None."""
     for node in ast.walk(scope):
-        is_written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if is_written and (owners is None or (isinstance(node.value, ast.Name) and node.value.id in owners)):
-            yield node.attr
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            owner, name = node.value, node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and _is_dict(node.value):
+            owner, name = node.value.value, str(node.slice.value)  # type: ignore[attr-defined]
+        else:
+            continue
+        if owners is None or (isinstance(owner, ast.Name) and owner.id in owners):
+            yield name
+
+
+def _is_dict(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "__dict__"
 
 
 def _imported_from(tree: ast.Module, name: str, module: str) -> str | None:

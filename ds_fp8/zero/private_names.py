@@ -32,7 +32,7 @@ class Method:
 
     owner    class, as `touched.OWNERS` names it
     name     of the method
-    form     parameter names in the newest release
+    form     parameter names in the newest release; empty where any will do
     until    last release of an older form -> its parameter names
     since    first release that has it; older ones are served by an adapter. Empty: all
     feature  `fp8`: every job needs it; `msamp`: jobs with that section
@@ -72,6 +72,8 @@ def _of(owner: str, why: str, *entries: str | tuple, feature: str = MSAMP) -> li
     return found
 
 
+_MASTERS = "fp16_master_weights_and_gradients bf16_master_weights_and_gradients bf16_optimizer_states"
+
 METHODS: tuple[Method, ...] = (
     *_of("Engine", "the job is read and its layers are swapped before the cast, the broadcast and ZeRO's hooks",
         "_configure_distributed_model(self model)", feature=FP8),
@@ -96,7 +98,7 @@ METHODS: tuple[Method, ...] = (
     *_of("CheckpointEngine", "a file that was looked at is not read twice", "load(self path map_location)", feature=FP8),
     *_of("Engine", "16-bit weights are brought back before they are saved, and codes forgotten after a load",
         "save_16bit_model(self save_dir save_filename exclude_frozen_parameters)",
-        "load_module_state_dict(self checkpoint strict custom_load_fn fetch_z3_params)"),
+        "load_module_state_dict()"),
     *_of("Engine", "stage 0 and BF16 have wrappers of ours", "_configure_fp16_optimizer(self optimizer low_precision_dtype)",
         "_configure_bf16_optimizer(self optimizer)"),
     *_of("Engine", "gradients of stage 0, BF16_Optimizer and the pipeline travel in FP8",
@@ -115,6 +117,7 @@ METHODS: tuple[Method, ...] = (
         ("_add_to_grad_partition_buffer(output source)", "0.19.8"),
         "_clear_previous_reduced_grads(self)"),
     *_of("ZeroStage12", "weights are gathered as codes",
+        "reduce_ready_partitions_and_remove_grads(self param i)",
         "_update_model_bit16_weights(self group_index)", "update_lp_params(self)", "_restore_from_bit16_weights(self)"),
     *_of("ZeroStage3", "gradients go to their owners in FP8",
         "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(self params_to_reduce communication_data_type)",
@@ -123,14 +126,12 @@ METHODS: tuple[Method, ...] = (
         ("_get_param_partition_group(self param)", "0.19.3"),
         ("_get_param_partition_rank(self param)", "0.19.3"),
         ("_assert_same_partition_group(self params)", "0.19.3"),
-        "get_param_id(self param)"),
+        "get_param_id(self param)", "reduce_ready_partitions_and_remove_grads(self param)"),
     *_of("GatheredParameters", "released weights are whole inside it",
         "__init__(self params modifier_rank fwd_module enabled)", "__enter__(self)", "__exit__(self exc)"),
     *_of("ZeroOptimizer", "masters have the base dtype; universal checkpoints load into codes",
-        ("_configure_master_weights(self fp16_master_weights_and_gradients bf16_master_weights_and_gradients "
-         "bf16_optimizer_states offload_enabled fp16_offload_validator bf16_offload_validator)", "0.18.3",
-         ("0.19.0", "self fp16_master_weights_and_gradients bf16_master_weights_and_gradients bf16_optimizer_states "
-          "fp16_offload_validator bf16_fp32_offload_validator")),
+        (f"_configure_master_weights(self {_MASTERS} offload_enabled fp16_offload_validator bf16_offload_validator)",
+         "0.18.3", ("0.19.0", f"self {_MASTERS} fp16_offload_validator bf16_fp32_offload_validator")),
         "load_hp_checkpoint_state_from_checkpoint_dir(self lp_groups_name checkpoint_dir)"),
     *_of("ZeroStage12", "states and masters are codes; clip and unscale are folded into the step",
         "step(self closure)", "state_dict(self)",
@@ -166,6 +167,18 @@ METHODS: tuple[Method, ...] = (
 """In the order in which a job meets them."""
 
 
+SINCE = {
+    ("Engine", "bf16_master_weights_and_gradients"): "0.18.3",
+    ("Engine", "bf16_optimizer_states"): "0.18.3",
+    ("Stage0", "loss_scale_config"): "0.18.6",
+    ("Stage0", "low_precision_dtype"): "0.18.6",
+    ("ZeroStage12", "gradient_average"): "0.19.6",
+    ("ZeroStage12", "round_robin_bit16_padding"): "0.19.7",
+    ("Parameter", "_zero_padding"): "0.19.7",
+}
+"""(owner, attribute) -> first release that has it; older ones do without, or an adapter brings it."""
+
+
 def needed(msamp: bool) -> tuple[Method, ...]:
     """What a job meets, with or without the section `msamp`."""
     return tuple(method for method in METHODS if msamp or method.feature == FP8)
@@ -191,7 +204,7 @@ def difference(method: Method, version: str, look: Callable[[Method], tuple[str,
     found = look(method)
     if found is None:
         return f"{method.where}: not there; needed because {method.why}"
-    if found == expected:
+    if expected in ((), found):
         return None
     return f"{method.where}: takes ({', '.join(found)}), expected ({', '.join(expected)}); needed because {method.why}"
 
@@ -220,6 +233,7 @@ def differences(source: DeepSpeedSource, *, msamp: bool = True, version: str | N
     known = {(method.owner, method.name) for method in METHODS}
     for file, owner, name in declared(version):
         is_needed = msamp or not file.startswith("zero/") or file == "zero/autocast.py"
+        is_needed = is_needed and numbers(version) >= numbers(SINCE.get((owner, name), ""))
         if is_needed and (owner, name) not in known and not _has(source, owner, name):
             module, cls = OWNERS[owner]
             yield f"{module}{'.' + cls if cls else ''}: has no {name}, which {file} uses"
@@ -252,15 +266,8 @@ def verify(*, msamp: bool = True) -> str:
     elif untested:
         found = list(dict.fromkeys([*found, *differences(DeepSpeedSource.installed(), msamp=msamp, version=version)]))
     if found:
-        raise SeamError(
-            "\n".join(
-                [
-                    f"DeepSpeed {version} differs from the releases that ds_fp8 knows ({releases.DEEPSPEED[0]} to "
-                    f"{releases.DEEPSPEED[-1]}):",
-                    *(f"  {text}" for text in found),
-                    f"  Install DeepSpeed {releases.DEEPSPEED[-1]}, or a newer ds_fp8; or set msamp (and, where that does not"
-                    " help, fp8) to enabled: false.",
-                ]
-            )
-        )
+        oldest, newest = releases.DEEPSPEED[0], releases.DEEPSPEED[-1]
+        head = f"DeepSpeed {version} differs from the releases that ds_fp8 knows ({oldest} to {newest}):"
+        cure = f"  Install DeepSpeed {newest}, or a newer ds_fp8; or set msamp (and, where that does not help, fp8) to"
+        raise SeamError("\n".join([head, *(f"  {text}" for text in found), f"{cure} enabled: false."]))
     return f"DeepSpeed {version} was not tested with this ds_fp8; its private names are as expected" if untested else ""

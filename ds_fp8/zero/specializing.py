@@ -33,10 +33,20 @@ from .states_stage0 import Stage0Optimizer
 from .states_stage0_scale import LossScale
 from .states_stage3 import StatesStage3
 from .states_stage12 import StatesStage12
+from .touched import check_instance, touched
 from .weights_stage3 import WeightsStage3
 from .weights_stage12 import WeightsStage12
 from .wire_stage3 import WireStage3
 from .wire_stage12 import WireStage12
+
+TOUCHED = {
+    "Engine": touched(
+        overrides="_configure_basic_optimizer _configure_bf16_optimizer _configure_fp16_optimizer _configure_zero_optimizer",
+        reads="basic_optimizer gradient_clipping mpu optimizer optimizer_params",
+        writes="bf16_master_weights_and_gradients bf16_optimizer_states fp16_master_weights_and_gradients optimizer",
+    ),
+    "ZeroOptimizer": touched(overrides="_configure_master_weights", writes="_configure_master_weights"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ def compose(zero_optimizer: Any, mixins: Sequence[type], kind: str | None = None
     bases = (*mixins, *adapters(kind, deepspeed.__version__), base)
     zero_optimizer.__class__ = type("Fp8" + base.__name__, bases, {"__module__": __name__})
     zero_optimizer.fp8_adapt()
+    check_instance(zero_optimizer, kind, base)
 
 
 def configure_optimizer(
@@ -191,7 +202,7 @@ def plain_layout(engine: Any, client_optimizer: Any) -> str:
 def _stage0(engine: Any, optimizer: Any, dtype: torch.dtype, layout: str) -> Stage0Optimizer:
     bases = (Stage0Optimizer, *adapters("Stage0", deepspeed.__version__), FP16_UnfusedOptimizer)
     cls = type("Fp8" + FP16_UnfusedOptimizer.__name__, bases, {"__module__": __name__})
-    return cls(
+    found = cls(
         optimizer,
         engine,
         loss_scale=LossScale.of(engine, dtype),
@@ -199,6 +210,8 @@ def _stage0(engine: Any, optimizer: Any, dtype: torch.dtype, layout: str) -> Sta
         mpu=engine.mpu,
         layout=layout,
     )
+    check_instance(found, "Stage0", FP16_UnfusedOptimizer)
+    return found
 
 
 @contextmanager

@@ -26,6 +26,19 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .states_client import Piece
 from .states_view import PlainAdam, PlainView
+from .touched import touched
+
+TOUCHED = {
+    "AnyWrapper": touched(
+        overrides="_restore_from_bit16_weights load_state_dict refresh_fp32_params state_dict",
+        reads="clip_grad dp_process_group optimizer",
+    ),
+    "ZeroStage12 Bf16": touched(overrides="_lazy_init_hp_params_optimizer_state", writes="_hp_optimizer_states_linked"),
+    "ZeroStage12 ZeroStage3": touched(reads="loss_scale"),
+    "Engine": touched(reads="zero_optimization_stage"),
+    "Parameter": touched(reads="_hp_mapping"),
+    "TensorFragment": touched(reads="hp_fragment_address lp_fragment_address"),
+}
 
 KEY = "ds_fp8"
 VERSION = 1

@@ -19,6 +19,18 @@ from torch import Tensor
 
 from .states import ScaledStates
 from .states_fragments import link_coded_fragments
+from .touched import touched
+
+TOUCHED = {
+    "Bf16": touched(
+        overrides="_link_all_hp_params get_grads_for_norm step",
+        reads="_global_grad_norm bf16_groups bf16_partitioned_groups clip_grad fp32_groups_gradient_flat_partition optimizer real_dp_process_group update_lp_params",
+        writes="fp32_groups_gradient_flat_partition",
+        later="_global_grad_norm",
+    ),
+    "Engine": touched(reads="module"),
+    "PipelineEngine": touched(writes="using_bf16_optimizer"),
+}
 
 
 class StatesBF16(ScaledStates):

@@ -20,6 +20,13 @@ from torch import Tensor
 from .. import optim
 from ..errors import PlanError
 from .states_view import MOMENTS
+from .touched import touched
+
+TOUCHED = {
+    "AnyWrapper": touched(reads="optimizer"),
+    "Engine": touched(reads="device param_names seq_data_parallel_group zero_optimization_stage"),
+    "Parameter": touched(reads="ds_numel"),
+}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,16 @@ from torch import Tensor
 
 from ..optim.masters import upper_half
 from .states_view import MOMENTS
+from .touched import touched
+
+TOUCHED = {
+    "AnyWrapper": touched(reads="optimizer"),
+    "Parameter": touched(
+        reads="_dp_group _hp_mapping hp_fragment optim_fragment",
+        writes="get_full_hp_param hp_fragment load_hp_checkpoint_state optim_fragment set_full_hp_param",
+    ),
+    "TensorFragment": touched(reads="get_hp_fragment hp_fragment_address lp_fragment_address"),
+}
 
 
 class CodedFragment(tensor_fragment):

@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .touched import touched
+
+TOUCHED = {
+    "ZeroStage12 ZeroStage3": touched(overrides="get_grad_norm_direct"),
+    "Parameter": touched(reads="_zero_padding"),
+    "ZeroStage12": touched(overrides="has_overflow_partitioned_grads_serial", reads="averaged_gradients"),
+}
+
 
 def norms_of(gradients: list[Tensor]) -> Tensor:
     """fp64 [n]: the 2-norm of each gradient, accumulated in fp64."""

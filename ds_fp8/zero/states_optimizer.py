@@ -17,6 +17,14 @@ from deepspeed import comm as dist
 from .. import optim
 from ..errors import PlanError
 from .states_client import ClientStates
+from .touched import touched
+
+TOUCHED = {
+    "Engine": touched(
+        reads="optimizer_name optimizer_params seq_data_parallel_group super_offload zero_elastic_checkpoint zero_offload_optimizer zero_optimization_stage"
+    ),
+    "ZenFlow": touched(reads="zenflow"),
+}
 
 IMPLEMENTATION_KEYS = {"torch_adam", "foreach", "fused", "capturable", "differentiable", "set_grad_none"}
 """Keys that choose between implementations of the same numbers."""

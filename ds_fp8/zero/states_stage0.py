@@ -24,6 +24,16 @@ from torch import Tensor
 from .states import KEY, codes_state, load_codes
 from .states_stage0_formats import Loaded, read_state, write_state
 from .states_stage0_scale import LossScale, is_invalid_norm
+from .touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="param_names"),
+    "Stage0": touched(
+        overrides="backward load_state_dict loss_scale refresh_fp32_params state_dict step",
+        reads="_global_grad_norm clip_grad custom_loss_scaler external_loss_scale fp16_groups loss_scale_config low_precision_dtype mpu optimizer overflow overflow_checker zero_grad",
+        writes="_global_grad_norm clip_grad custom_loss_scaler external_loss_scale fp16_groups fp32_groups fused_lamb_legacy loss_scale_config low_precision_dtype mpu norm_type optimizer overflow overflow_checker verbose",
+    ),
+}
 
 
 class LossScaleDoor:
@@ -51,6 +61,8 @@ class Stage0Optimizer:
     layout  form of the fp32 part of checkpoints: that of the wrapper which DeepSpeed would have chosen without us
             (`fused`, `unfused`, or `bare` for an fp32 base)
     """
+
+    layout: str
 
     def __init__(
         self: Any, optimizer: Any, engine: Any, *, loss_scale: LossScale, clip_grad: float, mpu: Any, layout: str

@@ -18,6 +18,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .states_view import MOMENTS, PlainAdam, adopt_groups, plain_groups, plain_state
+from .touched import touched
+
+TOUCHED = {
+    "Stage0": touched(reads="clip_grad fp16_groups loss_scale_config optimizer"),
+}
 
 LOSS_SCALE_KEYS = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 

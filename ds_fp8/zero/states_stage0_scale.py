@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from deepspeed.runtime.fp16.loss_scaler import INITIAL_LOSS_SCALE, MIN_LOSS_SCALE, SCALE_WINDOW
 
+from .touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="dynamic_loss_scale dynamic_loss_scale_args initial_dynamic_scale loss_scale"),
+}
+
 
 @dataclass
 class LossScale:

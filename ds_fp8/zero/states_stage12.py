@@ -16,6 +16,15 @@ from torch import Tensor
 from .states import ScaledStates
 from .states_fragments import link_coded_fragments
 from .states_norm import FewLaunches
+from .touched import touched
+
+TOUCHED = {
+    "ZeroStage12": touched(
+        overrides="_get_offload_gradient_dict _get_preflattened_grad_partition _link_all_hp_params _optimizer_step load_hp_checkpoint_state_from_checkpoint_dir unscale_and_clip_grads",
+        reads="averaged_gradients bit16_groups cpu_offload flatten_dense_tensors_aligned optimizer parallel_partitioned_bit16_groups partition_size real_dp_process_group round_robin_bit16_groups update_lp_params",
+        writes="bit16_groups",
+    ),
+}
 
 
 class StatesStage12(FewLaunches, ScaledStates):

@@ -18,8 +18,18 @@ from .states import ScaledStates
 from .states_client import Piece
 from .states_fragments import read_slice, write_slice
 from .states_norm import NormInOneGo
+from .touched import touched
 from .whole_parameters import gather_together
 from .wire import join
+
+TOUCHED = {
+    "Parameter": touched(reads="ds_numel ds_shape ds_tensor"),
+    "ZeroStage3": touched(
+        overrides="_fp32_state_allgather _get_fp32_opt_state_partition _optimizer_step _post_step _prepare_fp32_grad_for_sub_group get_hp_param_device offload_states set_full_hp_param set_local_hp_param unscale_and_clip_grads",
+        reads="_get_param_partition_group _get_param_partition_rank _unflatten_partitioned_parameters averaged_gradients fp16_groups fp16_partitioned_groups_flat get_param_id grad_position offload_optimizer optimizer persistent_parameters",
+        writes="persistent_parameters",
+    ),
+}
 
 
 class StatesStage3(NormInOneGo, ScaledStates):

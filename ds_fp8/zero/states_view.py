@@ -22,6 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .touched import touched
+
+TOUCHED = {
+    "AnyWrapper": touched(reads="optimizer", writes="optimizer"),
+}
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 PLAIN_GROUP_KEYS = {

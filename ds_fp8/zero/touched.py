@@ -7,7 +7,7 @@ A module of ds_fp8 that overrides, reads or writes something of a DeepSpeed obje
         "Parameter": touched(reads="ds_tensor", writes="data"),
     }
 
-The key is the owner of the names (`OWNERS`). `tests/zero/test_touched.py` compares declaration and code in both
+The key is the owner of the names (`OWNERS`), or several of them. `tests/zero/test_touched.py` compares declaration and code in both
 directions; `check_instance` looks at the finished object; `ds_fp8 doctor --deepspeed` looks into the source of a release.
 Adapters declare too; theirs count only for the releases that they serve. `deepspeed.comm` and `deepspeed.accelerator` are
 public and need no declaration.
@@ -32,8 +32,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("checkpoint", "comm", "engine", "zero")
 """Packages of ds_fp8 that may touch DeepSpeed's objects."""
 
+_SETS_PARAMETERS = (
+    "deepspeed.runtime.zero.partition_parameters deepspeed.runtime.zero.stage_1_and_2 deepspeed.runtime.zero.stage3"
+    " deepspeed.utils.tensor_fragment deepspeed.utils.mixed_precision_linkage deepspeed.runtime.zero.parameter_offload"
+    " deepspeed.checkpoint.universal_checkpoint deepspeed.runtime.bf16_optimizer"
+)
+
 OWNERS: dict[str, tuple[str, str]] = {
     "Engine": ("deepspeed.runtime.engine", "DeepSpeedEngine"),
+    "ZenFlow": ("deepspeed.runtime.zenflow.engine", ""),
     "PipelineEngine": ("deepspeed.runtime.pipe.engine", "PipelineEngine"),
     "ZeroOptimizer": ("deepspeed.runtime.base_optimizer", "ZeROOptimizer"),
     "ZeroStage12": ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"),
@@ -45,12 +52,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "CheckpointEngine": ("deepspeed.runtime.checkpoint_engine.checkpoint_engine", "CheckpointEngine"),
     "TorchAutocast": ("deepspeed.runtime.torch_autocast", ""),
     # What ZeRO hangs on parameters and their shares, wherever it does.
-    "Parameter": (
-        "deepspeed.runtime.zero.partition_parameters deepspeed.runtime.zero.stage_1_and_2 deepspeed.runtime.zero.stage3"
-        " deepspeed.utils.tensor_fragment deepspeed.utils.mixed_precision_linkage deepspeed.runtime.zero.parameter_offload"
-        " deepspeed.checkpoint.universal_checkpoint deepspeed.runtime.bf16_optimizer",
-        "",
-    ),
+    "Parameter": (_SETS_PARAMETERS, ""),
 }
 """Whose names they are -> module and class in DeepSpeed; no class: what the code of these modules hangs on objects."""
 
@@ -64,27 +66,35 @@ class Touched:
     overrides  methods that a mixin or an instance attribute of ours stands in front of
     reads      attributes and methods that are read or called
     writes     attributes that are set; a renamed one would be set in vain, and nothing would tell
+    later      of these, what DeepSpeed makes only with time, or with some settings: not looked for on a new object
     """
 
     overrides: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset((*self.overrides, *self.reads, *self.writes))
+        return frozenset((*self.overrides, *self.reads, *self.writes, *self.later))
 
 
-def touched(overrides: str = "", reads: str = "", writes: str = "") -> Touched:
+def touched(overrides: str = "", reads: str = "", writes: str = "", later: str = "") -> Touched:
     """Names in words, separated by blanks."""
-    return Touched(tuple(overrides.split()), tuple(reads.split()), tuple(writes.split()))
+    return Touched(tuple(overrides.split()), tuple(reads.split()), tuple(writes.split()), tuple(later.split()))
 
 
 @functools.cache
 def of_file(file: Path) -> dict[str, Touched]:
     """`TOUCHED` of a source file, without importing it; {} when it declares nothing."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        target = (
+            node.targets[0]
+            if isinstance(node, ast.Assign)
+            else node.target
+            if isinstance(node, ast.AnnAssign)
+            else None
+        )
         if isinstance(target, ast.Name) and target.id == "TOUCHED" and isinstance(node.value, ast.Dict):
             found = {}
             for key, call in zip(node.value.keys, node.value.values, strict=True):
@@ -104,8 +114,8 @@ def files(version: str | None = None) -> Iterator[Path]:
 
 
 def owners_of(owner: str) -> tuple[str, ...]:
-    """`AnyWrapper` stands for each of ZeRO's and BF16's."""
-    return WRAPPERS if owner == "AnyWrapper" else (owner,)
+    """The owners that a key names; `AnyWrapper` stands for each of ZeRO's and BF16's."""
+    return tuple(one for word in owner.split() for one in (WRAPPERS if word == "AnyWrapper" else (word,)))
 
 
 def declared(version: str) -> Iterator[tuple[str, str, str]]:
@@ -134,15 +144,16 @@ def check_instance(instance: Any, kind: str, base: type) -> None:
     base      its class before, DeepSpeed's own
     """
     lacking = []
-    for cls in type(instance).__mro__:
-        if cls is base:
-            break
-        declaration = getattr(sys.modules.get(cls.__module__), "TOUCHED", {})
-        for owner in (kind, "AnyWrapper"):
-            names = declaration.get(owner, Touched())
-            below = type(instance).__mro__[type(instance).__mro__.index(cls) + 1 :]
-            lacking += [(cls, n) for n in (*names.reads, *names.writes) if not hasattr(instance, n)]
-            lacking += [(cls, n) for n in names.overrides if n in vars(cls) and not any(n in vars(c) for c in below)]
+    order = type(instance).__mro__
+    for position, cls in enumerate(order[: order.index(base)]):
+        for owner, names in getattr(sys.modules.get(cls.__module__), "TOUCHED", {}).items():
+            if kind not in owners_of(owner):
+                continue
+            needed = (n for n in (*names.reads, *names.writes) if n not in names.later)
+            lacking += [(cls, n) for n in needed if not hasattr(instance, n)]
+            # An adapter is there to bring what DeepSpeed lacks; all others stand in front of something.
+            standing = [n for n in names.overrides if n in vars(cls)] if ".adapters." not in cls.__module__ else []
+            lacking += [(cls, n) for n in standing if not any(n in vars(below) for below in order[position + 1 :])]
     if lacking:
         raise SeamError(
             f"{base.__module__}.{base.__name__} of this DeepSpeed is not what ds_fp8 knows:\n"

@@ -29,6 +29,12 @@ from ..formats import BLOCK_SIZE, E4M3
 from ..layers import WeightCodes
 from ..numerics.gemm_blocks import block_scale
 from ..numerics.scaling import scale_from_amax
+from .touched import touched
+
+TOUCHED = {
+    "Engine": touched(reads="module"),
+    "Parameter": touched(reads="ds_shape"),
+}
 
 
 @dataclass(eq=False)

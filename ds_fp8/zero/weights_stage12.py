@@ -29,10 +29,23 @@ from torch import Tensor
 from ..comm.route import group_ranks
 from . import weights_gathered
 from .states_fragments import CodedFragment
+from .touched import touched
 from .weights import OwnedWeight
 from .weights_asked import AskedTogether, watch_modules
 from .weights_released import raw
 from .weights_store import GroupStore, flat_layout
+
+TOUCHED = {
+    "Engine": touched(overrides="load_checkpoint save_16bit_model save_checkpoint", reads="module"),
+    "Parameter": touched(reads="_hp_mapping"),
+    "TensorFragment": touched(reads="get_hp_fragment"),
+    "ZeroStage12": touched(
+        overrides="_restore_from_bit16_weights _update_model_bit16_weights reduce_ready_partitions_and_remove_grads step update_lp_params",
+        reads="bit16_groups_flat cpu_offload parallel_partitioned_bit16_groups single_partition_of_fp32_groups",
+        writes="bit16_groups_flat parallel_partitioned_bit16_groups",
+        later="param_buffer_of_bit16_for_cpu_offload_groups",
+    ),
+}
 
 _engines = itertools.count()
 """O3 optimizers of this process: the same number on all ranks means the same one."""

@@ -24,10 +24,21 @@ from torch import Tensor
 from ..comm.counters import all_gather_bytes, counters
 from ..errors import PlanError
 from . import weights_released
+from .touched import touched
 from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, set_codes
 
 PREFETCH = "_PartitionedParameterCoordinator__prefetch_bucket_sz"
 """Elements that DeepSpeed's coordinator gathers ahead. It counts elements whatever their size; codes are half of them."""
+
+TOUCHED = {
+    "Engine": touched(overrides="load_checkpoint load_module_state_dict", reads="module"),
+    "Parameter": touched(
+        overrides="all_gather all_gather_coalesced partition",
+        reads="ds_id ds_numel ds_persist ds_process_group ds_status ds_summary ds_tensor nvme_swapper",
+        writes="ds_status",
+    ),
+    "ZeroStage3": touched(overrides="reduce_ready_partitions_and_remove_grads step"),
+}
 
 
 class CodedWeight:

@@ -23,7 +23,14 @@ from torch import Tensor
 from ..comm.counters import all_gather_bytes, counters
 from ..comm.gather import all_gather_shares
 from . import weights_released
+from .touched import touched
 from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, set_codes
+
+TOUCHED = {
+    "ZeroStage12": touched(
+        reads="bit16_groups_flat parallel_partitioned_bit16_groups real_dp_process_group round_robin_bit16_groups round_robin_bit16_padding"
+    ),
+}
 
 ALIGNMENT = 16
 """Elements to which each weight's codes are aligned: scaled_mm wants 16 bytes."""

@@ -21,6 +21,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from torch import Tensor
 
+from .touched import touched
+
+TOUCHED = {
+    "Parameter": touched(
+        reads="ds_numel ds_quant_scale ds_secondary_tensor ds_shape ds_status ds_tensor status", writes="ds_status"
+    ),
+}
+
 MOST_NUMEL = 1 << 25
 """Elements of whole parameters that one message makes: temporaries are twice as many."""
 

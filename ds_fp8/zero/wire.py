@@ -26,6 +26,16 @@ from ..comm import Route, Wire, counters, flat_route, reduce_slices, two_level_r
 from ..comm.counters import all_reduce_bytes
 from ..comm.topology import choose_scope
 from ..errors import PlanError
+from .touched import touched
+
+TOUCHED = {
+    "AnyWrapper": touched(reads="dp_process_group"),
+    "ZeroStage12": touched(reads="expert_dp_process_group"),
+    "ZeroStage12 Bf16": touched(reads="real_dp_process_group"),
+    "Engine": touched(
+        reads="_config expert_data_parallel_group mpu seq_data_parallel_group zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights"
+    ),
+}
 
 
 @dataclass
@@ -165,8 +175,7 @@ def attach(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
     """Give the specialised instance what its mixins need. Collective when routes or weights are laid out."""
     if plan.comm is None:
         return
-    zero_config = engine.zero_optimization_config() if hasattr(engine, "zero_optimization_config") else None
-    refuse_conflicts(zero_config if zero_config is not None else engine._config.zero_config, plan.comm)
+    refuse_conflicts(engine._config.zero_config, plan.comm)
     gradient_wire = make_gradient_wire(plan.comm, data_parallel_groups(engine, zero_optimizer))
     if gradient_wire is not None:
         from . import wire_engine

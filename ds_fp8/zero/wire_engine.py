@@ -19,7 +19,12 @@ from torch import Tensor
 
 from ..comm import all_reduce, counters
 from ..comm.counters import all_reduce_bytes
+from .touched import touched
 from .wire import GradientWire
+
+TOUCHED = {
+    "Engine": touched(reads="allreduce_bucket flatten gradient_average", writes="allreduce_bucket"),
+}
 
 
 def allreduce_bucket(self: Any, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: float | None = None) -> Tensor:

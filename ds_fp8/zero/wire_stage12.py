@@ -23,7 +23,15 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from .touched import touched
 from .wire import GradientWire, reduce_pieces, spread_over
+
+TOUCHED = {
+    "ZeroStage12": touched(
+        overrides="_add_full_reduction_to_compact_grad_partition _buffered_reduce_fallback_preserving_fp32 allreduce_and_scatter allreduce_no_retain average_tensor buffered_reduce_fallback gradient_reduction_w_predivide",
+        reads="_add_to_grad_partition_buffer _clear_previous_reduced_grads _get_compact_grad_partition_slice bit16_groups dp_process_group grad_start_offset gradient_average ipg_buckets overlap_comm param_to_partition_ids real_dp_process_group reduce_scatter reduction_stream sequence_parallel_size",
+    ),
+}
 
 Piece = tuple[int, Tensor, "Tensor | None"]
 """(owner rank in the group, flat view of the gradient, fp32 partition slice to add to or None)."""

@@ -34,35 +34,57 @@ def test_a_broken_probe_is_a_finding(monkeypatch, capsys):
 def test_old_and_missing_packages_fail_with_the_command(monkeypatch):
     monkeypatch.setattr(probes, "installed", lambda name: {"torch": "2.1.0", "deepspeed": None}.get(name, "99.0"))
     found = {finding.what: finding for finding in probes.versions()}
-    assert (found["torch"].status, found["torch"].cure) == ("fail", "pip install --upgrade 'torch>=2.5'")
-    assert (found["deepspeed"].status, found["deepspeed"].cure) == ("fail", "pip install 'deepspeed>=0.17.2'")
+    assert (found["torch"].status, found["torch"].cure) == ("fail", "pip install --upgrade 'torch>=2.11'")
+    assert (found["deepspeed"].status, found["deepspeed"].cure) == ("fail", "pip install 'deepspeed>=0.18.0'")
     assert found["rich"].status == "ok"
 
 
-def test_a_different_deepspeed_fails(monkeypatch):
-    from ds_fp8.zero import seams
+def lacking(monkeypatch, *, fp8: list[str], msamp: list[str]) -> None:
+    from ds_fp8.zero import private_names
 
-    monkeypatch.setattr(seams, "difference", lambda name: f"{name}: takes (self), expected (self, model)")
-    found = list(probes.deepspeed_seams())
-    assert {finding.status for finding in found if finding.what == "deepspeed seam"} == {"fail"}
-    assert [finding.what for finding in found].count("deepspeed seam") == len(seams.FP8)
+    def differences(source, *, msamp=True, version=None, _of_msamp=tuple(msamp)):
+        yield from fp8
+        yield from _of_msamp if msamp else ()
+
+    monkeypatch.setattr(private_names, "differences", differences)
+
+
+def test_a_different_deepspeed_fails(monkeypatch):
+    lacking(monkeypatch, fp8=["a: not there", "b: takes (self), expected (self, model)"], msamp=[])
+    found = [finding for finding in probes.deepspeed_names() if finding.what == "deepspeed names"]
+    assert [finding.status for finding in found] == ["fail", "fail"]
 
 
 @pytest.mark.parametrize(("section", "code"), [("msamp", 1), ("fp8", 0)])
 def test_an_older_deepspeed_fails_a_job_with_msamp_only(monkeypatch, tmp_path, capsys, section, code):
     """What only `msamp` hooks differs there: with `fp8` alone the job can run, and the note says which cannot."""
-    from ds_fp8.zero import seams
-
-    changed = "DeepSpeedZeroOptimizer.allreduce_no_retain"
-    assert changed not in seams.FP8
-    monkeypatch.setattr(seams, "difference", lambda name: f"{name}: not there" if name == changed else None)
-    monkeypatch.setattr(doctor, "PROBES", (probes.deepspeed_seams,))
+    lacking(monkeypatch, fp8=[], msamp=["DeepSpeedZeroOptimizer.allreduce_no_retain: not there"])
+    monkeypatch.setattr(doctor, "PROBES", (probes.deepspeed_names,))
     sections = {section: {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
     (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 2, "bf16": {"enabled": True}, **sections}))
     assert main(["doctor", str(tmp_path / "ds.json"), "--json"]) == code
     answer = json.loads(capsys.readouterr().out)
-    assert answer["findings"][0]["what"] == probes.MSAMP_SEAMS
+    assert answer["findings"][0]["what"] == probes.MSAMP_NAMES
     assert answer["findings"][0]["status"] == ("fail" if code else "note")
+
+
+def test_a_deepspeed_that_is_not_installed_is_compared(tmp_path, capsys):
+    """`--deepspeed PATH`: the installed one is as known; the same with a method renamed is not, and is told by name."""
+    import shutil
+    from pathlib import Path
+
+    import deepspeed
+
+    assert main(["doctor", "--deepspeed", str(Path(deepspeed.__file__).parent)]) == 0
+    assert "nothing differs" in capsys.readouterr().out
+    copy = tmp_path / "deepspeed"
+    shutil.copytree(Path(deepspeed.__file__).parent, copy, ignore=lambda _, names: [n for n in names if n == "ops"])
+    engine = copy / "runtime" / "engine.py"
+    engine.write_text(engine.read_text().replace("_take_model_step", "_step_model"))
+    assert main(["doctor", "--deepspeed", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "_take_model_step: not there" in told
+    assert main(["doctor", "--deepspeed", str(tmp_path / "nowhere")]) == 2
 
 
 def test_the_door_is_found_in_a_site_directory_only(monkeypatch, tmp_path):
@@ -137,13 +159,18 @@ def test_version_numbers(version, parts):
 
 
 def test_the_versions_are_those_of_the_package():
-    """What doctor asks for and what the installer asks for must not drift apart."""
+    """What doctor asks for, what the installer asks for and what the README says come from one table."""
     from pathlib import Path
 
-    text = (Path(__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8")
-    for name, oldest in probes.REQUIRED.items():
-        wanted = f'"{name}>={".".join(map(str, oldest))}"' if oldest else f'"{name}"'
-        assert wanted in text, wanted
+    from ds_fp8 import releases
+
+    root = Path(__file__).resolve().parents[2]
+    assert "releases().REQUIRED" in (root / "setup.py").read_text(encoding="utf-8")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert f"DeepSpeed {releases.DEEPSPEED[0]} to {releases.DEEPSPEED[-1]}" in readme
+    assert f"torch {releases.REQUIRED['torch'].oldest}" in readme
+    pinned = (root / "constraints.txt").read_text(encoding="utf-8")
+    assert f"deepspeed=={releases.DEEPSPEED[-1]}" in pinned
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 import ds_fp8
 from ds_fp8 import run
-from ds_fp8.zero import seams
+from ds_fp8.zero import private_names
 
 ROOT = Path(ds_fp8.__file__).parents[1]
 
@@ -83,10 +83,32 @@ def test_deactivate_restores_the_very_same_functions():
         ds_fp8.activate()
 
 
-@pytest.mark.parametrize("name", sorted(seams.SEAMS))
-def test_the_installed_deepspeed_has_the_seam(name):
-    """The contract with DeepSpeed's private names, one by one: the signature we were written for."""
-    assert seams.difference(name) is None
+@pytest.mark.parametrize("method", private_names.METHODS, ids=lambda method: f"{method.owner}.{method.name}")
+def test_the_installed_deepspeed_has_the_method(method):
+    """The contract with DeepSpeed's private methods, one by one: the parameters that we were written for."""
+    import deepspeed
+
+    assert private_names.difference(method, deepspeed.__version__, private_names.live) is None
+
+
+def test_a_release_newer_than_the_tested_ones_runs_if_all_is_there(monkeypatch):
+    """It is compared in everything that its source tells; then one line says that it was not tested."""
+    import deepspeed
+
+    assert private_names.verify() == ""
+    monkeypatch.setattr(deepspeed, "__version__", "0.19.99")
+    assert "0.19.99 was not tested" in private_names.verify()
+    monkeypatch.setattr(private_names, "differences", lambda *_, **__: iter(["x: has no y, which zero/z.py uses"]))
+    with pytest.raises(private_names.SeamError, match="has no y"):
+        private_names.verify()
+
+
+def test_a_release_older_than_the_oldest_known_is_refused(monkeypatch):
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "__version__", "0.17.6")
+    with pytest.raises(private_names.SeamError, match=r"older than 0\.18\.0"):
+        private_names.verify(msamp=False)
 
 
 def test_an_unknown_deepspeed_is_refused_with_every_difference(monkeypatch):
@@ -101,7 +123,7 @@ def test_an_unknown_deepspeed_is_refused_with_every_difference(monkeypatch):
         monkeypatch.setattr(module.DeepSpeedEngine, "_take_model_step", lambda self, surprise: None)
         monkeypatch.delattr(module.DeepSpeedEngine, "_configure_distributed_model")
         with pytest.raises(SeamError) as caught:
-            seams.verify()
+            private_names.verify()
     finally:
         monkeypatch.undo()
         ds_fp8.activate()

@@ -7,6 +7,7 @@ DeepSpeed's *of the same release* bit for bit: a hook that has changed its meani
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,11 @@ def configuration(stage: int, dtype: str = "bf16", gas: int = 1, **extra: Any) -
         **extra,
     }
     if dtype != "fp32":
-        found[dtype] = {"enabled": True, **({"initial_scale_power": 8} if dtype == "fp16" else {}), **found.get(dtype, {})}
+        found[dtype] = {
+            "enabled": True,
+            **({"initial_scale_power": 8} if dtype == "fp16" else {}),
+            **found.get(dtype, {}),
+        }
     return found
 
 
@@ -63,7 +68,8 @@ def start(config: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     # DeepSpeed asks whether the CPU multiplies fp16 *fast*; torch multiplies it everywhere.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-    return deepspeed.initialize(model=Net(), config=config)[0]
+    # A copy: DeepSpeed 0.18 takes keys out of what it is given.
+    return deepspeed.initialize(model=Net(), config=copy.deepcopy(config))[0]
 
 
 def train(engine: Any, steps: range = STEPS, *, broken: int | None = None) -> list[float]:
@@ -72,7 +78,10 @@ def train(engine: Any, steps: range = STEPS, *, broken: int | None = None) -> li
     for step in steps:
         for micro in range(engine.gradient_accumulation_steps()):
             draw = torch.Generator().manual_seed(100 * step + 10 * micro + dist.get_rank())
-            tokens, targets = torch.randint(0, 21, (4, 16), generator=draw), torch.randint(0, 7, (4, 16), generator=draw)
+            tokens, targets = (
+                torch.randint(0, 21, (4, 16), generator=draw),
+                torch.randint(0, 7, (4, 16), generator=draw),
+            )
             loss = nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), targets.flatten())
             engine.backward(loss * float("inf") if step == broken else loss)
             engine.step()
@@ -285,7 +294,9 @@ def gathered(folder: Path) -> None:
         if dist.get_rank() == 0:
             saved = torch.load(folder / f"16bit-{stage}" / "pytorch_model.bin", weights_only=True)
             assert saved["up.weight"].isfinite().all()
-            assert torch.equal(torch.cat([saved[n].float().reshape(-1) for n, _ in engine.module.named_parameters()]), found)
+            assert torch.equal(
+                torch.cat([saved[n].float().reshape(-1) for n, _ in engine.module.named_parameters()]), found
+            )
         train(engine, range(2, 3))
         engine.destroy()
 
@@ -298,7 +309,7 @@ def pipeline(folder: Path) -> None:
         torch.manual_seed(0)
         layers = [LayerSpec(nn.Linear, 16, 32), nn.ReLU(), LayerSpec(nn.Linear, 32, 16)]
         model = PipelineModule(layers, num_stages=2, loss_fn=lambda out, y: (out - y).float().pow(2).mean())
-        engine = deepspeed.initialize(model=model, config={**configuration(stage, gas=2), **sections})[0]
+        engine = deepspeed.initialize(model=model, config=copy.deepcopy({**configuration(stage, gas=2), **sections}))[0]
         found = []
         for step in STEPS:
             draw = torch.Generator().manual_seed(step)

@@ -20,7 +20,7 @@ import torch
 import torch.multiprocessing as mp
 
 HERE = Path(__file__).resolve().parent
-LIMIT_S = 300
+LIMIT_S = 600
 
 
 def rank_main(rank: int, rendezvous: str, names: list[str], results: Any) -> None:

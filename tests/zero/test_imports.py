@@ -1,4 +1,4 @@
-"""The table of seams imports under any DeepSpeed, because it is what says that a DeepSpeed is another one."""
+"""The table of private names imports under any DeepSpeed, because it is what says that a DeepSpeed is another one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 OLDER = """
 import deepspeed.runtime.utils as utils, deepspeed.runtime.fp16.loss_scaler as loss_scaler
 del utils.is_invalid_grad_norm, utils.is_optimized_parameter, loss_scaler.LossScaleConfig   # as in 0.19.7 and before
-from ds_fp8.zero import seams
+from ds_fp8.zero import private_names
 import ds_fp8.checkpoint
 from ds_fp8.zero import specialize, configure_optimizer
 assert callable(specialize) and callable(configure_optimizer)
-print(len(seams.FP8), len(seams.SEAMS))
+print(len(private_names.needed(False)), len(private_names.METHODS))
 """
 
 

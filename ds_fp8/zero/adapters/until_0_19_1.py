@@ -10,6 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..touched import touched
+
+TOUCHED = {
+    "ZeroStage12": touched(
+        overrides="_get_preflattened_grad_partition flatten_dense_tensors_aligned",
+        reads="averaged_gradients flatten",
+        writes="flatten",
+    ),
+}
+
 
 class ZeroStage12:
     """Over `DeepSpeedZeroOptimizer`."""

@@ -7,6 +7,15 @@ from typing import Any
 
 from deepspeed import comm as dist
 
+from ..touched import touched
+
+TOUCHED = {
+    "ZeroStage3": touched(
+        overrides="_assert_same_partition_group _get_param_partition_group _get_param_partition_rank _gradient_averaging_world_size",
+        reads="dp_process_group",
+    ),
+}
+
 
 class ZeroStage3:
     """Over `DeepSpeedZeroOptimizer_Stage3`."""

@@ -8,6 +8,12 @@ from typing import Any
 
 from deepspeed import comm as dist
 
+from ..touched import touched
+
+TOUCHED = {
+    "ZeroStage12": touched(reads="dp_process_group sequence_parallel_size", writes="sequence_parallel_size"),
+}
+
 
 class ZeroStage12:
     """Over `DeepSpeedZeroOptimizer`."""

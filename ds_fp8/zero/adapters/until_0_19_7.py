@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..touched import touched
+
+TOUCHED = {
+    "ZeroStage12": touched(
+        overrides="_add_to_grad_partition_buffer _get_compact_grad_partition_slice allreduce_no_retain"
+    ),
+}
+
 
 class ZeroStage12:
     """Over `DeepSpeedZeroOptimizer`."""
@@ -11,6 +19,9 @@ class ZeroStage12:
     def allreduce_no_retain(self: Any, *arguments: Any) -> None:
         """Without the last argument, the slices of partitions to add to."""
         super().allreduce_no_retain(*arguments[:-1])  # type: ignore[misc]
+
+    def _add_to_grad_partition_buffer(self: Any, output: Any, source: Any) -> None:
+        """No slice, nothing to add to it."""
 
     def _get_compact_grad_partition_slice(self: Any, *place: Any) -> None:
         """No such slice."""

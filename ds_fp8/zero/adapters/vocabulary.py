@@ -12,6 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..touched import touched
+
+TOUCHED = {
+    "Engine": touched(writes="torch_autocast_z0_gradscaler"),
+    "ZeroStage12": touched(writes="gradient_average"),
+}
+
 
 class Adapted:
     """What every wrapper understands."""
