@@ -56,6 +56,10 @@ def main(argv: Sequence[str]) -> int:
     # DeepSpeed's launcher puts its own argument before those of the script.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.deepspeed is not None:
+        from .other_deepspeed import report
+
+        return report(options.deepspeed, as_json=options.json)
     if options.every_rank:
         from .every_rank import meet
 
@@ -75,10 +79,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _look(options: argparse.Namespace) -> list[Finding]:
-    if options.deepspeed is not None:
-        from .other_deepspeed import report
-
-        return report(options.deepspeed, as_json=options.json)
     # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
     with contextlib.redirect_stdout(sys.stderr):
         findings = [finding for probe in PROBES for finding in _run(probe)]
