@@ -42,7 +42,7 @@ TOUCHED = {
     "CheckpointEngine": touched(reads="load", writes="load"),
     "Engine": touched(
         overrides="_get_all_ckpt_names",
-        reads="_get_zero_ckpt_name checkpoint_engine load_universal_checkpoint optimizer param_names zero_optimization zero_optimization_stage",
+        reads="_get_zero_ckpt_name checkpoint_engine load_universal_checkpoint module optimizer param_names zero_optimization zero_optimization_stage",
     ),
     "ZeroStage12": touched(reads="dp_process_group"),
 }

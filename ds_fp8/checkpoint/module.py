@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..zero.touched import touched
+
+TOUCHED = {"Parameter": touched(reads="ds_shape")}
 
 
 def check_module(module: nn.Module, saved: Any, where: str) -> None:

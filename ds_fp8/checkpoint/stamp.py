@@ -18,6 +18,9 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ..errors import CheckpointError
+from ..zero.touched import touched
+
+TOUCHED = {"Engine": touched(reads="global_steps")}
 
 STAMP = "save"
 """Key of our entries under which the stamp stands."""

@@ -112,6 +112,7 @@ class DeepSpeedSource:
         if not isinstance(found, ast.ClassDef):
             return set()
         names = set(_body_names(found)) | set(_assigned(found, {"self"}))
+        names |= {f"_{name.lstrip('_')}{own}" for own in names if own.startswith("__")}
         home = self._home(module, name)
         for base in found.bases:
             if isinstance(base, ast.Name):

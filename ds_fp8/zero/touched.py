@@ -50,6 +50,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "GatheredParameters": ("deepspeed.runtime.zero.partition_parameters", "GatheredParameters"),
     "TensorFragment": ("deepspeed.utils.tensor_fragment", "tensor_fragment"),
     "CheckpointEngine": ("deepspeed.runtime.checkpoint_engine.checkpoint_engine", "CheckpointEngine"),
+    "Coordinator": ("deepspeed.runtime.zero.partitioned_param_coordinator", "PartitionedParameterCoordinator"),
     "TorchAutocast": ("deepspeed.runtime.torch_autocast", ""),
     # What ZeRO hangs on parameters and their shares, wherever it does.
     "Parameter": (_SETS_PARAMETERS, ""),

@@ -37,7 +37,8 @@ TOUCHED = {
         reads="ds_id ds_numel ds_persist ds_process_group ds_status ds_summary ds_tensor nvme_swapper",
         writes="ds_status",
     ),
-    "ZeroStage3": touched(overrides="reduce_ready_partitions_and_remove_grads step"),
+    "ZeroStage3": touched(overrides="reduce_ready_partitions_and_remove_grads step", reads="_get_param_coordinator"),
+    "Coordinator": touched(writes="_PartitionedParameterCoordinator__prefetch_bucket_sz"),
 }
 
 
