@@ -139,7 +139,7 @@ def test_a_pass_waits_for_nothing(recipe):
             if step >= 2:
                 torch.cuda.set_sync_debug_mode("default")
                 torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
-    fast = cuda_products.takes(x.detach(), model[0].weight, model[0].page.call(training=True, device=x.device))
+    fast = cuda_products.takes(x.detach(), model[0].weight, book.call(model[0].page, training=True, device=x.device))
     assert fast == (recipe.kind != "block" or cuda_products.MULTIPLIES_BLOCKS)
 
 

@@ -26,7 +26,7 @@ from ds_fp8.layers.transformer_engine import codes, names
 from ds_fp8.numerics.scaling import scale_from_amax
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import HighPrecision, Recipe
-from ds_fp8.zero.weights import is_stand_in, stand_in
+from ds_fp8.zero.weights_released import is_released
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "comm"))
 from ranks import run_ranks
@@ -59,7 +59,7 @@ def code_weights(model: nn.Module, book, weights: dict[str, torch.Tensor]) -> No
         else:
             scale = scale_from_amax(amax, E4M3)
         layer.weight_codes = WeightCodes(kernels.quantize(weight, scale, E4M3), torch.reciprocal(scale))
-        layer.weight.data = stand_in(weight, weight.shape)
+        layer.weight.data = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 def weights_of(model: nn.Module, factor: float) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_results_gradients_and_histories_are_those_without_codes(te, recipe, fus
     assert_equal(found, expected)
     model = coded[0]
     for layer in (model.up, model.down):
-        assert is_stand_in(layer.weight) and layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+        assert layer.weight.stride() == (0, 0) and layer.weight.grad.isfinite().all() and layer.weight.grad.any()
         assert layer.quantizers["scaling_fwd"][1].calls == 0
         assert layer._fp8_workspaces == {}
 
@@ -232,7 +232,7 @@ def trained(rank, world_size, stage, kind, gas):
             engine, book = start(stage, level, kind=kind, gas=gas, backend="transformer_engine")
             losses = take_steps(engine, book, range(3))
             layers = {name: type(layer).__name__ for name, layer in engine.module.named_modules()}
-            released = sum(is_stand_in(parameter.data) for parameter in engine.module.parameters())
+            released = sum(map(is_released, engine.module.parameters()))
             rows[level] = (losses, full_weights(engine), take_steps(engine, book, range(3, 5)), layers, released)
     return rows
 
