@@ -95,7 +95,7 @@ def _no_match(unmatched: str, pieces: list[Finding]) -> PlanError:
             f"msamp/{key}: {pattern!r} matches no parameter in any stage of the pipeline, so it would do nothing."
         )
     layers = dict.fromkeys(fqn for found in pieces for fqn in found.layers)
-    return patterns.no_match(key, pattern, [patterns.Candidate(fqn, ()) for fqn in layers], [])
+    return patterns.no_match(key, pattern, [patterns.ModuleNames(fqn, ()) for fqn in layers], [])
 
 
 def different_facts(facts: dict[int, dict[str, str]]) -> dict[str, str]:

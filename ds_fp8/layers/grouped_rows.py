@@ -46,8 +46,8 @@ def wgrad(grad_output: torch.Tensor, kept: Coded, groups: Groups, dtype: torch.d
     if groups_in_one_launch(grad_output.device):
         ends, places, room = groups.aligned()
         out = torch._scaled_grouped_mm(
-            _turned(left[0], places, room),
-            _turned(right[0], places, room).t(),
+            _transposed(left[0], places, room),
+            _transposed(right[0], places, room).t(),
             left[1].flatten(),
             right[1].flatten(),
             offs=ends,
@@ -102,7 +102,7 @@ def _dense(codes: torch.Tensor) -> torch.Tensor:
     return codes.t().contiguous()
 
 
-def _turned(codes: torch.Tensor, places: torch.Tensor, room: int) -> torch.Tensor:
+def _transposed(codes: torch.Tensor, places: torch.Tensor, room: int) -> torch.Tensor:
     """Codes [S, columns] as [columns, room], each row at its place; a zero adds nothing to a sum."""
     wide = codes.new_zeros((room, codes.shape[1]), dtype=torch.uint8)
     wide.index_copy_(0, places, codes.view(torch.uint8))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .conversion_checks import KINDS, MATRICES
 from .decisions import ModuleDecision, Plan
-from .obstacles import KINDS, MATRICES
 from .share import share_line, share_warning
 
 SHOWN = 4

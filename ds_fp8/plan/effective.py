@@ -12,7 +12,7 @@ from ..capabilities import BLACKWELL_SINCE, BLOCK_SINCE, FP8_SINCE, Host
 from ..config.settings import Fp8Settings, Settings
 from ..errors import PlanError
 from ..levels import Level
-from . import crossover
+from . import performance
 from .decisions import Fp8Plan
 
 BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
@@ -128,7 +128,7 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
         return "torch"
     if runs:
         fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear
-        if asked == "auto" and not fuses and crossover.faster_backend(host, kind) == "torch":
+        if asked == "auto" and not fuses and performance.faster_backend(host, kind) == "torch":
             return "torch"
         return "transformer_engine"
     if kind in BLACKWELL_RECIPES:

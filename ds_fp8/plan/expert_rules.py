@@ -34,7 +34,7 @@ class ExpertRule:
         """(experts, out, in) of each."""
         found = []
         for name in self.weights:
-            count, rows, columns = shape_of(module._parameters[name])
+            count, rows, columns = shape_of(module.get_parameter(name))
             found.append((count, columns, rows) if name in self.transposed else (count, rows, columns))
         return found
 
@@ -47,8 +47,8 @@ def rule_of(module: nn.Module) -> ExpertRule | None:
             raise PlanError(
                 f"ds_fp8.experts.register({type(module).__name__}): {', '.join(missing)} is no parameter [experts, ., .]."
             )
-        turned = frozenset(name for name, layout in told.weights.items() if layout == "in_out")
-        return ExpertRule("registered", tuple(told.weights), turned)
+        transposed = frozenset(name for name, layout in told.weights.items() if layout == "in_out")
+        return ExpertRule("registered", tuple(told.weights), transposed)
     if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
         names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
         if all(_is_stack(module, name) for name in names):

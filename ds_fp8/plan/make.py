@@ -15,12 +15,12 @@ from torch import nn
 from .. import capabilities
 from ..config.settings import Settings
 from ..errors import PlanError
-from . import crossover
+from . import performance
+from .conversion_checks import MATRICES
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
 from .effective import BLACKWELL_RECIPES, Effective, decide_settings
 from .flops import Counted, count_products
 from .modules import Rules, decide_modules
-from .obstacles import MATRICES
 from .parameters import decide_parameters, frozen_layers, unmatched_exclusions
 
 
@@ -182,7 +182,7 @@ def _notes(
         kinds = " and ".join(dict.fromkeys(decision.kind for decision in apart))
         notes.append(f"{level.name}: the weights of {len(apart)} {kinds} compute in FP8 and travel in 16 bits")
     if effective.fp8.enabled and not effective.fp8.emulated:
-        slower = crossover.slower_note(host, effective.fp8.backend, effective.fp8.recipe.kind, modules)
+        slower = performance.slower_note(host, effective.fp8.backend, effective.fp8.recipe.kind, modules)
         notes += [slower] if slower else []
     return tuple(notes)
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..config.settings import LayerSettings
 from ..errors import PlanError
-from . import obstacles, patterns
+from . import conversion_checks, patterns
+from .conversion_checks import HARD, MATRICES, SOFT, CandidateModule, first_reason, kind_of
 from .decisions import ModuleDecision
-from .obstacles import HARD, MATRICES, SOFT, Site, first_reason, kind_of
 from .roles import find_roles
 
 TARGETS = {
@@ -48,15 +48,15 @@ def decide_modules(model: nn.Module, rules: Rules) -> tuple[tuple[ModuleDecision
     Raises PlanError for a pattern without a match (in a whole model), and for a module that was asked for by name and
     cannot be converted.
     """
-    sites = find_sites(model, rules)
-    candidates = [_candidate(site) for site in sites]
-    missing = _check_patterns(model, rules, candidates)
-    ends = _ends(sites, rules)
-    decisions = [_decide(site, candidate, rules, ends) for site, candidate in zip(sites, candidates, strict=True)]
+    candidates = find_candidates(model, rules)
+    names = [_names(candidate) for candidate in candidates]
+    missing = _check_patterns(model, rules, names)
+    ends = _ends(candidates, rules)
+    decisions = [_decide(candidate, name, rules, ends) for candidate, name in zip(candidates, names, strict=True)]
     return tuple(decisions), missing
 
 
-def find_sites(model: nn.Module, rules: Rules) -> list[Site]:
+def find_candidates(model: nn.Module, rules: Rules) -> list[CandidateModule]:
     """Every module of a known kind, with those that share its weight."""
     sharers: dict[int, list[tuple[str, nn.Module]]] = {}
     for fqn, module in model.named_modules():
@@ -64,7 +64,7 @@ def find_sites(model: nn.Module, rules: Rules) -> list[Site]:
             if parameter is not None:
                 sharers.setdefault(id(parameter), []).append((fqn, module))
     roles = find_roles(model)
-    sites = []
+    candidates = []
     for fqn, module in model.named_modules():
         kind = kind_of(module)
         if kind is None or (fqn == "" and kind not in MATRICES):
@@ -74,89 +74,96 @@ def find_sites(model: nn.Module, rules: Rules) -> list[Site]:
                 f"{fqn or 'the model'} is an FP8 layer already; call ds_fp8.layers.restore_layers(model) first."
             )
         mine = sharers.get(id(module._parameters.get("weight")), [(fqn, module)])
-        sites.append(Site(fqn, module, kind, mine, rules.recipe, rules.backend, roles.get(fqn)))
-    return sites
+        candidates.append(CandidateModule(fqn, module, kind, mine, rules.recipe, rules.backend, roles.get(fqn)))
+    return candidates
 
 
-def _candidate(site: Site) -> patterns.Candidate:
-    cls = type(site.module)
-    return patterns.Candidate(site.fqn, (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"))
+def _names(candidate: CandidateModule) -> patterns.ModuleNames:
+    cls = type(candidate.module)
+    return patterns.ModuleNames(candidate.fqn, (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"))
 
 
-def _check_patterns(model: nn.Module, rules: Rules, candidates: Sequence[patterns.Candidate]) -> tuple[str, ...]:
-    known = {candidate.fqn for candidate in candidates}
+def _check_patterns(model: nn.Module, rules: Rules, names: Sequence[patterns.ModuleNames]) -> tuple[str, ...]:
+    known = {name.fqn for name in names}
     others = [(fqn, type(module).__name__) for fqn, module in model.named_modules() if fqn not in known]
     missing: list[str] = []
     for key in ("include", "exclude"):
-        for pattern in patterns.unmatched(getattr(rules.layers, key), candidates):
+        for pattern in patterns.unmatched(getattr(rules.layers, key), names):
             if not rules.partial:
-                raise patterns.no_match(key, pattern, candidates, others)
+                raise patterns.no_match(key, pattern, names, others)
             missing.append(f"{key}: {pattern}")
     return tuple(missing)
 
 
-def _ends(sites: Sequence[Site], rules: Rules) -> set[str]:
+def _ends(candidates: Sequence[CandidateModule], rules: Rules) -> set[str]:
     """Names of the first and the last Linear of the model, when they are to stay in high precision."""
-    names = [site.fqn for site in sites if site.kind in ("Linear", "Conv1D")]
+    names = [candidate.fqn for candidate in candidates if candidate.kind in ("Linear", "Conv1D")]
     if not rules.layers.first_last_high_precision or not names:
         return set()
     return ({names[0]} if rules.first else set()) | ({names[-1]} if rules.last else set())
 
 
-def _decide(site: Site, candidate: patterns.Candidate, rules: Rules, ends: set[str]) -> ModuleDecision:
-    shape = site.shape
+def _decide(candidate: CandidateModule, name: patterns.ModuleNames, rules: Rules, ends: set[str]) -> ModuleDecision:
+    shape = candidate.shape
 
     def keep(reason: str) -> ModuleDecision:
-        return ModuleDecision(site.fqn, site.kind, "keep", "", reason, shape)
+        return ModuleDecision(candidate.fqn, candidate.kind, "keep", "", reason, shape)
 
-    asked = patterns.find(rules.layers.include, candidate)
-    excluded = patterns.find(rules.layers.exclude, candidate)
+    asked = patterns.find(rules.layers.include, name)
+    excluded = patterns.find(rules.layers.exclude, name)
     named = asked is not None and patterns.is_literal(asked)
     if excluded is not None:
         if named and patterns.is_literal(excluded) and asked == excluded:
             raise PlanError(f"fp8/layers: {asked!r} is both included and excluded; remove one of the two.")
         return keep(f"excluded by {excluded!r}")
-    group = "linear" if site.kind in MATRICES else "norm"
+    group = "linear" if candidate.kind in MATRICES else "norm"
     if not getattr(rules.layers, group):
         return keep(f"fp8/layers/{group} is false")
     if rules.layers.include and asked is None:
         return keep("not in include")
 
-    if reason := first_reason(HARD, site):
+    if reason := first_reason(HARD, candidate):
         explicit = named or (
-            asked is not None and patterns.names_something(asked) and obstacles.unaligned(site) == reason
+            asked is not None and patterns.names_something(asked) and conversion_checks.unaligned(candidate) == reason
         )
         if explicit:
             raise PlanError(
-                f"fp8/layers/include: {asked!r} asks for {site.fqn}, which cannot compute in FP8: {reason}.\n"
-                f"  Add {site.fqn!r} to fp8/layers/exclude{_cure(site)}."
+                f"fp8/layers/include: {asked!r} asks for {candidate.fqn}, which cannot compute in FP8: {reason}.\n"
+                f"  Add {candidate.fqn!r} to fp8/layers/exclude{_cure(candidate)}."
             )
         return keep(reason)
-    meant = site.role is not None and any(site.role.asked_by(pattern, site.fqn) for pattern in rules.layers.include)
-    if named and (meant or site.role is None):
-        overruled = first_reason(SOFT, site) or (site.role.name if site.role else None)
-        return _swap(site, rules, shape, f"{overruled}, but included by name" if overruled else "")
-    if reason := first_reason(SOFT, site):
+    meant = candidate.role is not None and any(
+        candidate.role.asked_by(pattern, candidate.fqn) for pattern in rules.layers.include
+    )
+    if named and (meant or candidate.role is None):
+        overruled = first_reason(SOFT, candidate) or (candidate.role.name if candidate.role else None)
+        return _swap(candidate, rules, shape, f"{overruled}, but included by name" if overruled else "")
+    if reason := first_reason(SOFT, candidate):
         return keep(reason)
-    if meant:
-        return _swap(site, rules, shape, f"{site.role.name}, but included by name")
-    if site.kind in MATRICES and min(shape[-2:]) < rules.min_features:
+    if meant and candidate.role is not None:
+        return _swap(candidate, rules, shape, f"{candidate.role.name}, but included by name")
+    if candidate.kind in MATRICES and min(shape[-2:]) < rules.min_features:
         return keep(f"fewer than min_features {rules.min_features}: {min(shape[-2:])}")
-    if site.fqn in ends:
+    if candidate.fqn in ends:
         return keep("first or last Linear")
-    if site.role is not None:
-        return keep(site.role.reason())
-    return _swap(site, rules, shape, "")
+    if candidate.role is not None:
+        return keep(candidate.role.reason())
+    return _swap(candidate, rules, shape, "")
 
 
-def _swap(site: Site, rules: Rules, shape: tuple[int, ...], reason: str) -> ModuleDecision:
+def _swap(candidate: CandidateModule, rules: Rules, shape: tuple[int, ...], reason: str) -> ModuleDecision:
     return ModuleDecision(
-        site.fqn, site.kind, "swap", OURS.get(site.kind) or TARGETS[rules.backend][site.kind], reason, shape
+        candidate.fqn,
+        candidate.kind,
+        "swap",
+        OURS.get(candidate.kind) or TARGETS[rules.backend][candidate.kind],
+        reason,
+        shape,
     )
 
 
-def _cure(site: Site) -> str:
-    if obstacles.unaligned(site):
-        side = obstacles.ALIGNMENT[site.recipe]
+def _cure(candidate: CandidateModule) -> str:
+    if conversion_checks.unaligned(candidate):
+        side = conversion_checks.ALIGNMENT[candidate.recipe]
         return f", or pad its features to a multiple of {side}"
     return ""

@@ -3,9 +3,9 @@
 A filter that matches nothing is how a renamed head gets quantised without anybody noticing, so it is an error here,
 with the closest names. How explicit a pattern is decides what happens to a module that cannot be converted:
 
-    head             literal: the module itself was asked for, so any obstacle is an error
-    encoder.*.fc1    names it: an obstacle of shape is an error, other obstacles keep it with the reason
-    *                names nothing: obstacles keep modules with the reason
+    head             literal: the module itself was asked for, so any failed check is an error
+    encoder.*.fc1    names it: a failed check of shape is an error, others keep it with the reason
+    *                names nothing: failed checks keep modules with the reason
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WILDCARDS = "*?[]!"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ModuleNames:
     """One module that could be converted, as patterns see it."""
 
     fqn: str
@@ -37,23 +37,23 @@ def names_something(pattern: str) -> bool:
     return bool(pattern.strip(WILDCARDS + ".-_"))
 
 
-def matches(pattern: str, candidate: Candidate) -> bool:
+def matches(pattern: str, module: ModuleNames) -> bool:
     """By name, or by class: `Linear`-like names without a dot also select a class."""
-    return fnmatchcase(candidate.fqn, pattern) or pattern in candidate.class_names
+    return fnmatchcase(module.fqn, pattern) or pattern in module.class_names
 
 
-def find(patterns: Sequence[str], candidate: Candidate) -> str | None:
+def find(patterns: Sequence[str], module: ModuleNames) -> str | None:
     """The most explicit pattern that matches: literal before glob, class name last."""
-    found = [pattern for pattern in patterns if matches(pattern, candidate)]
+    found = [pattern for pattern in patterns if matches(pattern, module)]
     found.sort(key=lambda pattern: (not is_literal(pattern), not names_something(pattern)))
     return found[0] if found else None
 
 
-def unmatched(patterns: Iterable[str], candidates: Sequence[Candidate]) -> list[str]:
-    return [pattern for pattern in patterns if not any(matches(pattern, candidate) for candidate in candidates)]
+def unmatched(patterns: Iterable[str], modules: Sequence[ModuleNames]) -> list[str]:
+    return [pattern for pattern in patterns if not any(matches(pattern, module) for module in modules)]
 
 
-def no_match(key: str, pattern: str, candidates: Sequence[Candidate], others: Sequence[tuple[str, str]]) -> PlanError:
+def no_match(key: str, pattern: str, modules: Sequence[ModuleNames], others: Sequence[tuple[str, str]]) -> PlanError:
     """The error for a pattern without a match.
 
     others  (fqn, class name) of all other modules: containers, embeddings, ...
@@ -61,11 +61,11 @@ def no_match(key: str, pattern: str, candidates: Sequence[Candidate], others: Se
     head = f"fp8/layers/{key}: {pattern!r} matches no Linear, Conv1D, experts or norm of this model, so it would do nothing."
     for fqn, class_name in others:
         if fqn and fnmatchcase(fqn, pattern):
-            inner = [candidate for candidate in candidates if candidate.fqn.startswith(f"{fqn}.")]
+            inner = [module for module in modules if module.fqn.startswith(f"{fqn}.")]
             if inner:
                 return PlanError(f"{head}\n  {fqn} ({class_name}) holds {len(inner)} of them; write '{pattern}.*'.")
             return PlanError(f"{head}\n  {fqn} ({class_name}) is never converted; remove the pattern.")
-    names = [candidate.fqn for candidate in candidates]
+    names = [module.fqn for module in modules]
     close = difflib.get_close_matches(pattern.strip(WILDCARDS), names, n=3, cutoff=0.3)
     if not close:
         stem = pattern.strip(WILDCARDS + ".").split(".")[-1]

@@ -40,6 +40,10 @@ GATE_NAME = re.compile(r"^(w_)?(gate|gates|gating|switch)(_linear|_network|_net|
 ADAPTER_NAME = re.compile(r"(^|_)(lora|loha|lokr|vera|dora|oft|boft|adapter|adapters)(_|$)|lora_", re.IGNORECASE)
 
 
+Linears = dict[str, nn.Linear]
+"""The Linears of a model by their full name."""
+
+
 @dataclass(frozen=True)
 class Role:
     """What a layer is for.
@@ -65,7 +69,7 @@ class Role:
 def find_roles(model: nn.Module) -> dict[str, Role]:
     """fqn -> role of every Linear that has one; a router inside a head is a router."""
     modules = dict(model.named_modules())
-    linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear)}
+    linears: Linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear)}
     counts = {fqn: expert_counts(module) for fqn, module in modules.items() if not isinstance(module, nn.Linear)}
     roles: dict[str, Role] = {}
     for fqn in filter(None, linears):  # a model that is one Linear has no role
@@ -101,7 +105,8 @@ def _router(fqn: str, modules: dict[str, nn.Module], counts: dict[str, set[int]]
     role = Role("router", own, f"*.{own}" if len(parts) > 1 else own)
     if ROUTER_NAME.search(own):
         return role
-    width = shape_of(modules[fqn].weight)[0] if modules[fqn]._parameters.get("weight") is not None else 0
+    weight = modules[fqn]._parameters.get("weight")
+    width = 0 if weight is None else shape_of(weight)[0]
     for up in (1, 2):
         if len(parts) < up:
             break
@@ -119,7 +124,7 @@ def _inside_experts(parts: list[str]) -> bool:
     return any("expert" in part.lower() for part in parts[:-1])
 
 
-def _output_heads(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+def _output_heads(model: nn.Module, linears: Linears) -> Iterator[tuple[str, str]]:
     """(fqn, the part of it that names the head); PEFT's `modules_to_save` puts layers inside the head."""
     heads = {id(head) for head in _asked_heads(model)}
     found: dict[str, str] = {}
@@ -137,14 +142,14 @@ def _asked_heads(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if callable(getattr(type(module), "get_output_embeddings", None)):
             try:
-                head = module.get_output_embeddings()
+                head = module.get_output_embeddings()  # type: ignore[operator]
             except Exception:  # noqa: BLE001  # the model's own code, which may not know: then it names none
                 continue
             if isinstance(head, nn.Module):
                 yield head
 
 
-def _as_wide_as_words(model: nn.Module, linears: dict[str, nn.Module], known: bool) -> list[str]:
+def _as_wide_as_words(model: nn.Module, linears: Linears, known: bool) -> list[str]:
     """Linears whose outputs are as many as the words of an embedding; layers of repeated blocks are none.
 
     Several of that width: those that are named like a head, else the last one.
@@ -173,7 +178,7 @@ def _vocabularies(model: nn.Module) -> Iterator[int]:
             yield spec.num_embeddings
 
 
-def _classifiers(linears: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+def _classifiers(linears: Linears) -> Iterator[tuple[str, str]]:
     """(fqn, the part of it that names a classifier)."""
     for fqn in linears:
         part = next((part for part in fqn.split(".") if part in CLASSIFIERS), None)

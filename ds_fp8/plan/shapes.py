@@ -30,7 +30,7 @@ def matrix_of(module: nn.Module) -> tuple[int, int] | None:
     """(out_features, in_features) of a Linear, a Conv1D, or a wrapper such as PEFT's around one; None for all else."""
     weight = module._parameters.get("weight")
     if is_conv1d(module):
-        columns, rows = shape_of(module.weight)
+        columns, rows = shape_of(weight)  # type: ignore[arg-type]  # is_conv1d has looked
         return rows, columns
     if isinstance(module, nn.Linear):
         shape = shape_of(weight) if weight is not None else (module.out_features, module.in_features)

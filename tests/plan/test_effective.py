@@ -38,7 +38,7 @@ def plan(settings: Settings, machine: Host = CPU) -> Plan:
     [
         (CPU, "torch", True),
         (AMPERE, "torch", True),
-        (HOPPER, "torch", False),  # the faster one in every case measured there (plan/crossover.py)
+        (HOPPER, "torch", False),  # the faster one in every case measured there (plan/performance.py)
         (BLACKWELL, "transformer_engine", False),  # nothing measured
         (HOPPER_WITHOUT, "torch", False),
     ],

@@ -88,7 +88,7 @@ def test_include_and_exclude():
     assert swaps(plan_of(model, linear=False)) == ["blocks.0.norm", "blocks.1.norm", "blocks.2.norm"]
 
 
-def test_naming_a_module_overrules_a_default_but_not_an_obstacle():
+def test_naming_a_module_overrules_a_default_but_not_a_hard_check():
     plan = plan_of(Zoo(), include=("special", "tied", "fine"))
     assert swaps(plan) == ["fine", "special", "tied"]
     assert plan.decision("tied").reason == "tied to embed (Embedding), but included by name"

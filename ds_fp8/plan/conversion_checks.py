@@ -1,9 +1,9 @@
 """Why a module cannot, or should not, be converted: one small function per reason.
 
-Each takes a `Site` and returns the reason as the user will read it, or None. `HARD` obstacles make a conversion wrong
-or impossible: asking for such a module by its full name is an error. `SOFT` ones are good defaults, and naming the
-module overrules them. Each of these was a silent failure somewhere: subclasses whose forward is never called, tied
-heads quietly untied, a conversion that stopped at the first unaligned layer.
+Each takes a `CandidateModule` and returns the reason as the user will read it, or None. Where a `HARD` check fails, a
+conversion would be wrong or impossible: asking for such a module by its full name is an error. `SOFT` ones are good
+defaults, and naming the module overrules them. Each of these was a silent failure somewhere: subclasses whose forward is
+never called, tied heads quietly untied, a conversion that stopped at the first unaligned layer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Site:
+class CandidateModule:
     """A module in its place.
 
     sharers  (fqn, module) of all modules that hold the same weight Parameter, this one included
@@ -72,7 +72,7 @@ class Site:
         return shape[::-1] if self.kind == "Conv1D" else shape
 
 
-Obstacle = Callable[[Site], "str | None"]
+ConversionCheck = Callable[[CandidateModule], "str | None"]
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -82,18 +82,18 @@ def kind_of(module: nn.Module) -> str | None:
     return "Experts" if found is None and rule_of(module) is not None else found
 
 
-def computed_weight(site: Site) -> str | None:
+def computed_weight(candidate: CandidateModule) -> str | None:
     """weight_norm, spectral_norm and parametrizations compute the weight anew in each forward: nothing to adopt."""
-    if hasattr(site.module, "parametrizations"):
+    if hasattr(candidate.module, "parametrizations"):
         return "its weight is parametrized"
-    if site.kind in MATRICES and site.weight is None:
+    if candidate.kind in MATRICES and candidate.weight is None:
         return "its weight is computed by a hook (weight_norm or the like)"
     return None
 
 
-def foreign_weight(site: Site) -> str | None:
+def foreign_weight(candidate: CandidateModule) -> str | None:
     """A weight that is no plain dense floating Parameter belongs to somebody else's scheme."""
-    weight = site.weight
+    weight = candidate.weight
     if weight is None:
         return None
     if weight.dtype not in DTYPES:
@@ -110,68 +110,68 @@ def foreign_weight(site: Site) -> str | None:
     return None
 
 
-def replaced_forward(site: Site) -> str | None:
+def replaced_forward(candidate: CandidateModule) -> str | None:
     """Somebody else's forward on the instance would be lost, or would bypass ours."""
-    return "its forward was replaced on the instance" if "forward" in vars(site.module) else None
+    return "its forward was replaced on the instance" if "forward" in vars(candidate.module) else None
 
 
-def subclass(site: Site) -> str | None:
+def subclass(candidate: CandidateModule) -> str | None:
     """A subclass has its own forward, or none that is ever called."""
-    cls = type(site.module)
-    if site.kind in ("Conv1D", "Experts") or any(cls is plain for _, plain in PLAIN):
+    cls = type(candidate.module)
+    if candidate.kind in ("Conv1D", "Experts") or any(cls is plain for _, plain in PLAIN):
         return None
     if cls.__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention never calls its out_proj"
     return f"subclass {cls.__name__}"
 
 
-def unaligned(site: Site) -> str | None:
+def unaligned(candidate: CandidateModule) -> str | None:
     """FP8 matrix products want multiples of 16."""
-    if site.kind not in MATRICES or site.weight is None:
+    if candidate.kind not in MATRICES or candidate.weight is None:
         return None
-    side, sizes = ALIGNMENT[site.recipe], list(site.shape)
-    if site.kind == "Experts" and (rule := rule_of(site.module)):
-        sizes = list(dict.fromkeys(size for shape in rule.shapes(site.module) for size in shape[1:]))
+    side, sizes = ALIGNMENT[candidate.recipe], list(candidate.shape)
+    if candidate.kind == "Experts" and (rule := rule_of(candidate.module)):
+        sizes = list(dict.fromkeys(size for shape in rule.shapes(candidate.module) for size in shape[1:]))
     wrong = [size for size in sizes if size % side]
     if 0 in sizes:
         return "empty"
     return f"not a multiple of {side}: {', '.join(map(str, wrong))}" if wrong else None
 
 
-def norm_shape(site: Site) -> str | None:
+def norm_shape(candidate: CandidateModule) -> str | None:
     """Transformer Engine's norms always have a weight, LayerNorm a bias, over one dimension; one rule for both backends."""
-    if site.kind in MATRICES:
+    if candidate.kind in MATRICES:
         return None
-    if site.weight is None:
+    if candidate.weight is None:
         return "no affine weight"
-    if site.kind == "LayerNorm" and site.module._parameters.get("bias") is None:
+    if candidate.kind == "LayerNorm" and candidate.module._parameters.get("bias") is None:
         return "no bias"
-    if len(shape_of(site.weight)) > 1:
+    if len(shape_of(candidate.weight)) > 1:
         return "normalizes over several dimensions"
-    if site.kind == "RMSNorm" and site.backend == "transformer_engine" and site.module.eps is None:
+    if candidate.kind == "RMSNorm" and candidate.backend == "transformer_engine" and candidate.module.eps is None:
         return "eps is None, Transformer Engine wants a number"
     return None
 
 
-def tied(site: Site) -> str | None:
+def tied(candidate: CandidateModule) -> str | None:
     """An embedding reads the same Parameter in high precision, and a tied head is what quality depends on most."""
-    if site.kind not in MATRICES:
+    if candidate.kind not in MATRICES:
         return None
-    others = [(fqn, module) for fqn, module in site.sharers if kind_of(module) != site.kind]
+    others = [(fqn, module) for fqn, module in candidate.sharers if kind_of(module) != candidate.kind]
     if not others:
         return None
     fqn, module = others[0]
     return f"tied to {fqn} ({type(module).__name__})"
 
 
-def not_in_recipe(site: Site) -> str | None:
+def not_in_recipe(candidate: CandidateModule) -> str | None:
     """Blackwell's recipes live in Transformer Engine, which has neither a layer for a weight [in, out] nor for stacks."""
-    if site.kind in ("Conv1D", "Experts") and site.recipe in ("mxfp8", "nvfp4"):
-        return f"recipe {site.recipe} has no product for a {site.kind}"
+    if candidate.kind in ("Conv1D", "Experts") and candidate.recipe in ("mxfp8", "nvfp4"):
+        return f"recipe {candidate.recipe} has no product for a {candidate.kind}"
     return None
 
 
-HARD: tuple[Obstacle, ...] = (
+HARD: tuple[ConversionCheck, ...] = (
     computed_weight,
     foreign_weight,
     replaced_forward,
@@ -179,8 +179,8 @@ HARD: tuple[Obstacle, ...] = (
     unaligned,
     norm_shape,
 )
-SOFT: tuple[Obstacle, ...] = (subclass, tied)
+SOFT: tuple[ConversionCheck, ...] = (subclass, tied)
 
 
-def first_reason(obstacles: Sequence[Obstacle], site: Site) -> str | None:
-    return next((reason for reason in (obstacle(site) for obstacle in obstacles) if reason), None)
+def first_reason(checks: Sequence[ConversionCheck], candidate: CandidateModule) -> str | None:
+    return next((reason for reason in (check(candidate) for check in checks) if reason), None)
