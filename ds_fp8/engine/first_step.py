@@ -5,8 +5,9 @@ itself (TRL's and Liger Kernel's by `lm_head.weight`), or it is called in eval m
 of each layer leave a mark (`layers/ran.py`), weights of planned layers tell whether a gradient reached them, and after the
 step all ranks put together what they have seen: a layer that runs on some ranks only has run.
 
-    ds_fp8: step 1: all 224 planned layers ran in FP8, 62% of the model's matrix FLOPs
-    ds_fp8: step 1: 223 of 224 planned layers ran in FP8; not: lm_head (something else multiplied by its weight ...)
+    ds_fp8: FP8 in 62% of the model's FLOPs, all 224 planned layers ran in FP8 in step 1
+    ds_fp8: WARNING: FP8 in 55% of the model's FLOPs, 223 of 224 planned layers ran in FP8 in step 1; not: lm_head (never
+            called, and yet its weight got a gradient ...)
 
 `fp8/first_step_check` makes an error of the second line, or turns it all off. From the second step on nothing is left: no
 hook, no mark. Steps before `start_step` are passed over.
@@ -118,9 +119,9 @@ def verdict(seen: dict[str, int], step: int, plan: Any) -> tuple[str, bool]:
     """What to say of a step in which the layers did `seen` (bits by name), and whether all of them did what was planned."""
     failed = {name: reason for name, bits in seen.items() if (reason := _failure(bits))}
     share = flops_share(plan, without=failed)
-    told = "" if share is None or plan.partial else f", {share:.0%} of the model's matrix FLOPs"
+    told = "" if share is None or plan.partial else f"FP8 in {share:.0%} of the model's FLOPs, "
     if not failed:
-        return f"step {step}: all {len(seen)} planned layers ran in FP8{told}", True
+        return f"{told}all {len(seen)} planned layers ran in FP8 in step {step}", True
     by_reason: dict[str, list[str]] = {}
     for name, reason in failed.items():
         by_reason.setdefault(reason, []).append(name or "the model itself")
@@ -129,7 +130,7 @@ def verdict(seen: dict[str, int], step: int, plan: Any) -> tuple[str, bool]:
         for reason, names in by_reason.items()
     ]
     ran = len(seen) - len(failed)
-    return f"step {step}: {ran} of {len(seen)} planned layers ran in FP8{told}; not: {'; '.join(listed)}", False
+    return f"{told}{ran} of {len(seen)} planned layers ran in FP8 in step {step}; not: {'; '.join(listed)}", False
 
 
 def _failure(bits: int) -> str | None:

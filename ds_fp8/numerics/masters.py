@@ -17,10 +17,11 @@ bf16 is the upper half of fp32, so with `bits` the pattern of the master (uint32
     split32: weight = (bits + 0x8000) >> 16;                   remainder = bits - (weight << 16)     in [-32768, 32767]
     split24: bits24 = (bits + 0x80) >> 8      stochastic: (bits + (random >> 24)) >> 8
              weight = (bits24 + 0x80) >> 8;                    remainder = bits24 - (weight << 8)    in [-128, 127]
-    join:    bits = (weight << 16) + remainder   or   ((weight << 8) + remainder) << 8
+    join:    bits = (weight << 16) + remainder   or   ((weight << 8) + remainder) << 8;  if that is NaN: weight << 16
 
 all in wrapping 32-bit integers. Both are rounded half up (away from zero): with ties to even a remainder of 16 bits
-would need 65537 values, and one of 8 bits three more operations. The weight differs from RNE for one master in 2^17.
+would need 65537 values, and one of 8 bits three more operations. A join is NaN without a NaN weight only where somebody
+has written a weight in place: zero (pruning, a mask) beside the negative remainder of what was there. The weight differs from RNE for one master in 2^17.
 For fp16, weight = RNE(master), q = (master - weight) / (ulp * 2^-k), exact in fp32, remainder = RNE(q) or
 floor(q + float(random >> 8) * 2^-24); join is weight + float(remainder) * unit, product exact, one fp32 sum.
 ulp(weight) = 2^(max(E, 1) - 25) with E the exponent field of the fp16 pattern. A weight that is not finite has
@@ -136,10 +137,9 @@ def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
     """The inverse of `split`: fp32 [n]."""
     extra = remainder.to(torch.int32)
     if weight.dtype == torch.bfloat16:
-        high = weight.view(torch.int16).to(torch.int32)
-        if remainder.dtype == torch.int16:
-            return ((high << 16) + extra).view(torch.float32)
-        return ((high << 8) + extra << 8).view(torch.float32)
+        high = weight.view(torch.int16).to(torch.int32) << 16
+        joined = high + (extra if remainder.dtype == torch.int16 else extra << 8)
+        return torch.where(joined.view(torch.float32).isnan(), high, joined).view(torch.float32)
     if weight.dtype == torch.float16:
         return weight.float() + extra.float() * _fp16_unit(weight, remainder.dtype)
     raise ValueError(f"a split master needs a bf16 or fp16 parameter, not {weight.dtype}")

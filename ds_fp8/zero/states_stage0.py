@@ -131,8 +131,17 @@ class Stage0Optimizer:
         self.optimizer.grad_scale = 1.0 / self.loss_scale_config.combined(scaled_norm, self.clip_grad)
         self._global_grad_norm = scaled_norm / scale
         self.loss_scale_config.update(overflow=False)
+        self._fill_missing_gradients()
         self.optimizer.step()
         return self.overflow
+
+    def _fill_missing_gradients(self) -> None:
+        """A parameter without gradient (frozen in mid-run) has gradient zero, as in DeepSpeed's wrappers and in every ZeRO
+        stage: its momentum and its decay go on. torch's own Adam, and so DeepSpeed with fp32, leaves it alone.
+        """
+        for param in self.fp8_masters:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
 
     def _skip(self: Any) -> bool:
         """No update from gradients that are not finite; a dynamic loss scale goes down."""

@@ -51,13 +51,13 @@ def test_the_first_step_tells_which_layers_ran():
         assert all(not lines for lines in silent["lines"]), "only rank 0 speaks"
     for told, _ in results[: len(JOBS["all"])]:
         first, second = told["lines"]
-        assert len(first) == 1 and "planned layers ran in FP8" in first[0] and ": all " in first[0] and not second
+        assert len(first) == 1 and "planned layers ran in FP8" in first[0] and "all " in first[0] and not second
     for told, _ in results[len(JOBS["all"]) : -len(OTHERS)]:
-        assert "4 of 6 planned layers ran in FP8, 69% of the model" in told["lines"][0][0]
+        assert "FP8 in 69% of the model's FLOPs, 4 of 6 planned layers ran in FP8 in step 1" in told["lines"][0][0]
         assert "spare (never called)" in told["lines"][0][0]
         assert "out (never called, and yet its weight got a gradient" in told["lines"][0][0]
     (later, _), (frozen, _), (unused, _), (stopped, too), (silent, _) = results[-len(OTHERS) :]
-    assert not later["lines"][0] and "step 2: all 6" in later["lines"][1][0]
+    assert not later["lines"][0] and "all 6 planned layers ran in FP8 in step 2" in later["lines"][1][0]
     assert "frozen.up, frozen.down (called in high precision only" in frozen["lines"][0][0]
     assert "spare (no dgrad and no wgrad" in unused["lines"][0][0]
     assert stopped["error"] == too["error"] and "first_step_check to warn" in too["error"]
@@ -73,7 +73,7 @@ def test_what_one_rank_did_counts_for_all():
     ran.forward(high, dgrad=False, wgrad=True)
     assert "a (no wgrad" in verdict({"a": ran.bits()}, 1, _plan())[0]
     ran.backward(high, dgrad=False, wgrad=True)
-    assert verdict({"a": ran.bits()}, 7, _plan()) == ("step 7: all 1 planned layers ran in FP8", True)
+    assert verdict({"a": ran.bits()}, 7, _plan()) == ("all 1 planned layers ran in FP8 in step 7", True)
 
 
 def _plan() -> Plan:

@@ -193,3 +193,13 @@ def test_many_weights_in_one_launch():
     for (start, stop), piece, scale in zip(bounds, pieces, scales, strict=True):
         wanted[start:stop] = numerics.quantize(piece, scale, E4M3).view(torch.uint8)
     assert torch.equal(codes, wanted)
+
+
+@pytest.mark.parametrize("master", ["split24", "split32"])
+def test_a_weight_zeroed_in_place(master):
+    """As in test_cpu_adam.py: zero beside the negative remainder of what was there is zero, not NaN."""
+    step = make_step(torch.bfloat16, "int8", "fp16", master)
+    compare(step, steps=2)
+    step.param[::2] = 0
+    compare(step, steps=1)
+    assert step.param.isfinite().all()

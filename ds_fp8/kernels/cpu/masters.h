@@ -32,7 +32,12 @@ INLINE Words half_unit(Words weight) {
 
 template <class R>
 INLINE Floats join(bool bf16, Words weight, Words remainder) {
-    if (bf16) return floats_of((weight << 16) + (sizeof(R) == 2 ? remainder : remainder << 8));
+    if (bf16) {
+        Words high = weight << 16;
+        Words bits = high + (sizeof(R) == 2 ? remainder : remainder << 8);
+        // A zero written in place, beside the negative remainder of what was there, would be NaN.
+        return floats_of(floats_of(bits) == floats_of(bits) ? bits : high);
+    }
     return half_to_float(narrow_to_halves(weight)) +
            __builtin_convertvector((Ints)remainder, Floats) * floats_of(half_unit<R>(weight));
 }

@@ -54,8 +54,13 @@ INLINE void read_split24_pack(Floats* w, const uint16_t* weights, const int8_t* 
 #pragma GCC unroll 2
     for (int p = 0; p < 2; p++) {
         __m512i high = _mm512_loadu_si512(weights + 2 * p * LANES);
-        w[2 * p] = floats_of((Words)interleave(low[p], high, 0) - 0x8000u);
-        w[2 * p + 1] = floats_of((Words)interleave(low[p], high, 16) - 0x8000u);
+        for (int i = 0; i < 2; i++) {
+            __m512 joined = (__m512)((Words)interleave(low[p], high, 16 * i) - 0x8000u);
+            // As in `join`: seen only where a weight was written in place.
+            __mmask16 none = _mm512_cmp_ps_mask(joined, joined, _CMP_UNORD_Q);
+            if (__builtin_expect(none, 0)) joined = _mm512_mask_mov_ps(joined, none, (__m512)interleave(zero, high, 16 * i));
+            w[2 * p + i] = (Floats)joined;
+        }
     }
 }
 

@@ -42,10 +42,11 @@ def read(param_ptr, data_ptr, scale_inv_ptr, index, row, inside, row_inside, KIN
         extra = tl.load(data_ptr + index, mask=inside, other=0).to(tl.int32)
         if HALF:
             value = fp16_value(weight) + extra.to(tl.float32) * _unit(weight, KIND)
-        elif KIND == SPLIT32:
-            value = ((weight.to(tl.int32) << 16) + extra).to(tl.float32, bitcast=True)
         else:
-            value = ((weight.to(tl.int32) << 16) + (extra << 8)).to(tl.float32, bitcast=True)
+            high = weight.to(tl.int32) << 16
+            joined = (high + (extra if KIND == SPLIT32 else extra << 8)).to(tl.float32, bitcast=True)
+            # A zero written in place, beside the negative remainder of what was there, would be NaN.
+            value = tl.where(joined == joined, joined, high.to(tl.float32, bitcast=True))
     return value
 
 
