@@ -54,6 +54,10 @@ class BackendError(DsFp8Error):
     """A backend (Transformer Engine, a kernel, a process group) cannot do what the plan gave it."""
 
 
+class LayerError(BackendError, RuntimeError):
+    """A forward or backward of an FP8 layer cannot do what it was called for; a RuntimeError, as nn.Linear's would be."""
+
+
 class SeamError(DsFp8Error):
     """The installed DeepSpeed differs from the one whose private names we hook; training unquantised is not an option."""
 

@@ -23,7 +23,7 @@ from ..formats import BLOCK_SIZE, Format
 from ..kernels import dense, library_for
 from ..numerics.scaling import scale_inv_of
 from .gemm import aligned
-from .operands import TENSOR, TILES, CachedWeight, Operand, cast_weight, is_sharded
+from .operands import TENSOR, TILES, CachedWeight, Operand, cast_weight, is_given, is_sharded
 from .page import Call, Page
 from .products import refuse_second_derivative
 
@@ -44,7 +44,9 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
     if not input.is_cuda or call.warming or input.dtype not in COMPUTE:
         return False
     page = call.page
-    if not call.knows_operands():  # for some steps only: their scales come from the tensors themselves
+    if (
+        is_given(weight) or not call.knows_operands()
+    ):  # for some steps only: their scales come from the tensors themselves
         return False
     if page.fast_step is None:
         page.fast_step = _fast_step(page, weight)

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
-from ..errors import BackendError
+from ..errors import LayerError
 from . import compiled
 from .cuda_products import CudaProducts, takes
 from .page import Call, Page, WeightCodes
@@ -71,19 +72,24 @@ class Fp8Linear(nn.Linear):
 
 
 def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
-    """The FP8 linear map for input [..., K] -> [..., N], in the dtype nn.Linear would return."""
+    """The FP8 linear map for input [..., K] -> [..., N], in the dtype nn.Linear would return.
+
+    In high precision for what FP8 casts have no rule for; see `is_ordinary`.
+    """
+    if not is_ordinary(input):
+        return F.linear(input, weight, bias)
     device = input.device.type
     dtype = input.dtype
     if torch.is_autocast_enabled(device) and input.is_floating_point():
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
-        raise BackendError(
+        raise LayerError(
             f"{call.page.fqn}: input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.\n"
             "  Cast the input, or run the model under torch.autocast."
         )
     columns = weight_shape(weight)[1]
     if input.dim() == 0 or input.shape[-1] != columns:
-        raise BackendError(f"{call.page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}.")
+        raise LayerError(f"{call.page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}.")
     # Asked first: on a GPU each call that finds nothing to do is a part of what the host costs.
     x = input if input.dtype == dtype else input.to(dtype)
     x = x if x.is_contiguous() else x.contiguous()
@@ -91,6 +97,19 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return CudaProducts.apply(x, weight, bias, call, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         return LinearProducts.apply(x, weight, bias, call, torch.is_grad_enabled())
+
+
+def is_ordinary(input: torch.Tensor) -> bool:
+    """Whether FP8 casts can take a call with this input.
+
+    Not inside transforms of torch.func (vmap, grad, jvp, jacrev) and forward-mode derivatives, which ask an operator for
+    rules of its own, nor for tensors that are no plain memory: nested (jagged and strided), sparse, subclasses.
+    """
+    if type(input) is not torch.Tensor and type(input) is not nn.Parameter:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or input.is_nested or input.layout != torch.strided:
+        return False
+    return forward_ad._current_level < 0 or forward_ad.unpack_dual(input).tangent is None
 
 
 def weight_shape(weight: torch.Tensor) -> tuple[int, ...]:

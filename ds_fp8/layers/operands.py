@@ -177,9 +177,17 @@ def measure(x: torch.Tensor, operand: Operand | None) -> torch.Tensor:
 
 
 def _cast_weight_now(weight: torch.Tensor, call: Call) -> Operand:
-    if call.recipe.is_delayed:
-        return _cast_delayed(weight.detach(), call, call.page.weight_column, call.recipe.forward_format)
-    return recast_weight(weight, None, call)
+    if not call.recipe.is_delayed:
+        return recast_weight(weight, None, call)
+    fmt, column = call.recipe.forward_format, call.page.weight_column
+    if is_given(weight) and not call.page.book.exact:
+        return _cast_without_history(weight.detach(), call, column, fmt, amax_of(weight.detach()))
+    return _cast_delayed(weight.detach(), call, column, fmt)
+
+
+def is_given(weight: torch.Tensor) -> bool:
+    """No Parameter, nor a view of one: what `torch.func.functional_call` puts in its place has another range, for one call."""
+    return not isinstance(weight if weight._base is None else weight._base, torch.nn.Parameter)
 
 
 def _cast_current(x: torch.Tensor, fmt: Format) -> Operand:
@@ -192,13 +200,17 @@ def _cast_delayed(x: torch.Tensor, call: Call, column: int, fmt: Format) -> Oper
     """With the scale of this step; the amax is recorded if it counts."""
     if not call.knows(column):
         amax = amax_of(x)
-        scale = call.scales.of_tensor(column, amax, fmt)
         if call.records:
             call.record(column, amax)
-        return Operand(quantize(x, scale, fmt), scale_inv_of(scale), TENSOR, scale, amax)
+        return _cast_without_history(x, call, column, fmt, amax)
     scale, scale_inv = call.scale(column)
     if not call.records:
         return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale)
     codes, amax = quantize_with_amax(x, scale, fmt)
     call.record(column, amax)
     return Operand(codes, scale_inv, TENSOR, scale, amax)
+
+
+def _cast_without_history(x: torch.Tensor, call: Call, column: int, fmt: Format, amax: torch.Tensor) -> Operand:
+    scale = call.scales.of_tensor(column, amax, fmt, given=call.knows(column))
+    return Operand(quantize(x, scale, fmt), scale_inv_of(scale), TENSOR, scale, amax)

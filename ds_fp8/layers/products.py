@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..errors import BackendError
+from ..errors import LayerError
 from .gemm import inside, matmul, multiplies_fp8
 from .operands import (
     GROUPS,
@@ -87,7 +87,7 @@ def as_shape(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def refuse_second_derivative(call: Call) -> None:
     if torch.is_grad_enabled():
-        raise BackendError(
+        raise LayerError(
             f"{call.page.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
             "  Exclude this layer in fp8/layers/exclude, or differentiate once."
         )

@@ -56,11 +56,14 @@ class Scales:
         """0-d fp32 each."""
         return self.frozen.select(1, 1).unbind(0)
 
-    def of_tensor(self, column: int, amax: torch.Tensor, fmt: Format) -> torch.Tensor:
-        """The scale of a column in `unknown`: from the tensor's own amax, as if it had been seen a step ago."""
+    def of_tensor(self, column: int, amax: torch.Tensor, fmt: Format, *, given: bool = False) -> torch.Tensor:
+        """The scale of a column in `unknown`: from the tensor's own amax, as if it had been seen a step ago.
+
+        given  the history is another tensor's, whatever it tells
+        """
         own = scale_from_amax(amax, fmt, margin=self._margin, previous=self.scale[column])
         # The host learns a step later than the device which columns are known (see `ScaleTensors`).
-        return own if self._mask is None else torch.where(self._mask[column], self.scale[column], own)
+        return own if self._mask is None or given else torch.where(self._mask[column], self.scale[column], own)
 
 
 class ScaleTensors:

@@ -27,6 +27,7 @@ from torch import nn
 
 from ...errors import BackendError
 from ...recipe import HighPrecision
+from ..fp8_linear import is_ordinary
 from ..ran import note_by_hook
 from .codes import TakesCodes, weight_of
 from .names import TransformerEngine, load
@@ -93,7 +94,7 @@ def linear_class() -> type[nn.Module]:
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             state: LayerState = self.__dict__["fp8_state"]
             bias = self.bias if self.use_bias else None
-            if not state.is_active(self.training) or input.numel() == 0:
+            if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
                 note_call(self)
                 return state.observe(input, F.linear(input, self.weight, bias))
             tokens = input.numel() // self.in_features
