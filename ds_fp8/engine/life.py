@@ -21,6 +21,9 @@ from typing import Any
 from ..errors import PlanError
 from .tell import tell
 
+CALLERS = 4
+"""Frames between `__del__` and us at most."""
+
 _attachments: weakref.WeakSet[Any] = weakref.WeakSet()
 
 _plain_models: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -127,6 +130,13 @@ def _take_turns(model: Any) -> None:
 def is_collected() -> bool:
     """Whether the engine's `destroy` was called by its `__del__`: at any time, on any rank, so nothing may communicate.
 
-    Asked of the stack (caller of the caller), because an object that is being collected looks like any other.
+    Asked of the stack, because an object that is being collected looks like any other; others may have wrapped `destroy`.
     """
-    return sys._getframe(2).f_code.co_name == "__del__"
+    frame: Any = sys._getframe(2)
+    for _ in range(CALLERS):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False

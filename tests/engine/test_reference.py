@@ -18,7 +18,8 @@ def sections(level=None, **fp8):
 
 
 def test_a_reference_rounds_as_its_policy_does():
-    """Same weights, same batch: under recipe current and block the loss of both is one number, which bf16's is not.
+    """Same weights, same batch: the loss of both is one number, which bf16's is not. A delayed policy's first step takes each
+    scale from the tensor itself, as a reference always does.
 
     The reference stays as it is while the policy learns, at every level and stage; O3's copy is one of stage 0 too, where O3
     itself would be refused. A misspelt key of msamp is refused there as well.
@@ -38,10 +39,10 @@ def test_a_reference_rounds_as_its_policy_does():
     for found in (one for pair in results for one in pair):
         assert found["before"] == found["after"]
         assert found["losses"][-1] < found["policy"]
-    for found in (one for pair in results[:3] for one in pair):
+    for found in (one for pair in results[:5] for one in pair):
         assert found["before"] == found["policy"] != found["plain"]
     for found in (one for pair in results[3:5] for one in pair):
-        assert found["recipe"] == "current" and found["before"] != found["plain"]
+        assert found["recipe"] == "current"
     for found in (one for pair in results[5:] for one in pair):
         assert found["before"] == found["plain"], "fp8/eval false, or no FP8 layers at all"
     for (told, silent), settings in zip(results, jsons):
