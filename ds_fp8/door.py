@@ -46,20 +46,23 @@ class DeepSpeedFinder:
         if fullname != ENGINE_MODULE:
             if ENGINE_MODULE in sys.modules:
                 _catch_up()
-            return None
+            return self._shim(path, target) if fullname == "msamp" else None
         if is_disabled() or getattr(_this_thread, "is_searching", False):
             return None  # the other finders, asked below, may ask us
-        _this_thread.is_searching = True
-        try:
-            spec = self._ask_the_others(fullname, path, target)
-        finally:
-            _this_thread.is_searching = False
+        spec = self._ask_the_others(fullname, path, target)
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _ActivatingLoader(spec.loader)
         return spec
 
     def _ask_the_others(self, fullname, path, target):
         """The spec that Python would have found without us, or None."""
+        _this_thread.is_searching = True
+        try:
+            return self._first_answer(fullname, path, target)
+        finally:
+            _this_thread.is_searching = False
+
+    def _first_answer(self, fullname, path, target):
         finders = list(sys.meta_path)
         # Those before us have been asked. Where we are not in the list somebody has wrapped us.
         for finder in finders[finders.index(self) + 1 :] if self in finders else finders:
@@ -68,6 +71,28 @@ class DeepSpeedFinder:
             if spec is not None:
                 return spec
         return None
+
+    def _shim(self, path, target):
+        """`msamp`, for Accelerate's FP8 backend of that name: where no real package is, ds_fp8.compat serves it."""
+        if is_disabled() or getattr(_this_thread, "is_searching", False) or not _is_asked_by_accelerate():
+            return None
+        real = self._ask_the_others("msamp", path, target)
+        if real is not None:
+            return real
+        from . import compat
+
+        self._serves_msamp = True
+        return compat.spec()
+
+    _serves_msamp = False
+
+    def find_distributions(self, context):
+        """`importlib.metadata`, which Accelerate asks after the module was found."""
+        if not self._serves_msamp or context.name is None:
+            return ()
+        from . import compat
+
+        return compat.distributions(context)
 
 
 class _ActivatingLoader:
@@ -96,6 +121,18 @@ class _ActivatingLoader:
         if name == "_loader":
             raise AttributeError(name)  # copy and pickle ask before __init__ has run
         return getattr(self._loader, name)
+
+
+def _is_asked_by_accelerate() -> bool:
+    """Whether the innermost callers, importlib and other finders aside, are Accelerate's."""
+    frame, left = sys._getframe(2), 8
+    while frame is not None and left:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("accelerate."):
+            return True
+        left -= not name.startswith(("importlib", "ds_fp8."))
+        frame = frame.f_back
+    return False
 
 
 def is_disabled() -> bool:

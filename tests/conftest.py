@@ -6,6 +6,7 @@ Tests that start several processes use `tests/ranks.py`.
 from __future__ import annotations
 
 import os
+import re
 
 # Before torch is imported: several workers and several ranks share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,3 +27,29 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+CLIENTS = ("transformers", "accelerate", "peft", "trl", "lightning", "datasets", "mpi4py", "deepspeed", "mpirun")
+"""What a test may miss on a developer's machine, and never in .ci/run: the extra `test` installs them."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With DS_FP8_SKIP_IS_FAILURE (set by .ci/run) a test that was skipped for want of a client has failed."""
+    return _judged((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """The same for a whole file."""
+    return _judged((yield))
+
+
+def _judged(report):
+    if report.outcome != "skipped" or os.environ.get("DS_FP8_SKIP_IS_FAILURE", "") in ("", "0"):
+        return report
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if re.search(rf"\b({'|'.join(CLIENTS)})\b", reason) and "GPU" not in reason:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which is a failure in .ci/run: {reason}\n  install the extra `test`"
+    return report

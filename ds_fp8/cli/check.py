@@ -85,7 +85,7 @@ def brief(settings: config.Settings | None) -> Any:
         parts.append(f"msamp {settings.msamp.level.name}")
     if not parts:
         parts.append("plain DeepSpeed, neither fp8 nor msamp is on")
-    return ", ".join([*parts, f"ZeRO {settings.deepspeed.zero_stage}", settings.deepspeed.base_dtype])
+    return ", ".join([*parts, f"ZeRO {settings.deepspeed.zero_stage}", settings.deepspeed.dtype])
 
 
 def _count(number: int, what: str) -> str:

@@ -104,6 +104,8 @@ def _print_settings(settings: config.Settings, as_json: bool) -> int:
     rows = list(effective_settings(settings))
     facts = asdict(settings.deepspeed)
     facts.pop("raw")
+    if facts.pop("dtype_is_auto"):
+        facts["base_dtype"] = settings.deepspeed.dtype
     if as_json:
         keys = [{"key": key, "value": value, "origin": origin, "unit": unit} for key, value, origin, unit in rows]
         print(json.dumps({"settings": keys, "deepspeed": facts, "notes": settings.notes}))

@@ -9,6 +9,9 @@ need four names of it: `msamp.initialize`, `msamp.deepspeed`, `msamp.clip_grad_n
 
 It is opt-in, as a package that answers to another's name must be asked for, and it is refused where the real one is
 installed: then `from msamp import deepspeed` already means something. The JSON's `msamp` section needs none of this.
+
+Accelerate asks by itself: `mixed_precision: fp8` with the backend MSAMP makes it look for the package. The import hook
+answers that question, when Accelerate puts it and no real package does (`spec`), so its users write nothing more.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
+import types
 from collections.abc import Iterator
 
 from ..errors import DsFp8Error
@@ -53,13 +57,40 @@ class _Finder:
             yield _Distribution()
 
 
+class _Loader:
+    """Makes the shim when it is really imported; the question alone changes nothing."""
+
+    @staticmethod
+    def create_module(spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        package, *inner = msamp_shim.modules()
+        for module in inner:
+            module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+            sys.modules[module.__name__] = module
+        return package
+
+    @staticmethod
+    def exec_module(module: types.ModuleType) -> None:
+        from ..engine import activate
+
+        activate()
+
+
+def spec() -> importlib.machinery.ModuleSpec:
+    """What Accelerate finds under `msamp`."""
+    return importlib.machinery.ModuleSpec(NAME, _Loader(), is_package=True)  # type: ignore[arg-type]
+
+
+distributions = _Finder.find_distributions
+"""What it finds under `ms-amp`."""
+
+
 def real_package() -> str | None:
     """Where the real `msamp` lies, or None if there is none."""
     module = sys.modules.get(NAME)
     if module is not None:
         return None if getattr(module, "ds_fp8_shim", False) else getattr(module, "__file__", None) or NAME
-    spec = importlib.util.find_spec(NAME)
-    return None if spec is None else spec.origin or NAME
+    found = importlib.util.find_spec(NAME)
+    return None if found is None else found.origin or NAME
 
 
 def install() -> None:

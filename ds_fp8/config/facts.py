@@ -32,10 +32,25 @@ def zero_stage(data: dict[str, Any]) -> int:
 
 
 def base_dtype(data: dict[str, Any]) -> str:
-    """What DeepSpeed casts parameters to. Under torch_autocast they stay fp32."""
+    """What DeepSpeed casts parameters to. Under torch_autocast they stay fp32.
+
+    "auto" is decided by the trainer above DeepSpeed before an engine sees it; until then the 16-bit type is planned with.
+    """
     if is_on(data, "bf16") or ("bf16" not in data and is_on(data, "bfloat16")):
         return "bf16"
-    return "fp16" if is_on(data, "fp16") else "fp32"
+    if is_on(data, "fp16"):
+        return "fp16"
+    return next((name for name in ("bf16", "fp16") if _is_auto(data, name)), "fp32")
+
+
+def dtype_is_auto(data: dict[str, Any]) -> bool:
+    """No 16-bit type is switched on, and one may be by the trainer."""
+    decided = is_on(data, "bf16") or is_on(data, "fp16") or is_on(data, "bfloat16")
+    return not decided and (_is_auto(data, "bf16") or _is_auto(data, "fp16"))
+
+
+def _is_auto(data: dict[str, Any], name: str) -> bool:
+    return section(data, name).get("enabled") == "auto"
 
 
 def offload_device(data: dict[str, Any], key: str) -> str | None:
@@ -60,6 +75,7 @@ def read_facts(data: dict[str, Any]) -> DeepSpeedFacts:
     return DeepSpeedFacts(
         zero_stage=zero_stage(data),
         base_dtype=base_dtype(data),
+        dtype_is_auto=dtype_is_auto(data),
         gradient_accumulation_steps=int(gas) if isinstance(gas, (int, float)) and gas >= 1 else None,
         offload_optimizer=offload_device(data, "offload_optimizer"),
         offload_param=offload_device(data, "offload_param"),

@@ -96,17 +96,24 @@ class MsampSettings:
 class DeepSpeedFacts:
     """The few facts of DeepSpeed's own sections that the plan depends on.
 
-    base_dtype   `bf16`, `fp16` or `fp32`: what the model's parameters are cast to
+    base_dtype     `bf16`, `fp16` or `fp32`: what the model's parameters are cast to
+    dtype_is_auto  the file leaves it to the trainer ("auto"); base_dtype is what is planned with
     """
 
     zero_stage: int = 0
     base_dtype: str = "fp32"
+    dtype_is_auto: bool = False
     gradient_accumulation_steps: int | None = None
     offload_optimizer: str | None = None
     offload_param: str | None = None
     optimizer: str | None = None
     torch_autocast: bool = False
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def dtype(self) -> str:
+        """For people: `bf16`, or `bf16 (decided by the trainer)`."""
+        return f"{self.base_dtype} (decided by the trainer)" if self.dtype_is_auto else self.base_dtype
 
 
 @dataclass(frozen=True)

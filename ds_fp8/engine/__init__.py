@@ -9,6 +9,7 @@ Everything heavy is imported only then: importing DeepSpeed with the plugin cost
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import patches
@@ -28,6 +29,10 @@ def activate() -> None:
 def deactivate() -> None:
     """Give the engine class its own methods back. Engines that are attached already keep their FP8 layers."""
     patches.restore()
+    if "ds_fp8.engine.merging" in sys.modules:
+        from . import merging
+
+        merging.restore()
 
 
 def is_active() -> bool:

@@ -22,8 +22,9 @@ from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
 from .common_facts import common_facts
 from .keep import add_state, check_state, take_state
+from .merging import follow_merges
 from .on_signal import check_can_arm, checkpoint_on_signal, disarm
-from .sections import source_name
+from .source_file import source_name
 from .tell import tell
 
 TOUCHED = {
@@ -245,6 +246,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
 
         mark_comm_dtypes(engine, model)
         attachment.book = swap_layers(model, plan, by_engine=True)
+        follow_merges(model)
     # Set past nn.Module's bookkeeping: an attachment is no submodule.
     engine.__dict__[ATTRIBUTE] = attachment
     attachment.hook()
@@ -275,7 +277,7 @@ def _watch_steps(attachment: Attachment) -> None:
 def _settings(engine: Any) -> Any:
     from .. import config
 
-    settings = config.load(engine.config, where=source_name(), trains=has_optimizer(engine))
+    settings = config.load(engine.config, where=source_name(engine.config), trains=has_optimizer(engine))
     if settings.enabled:
         from ..zero import private_names
 

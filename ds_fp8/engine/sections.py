@@ -7,8 +7,6 @@ unknown key at the top in silence, which is how FP8 jobs come to train in bf16.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from ..config.sections import SECTIONS, meant_section
@@ -23,15 +21,3 @@ def sections_of(config: Any) -> list[str]:
 
 def _is_ours(key: str) -> bool:
     return key in SECTIONS or meant_section(key) is not None
-
-
-def source_name(arguments: list[str] | None = None) -> str:
-    """The file named on the command line, for messages: DeepSpeed hands its engine a dict that has forgotten it."""
-    arguments = sys.argv if arguments is None else arguments
-    for position, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name in ("--deepspeed_config", "--deepspeed", "--deepspeed-config"):
-            value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            if value and not value.startswith("-") and Path(value).suffix in (".json", ".hjson"):
-                return value
-    return "ds_config"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ds_fp8.engine.sections import sections_of, source_name
+from ds_fp8.engine.sections import sections_of
+from ds_fp8.engine.source_file import NO_FILE, source_name
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,31 @@ def test_what_is_no_dict_speaks_of_nobody():
 
 
 def test_messages_name_the_file_of_the_command_line():
-    """`--deepspeed_config ds.json` in both spellings; without it the name is neutral."""
-    assert source_name(["train.py", "--deepspeed_config", "a/ds.json"]) == "a/ds.json"
-    assert source_name(["train.py", "--deepspeed=zero2.json"]) == "zero2.json"
-    assert source_name(["train.py", "--deepspeed", "--epochs", "3"]) == "ds_config"
+    """`--deepspeed_config ds.json` in both spellings; a dict of the script is called so."""
+    assert source_name({}, ["train.py", "--deepspeed_config", "a/ds.json"]) == "a/ds.json"
+    assert source_name({}, ["train.py", "--deepspeed=zero2.json"]) == "zero2.json"
+    assert source_name({}, ["train.py", "--deepspeed", "--epochs", "3"]) == NO_FILE
+
+
+def test_messages_name_the_file_that_a_client_was_given(tmp_path, monkeypatch):
+    """Trainer: from its arguments. Accelerate: from its variable. Else the one file here that has these sections."""
+    monkeypatch.chdir(tmp_path)
+    config = {"fp8": {"enabled": True, "margn": 1}, "train_batch_size": 8}
+
+    class Trainer:
+        def __init__(self):
+            self.args = type("Arguments", (), {"deepspeed": "configs/zero2.json"})()
+
+        def train(self):
+            return source_name(config, ["train.py"])
+
+    assert Trainer().train() == "configs/zero2.json"
+    (tmp_path / "data.json").write_text("[1, 2]")
+    (tmp_path / "other.json").write_text('{"fp8": {"enabled": true}}')
+    assert source_name(config, ["train.py"]) == NO_FILE
+    (tmp_path / "mine.json").write_text('{"fp8": {"enabled": true, "margn": 1}, "train_batch_size": "auto"}')
+    assert source_name(config, ["train.py"]) == "mine.json"
+    (tmp_path / "copy.json").write_text('{"fp8": {"enabled": true, "margn": 1}}')
+    assert source_name(config, ["train.py"]) == NO_FILE, "two files: neither is named"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "copy.json")
+    assert source_name(config, ["train.py"]) == "copy.json"

@@ -5,7 +5,8 @@ list of arguments gets a fork, which runs the rest as `__main__`. So a compariso
 Transformers and DeepSpeed once, and the import hook is met as the script meets it: a fork has whatever its parent has.
 
 Each run is introduced by `=== RUN n` and followed by `=== FP8 layers m` for the modules that the script's globals
-hold; the exit code is that of the worst run.
+hold; the exit code is that of the worst run. Under a
+launcher each rank does the same; every run has a port of its own.
 """
 
 import ast
@@ -30,7 +31,7 @@ def count_fp8_layers(names: dict) -> int:
         for owner in (value, getattr(value, "__dict__", {}).get("model")):
             modules = getattr(owner, "modules", None)
             if callable(modules) and not isinstance(owner, type):
-                found |= {id(module) for module in modules() if type(module).__name__ == "Fp8Linear"}
+                found |= {id(module) for module in modules() if type(module).__name__ in ("Fp8Linear", "Fp8Conv1D")}
     return len(found)
 
 
@@ -45,10 +46,14 @@ def main() -> int:
     exec(compile(ast.Module(imports, []), script, "exec"), names)
     worst = 0
     for number, arguments in enumerate(runs):
+        if worst:
+            pass  # other ranks would wait for this one
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
             sys.argv = [script, *arguments]
+            if "MASTER_PORT" in os.environ:  # ranks of this run must not meet a store of the last one
+                os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number)
             print(f"=== RUN {number}", flush=True)
             code = 1
             try:

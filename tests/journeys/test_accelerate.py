@@ -1,0 +1,85 @@
+"""Accelerate: `accelerate launch` with a JSON or with YAML alone, save and load, and its own FP8 backends."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+
+from tests.journeys import clients
+from tests.journeys.launching import free_port, launch
+
+pytest.importorskip("accelerate", reason="needs accelerate")
+pytest.importorskip("transformers", reason="Accelerate's DeepSpeed plugin asks for its version: needs transformers")
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
+
+PLAIN = {
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": "auto",
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 2},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+WITH_JSON = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config: {deepspeed_config_file: ds.json, zero3_init_flag: false}
+num_machines: 1
+machine_rank: 0
+use_cpu: true
+"""
+
+YAML_ALONE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+mixed_precision: fp8
+fp8_config: {backend: MSAMP, opt_level: O2}
+deepspeed_config: {zero_stage: 2, gradient_accumulation_steps: 1, gradient_clipping: 1.0, zero3_init_flag: false}
+num_machines: 1
+machine_rank: 0
+use_cpu: true
+"""
+
+
+def accelerate_launch(folder, yaml: str, ranks: int) -> str:
+    (folder / "config.yaml").write_text(yaml)
+    shutil.copy(clients.HERE / "natural" / "accelerate_config.py", folder / "train.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
+    command += ["--num_processes", str(ranks), "--main_process_port", str(free_port()), "train.py"]
+    environment = clients.variables(folder)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del environment[name]
+    code, said = launch(command, folder, 800, **environment)
+    assert code == 0, said
+    return said
+
+
+def test_a_config_with_the_json(tmp_path):
+    """Two ranks; a state saved at step 4 and loaded after step 8 gives steps 4 to 7 again, to the bit."""
+    clients.write(tmp_path, ds=PLAIN)
+    bf16 = clients.Run(accelerate_launch(tmp_path, WITH_JSON, 2))
+    clients.write(tmp_path, ds={**PLAIN, **clients.FP8})
+    fp8 = clients.Run(accelerate_launch(tmp_path, WITH_JSON, 2))
+    assert fp8.said.count("ds_fp8: 3 of 3 Linear -> Fp8Linear") == 1 and "ds_fp8:" not in bf16.said, fp8.said
+    assert fp8.losses != bf16.losses and fp8.is_falling()
+    assert fp8.losses[4:8] == fp8.losses[8:]
+    assert "'0.weight', '1.bias'" in fp8.said, "the state dict has the model's own names"
+    clients.record("Accelerate: YAML + JSON", save="save_state", resume="losses to the bit", **clients.cells(bf16, fp8))
+
+
+def test_a_config_without_json(tmp_path):
+    """Every word about FP8 stands in the YAML: Accelerate looks for `msamp`, and finds what ds_fp8 serves."""
+    fp8 = clients.Run(accelerate_launch(tmp_path, YAML_ALONE, 1))
+    assert "ds_fp8: 3 of 3 Linear -> Fp8Linear" in fp8.said and "ds_fp8: msamp O2: exp_avg int8" in fp8.said, fp8.said
+    assert fp8.is_falling() and fp8.losses[4:8] == fp8.losses[8:]
+
+
+def test_its_own_fp8_backends(tmp_path):
+    """`mixed_precision="fp8"`: MS-AMP with and without DeepSpeed, by scripts that do not know of us."""
+    both = clients.run(tmp_path, "accelerate_fp8", ["msamp"], ["msamp without DeepSpeed"])
+    for run in both:
+        assert run.fp8_layers == 4 and "ds_fp8: msamp O2: exp_avg int8" in run.said and run.is_falling(), run.said
