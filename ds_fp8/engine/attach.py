@@ -24,6 +24,7 @@ from .common_facts import common_facts
 from .keep import add_state, check_state, take_state
 from .merging import follow_merges
 from .on_signal import check_can_arm, checkpoint_on_signal, disarm
+from .other_fp8 import refuse_other_fp8
 from .source_file import source_name
 from .tell import tell
 
@@ -290,6 +291,8 @@ def _settings(engine: Any) -> Any:
 def _plan(engine: Any, model: Any, settings: Any) -> Any:
     from ..plan import make_plan
 
+    if settings.fp8.enabled:
+        refuse_other_fp8(model)
     return make_plan(model, settings, device=engine.device, world_size=_data_parallel_size(engine))
 
 

@@ -1,0 +1,25 @@
+"""Layers that another library has made FP8 already: two recipes on one model are one too many.
+
+Accelerate's `mixed_precision: fp8` with its backend AO replaces `nn.Linear` by torchao's Float8Linear before DeepSpeed
+sees the model. What it leaves (first and last layer, odd sizes) would then be ours, and the banner would speak of those few.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import PlanError
+
+MODULES = ("torchao.float8.",)
+"""Where such classes are defined. Transformer Engine's modules are not here: a model may be written with them."""
+
+
+def refuse_other_fp8(model: Any) -> None:
+    """Raises PlanError that names the layers and the way out."""
+    found = [name for name, module in model.named_modules() if type(module).__module__.startswith(MODULES)]
+    if found:
+        shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        raise PlanError(
+            f"fp8 is enabled, but torchao computes in FP8 here already: {shown}.\n"
+            "  Choose one: in Accelerate `mixed_precision: bf16` beside the JSON's fp8 section, or mixed_precision fp8 and no fp8 section."
+        )
