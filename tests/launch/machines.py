@@ -47,9 +47,8 @@ def need(*programs: str) -> None:
             subprocess.run(["apt-get", "-q", *command], env=environment, capture_output=True, timeout=300)
         missing = [name for name in programs if not shutil.which(name, path=path)]
     if missing:
-        pytest.skip(
-            f"not installed: {', '.join(missing)} (apt-get install {' '.join(PACKAGES[name] for name in missing)})"
-        )
+        packages = sorted({PACKAGES[name] for name in missing})
+        pytest.skip(f"not installed: {' '.join(packages)} (apt-get install, or DS_FP8_TEST_INSTALL=1 as root)")
     if os.geteuid() != 0:
         pytest.skip("Slurm's daemons and network namespaces need root here")
 
