@@ -149,7 +149,8 @@ class WeightsStage3:
                     " codes are made from are not in memory after a step.\n  Set weight_wire to none, or offload"
                     " parameters to cpu."
                 )
-        self.fp8_coded = lay_out_chunks(kept)
+        # Laid out with the first codes: until then gathers are 16-bit, and the job rests where O2 does.
+        self.fp8_kept, self.fp8_coded = kept, {}
         self.fp8_cast_event = None
         every = [param for param in engine.module.parameters() if param.requires_grad and not param.ds_persist]
         of_codes = sum(weight.numel for weight in kept)
@@ -197,7 +198,7 @@ class WeightsStage3:
                 coded.weight.param.partition()  # between a forward and its backward
         for param, name, method in self._fp8_methods:
             setattr(param, name, method)
-        self._fp8_methods, self.fp8_coded, self.fp8_casters = [], {}, []
+        self._fp8_methods, self.fp8_coded, self.fp8_casters, self.fp8_kept = [], {}, [], []
 
     def _fp8_forgetting(self: Any, method: Any) -> Any:
         """A load replaces the weights that the codes stand for: 16-bit gathers until the next step."""
@@ -276,11 +277,13 @@ class WeightsStage3:
     def fp8_make_codes(self: Any) -> None:
         """Cast this rank's chunks from its new 16-bit partitions; collective for the amaxes only."""
         book = self.fp8_weight_book
-        if not self.fp8_coded:
+        if not self.fp8_casters:
             return
         self._fp8_set_fresh(book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step)
         if not self.fp8_codes_fresh:
             return
+        if not self.fp8_coded:
+            self.fp8_coded = lay_out_chunks(self.fp8_kept)
         for caster in self.fp8_casters:
             segments = [s for w in caster.weights if (s := self.fp8_coded[id(w.param)].segment()) is not None]
             for weight, scale_inv in zip(caster.weights, caster.cast(segments), strict=True):
