@@ -1,0 +1,138 @@
+"""Ranks that run different numbers of forwards: all that DeepSpeed does alone is done with FP8 layers, without a hang.
+
+No forward and no backward communicates for FP8's sake; both ranks come to the engine's step, and their scales are equal
+there. One launch for all cases; a hang is a gloo timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from tests.engine.engine_jobs import config
+
+pytestmark = pytest.mark.dist
+WIDTH = 64
+STEPS = 4
+
+
+class Towers(nn.Module):
+    """A dual encoder, trained through its submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.text = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.image(x) - self.text(x)
+
+
+def even(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    return engine(x)
+
+
+def rank_0_evaluates(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    """In eval and in train mode, under no_grad; the other one waits."""
+    if rank == 0:
+        with torch.no_grad():
+            engine.eval()
+            engine.module(x)
+            engine.train()
+            engine.module(100 * x)
+    torch.distributed.barrier()
+    return engine(x)
+
+
+def text_runs_twice(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    text = engine.module.text(x)
+    if rank == 0:
+        text = text + engine.module.text(x.flip(0))
+    return engine.module.image(x) - text
+
+
+def image_on_one_rank(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    """The other one's image tower has no amax in this step, and takes that of the first."""
+    image = engine.module.image(x) if rank == 0 else 0 * sum(p.sum() for p in engine.module.image.parameters())
+    return image - engine.module.text(x)
+
+
+def a_batch_is_dropped(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    """One rank runs a forward whose result it throws away."""
+    if rank == 1:
+        engine(3 * x)
+    return engine(x)
+
+
+CASES = [even, rank_0_evaluates, text_runs_twice, image_on_one_rank, a_batch_is_dropped]
+
+
+def train(rank: int, case: Any, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
+    import deepspeed
+
+    import ds_fp8.engine
+
+    torch.manual_seed(0)
+    model = Towers()
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=config(stage, gas=2, **sections)
+        )[0]
+    losses = []
+    for step in range(2 * STEPS):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        x = torch.randn(16, WIDTH, generator=generator).bfloat16()
+        loss = case(engine, x, rank, step).float().pow(2).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    attachment = ds_fp8.engine.of(engine)
+    book = None if attachment is None else attachment.book
+    found = {"losses": losses, "scales": None if book is None else book.scales.clone()}
+    found["folds"] = None if book is None else book.forward.folds
+    engine.destroy()
+    return found
+
+
+def job(rank: int, world_size: int) -> dict[Any, Any]:
+    import ds_fp8
+
+    ds_fp8.activate()
+    found = {}
+    for stage in (0, 2):
+        for case in CASES:
+            found[case.__name__, stage, "control"] = train(rank, case, stage, {})
+            found[case.__name__, stage, "delayed"] = train(rank, case, stage, {"fp8": {"enabled": True}})
+    for case in (rank_0_evaluates, text_runs_twice):
+        for kind in ("current", "block"):
+            found[case.__name__, 2, kind] = train(rank, case, 2, {"fp8": {"enabled": True, "recipe": kind}})
+        found[case.__name__, 2, "O2"] = train(
+            rank, case, 2, {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O2"}}
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[Any, Any]]:
+    return run_ranks(2, job, timeout_s=290)
+
+
+def test_every_case_trains_as_deepspeed_does_alone(found):
+    """Losses within FP8's rounding of the control's, in every step."""
+    for rank in found:
+        for (case, stage, mode), each in rank.items():
+            control = rank[case, stage, "control"]["losses"]
+            assert each["losses"] == pytest.approx(control, rel=2.0**-4), (case, stage, mode)
+
+
+def test_scales_are_equal_on_both_ranks_and_move_once_per_step(found):
+    for key, each in found[0].items():
+        if key[2] in ("delayed", "O2"):
+            assert torch.equal(each["scales"], found[1][key]["scales"]), key
+            assert each["folds"] == STEPS and (each["scales"] != 1).all(), key
