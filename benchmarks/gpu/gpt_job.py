@@ -5,7 +5,9 @@ A process of its own gives each configuration a clean card, and an out-of-memory
 Under torchrun (RANK and its kin are set) it is one rank of several, a GPU each; rank 0 prints, tokens are those of all ranks.
 Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed config),
 plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times the optimizer step by itself), profile (a file
-that gets the kernels and the host's operations of one more step, by time, and `.step` those of the optimizer's step).
+that gets the kernels and the host's operations of one more step, by time, and `.step` those of the optimizer's step),
+llama (arguments of LlamaConfig: transformers' LlamaForCausalLM with random weights in the GPT's place), compiled (`engine`:
+engine.compile(); `blocks`: each decoder layer), peer (`torchao` or `accelerate`, which converts the layers instead of us).
 """
 
 from __future__ import annotations
@@ -56,6 +58,54 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
     } | job.get("sections", {})
 
 
+def make_model(job: dict[str, Any]) -> Any:
+    if "llama" not in job:
+        from gpt_model import GPT
+
+        with torch.device(DEVICE):
+            model = GPT(job["depth"], job["width"], job["vocabulary"], job["context"]).bfloat16()
+        model.recompute = job.get("recompute", False)
+        return model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**job["llama"], max_position_embeddings=job["context"], use_cache=False)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).bfloat16().train()
+    if job.get("peer") == "torchao":
+        from torchao.float8 import convert_to_float8_training
+
+        convert_to_float8_training(model, module_filter_fn=lambda module, name: name != "lm_head")
+    elif job.get("peer") == "accelerate":
+        from accelerate import Accelerator
+        from accelerate.utils.transformer_engine import convert_model
+
+        Accelerator()  # convert_model asks for the state that this leaves behind (accelerate 1.15)
+        with torch.no_grad():
+            convert_model(model)
+        model.to(DEVICE, torch.bfloat16)
+    return model
+
+
+def compile_model(engine: Any, job: dict[str, Any]) -> None:
+    if job.get("compiled") == "engine":
+        engine.compile()
+    elif job.get("compiled") == "blocks":
+        for layer in engine.module.model.layers:
+            layer.compile()
+
+
+def loss_of(engine: Any, tokens: torch.Tensor, job: dict[str, Any]) -> torch.Tensor:
+    if "llama" not in job:
+        return engine(tokens)
+    if job.get("peer") != "accelerate":
+        return engine(input_ids=tokens, labels=tokens).loss
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import DelayedScaling
+
+    with te.fp8_autocast(enabled=True, fp8_recipe=DelayedScaling()):  # as Accelerate's prepared forward does
+        return engine(input_ids=tokens, labels=tokens).loss
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     start_one_rank()
     if CUDA:
@@ -68,21 +118,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         import ds_fp8
 
         ds_fp8.activate()
-    from gpt_model import GPT
-
     if not CUDA:  # only inference uses it, and its build takes most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if CUDA else "gloo")
     torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = GPT(job["depth"], job["width"], job["vocabulary"], job["context"]).bfloat16()
-    model.recompute = job.get("recompute", False)
+    model = make_model(job)
     numel = sum(parameter.numel() for parameter in model.parameters())
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(job))[0]
+    compile_model(engine, job)
     at_rest = torch.cuda.memory_allocated() if CUDA else 0
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     generator = torch.Generator(DEVICE).manual_seed(1 + rank)
     shape = (job["micro_batch"], job["context"])
+    vocabulary = job["llama"]["vocab_size"] if "llama" in job else job["vocabulary"]
     step_times, optimizer_times, losses = [], [], []
 
     def one_step() -> tuple[float, float, float]:
@@ -90,8 +138,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         wait()
         begin = time.perf_counter()
         for _ in range(job["gas"]):
-            tokens = torch.randint(0, job["vocabulary"], shape, device=DEVICE, generator=generator)
-            loss = engine(tokens)
+            loss = loss_of(engine, torch.randint(0, vocabulary, shape, device=DEVICE, generator=generator), job)
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary() and job.get("steps_timed_apart"):
                 wait()
@@ -109,7 +156,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if "profile" in job:
         profile(one_step, job["profile"])
         for _ in range(job["gas"]):
-            engine.backward(engine(torch.randint(0, job["vocabulary"], shape, device=DEVICE, generator=generator)))
+            engine.backward(
+                loss_of(engine, torch.randint(0, vocabulary, shape, device=DEVICE, generator=generator), job)
+            )
             if not engine.is_gradient_accumulation_boundary():
                 engine.step()
         wait()

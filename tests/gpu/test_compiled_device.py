@@ -43,7 +43,7 @@ def train(recipe: Recipe, how: dict[str, Any] | None, *, steps: int = 8, gas: in
     generator, found = torch.Generator("cuda").manual_seed(1), []
     for _ in range(steps):
         for _ in range(gas):
-            x = torch.randn(2, rows, WIDTH, generator=generator, device="cuda").bfloat16()
+            x = torch.randn(2, rows, WIDTH, generator=generator, device="cuda").bfloat16().requires_grad_()
             torch.compiler.cudagraph_mark_step_begin()
             y = model(x)
             y.float().pow(2).mean().backward()
