@@ -105,7 +105,7 @@ class Released:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OWN or _is_looked_at_by_a_compiler():
+        if func in _OWN or getattr(func, "namespace", "") == "ds_fp8" or _is_looked_at_by_a_compiler():
             with raw():
                 return func(*args, **(kwargs or {}))
         return _call(func, args, kwargs or {})
@@ -331,7 +331,7 @@ _OWN = frozenset(
         ),
         *_methods(
             "size dim ndimension numel nelement element_size get_device is_floating_point is_complex is_signed is_inference "
-            "is_neg is_conj is_same_size requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad "
+            "is_neg is_conj is_same_size _is_view requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad "
             "has_names __len__ sym_numel sym_size backward"
         ),
         torch.autograd.grad,
