@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -89,7 +90,9 @@ def main(names: list[str]) -> int:
         return 1
     features = answers[0][0]
     uncalled = sorted(set(answers[0][1]) & set(answers[1][1]))
-    print(json.dumps({"deepspeed": deepspeed.__version__, "features": features, "uncalled": uncalled}))
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    answer = {"deepspeed": deepspeed.__version__, "versions": versions, "features": features, "uncalled": uncalled}
+    print(json.dumps(answer))
     return int(any(features.values()))
 
 

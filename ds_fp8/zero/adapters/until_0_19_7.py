@@ -8,7 +8,7 @@ from ..touched import touched
 
 TOUCHED = {
     "ZeroStage12": touched(
-        overrides="_add_to_grad_partition_buffer _get_compact_grad_partition_slice allreduce_no_retain"
+        overrides="_add_full_reduction_to_compact_grad_partition _add_to_grad_partition_buffer _buffered_reduce_fallback_preserving_fp32 _get_compact_grad_partition_slice allreduce_no_retain"
     ),
 }
 
@@ -19,6 +19,12 @@ class ZeroStage12:
     def allreduce_no_retain(self: Any, *arguments: Any) -> None:
         """Without the last argument, the slices of partitions to add to."""
         super().allreduce_no_retain(*arguments[:-1])  # type: ignore[misc]
+
+    def _buffered_reduce_fallback_preserving_fp32(self: Any, *arguments: Any) -> None:
+        """Nobody calls it."""
+
+    def _add_full_reduction_to_compact_grad_partition(self: Any, *arguments: Any) -> None:
+        """Nobody calls it."""
 
     def _add_to_grad_partition_buffer(self: Any, output: Any, source: Any) -> None:
         """No slice, nothing to add to it."""
