@@ -114,6 +114,7 @@ class Stage0Optimizer:
             # An fp32 job: the engine has clipped already and checks nothing.
             self.optimizer.grad_scale = 1.0
             self.optimizer.step()
+            self.fp8_stepped()
             return False
         self.overflow = self.overflow_checker.check()
         if self.overflow:
@@ -133,6 +134,7 @@ class Stage0Optimizer:
         self.loss_scale_config.update(overflow=False)
         self._fill_missing_gradients()
         self.optimizer.step()
+        self.fp8_stepped()
         return self.overflow
 
     def _fill_missing_gradients(self) -> None:

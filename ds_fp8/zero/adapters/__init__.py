@@ -16,7 +16,7 @@ from importlib import import_module
 
 from ...releases import numbers
 
-LINES = ("0.18.2", "0.19.1", "0.19.2", "0.19.5", "0.19.7")
+LINES = ("0.18.2", "0.18.5", "0.19.1", "0.19.2", "0.19.5", "0.19.7")
 """Last release of each line that has an adapter, oldest first."""
 
 

@@ -56,3 +56,6 @@ class Stage0(Adapted):
     def fp8_scale_losses(self: Any, scaler: Any) -> None:
         """`engine.backward` scales the loss of ZeRO's optimizers only, and that of torch.autocast's GradScaler."""
         self.fp8_engine.torch_autocast_z0_gradscaler = scaler
+
+    def fp8_stepped(self: Any) -> None:
+        """The engine clears the gradients."""
