@@ -3,6 +3,7 @@
 fp8_adapt           called once, when the class has been changed
 fp8_shrink_masters  makes masters that DeepSpeed has built in fp32 those of the base dtype
 fp8_undivided       a block in which `average_tensor` hands on sums instead of means (ZeRO 1 and 2)
+fp8_stepped         called after each step (stage 0)
 fp8_scale_losses    lets `engine.backward` scale the loss (stage 0)
 """
 
