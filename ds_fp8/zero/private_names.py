@@ -169,6 +169,7 @@ METHODS: tuple[Method, ...] = (
 
 SINCE = {
     ("Engine", "bf16_master_weights_and_gradients"): "0.18.3",
+    ("Bf16", "overflow"): "0.19.8",
     ("Engine", "bf16_optimizer_states"): "0.18.3",
     ("Stage0", "loss_scale_config"): "0.18.6",
     ("Stage0", "low_precision_dtype"): "0.18.6",
