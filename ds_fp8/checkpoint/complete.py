@@ -4,8 +4,9 @@ DeepSpeed writes `latest` last, but each rank by itself: a rank killed in its sh
 all the same, and a full disk leaves an empty `latest`. A job that then starts from it dies in an assertion, with good
 checkpoints beside it. A tag is complete when
 
+    nobody was at work on it when the job ended (`UNFINISHED`), and
     it has a manifest (`MANIFEST`): every file of it is there, with its size
-    otherwise: a model file for every model-parallel rank (ZeRO 3: every rank), an optimizer shard for every rank that
+    or it has none: a model file for every model-parallel rank (ZeRO 3: every rank), an optimizer shard for every rank that
     ought to have one, all of them readable to their end, all of one step
 
 How many there ought to be stands in the model file. torch.save writes a zip archive, with its directory at the end: a
@@ -18,7 +19,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,11 @@ TOUCHED = {
 }
 
 MANIFEST = "ds_fp8_manifest.json"
-"""Written last, when all ranks are done: {"version": 1, "step": N, "files": {name: {"bytes": n, ...}}}."""
+"""Written last, when all ranks are done: {"version": 1, "save_id": hex, "step": N, "files": {name: {"bytes": n,
+"directory": crc}}}; see `saving.py`."""
+
+UNFINISHED = "ds_fp8_unfinished"
+"""A file that lies there while a save is under way: files of two steps may be mixed."""
 
 MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 SHARD = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
@@ -78,8 +84,13 @@ def named_by_latest(save_dir: str | Path) -> str | None:
 
 def look(tag: Path) -> Found:
     """Judge one tag."""
+    if (tag / UNFINISHED).exists():
+        return Found(tag.name, _step_in(tag.name), ("a save into it was broken off; files of two steps may be mixed",))
     if (tag / MANIFEST).is_file():
-        return _by_manifest(tag)
+        found = _by_manifest(tag)
+        if found.complete or not _is_older(tag / MANIFEST, tag.glob("*.pt")):
+            return found
+        # Written over since, by a job without ds_fp8: the manifest speaks of files that are gone.
     faults: list[str] = []
     models: dict[tuple[int, int], dict[str, Any]] = {}
     shards: set[tuple[int, int]] = set()
@@ -105,6 +116,24 @@ def look(tag: Path) -> Found:
 def _is_tag(folder: Path) -> bool:
     """A folder that DeepSpeed writes; the result of a universal conversion (`zero/`) is loaded by another way."""
     return not (folder / "zero").is_dir() and ((folder / MANIFEST).is_file() or any(folder.glob("*_states.pt")))
+
+
+def directory_digest(file: Path) -> int | None:
+    """A CRC-32 of what the archive's own directory says: each record's name, size and CRC-32. None for other formats.
+
+    Reads the directory only. Two saves have two digests unless they are equal to the byte.
+    """
+    if not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as archive:
+        records = [
+            f"{record.filename.partition('/')[2]} {record.file_size} {record.CRC}" for record in archive.infolist()
+        ]
+    return zlib.crc32("\n".join(records).encode())
+
+
+def _is_older(manifest: Path, files: Iterable[Path]) -> bool:
+    return any(file.stat().st_mtime > manifest.stat().st_mtime + 1 for file in files)
 
 
 def _by_manifest(tag: Path) -> Found:

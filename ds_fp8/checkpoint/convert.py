@@ -26,7 +26,10 @@ from ..levels import LEVELS
 from ..numerics.dtypes import BASE_DTYPES
 from ..optim import ScaledAdamW
 from ..zero.states import KEY, check_codes
-from .inspect import read_plain
+from .complete import MANIFEST, UNFINISHED, look
+from .inspect import read_plain, read_safe
+from .records import check_records
+from .saving import finish_alone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_GB = 5.0
@@ -42,12 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--level", choices=[*LEVELS, "plain"], help="write a DeepSpeed checkpoint of this level instead"
     )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="run whatever objects the files hold: only for checkpoints of your own that are refused without it",
+    )
     parser.add_argument("--shard-gb", type=float, default=SHARD_GB, help="largest safetensors file, in GB (default 5)")
     options = parser.parse_args(argv)
     if options.level and options.dtype:
         parser.error("--dtype is for safetensors; a checkpoint of a level keeps its dtypes")
     try:
         folder = _folder(options.checkpoint, options.tag)
+        _check_files(folder, options.trust_pickle)
         if options.out.exists() and any(options.out.iterdir()):
             raise CheckpointError(f"{options.out}: not empty; name a new folder.")
         if options.level:
@@ -56,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             written = export_safetensors(folder, options.out, options.dtype or "fp32", options.shard_gb)
     except DsFp8Error as error:
         print(f"ds_fp8 convert: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001 - a damaged checkpoint may raise anything in DeepSpeed's own reader
+        reason = f"cannot be converted ({type(error).__name__}: {error})"
+        print(f"ds_fp8 convert: {options.checkpoint}: {reason}", file=sys.stderr)
         return 2
     print(f"ds_fp8 convert: {written}")
     return 0
@@ -67,10 +80,23 @@ def _folder(checkpoint: Path, tag: str | None) -> Path:
         if not latest.is_file():
             raise CheckpointError(f"{checkpoint}: no file `latest` there; name the checkpoint with --tag.")
         tag = latest.read_text().strip()
+        if not tag:
+            raise CheckpointError(f"{latest}: empty; name the checkpoint with --tag (`ds_fp8 latest` lists them).")
     folder = checkpoint / tag
     if not any(folder.glob("*_model_states.pt")):
         raise CheckpointError(f"{folder}: no checkpoint of DeepSpeed there (*_model_states.pt).")
     return folder
+
+
+def _check_files(folder: Path, trusted: bool) -> None:
+    """Refuse, before anything is loaded for good, what is damaged or holds objects that loading would run."""
+    found = look(folder)
+    if found.faults:
+        raise CheckpointError(f"{folder}: not complete: {'; '.join(found.faults[:3])}")
+    for path in sorted(folder.glob("*.pt")):
+        check_records(path)
+        if not trusted:
+            read_safe(path)
 
 
 def full_weights(folder: Path) -> dict[str, Tensor]:
@@ -135,8 +161,8 @@ def export_safetensors(folder: Path, out: Path, dtype: str, shard_gb: float) -> 
 def convert_level(folder: Path, out: Path, level: str) -> str:
     """Copy the checkpoint with the codes of every optimizer shard encoded anew, or taken out (`plain`)."""
     target = out / folder.name
-    shutil.copytree(folder, target)
-    (out / "latest").write_text(folder.name)
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(MANIFEST))
+    (target / UNFINISHED).touch()
     count = 0
     for path in sorted([*target.glob("*_optim_states.pt"), *target.glob("*_model_states.pt")]):
         content = read_plain(path)
@@ -154,6 +180,8 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
     if not count:
         shutil.rmtree(target)
         raise CheckpointError(f"{folder}: no codes of ds_fp8 in it. A plain checkpoint loads into any level as it is.")
+    finish_alone(target, look(folder).step)
+    (out / "latest").write_text(folder.name)  # last: it names what is complete
     return f"{count} optimizer shard(s) at {level} in {target}"
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
         "a page with plots of what telemetry wrote: loss, ranges, underflow, bytes, alarms",
     ),
     "schema": ("ds_fp8.cli.schema", "where the JSON Schema lies, for editors and validators"),
+    "verify": ("ds_fp8.cli.verify", "whether checkpoints are whole, to the last bit"),
     "latest": ("ds_fp8.cli.latest", "the newest complete checkpoint in a folder, and why newer ones are not"),
     "convert": ("ds_fp8.checkpoint.convert", "a checkpoint as plain safetensors, or for another level"),
 }

@@ -170,6 +170,7 @@ class Attachment:
     ) -> Any:
         if not self.is_attached:
             return original(save_dir, tag, client_state or {}, *args, **kwargs)
+        from ..checkpoint.saving import save_checkpoint
         from ..checkpoint.stamp import new_stamp
 
         stamp = new_stamp(self.engine, tag)
@@ -178,7 +179,8 @@ class Attachment:
         if ours is not None:
             ours.save_stamp = stamp
         try:
-            return original(save_dir, tag, add_state(self, client_state or {}, stamp), *args, **kwargs)
+            client_state = add_state(self, client_state or {}, stamp)
+            return save_checkpoint(original, self.engine, stamp, save_dir, tag, client_state, *args, **kwargs)
         finally:
             if ours is not None:
                 ours.save_stamp = None

@@ -38,6 +38,7 @@ class Watch:
         self.rank = rank
         self.interval = attachment.settings.telemetry.interval
         folder = attachment.settings.telemetry.path
+        self._monitor_failed = False
         self.log = None if folder is None else JsonlLog(f"{folder}/telemetry_rank{rank}.jsonl")
         self._known_alarms: set[tuple[str, str, str]] = set()
         self._is_looking = False
@@ -190,8 +191,12 @@ class Watch:
             values[f"wire/{kind}_bytes"] = float(sent_bytes) / self.interval
         values["wire/ratio"] = counters.ratio()
         counters.reset()
-        if engine.monitor.enabled and self.rank == 0:
-            engine.monitor.write_events(events(values, engine.global_samples))
+        if engine.monitor.enabled and self.rank == 0 and not self._monitor_failed:
+            try:
+                engine.monitor.write_events(events(values, engine.global_samples))
+            except OSError as error:  # watching must not end what it watches
+                self._monitor_failed = True
+                print(f"ds_fp8: telemetry: DeepSpeed's monitor: {error}; it gets no more from us", flush=True)
         alarms = new_alarms(find_alarms(statistics), self._known_alarms)
         if self.log is not None:
             self.log.write(

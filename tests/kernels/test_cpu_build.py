@@ -140,3 +140,41 @@ def test_a_cpu_without_avx512_runs_the_next_path_with_the_same_bits():
     assert [name for name, *_ in there] == ["avx2", "avx2", "portable"]
     assert {tuple(result) for _, *result in here} == {tuple(result) for _, *result in there}
     assert len({tuple(result) for _, *result in there}) == 1
+
+
+def test_the_cache_is_private_whatever_the_umask(tmp_path, monkeypatch):
+    """Code is loaded from there: mode 0700, also under umask 0; a folder that others may write is not used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    before = os.umask(0)
+    try:
+        folder = build.cache_dir()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    other = build.cache_dir()
+    assert other != folder and other.parent.name == f"ds_fp8-{os.getuid()}" and other.stat().st_mode & 0o777 == 0o700
+    other.chmod(0o777)
+    with pytest.raises(build.BuildError, match="writable by"):
+        build.cache_dir()
+
+
+def test_no_home_and_a_full_disk_are_refusals_not_errors(tmp_path, monkeypatch):
+    """A user id without a passwd entry has no home; whoever asks falls back to PyTorch on a BuildError."""
+    from pathlib import Path
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert build.cache_dir().is_relative_to(tmp_path)
+
+    def full(folder: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "build", full)
+    with pytest.raises(build.BuildError, match="No space left"):
+        build.build_cached()

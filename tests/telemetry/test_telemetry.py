@@ -79,3 +79,31 @@ def test_a_journal_cut_by_a_kill_is_still_readable(tmp_path):
     found = read_jsonl_log(log.path)
     assert [event["event"] for event in found] == ["plan", "step"]
     assert found[1]["readings"][0]["amax"] == "inf"
+
+
+def test_a_cut_line_in_the_middle_loses_only_itself(tmp_path):
+    """Killed in a write, then resumed: the new lines are not glued to the half one."""
+    path = tmp_path / "t.jsonl"
+    JsonlLog(path).write("plan", digest="ab")
+    with path.open("a") as file:
+        file.write('{"event": "st')
+    resumed = JsonlLog(path)
+    resumed.write("plan", digest="cd")
+    resumed.write("step", step=2)
+    assert [event["event"] for event in read_jsonl_log(path)] == ["plan", "plan", "step"]
+
+
+def test_a_full_disk_ends_the_log_and_not_the_training(capsys):
+    """/dev/full refuses every write with ENOSPC: told once, then silence."""
+    log = JsonlLog("/dev/full")
+    for step in range(3):
+        log.write("step", step=step)
+    assert not log.is_open
+    assert capsys.readouterr().err.count("training goes on") == 1
+
+
+def test_a_folder_that_cannot_be_made_ends_the_log_only(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    log = JsonlLog(tmp_path / "file" / "t.jsonl")
+    log.write("step", step=1)
+    assert "training goes on" in capsys.readouterr().err

@@ -148,29 +148,51 @@ def build(target_dir: Path | str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where this user's build of these sources belongs; a private directory, since code is loaded from it."""
+    """Where this user's build of these sources belongs: a directory that nobody else can write, since code is loaded from it.
+
+    Raises BuildError where there is none: no home and no folder for temporary files, or somebody else's.
+    """
     key = hashlib.sha256(f"{source_hash()}|{compiler_version(find_compiler())}|{machine()}".encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME")
-    home = Path(root) if root else Path.home() / ".cache"
-    private = home / "ds_fp8" / f"cpu-{key}"
+    refusals = []
     try:
-        private.mkdir(parents=True, exist_ok=True)
-        if os.access(private, os.W_OK):
-            return private
-    except OSError:
-        pass  # no home, or a read-only one
-    fallback = Path(tempfile.gettempdir()) / f"ds_fp8-{os.getuid()}"
-    fallback.mkdir(mode=0o700, exist_ok=True)
-    state = fallback.stat()
+        # No home: a container with a user id that stands in no passwd.
+        home = Path(root) if root else Path.home() / ".cache"
+        return _private(home / "ds_fp8" / f"cpu-{key}")
+    except (OSError, RuntimeError, BuildError) as error:
+        refusals.append(str(error))
+    try:
+        fallback = _private(Path(tempfile.gettempdir()) / f"ds_fp8-{os.getuid()}")
+        return _private(fallback / f"cpu-{key}")
+    except (OSError, BuildError) as error:
+        refusals.append(str(error))
+    raise BuildError(f"no folder for compiled kernels: {'; '.join(refusals)}; set XDG_CACHE_HOME to one of your own")
+
+
+def _private(folder: Path) -> Path:
+    """The folder, made with mode 0700 whatever the umask; BuildError if it is another user's, or others may write it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            folder.mkdir(mode=0o700)
+    state = folder.stat()
     if state.st_uid != os.getuid() or state.st_mode & 0o022:
-        raise BuildError(f"{fallback} belongs to, or is writable by, somebody else; set XDG_CACHE_HOME")
-    return fallback / f"cpu-{key}"
+        raise BuildError(f"{folder} belongs to, or is writable by, somebody else")
+    if not os.access(folder, os.W_OK):
+        raise BuildError(f"{folder} cannot be written")
+    return folder
 
 
 def build_cached() -> Path:
     """The library in the user's cache, compiled if it is not there yet. Raises BuildError."""
     directory = cache_dir()
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return _built_in(directory)
+    except OSError as error:  # a full disk, a quota, a folder that has gone
+        raise BuildError(f"{directory}: {error.strerror or error}") from error
+
+
+def _built_in(directory: Path) -> Path:
     library, lock, refusal = directory / library_name(), directory / "building", directory / "refused"
     while not library.exists():
         try:
