@@ -166,7 +166,13 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
     count = 0
     for path in sorted([*target.glob("*_optim_states.pt"), *target.glob("*_model_states.pt")]):
         content = read_plain(path)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: a {type(content).__name__}, no file of DeepSpeed.")
         shard = content.get("optimizer_state_dict") or content.get("optimizer")
+        if path.name.endswith("_optim_states.pt") and (not isinstance(shard, dict) or shard.get(KEY) is None):
+            raise CheckpointError(
+                f"{path}: no codes of ds_fp8 in it. A plain checkpoint loads into any level as it is."
+            )
         changed = level == "plain" and content.pop(KEY, None) is not None
         if isinstance(shard, dict) and shard.get(KEY) is not None:
             check_codes(shard[KEY], str(path))
