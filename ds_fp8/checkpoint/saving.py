@@ -26,7 +26,13 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ..errors import CheckpointError
+from ..zero.touched import touched
 from .complete import MANIFEST, UNFINISHED, directory_digest
+
+TOUCHED = {
+    "CheckpointEngine": touched(reads="save", writes="save"),
+    "Engine": touched(reads="checkpoint_engine global_rank local_rank use_node_local_storage"),
+}
 
 VERSION = 1
 
