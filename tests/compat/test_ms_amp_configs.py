@@ -23,7 +23,7 @@ STEPS = 6
 
 WRAPPERS = {
     "ms_amp_plain.json": "FP16_UnfusedOptimizer",
-    "ms_amp_o2.json": "Stage0Optimizer",
+    "ms_amp_o2.json": "Fp8FP16_UnfusedOptimizer",
     "ms_amp_zero_o3.json": "Fp8DeepSpeedZeroOptimizer",
     "ms_amp_zero_o3_te.json": "Fp8DeepSpeedZeroOptimizer",
     "accelerate_msamp.json": None,
