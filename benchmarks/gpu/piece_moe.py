@@ -15,7 +15,7 @@ from ledger import Ledger, main
 from timing import alternate, free
 from torch import nn
 
-from ds_fp8.config.settings import Fp8Settings, Settings
+from ds_fp8.config.settings import Fp8Settings, LayerSettings, Settings
 from ds_fp8.layers import swap_layers
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
@@ -50,7 +50,8 @@ def experts_of(family: str, sizes: dict[str, Any]) -> nn.Module:
 
 def swapped(plain: nn.Module, kind: str) -> nn.Module:
     model = copy.deepcopy(plain)
-    settings = Settings(Fp8Settings(True, recipe=Recipe(kind=kind, fp8_format="E4M3"), backend="torch"))
+    layers = LayerSettings(include=("*experts",))  # on a GPU they are converted where they are named
+    settings = Settings(Fp8Settings(True, recipe=Recipe(kind=kind, fp8_format="E4M3"), backend="torch", layers=layers))
     swap_layers(model, make_plan(model, settings, device="cuda"))
     return model
 

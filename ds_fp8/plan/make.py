@@ -55,6 +55,7 @@ def make_plan(
             partial,
             first,
             last,
+            on_gpu=host.device_type == "cuda",
         )
         modules, unmatched = decide_modules(model, rules)
         _require_conversion(modules, settings, partial)

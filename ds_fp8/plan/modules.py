@@ -16,7 +16,7 @@ from ..errors import PlanError
 from . import conversion_checks, patterns
 from .conversion_checks import HARD, MATRICES, SOFT, CandidateModule, first_reason, kind_of
 from .decisions import ModuleDecision
-from .roles import find_roles
+from .roles import find_roles, slow_experts
 
 TARGETS = {
     "torch": {"Linear": "Fp8Linear", "LayerNorm": "Fp8LayerNorm", "RMSNorm": "Fp8RMSNorm"},
@@ -31,6 +31,7 @@ class Rules:
     """Everything that decides about a module, apart from the module.
 
     first, last  there is a first, a last Linear here to keep: false in the middle of a pipeline
+    on_gpu       stacked experts stay in high precision unless a pattern names them: there they were measured slower
     """
 
     layers: LayerSettings
@@ -40,6 +41,7 @@ class Rules:
     partial: bool = False
     first: bool = True
     last: bool = True
+    on_gpu: bool = False
 
 
 def decide_modules(model: nn.Module, rules: Rules) -> tuple[tuple[ModuleDecision, ...], tuple[str, ...]]:
@@ -64,6 +66,10 @@ def find_candidates(model: nn.Module, rules: Rules) -> list[CandidateModule]:
             if parameter is not None:
                 sharers.setdefault(id(parameter), []).append((fqn, module))
     roles = find_roles(model)
+    if rules.on_gpu:
+        roles |= {
+            fqn: slow_experts(fqn) for fqn, module in model.named_modules() if fqn and kind_of(module) == "Experts"
+        }
     candidates = []
     for fqn, module in model.named_modules():
         kind = kind_of(module)

@@ -48,14 +48,16 @@ Linears = dict[str, nn.Linear]
 class Role:
     """What a layer is for.
 
-    name  as the reason says it: `output head`, `router`, `classification head`, `adapter`
+    name  as the reason says it: `output head`, `router`, `classification head`, `adapter`, `experts`
     part  the part of its full name that says so: `lm_head`, `gate`, `lora_A`; a pattern must name it
     glob  a pattern that names it and its like
+    why   more about the default, as it stands in the reason
     """
 
     name: str
     part: str
     glob: str
+    why: str = ""
 
     def asked_by(self, pattern: str, fqn: str) -> bool:
         """Whether `pattern` means this layer, and does not only sweep it in: without that part it would not match."""
@@ -63,7 +65,20 @@ class Role:
         return fnmatchcase(fqn, pattern) and not fnmatchcase(hidden, pattern)
 
     def reason(self) -> str:
-        return f'{self.name}, in high precision by default; fp8/layers/include ["*", "{self.glob}"] converts it'
+        return (
+            f'{self.name}, in high precision by default{self.why}; fp8/layers/include ["*", "{self.glob}"] converts it'
+        )
+
+
+def slow_experts(fqn: str) -> Role:
+    """Stacked experts on a GPU: right, and slow, since their casts are several launches each.
+
+    Measured: expert blocks forward and backward on an H100, .14 to .28 of bf16's grouped products
+    (benchmarks/results/gpu_h100_moe_202611.md).
+    """
+    part = fqn.rpartition(".")[2]
+    why = ": on an H100 their FP8 products with casts took 4 to 7 times as long as bf16's"
+    return Role("experts", part, f"*{part}", why)
 
 
 def find_roles(model: nn.Module) -> dict[str, Role]:
