@@ -113,6 +113,14 @@ def is_before(release: str) -> bool:
     return numbers(deepspeed.__version__) < numbers(release)
 
 
+def has_bf16_optimizer() -> bool:
+    """Before 0.18.5 two of DeepSpeed's constants are equal, and where it means BF16_Optimizer it takes a wrapper of stage 0.
+
+    Ours trains there as stage 0 does; DeepSpeed's starts at step 2 and scales the loss by 2^16, so it is no measure.
+    """
+    return not is_before("0.18.5")
+
+
 def msamp(level: str, **keys: Any) -> dict[str, Any]:
     """The sections of a job without FP8 products."""
     return {"msamp": {"enabled": True, "opt_level": level, **keys}, "fp8": {"enabled": False}}
@@ -179,7 +187,8 @@ def o1(folder: Path) -> None:
     exact(0, "fp32")
     exact(2, **FP32_SUMS, gas=2)
     exact(3, **FP32_SUMS, gas=2)
-    exact(1, **FP32_SUMS)  # BF16_Optimizer
+    if has_bf16_optimizer():
+        exact(1, **FP32_SUMS)
     exact(2, zero={"round_robin_gradients": True})
 
 
@@ -194,7 +203,8 @@ def o2(folder: Path) -> None:
     for stage in (1, 2, 3):
         near(stage)
         near(stage, "O1", gas=2)
-    near(1, **FP32_SUMS)
+    if has_bf16_optimizer():
+        near(1, **FP32_SUMS)
 
 
 def stage_0(folder: Path) -> None:
@@ -334,7 +344,7 @@ def pipeline(folder: Path) -> None:
         engine.destroy()
         return found
 
-    for stage in (0, 1):
+    for stage in (0, 1) if has_bf16_optimizer() else (1,):
         assert losses(stage, EXACT) == losses(stage, {}), f"stage {stage}"
 
 
