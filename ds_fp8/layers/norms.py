@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import fused_rms_norm
 from .fp8_linear import ORIGINAL
+from .fused_rms_norm import fused_class
 
 
 class Fp8LayerNorm(nn.LayerNorm):
@@ -42,6 +44,8 @@ CLASSES: dict[str, type[nn.Module]] = {"LayerNorm": Fp8LayerNorm, "RMSNorm": Fp8
 
 def adopt(module: nn.Module, kind: str) -> nn.Module:
     """Turn a norm into ours, in place."""
+    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return fused_rms_norm.adopt(module)
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = CLASSES[kind]
     return module
@@ -50,4 +54,10 @@ def adopt(module: nn.Module, kind: str) -> nn.Module:
 def release(module: nn.Module) -> nn.Module:
     """The plain norm again, in place."""
     module.__class__ = module.__dict__.pop(ORIGINAL)
+    module.__dict__.pop(fused_rms_norm.RULE, None)
     return module
+
+
+def form_of(original: type[nn.Module]) -> type[nn.Module]:
+    """The class that a norm of class `original` gets."""
+    return next((cls for cls in CLASSES.values() if issubclass(original, cls.__bases__)), None) or fused_class(original)

@@ -66,7 +66,7 @@ def take_form(module: nn.Module, owner: Owner | None) -> None:
         module.__dict__["page"] = owner.page
         owner.page.settle(module.weight.device)
     else:
-        module.__class__ = next(cls for cls in norms.CLASSES.values() if isinstance(module, cls.__bases__))
+        module.__class__ = norms.form_of(module.__dict__[ORIGINAL])
 
 
 class Turn:

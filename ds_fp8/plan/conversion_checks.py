@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .expert_rules import rule_of
+from .known_norms import rms_norm_of
 from .shapes import is_conv1d, shape_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ PLAIN: tuple[tuple[str, type[nn.Module]], ...] = (
     ("LayerNorm", nn.LayerNorm),
     ("RMSNorm", nn.RMSNorm),
 )
-"""Kinds that are a class of torch. Conv1D (GPT-2) and Experts ([experts, ., .] parameters) are known by their structure."""
+"""Kinds that are a class of torch. Conv1D (GPT-2) and Experts ([experts, ., .] parameters) are known by their structure,
+RMS norms of model libraries by what they compute (`known_norms.py`)."""
 
 KINDS = ("Linear", "Conv1D", "Experts", "LayerNorm", "RMSNorm")
 MATRICES = ("Linear", "Conv1D", "Experts")
@@ -79,6 +81,8 @@ def kind_of(module: nn.Module) -> str | None:
     found = next((kind for kind, cls in PLAIN if isinstance(module, cls)), None)
     if found is None and is_conv1d(module):
         return "Conv1D"
+    if found is None and rms_norm_of(module) is not None:
+        return "RMSNorm"
     return "Experts" if found is None and rule_of(module) is not None else found
 
 
@@ -120,6 +124,8 @@ def subclass(candidate: CandidateModule) -> str | None:
     cls = type(candidate.module)
     if candidate.kind in ("Conv1D", "Experts") or any(cls is plain for _, plain in PLAIN):
         return None
+    if not isinstance(candidate.module, tuple(plain for _, plain in PLAIN)):
+        return None  # known by what it computes
     if cls.__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention never calls its out_proj"
     return f"subclass {cls.__name__}"
@@ -148,6 +154,8 @@ def norm_shape(candidate: CandidateModule) -> str | None:
         return "no bias"
     if len(shape_of(candidate.weight)) > 1:
         return "normalizes over several dimensions"
+    if not isinstance(candidate.module, (nn.LayerNorm, nn.RMSNorm)):
+        return "no nn.RMSNorm: Transformer Engine's cannot replace it" if candidate.backend == "transformer_engine" else None
     if candidate.kind == "RMSNorm" and candidate.backend == "transformer_engine" and candidate.module.eps is None:
         return "eps is None, Transformer Engine wants a number"
     return None

@@ -1,0 +1,107 @@
+"""RMS norms of model libraries: known by what they compute, faster in place, the same model otherwise."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from ds_fp8.layers import restore_layers
+from ds_fp8.plan.known_norms import RmsNorm, rms_norm_of
+from tests.layers.small_models import swapped
+
+transformers = pytest.importorskip("transformers")
+
+
+def norms() -> dict[str, nn.Module]:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    torch.manual_seed(0)
+    made = {
+        "llama": LlamaRMSNorm(32, eps=1e-5),
+        "qwen3": Qwen3RMSNorm(32),
+        "t5": T5LayerNorm(32),
+        "gemma": GemmaRMSNorm(32),
+    }
+    for norm in made.values():
+        nn.init.uniform_(norm.weight, -1, 1)
+    return made
+
+
+class Half(nn.Module):
+    """Looks like one of them, and adds eps outside the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
+
+
+class Model(nn.Module):
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm, self.up = norm, nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.norm(x))
+
+
+def test_known_by_what_they_compute():
+    found = {name: rms_norm_of(norm) for name, norm in norms().items()}
+    assert found == {
+        "llama": RmsNorm(1e-5, False),
+        "qwen3": RmsNorm(1e-6, False),
+        "t5": RmsNorm(1e-6, False),
+        "gemma": RmsNorm(1e-6, True),
+    }
+    assert rms_norm_of(Half()) is None
+    assert rms_norm_of(nn.LayerNorm(32)) is None
+    assert rms_norm_of(nn.Embedding(4, 32)) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "gemma"])
+def test_the_fused_norm_is_the_same_function(name):
+    """fp32: to its rounding. bf16: to one rounding, since the library's own rounds twice; gradients likewise."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+        results = []
+        for fused in (False, True):
+            model = Model(norms()[name]).to(dtype)
+            if fused:
+                swapped(model)
+                assert type(model.norm).__name__.startswith("Fp8")
+            x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+            y = model.norm(x)
+            y.float().pow(2).sum().backward()
+            assert y.dtype == dtype
+            results.append([one.float() for one in (y.detach(), x.grad, model.norm.weight.grad)])
+        for plain, ours in zip(*results):
+            assert (plain - ours).abs().max() <= 4 * tolerance * plain.abs().max()
+
+
+def test_the_model_stays_what_it_was():
+    """Names, Parameters, copies, pickles; and the library's class comes back."""
+    model = Model(norms()["llama"])
+    cls, weight, names = type(model.norm), model.norm.weight, list(model.state_dict())
+    swapped(model)
+    assert isinstance(model.norm, cls) and model.norm.weight is weight and list(model.state_dict()) == names
+    x = torch.randn(2, 32)
+    for twin in (copy.deepcopy(model.norm), pickle.loads(pickle.dumps(model.norm))):
+        assert type(twin) is type(model.norm) and torch.equal(twin(hidden_states=x), model.norm(x))
+    restore_layers(model)
+    assert type(model.norm) is cls and not [name for name in vars(model.norm) if name.startswith("_ds_fp8")]
+
+
+def test_one_graph_under_torch_compile():
+    model = Model(norms()["gemma"])
+    swapped(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 32)
+    assert torch.equal(compiled(x), model(x))
