@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def ours(level: str | None = "O2", **fp8: Any) -> dict[str, Any]:
     msamp = {} if level is None else {"msamp": {"enabled": True, "opt_level": level}}
-    return {"sections": {"fp8": FP8 | fp8, **msamp}}
+    return {"sections": {"fp8": FP8 | {"layers": {"library_norms": True}} | fp8, **msamp}}
 
 
 ROWS: dict[str, dict[str, Any]] = {

@@ -125,6 +125,7 @@ def _layers(given: Any) -> LayerSettings:
         exclude=tuple(value_of(given, "layers", "exclude")),
         linear=value_of(given, "layers", "linear"),
         norm=value_of(given, "layers", "norm"),
+        library_norms=value_of(given, "layers", "library_norms"),
         first_last_high_precision=value_of(given, "layers", "first_last_high_precision"),
         min_features=integer(value_of(given, "layers", "min_features")),
     )

@@ -22,6 +22,7 @@ class LayerSettings:
     exclude: tuple[str, ...] = ()
     linear: bool = True
     norm: bool = True
+    library_norms: bool = False
     first_last_high_precision: bool = False
     min_features: int | None = None
 

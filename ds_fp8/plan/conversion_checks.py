@@ -77,11 +77,11 @@ class CandidateModule:
 ConversionCheck = Callable[[CandidateModule], "str | None"]
 
 
-def kind_of(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module, *, library_norms: bool = False) -> str | None:
     found = next((kind for kind, cls in PLAIN if isinstance(module, cls)), None)
     if found is None and is_conv1d(module):
         return "Conv1D"
-    if found is None and rms_norm_of(module) is not None:
+    if found is None and library_norms and rms_norm_of(module) is not None:
         return "RMSNorm"
     return "Experts" if found is None and rule_of(module) is not None else found
 

@@ -72,7 +72,7 @@ def find_candidates(model: nn.Module, rules: Rules) -> list[CandidateModule]:
         }
     candidates = []
     for fqn, module in model.named_modules():
-        kind = kind_of(module)
+        kind = kind_of(module, library_norms=rules.layers.library_norms)
         if kind is None or (fqn == "" and kind not in MATRICES):
             continue
         if "Fp8" in type(module).__name__ and type(module).__module__.startswith("ds_fp8."):

@@ -108,6 +108,7 @@ def test_every_fp8_key_arrives():
             "exclude": ["*.head"],
             "linear": True,
             "norm": False,
+            "library_norms": True,
             "first_last_high_precision": True,
             "min_features": 256,
         },
@@ -129,7 +130,7 @@ def test_every_fp8_key_arrives():
     assert (recipe.amax_history_len, recipe.amax_compute_algo, recipe.reduce_amax) == (16, "most_recent", False)
     assert recipe.override_linear_precision == HighPrecision(wgrad=True)
     assert recipe.amax_rules == "transformer_engine"
-    assert fp8.layers == config.LayerSettings(("a.*",), ("*.head",), True, False, True, 256)
+    assert fp8.layers == config.LayerSettings(("a.*",), ("*.head",), True, False, True, True, 256)
     assert (fp8.backend, fp8.fuse, fp8.weight_cache, fp8.eval, fp8.start_step) == (
         "transformer_engine",
         True,
@@ -209,7 +210,8 @@ def test_use_te_means_backend_transformer_engine(fp8):
         ({"bf16": {"enabled": True}}, "bf16"),
         ({"bfloat16": {"enabled": True}}, "bf16"),
         ({"fp16": {"enabled": True}}, "fp16"),
-        ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": False}}, "fp32"),
+        ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": False}}, "fp16"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "bf16"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "fp32"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from ds_fp8.config.settings import LayerSettings
 from ds_fp8.layers import restore_layers
 from ds_fp8.plan.known_norms import RmsNorm, rms_norm_of
 from tests.layers.small_models import swapped
@@ -75,7 +76,7 @@ def test_the_fused_norm_is_the_same_function(name):
         for fused in (False, True):
             model = Model(norms()[name]).to(dtype)
             if fused:
-                swapped(model)
+                swapped(model, layers=LayerSettings(library_norms=True))
                 assert type(model.norm).__name__.startswith("Fp8")
             x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
             y = model.norm(x)
@@ -90,7 +91,7 @@ def test_the_model_stays_what_it_was():
     """Names, Parameters, copies, pickles; and the library's class comes back."""
     model = Model(norms()["llama"])
     cls, weight, names = type(model.norm), model.norm.weight, list(model.state_dict())
-    swapped(model)
+    swapped(model, layers=LayerSettings(library_norms=True))
     assert isinstance(model.norm, cls) and model.norm.weight is weight and list(model.state_dict()) == names
     x = torch.randn(2, 32)
     for twin in (copy.deepcopy(model.norm), pickle.loads(pickle.dumps(model.norm))):
@@ -101,7 +102,14 @@ def test_the_model_stays_what_it_was():
 
 def test_one_graph_under_torch_compile():
     model = Model(norms()["gemma"])
-    swapped(model)
+    swapped(model, layers=LayerSettings(library_norms=True))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 32)
     assert torch.equal(compiled(x), model(x))
+
+
+def test_without_the_key_the_norm_stays():
+    model = Model(norms()["llama"])
+    cls = type(model.norm)
+    swapped(model)
+    assert type(model.norm) is cls
