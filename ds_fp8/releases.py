@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-DEEPSPEED = (
-    "0.18.0", "0.18.1", "0.18.2", "0.18.3", "0.18.4", "0.18.5", "0.18.6", "0.18.7", "0.18.8",
-    "0.19.0", "0.19.1", "0.19.2", "0.19.3", "0.19.4", "0.19.5", "0.19.6", "0.19.7", "0.19.8",
-)  # fmt: skip
+DEEPSPEED = ("0.18.0", "0.18.3", "0.18.5", "0.19.0", "0.19.2", "0.19.6", "0.19.7", "0.19.8")
 """Tested releases of DeepSpeed, oldest first."""
+
+RELEASED = (
+    *(f"0.18.{patch}" for patch in range(10)),
+    *(f"0.19.{patch}" for patch in range(9)),
+)  # fmt: skip
+"""All releases between them: what `tests/matrix.sh` tries. One that is not listed above runs as an unknown one does."""
 
 
 class Range(NamedTuple):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Try releases of DeepSpeed, one environment each:   bash tests/matrix.sh [--write] [RELEASE ...]
 #
-#   bash tests/matrix.sh                      every release of ds_fp8/releases.py, then docs/compatibility.md
+#   bash tests/matrix.sh                      every release that ds_fp8/releases.py knows, then docs/compatibility.md
 #   bash tests/matrix.sh 0.18.0 0.19.7        these two; the page is left alone unless --write is given
 #
 # Each environment (.matrix/RELEASE) lies over the one of the tests (.venv-test, or VENV) and holds the release alone, taken from
@@ -15,7 +15,7 @@ WRITE=
 [ "${1:-}" = --write ] && { WRITE=1; shift; }
 [ -n "${READY:-}" ] || bash .ci/venv.sh "$VENV" test || exit 1
 [[ $VENV == /* ]] || VENV=$PWD/$VENV
-[ $# -gt 0 ] || { WRITE=1; set -- $("$VENV/bin/python" -c "from ds_fp8 import releases; print(*releases.DEEPSPEED)"); }
+[ $# -gt 0 ] || { WRITE=1; set -- $("$VENV/bin/python" -c "from ds_fp8 import releases; print(*releases.RELEASED)"); }
 mkdir -p .matrix
 RESULTS=
 FAILED=0

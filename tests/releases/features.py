@@ -163,6 +163,12 @@ def near(stage: int, level: str = "O2", dtype: str = "bf16", *, tolerance: float
     assert torch.equal(lowest, highest), f"stage {stage}: ranks have different weights"
 
 
+def alone(folder: Path) -> None:
+    """The release by itself, ZeRO 1 to 3 without a section of ours: where this fails, nothing else can be asked."""
+    for stage in (1, 2, 3):
+        run(configuration(stage))
+
+
 def fp8_layers(folder: Path) -> None:
     """`fp8` alone in stages 0, 2 and 3, then saved and resumed with its scales."""
     # DeepSpeed before 0.18.6 does not clear the gradients of bf16 jobs in stage 0, so its resumed jobs lack what was in them.
@@ -364,6 +370,7 @@ def pipeline(folder: Path) -> None:
 
 
 FEATURES: dict[str, Feature] = {
+    "DeepSpeed alone": alone,
     "fp8 layers": fp8_layers,
     "O1": o1,
     "stage 0": stage_0,

@@ -1,4 +1,4 @@
-"""The results of tests/matrix.sh as a table:   python tests/releases/table.py [--write PAGE] RESULT.json ...
+"""The results of tests/matrix.sh as a table:   python tests/releases/table.py [--note TEXT] [--write PAGE] RESULT.json ...
 
 PAGE is nothing but the result: it is written from scratch, and what is wrong is in it.
 """
@@ -23,8 +23,10 @@ def read(files: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def page(results: list[dict[str, Any]], meanings: dict[str, str]) -> str:
+def page(results: list[dict[str, Any]], meanings: dict[str, str], note: str = "") -> str:
     """Markdown: release x feature, then every failure in words."""
+    from ds_fp8.releases import RELEASED
+
     names = list(dict.fromkeys([*meanings, *(name for result in results for name in result["features"])]))
     lines = [
         "# Compatibility",
@@ -32,6 +34,8 @@ def page(results: list[dict[str, Any]], meanings: dict[str, str]) -> str:
         "Written by `tests/matrix.sh`; do not edit. Two CPU ranks over gloo, each release of DeepSpeed in an environment of its own.",
         "",
     ]
+    if note:
+        lines += [note, ""]
     for versions in dict.fromkeys(result.get("versions", "") for result in results):
         if versions:
             lines += [f"With {versions}.", ""]
@@ -47,6 +51,10 @@ def page(results: list[dict[str, Any]], meanings: dict[str, str]) -> str:
         if result.get("error"):
             failures.append(f"- {result['deepspeed']}: {result['error']}")
         lines.append(f"| {result['deepspeed']} | {' | '.join(cells)} |")
+    ran = {result["deepspeed"] for result in results}
+    absent = [release for release in RELEASED if release not in ran]
+    if absent:
+        lines += ["", f"Releases in this range that were not run: {', '.join(absent)}."]
     lines += ["", "What a column means:", "", *(f"- **{name}**: {text}" for name, text in meanings.items()), ""]
     if failures:
         lines += ["What failed:", "", *failures, ""]
@@ -60,12 +68,14 @@ def page(results: list[dict[str, Any]], meanings: dict[str, str]) -> str:
 def main(arguments: list[str]) -> int:
     from features import FEATURES
 
-    target = None
+    target, note = None, ""
+    if arguments[:1] == ["--note"]:
+        note, arguments = arguments[1], arguments[2:]
     if arguments[:1] == ["--write"]:
         target, arguments = Path(arguments[1]), arguments[2:]
     results = read(arguments)
     meanings = {name: " ".join((feature.__doc__ or name).split()) for name, feature in FEATURES.items()}
-    text = page(results, meanings)
+    text = page(results, meanings, note)
     print(text)
     if target is not None:
         target.write_text(text)
