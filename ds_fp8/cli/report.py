@@ -45,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
     histories = {}
     for name in options.logs:
         try:
-            histories[name] = read_history(read_jsonl_log(name))
+            events = read_jsonl_log(name)
+            if not events:
+                return _refuse(f"{name} is no telemetry log: no line of it is an event", 2)
+            histories[name] = read_history(events)
         except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
             return _refuse(f"{name} is no telemetry log that can be read ({type(error).__name__}: {error})", 2)
         if not histories[name].steps:
