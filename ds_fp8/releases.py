@@ -37,7 +37,7 @@ class Range(NamedTuple):
 
 
 REQUIRED = {
-    "torch": Range("2.11", ("2.11", "2.13", "2.14")),
+    "torch": Range("2.11", ("2.11", "2.13")),
     "deepspeed": Range(DEEPSPEED[0], DEEPSPEED),
     "jsonschema": Range("4.20"),
     "hjson": Range(""),
@@ -49,13 +49,13 @@ REQUIRED = {
 
 OPTIONAL = {
     "transformer-engine": Range("2.4", ("2.11", "2.20")),
-    "transformers": Range("4.57", ("4.57", "5")),
-    "accelerate": Range("1.10", ("1.10",)),
+    "transformers": Range("4.57", ("5",)),
+    "accelerate": Range("1.10", ("1.15",)),
     "triton": Range("3.0"),
 }
 """Distributions that a job may bring."""
 
-PYTHON = Range("3.10", ("3.10", "3.11", "3.12", "3.13"))
+PYTHON = Range("3.10", ("3.11", "3.12"))
 
 
 def numbers(version: str) -> tuple[int, ...]:
