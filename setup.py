@@ -80,6 +80,10 @@ class BuildWithDoor(build_py):
         target.mkdir(parents=True, exist_ok=True)
         build_kernels(target)
 
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Of the schemas only the JSON travels: what generates it needs DeepSpeed and a checkout."""
+        return [] if package == "ds_fp8.schemas" else super().find_package_modules(package, package_dir)
+
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         outputs = super().get_outputs(include_bytecode)
         if not getattr(self, "editable_mode", False):

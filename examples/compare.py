@@ -63,8 +63,7 @@ def rows(runs: list[dict]) -> list[list[str]]:
         row("layers in FP8", lambda run: converted(run["plan"])),
         row("steps/s", lambda run: f"{run['steps_per_s']:.2f}"),
         row("tokens/s", lambda run: f"{run['tokens_per_s']:.0f}"),
-        megabytes("model and optimizer, per rank", lambda each: each.resident_bytes - each.codes_bytes),
-        megabytes("cached FP8 weights, per rank", lambda each: each.codes_bytes),
+        megabytes("model and optimizer, per rank", lambda each: each.resident_bytes),
         megabytes("gradients sent per step", lambda each: each.gradient_wire_bytes),
         megabytes("weights sent per step", lambda each: each.weight_wire_bytes),
     ]

@@ -169,9 +169,9 @@ CASES = {
     """,
     "the import list emptied by somebody; mended when torch has been imported": """
         sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "DeepSpeedFinder"]
-        from importlib.metadata import EntryPoint
-        text = open(DOOR_ROOT + "/setup.py").read().split('"torch.backends": ["ds_fp8 = ')[1].split('"')[0]
-        EntryPoint("ds_fp8", text, "torch.backends").load()()
+        from importlib.metadata import distribution
+        (point,) = distribution("ds_fp8").entry_points.select(group="torch.backends")
+        point.load()()
         import deepspeed
     """,
     "a first import that fails in the package": """
@@ -270,7 +270,7 @@ def folder(tmp_path_factory):
 def python(folder: Path, code: str, packages: str = "packages", ours: Path = PACKAGE_PARENT, **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "DS_FP8_DISABLE"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder / "door"), str(folder / packages), str(ours)])
-    program = f"DOOR_ROOT = {str(PACKAGE_PARENT)!r}\n{HEAD}{textwrap.dedent(code)}"
+    program = HEAD + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,8 +28,8 @@ CONFIG = {
 
 def losses(said: str) -> dict[tuple[int, int], str]:
     """(rank, step) -> the loss to its last digit."""
-    lines = [line.split() for line in said.splitlines() if line.startswith("STEP ")]
-    return {(int(rank), int(step)): loss for _, rank, step, loss in lines}
+    # Anywhere in a line: what another process has written without a newline may stand before it.
+    return {(int(rank), int(step)): loss for rank, step, loss in re.findall(r"STEP (\d) (\d) (\S+)", said)}
 
 
 def test_a_killed_rank_ends_the_job_and_the_next_one_goes_on_from_the_checkpoint(tmp_path):

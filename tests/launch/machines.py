@@ -204,10 +204,12 @@ class Slurm:
     def until_over(self, job: str, limit_s: float = 120) -> tuple[str, int]:
         """(state, exit code of the batch script) once the job has ended for good."""
 
-        # Slurm lets a requeued job wait two minutes; a test need not.
+        # Slurm lets a requeued job wait two minutes; a test need not. But a start in the second of the requeue is refused by
+        # slurmd ("already killed", exit code 1): credentials are revoked by whole seconds.
         def over() -> bool:
             shown = self.show(job)
             if shown["JobState"] == "PENDING" and int(shown["Restarts"]):
+                time.sleep(2)
                 self._run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             return shown["JobState"] not in live
 
