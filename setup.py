@@ -141,7 +141,7 @@ setup(
         "ds_fp8": ["py.typed"],
         "ds_fp8.schemas": ["*.json"],
         "ds_fp8.kernels.cpu": ["*.cpp", "*.h", "*.hpp", "*.so"],
-        "ds_fp8.cli": ["*.html", "*.css"],
+        "ds_fp8.cli": ["*.html", "*.css", "*.js"],
     },
     install_requires=[known.requirement(name) for name, known in releases().REQUIRED.items()],
     extras_require={
@@ -149,6 +149,8 @@ setup(
         "triton": [releases().OPTIONAL["triton"].requirement("triton")],
         "plot": ["matplotlib>=3.7"],
         "report": ["plotly>=5"],
+        # Drives a Chromium, which is no Python package: tests/cli/test_report_browser.py.
+        "browser": ["playwright"],
         "docs": ["mkdocs-material>=9.5"],
         "example": ["tqdm", "matplotlib>=3.7"],
         "test": [
@@ -159,7 +161,10 @@ setup(
             "hypothesis",
             "matplotlib>=3.7",
             "plotly>=5",
+            "playwright",
+            "tensorboard",
             "tqdm",
+            "wandb",
             # Without a GPU its interpreter runs our kernels and its compiler makes the code that a GPU would run.
             "triton>=3.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

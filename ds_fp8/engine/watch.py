@@ -47,6 +47,7 @@ class Watch:
         self._stop_hearing: Any = lambda: None
         self._seen: dict[tuple[str, str], list[torch.Tensor]] = {}
         self._formats: dict[tuple[str, str], Format] = {}
+        self._margin = 0
 
     def begin(self) -> None:
         """The engine is made: write down the plan, and look at the first step if it is due."""
@@ -139,6 +140,7 @@ class Watch:
     def _measure(self, page: Any, role: str, tensor: torch.Tensor, column: int) -> None:
         """Amax, scale and share flushed to zero, as one small tensor on the device."""
         recipe = page.book.recipe
+        self._margin = recipe.margin if recipe.is_delayed else 0
         fmt = recipe.backward_format if role == "grad_output" else recipe.forward_format
         values = tensor.detach().float().reshape(-1).abs()
         if not values.numel():
@@ -154,10 +156,16 @@ class Watch:
             values = values.view(-1, BLOCK_SIZE)
             each = fmt.max / values.amax(dim=1, keepdim=True).clamp_min(2.0**-126)
         # Half of the smallest code rounds to even, which is zero.
-        lost = ((values * each <= fmt.min_subnormal / 2) & (values > 0)).sum()
+        nonzero = values > 0
+
+        def lost(factor: torch.Tensor) -> torch.Tensor:
+            return ((values * factor <= fmt.min_subnormal / 2) & nonzero).sum().float()
+
+        own = fmt.max / amax.clamp_min(2.0**-126) if recipe.is_delayed else each
+        counts = [lost(each), lost(each * 2.0**recipe.margin), lost(own), nonzero.sum().float()]
         key = (page.fqn, role)
         self._formats[key] = fmt
-        found = torch.stack([amax, scale.float(), lost.float(), (values > 0).sum().float()])
+        found = torch.stack([amax, scale.float(), *counts])
         self._seen.setdefault(key, []).append(found)
 
     def _statistics(self) -> list[TensorStatistics]:
@@ -165,7 +173,8 @@ class Watch:
         statistics = []
         for (fqn, role), found in self._seen.items():
             rows = torch.stack([each.cpu() for each in found])
-            lost, nonzero = rows[:, 2].sum().item(), rows[:, 3].sum().item()
+            *lost, nonzero = rows[:, 2:].sum(dim=0).tolist()
+            shares = [count / nonzero if nonzero else None for count in lost]
             worst = int(rows[:, 0].argmax())
             statistics.append(
                 TensorStatistics(
@@ -174,7 +183,10 @@ class Watch:
                     amax=rows[worst, 0].item(),
                     scale=rows[worst, 1].item(),
                     format=self._formats[fqn, role],
-                    underflow=lost / nonzero if nonzero else 0.0,
+                    underflow=shares[0],
+                    margin=self._margin,
+                    underflow_without_margin=shares[1],
+                    underflow_of_own_amax=shares[2],
                 )
             )
         self._seen.clear()
@@ -185,11 +197,13 @@ class Watch:
 
         engine = self.attachment.engine
         statistics, loss = self._statistics(), self._loss()
-        values = aggregate(statistics)
+        alarms = find_alarms(statistics)
+        values = aggregate(statistics, alarms)
         sent = counters.to_json()
-        for kind, sent_bytes in counters.sent.items():
-            values[f"wire/{kind}_bytes"] = float(sent_bytes) / self.interval
-        values["wire/ratio"] = counters.ratio()
+        if counters.sent_bytes:  # else there was no wire of ours to measure, and a zero would claim one
+            for kind, sent_bytes in counters.sent.items():
+                values[f"wire/{kind}_bytes"] = float(sent_bytes) / self.interval
+            values["wire/ratio"] = counters.ratio()
         counters.reset()
         if engine.monitor.enabled and self.rank == 0 and not self._monitor_failed:
             try:
@@ -197,7 +211,7 @@ class Watch:
             except OSError as error:  # watching must not end what it watches
                 self._monitor_failed = True
                 print(f"ds_fp8: telemetry: DeepSpeed's monitor: {error}; it gets no more from us", flush=True)
-        alarms = new_alarms(find_alarms(statistics), self._known_alarms)
+        alarms = new_alarms(alarms, self._known_alarms)
         if self.log is not None:
             self.log.write(
                 "step",
@@ -209,7 +223,14 @@ class Watch:
                 readings=[operand.to_json() for operand in statistics],
             )
             for alarm in alarms:
-                self.log.write("alarm", step=engine.global_steps, kind=alarm.kind, fqn=alarm.fqn, text=alarm.text)
+                told = {
+                    "kind": alarm.kind,
+                    "fqn": alarm.fqn,
+                    "role": alarm.role,
+                    "text": alarm.text,
+                    "cure": alarm.cure,
+                }
+                self.log.write("alarm", step=engine.global_steps, **told)
         for alarm in alarms if self.rank == 0 else ():
             print(f"ds_fp8: step {engine.global_steps}: {alarm.text}", flush=True)
 

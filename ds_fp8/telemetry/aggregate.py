@@ -1,22 +1,24 @@
 """About twenty numbers for all layers together: what a dashboard can hold.
 
 For each role (input, weight, grad_output): the largest and the median amax, the least headroom, how many operands were
-clamped, and the mean share of elements flushed to zero where it was measured. Besides: operands with inf or NaN.
+clamped, and the mean share of elements flushed to zero where it was measured. Besides: operands with inf or NaN, and how
+many alarms hold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import mean, median
 
+from .alarms import Alarm
 from .tensor_statistics import ROLES, TensorStatistics
 
 PREFIX = "Train/Samples/ds_fp8"
 
 
-def aggregate(statistics: Iterable[TensorStatistics]) -> dict[str, float]:
-    """Name -> value. A role that was not measured is left out, so that no plot shows an invented zero."""
+def aggregate(statistics: Iterable[TensorStatistics], alarms: Sequence[Alarm] = ()) -> dict[str, float]:
+    """Name -> value; `alarms` are counted. A role that was not measured is left out, so that no plot shows an invented zero."""
     statistics = list(statistics)
     result: dict[str, float] = {}
     for role in ROLES:
@@ -34,6 +36,7 @@ def aggregate(statistics: Iterable[TensorStatistics]) -> dict[str, float]:
             result[f"{role}/underflow_share"] = mean(measured)
     if statistics:
         result["nonfinite_tensors"] = float(sum(not operand.is_finite for operand in statistics))
+        result["alarms"] = float(len(alarms))
     return result
 
 

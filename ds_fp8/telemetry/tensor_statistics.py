@@ -27,7 +27,11 @@ class TensorStatistics:
     amax       largest absolute value; inf when the tensor held inf or NaN
     scale      factor on the way into FP8
     format     the format it was cast to
-    underflow  share of nonzero elements that became zero; None where only the amax is known
+    underflow  share of nonzero elements that became zero; None where it was not measured (only the amax is known, or no
+               element is nonzero)
+    margin     `fp8/margin`, powers of two by which the scale stays below the range
+    underflow_without_margin   that share, had margin been 0
+    underflow_of_own_amax      that share, had the scale been made from this very amax without a margin
     """
 
     fqn: str
@@ -36,6 +40,9 @@ class TensorStatistics:
     scale: float
     format: Format
     underflow: float | None = None
+    margin: int = 0
+    underflow_without_margin: float | None = None
+    underflow_of_own_amax: float | None = None
 
     @property
     def is_finite(self) -> bool:

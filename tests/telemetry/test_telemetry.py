@@ -58,6 +58,24 @@ def test_each_alarm_names_the_layer_and_the_key(found, kind, key):
     assert alarm.kind == kind and alarm.text.startswith("up: input") and key in alarm.text
 
 
+@pytest.mark.parametrize(
+    ("found", "kind", "cure", "not_told"),
+    [
+        # A head whose gradients all become zero under an old amax: lost before unused.
+        (reading(448 * 2.0**-20, underflow=1.0, underflow_of_own_amax=0.01), "underflow", "fp8/amax_history_len", "block"),
+        (reading(448 * 2.0**-8, underflow=0.4, margin=8, underflow_without_margin=0.02), "underflow", "lower fp8/margin", "history"),
+        (reading(448 * 2.0**-8, underflow=0.9, margin=8, underflow_without_margin=0.6), "underflow", "recipe block", "margin"),
+        (reading(448 * 2.0**-14, margin=10), "idle", "lower fp8/margin", "history"),
+        (reading(448 * 2.0**-14, margin=1), "idle", "fp8/amax_history_len", "lower fp8/margin"),
+    ],
+    ids=["lost before unused", "margin loses", "spread loses", "margin idles", "history idles"],
+)  # fmt: skip
+def test_the_cure_is_the_cause(found, kind, cure, not_told):
+    """The key is named without which the alarm would not hold."""
+    (alarm,) = find_alarms([found])
+    assert alarm.kind == kind and cure in alarm.cure and not_told not in alarm.text
+
+
 def test_a_healthy_tensor_raises_no_alarm():
     """Full range, half range, and a tensor of zeros (a layer that got no data) are all fine."""
     assert find_alarms([reading(448.0), reading(224.0), reading(0.0)]) == []
