@@ -18,7 +18,6 @@ from typing import Any
 from .errors import PlanError
 
 FP8_SINCE = (8, 9)
-BLOCK_SINCE = (9, 0)
 BLACKWELL_SINCE = (10, 0)
 
 

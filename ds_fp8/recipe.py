@@ -1,8 +1,9 @@
 """The scaling recipe: how the factors that bring a tensor into FP8's range are found.
 
-Three families. *delayed*: the scale comes from the amaxes of earlier steps, so one pass casts and measures.
-*current*: from this tensor's own amax, two passes, no history. *block*: one current scale for each 1x128 group of an
-activation and each 128x128 tile of a weight. mxfp8 and nvfp4 are Blackwell's and live in Transformer Engine only.
+    delayed   the scale comes from the amaxes of earlier steps, so one pass casts and measures
+    current   from this tensor's own amax, two passes, no history
+    block     one current scale for each 1x128 group of an activation and each 128x128 tile of a weight
+    mxfp8, nvfp4   Blackwell's, which live in Transformer Engine only
 
 The meanings are Transformer Engine's: scale = (format.max / amax) / 2**margin, and
 
@@ -10,20 +11,71 @@ The meanings are Transformer Engine's: scale = (format.max / amax) / 2**margin, 
     dgrad   grad_input  [M, K] = grad_output [M, N] @ weight   [N, K]     e5m2 x e4m3   (HYBRID; e4m3 x e4m3 with E4M3)
     wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input  [M, K]     e5m2 x e4m3   (HYBRID)
 
+A recipe is two things: an entry in `RECIPE_KINDS`, which is what the JSON, the plan and telemetry know of it, and a module of its
+name in `ds_fp8/layers/recipes`, which casts. Nothing else asks a recipe for its name.
 Source: Transformer Engine's user guide, FP8 recipes; arXiv 2209.05433.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .formats import E4M3, E5M2, Format
 
-RECIPES = ("delayed", "current", "block", "mxfp8", "nvfp4")
 FP8_FORMATS = ("E4M3", "HYBRID")
 AMAX_ALGORITHMS = ("max", "most_recent")
 AMAX_RULES = ("ds_fp8", "transformer_engine")
+
+
+@dataclass(frozen=True)
+class RecipeKind:
+    """What is known of a recipe without casting anything.
+
+    scale_extent              what one scale covers: `tensor`, or `block` (1x128, 128x128 or smaller)
+    keeps_history             scales follow the amaxes of earlier steps
+    alignment                 in_features and out_features must be multiples of this
+    is_ours                   our own layers compute it; else only Transformer Engine's do
+    transformer_engine_since  compute capability that Transformer Engine needs for it
+    owner_quantizes           the owner of a weight can make the data that the layer would make (O3, frozen weights)
+    experts_scale_extent      what one scale covers in stacked experts: `row` or `block`; None: they are not converted
+    """
+
+    scale_extent: str = "tensor"
+    keeps_history: bool = False
+    alignment: int = 16
+    is_ours: bool = True
+    transformer_engine_since: tuple[int, int] = (8, 9)
+    owner_quantizes: bool = True
+    experts_scale_extent: str | None = "row"
+
+
+_BLACKWELL = RecipeKind(
+    scale_extent="block",
+    is_ours=False,
+    transformer_engine_since=(10, 0),
+    owner_quantizes=False,
+    experts_scale_extent=None,
+)
+
+RECIPE_KINDS = {
+    "delayed": RecipeKind(keeps_history=True),
+    "current": RecipeKind(),
+    "block": RecipeKind(scale_extent="block", transformer_engine_since=(9, 0), experts_scale_extent="block"),
+    "mxfp8": replace(_BLACKWELL, alignment=32),
+    "nvfp4": _BLACKWELL,
+}
+"""Every recipe by its name in the JSON (`fp8/recipe`)."""
+
+RECIPES = tuple(RECIPE_KINDS)
+OUR_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if kind.is_ours)
+OWNER_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if kind.owner_quantizes)
+HISTORY_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if kind.keeps_history)
+
+
+def listed(names: tuple[str, ...] | list[str], last: str = "or") -> str:
+    """`a, b or c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
 class HighPrecision(NamedTuple):
@@ -40,15 +92,15 @@ class Recipe:
 
     kind                       one of RECIPES
     fp8_format                 `E4M3` for all operands, or `HYBRID`: E5M2 for grad_output
-    margin                     powers of two of headroom below format.max (delayed)
-    interval                   optimizer steps between two recomputations of the scales (delayed)
-    amax_history_len           optimizer steps remembered (delayed)
-    amax_compute_algo          `max` of the history or the `most_recent` entry (delayed)
-    amax_rules                 what a tensor without history is cast with, and what a non-finite amax does (delayed):
+    margin                     powers of two of headroom below format.max (recipes that keep a history)
+    interval                   optimizer steps between two recomputations of the scales (the same)
+    amax_history_len           optimizer steps remembered (the same)
+    amax_compute_algo          `max` of the history or the `most_recent` entry (the same)
+    amax_rules                 what a tensor without history is cast with, and what a non-finite amax does (the same):
                                `ds_fp8`: its own amax; nothing. `transformer_engine`: scale 1; it stays in the history.
                                `auto`: ds_fp8 under an engine, transformer_engine for a layer by itself
     override_linear_precision  products kept in high precision
-    reduce_amax                amax is MAX-reduced over the data-parallel group (delayed; current and block scale
+    reduce_amax                amax is MAX-reduced over the data-parallel group (the same; recipes without a history scale
                                each rank's own tensor, as Transformer Engine does)
     """
 
@@ -73,10 +125,20 @@ class Recipe:
         return E5M2 if self.fp8_format == "HYBRID" else E4M3
 
     @property
-    def is_delayed(self) -> bool:
-        return self.kind == "delayed"
+    def facts(self) -> RecipeKind:
+        return RECIPE_KINDS[self.kind]
+
+    @property
+    def keeps_history(self) -> bool:
+        return self.facts.keeps_history
+
+    @property
+    def of_experts(self) -> str:
+        """How stacked experts are cast; a history would be empty for an expert that nobody visits."""
+        return str(self) if self.facts.experts_scale_extent == "block" else "E4M3, current, one scale per row"
 
     def __str__(self) -> str:
-        if not self.is_delayed:
+        if not self.keeps_history:
             return f"{self.fp8_format}, {self.kind}"
-        return f"{self.fp8_format}, delayed, history {self.amax_history_len} ({self.amax_compute_algo}), margin {self.margin}"
+        history = f"history {self.amax_history_len} ({self.amax_compute_algo})"
+        return f"{self.fp8_format}, {self.kind}, {history}, margin {self.margin}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from .. import releases
 from ..config import contract
 from ..door import DISABLE_VARIABLE, is_disabled
+from ..recipe import RECIPE_KINDS
 from ..releases import numbers
 
 MSAMP_NAMES = "deepspeed names of msamp"
@@ -108,9 +109,8 @@ def device() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         host = capabilities.host(f"cuda:{index}")
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
-        speaks = "delayed, current" if host.multiplies_fp8 else "no FP8 products: emulated"
-        speaks += ", block" if host.at_least(capabilities.BLOCK_SINCE) else ""
-        speaks += ", mxfp8, nvfp4" if host.is_blackwell else ""
+        known = [name for name, kind in RECIPE_KINDS.items() if host.at_least(kind.transformer_engine_since)]
+        speaks = ", ".join(known) or "no FP8 products: emulated"
         yield Finding(f"device {index}", f"{host}, {memory:.0f} GiB; {speaks}", "ok" if host.multiplies_fp8 else "note")
     yield Finding("cuda", f"{torch.version.cuda}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")
 

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..levels import LEVELS
+from ..recipe import HISTORY_RECIPES, OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, listed
 from . import contract
 from .facts import base_dtype, section, zero_stage
 from .positions import Path
 from .resolve import LEVEL_KEYS, explicit_keys, is_enabled, value_of
-
-BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
 
 Found = Iterator[tuple[Path, str]]
 Rule = Callable[[dict[str, Any]], Found]
@@ -46,15 +45,18 @@ def delayed_only_keys(data: dict[str, Any]) -> Found:
     given = fp8_of(data) or {}
     recipe = value_of(given, "fp8", "recipe")
     for key in ("margin", "interval", "amax_history_len", "amax_compute_algo"):
-        if recipe != "delayed" and value_of(given, "fp8", key) != contract.default("fp8", key):
-            yield ("fp8", key), f"has no effect with recipe '{recipe}'; remove it, or set recipe to delayed"
+        if not RECIPE_KINDS[recipe].keeps_history and value_of(given, "fp8", key) != contract.default("fp8", key):
+            yield (
+                ("fp8", key),
+                f"has no effect with recipe '{recipe}'; remove it, or set recipe to {listed(HISTORY_RECIPES)}",
+            )
 
 
 def blackwell_recipes_need_transformer_engine(data: dict[str, Any]) -> Found:
     """mxfp8 and nvfp4 exist in Transformer Engine only."""
     given = fp8_of(data) or {}
     recipe = value_of(given, "fp8", "recipe")
-    if recipe in BLACKWELL_RECIPES and given.get("backend") == "torch":
+    if not RECIPE_KINDS[recipe].is_ours and given.get("backend") == "torch":
         message = (
             f"'{recipe}' needs backend transformer_engine, but fp8/backend is torch; use auto or transformer_engine"
         )
@@ -73,12 +75,12 @@ def compiled_layers_are_our_own(data: dict[str, Any]) -> Found:
     given = fp8_of(data) or {}
     if given.get("compile", False) in (False, "auto"):
         return
-    if given.get("backend") == "transformer_engine" or value_of(given, "fp8", "recipe") in BLACKWELL_RECIPES:
+    if given.get("backend") == "transformer_engine" or not RECIPE_KINDS[value_of(given, "fp8", "recipe")].is_ours:
         yield (
             ("fp8", "compile"),
             (
                 "Transformer Engine's layers (fp8/backend, fp8/recipe) run outside a compiled graph and break it at each layer; "
-                "set fp8/backend to torch with recipe delayed, current or block, or fp8/compile to false"
+                f"set fp8/backend to torch with recipe {listed(OUR_RECIPES)}, or fp8/compile to false"
             ),
         )
     if given.get("fuse") is True:
@@ -171,9 +173,9 @@ def fp8_weights_need_zero(data: dict[str, Any]) -> Found:
 def fp8_weights_need_codes(data: dict[str, Any]) -> Found:
     """Only recipes whose codes the owner of a weight can make."""
     level, given = level_of(data), fp8_of(data) or {}
-    if level and level.weight_wire == "e4m3" and value_of(given, "fp8", "recipe") in BLACKWELL_RECIPES:
+    if level and level.weight_wire == "e4m3" and not RECIPE_KINDS[value_of(given, "fp8", "recipe")].owner_quantizes:
         message = (
-            f"FP8 weights have no codes for recipe '{given['recipe']}'; use delayed, current or block, or opt_level O2"
+            f"FP8 weights have no codes for recipe '{given['recipe']}'; use {listed(OWNER_RECIPES)}, or opt_level O2"
         )
         yield ("fp8", "recipe"), message
 

@@ -146,12 +146,12 @@ class Watch:
         if not values.numel():
             return
         amax = torch.nan_to_num(values.amax(), nan=math.inf, posinf=math.inf)
-        if recipe.is_delayed:
+        if recipe.keeps_history:
             scale = page.book.scales[column].to(values.device)
         else:
             scale = fmt.max / amax.clamp_min(2.0**-126)
         each = scale
-        if recipe.kind not in ("delayed", "current") and values.numel() % BLOCK_SIZE == 0:
+        if recipe.facts.scale_extent != "tensor" and values.numel() % BLOCK_SIZE == 0:
             # Blocks have scales of their own; rows of 128 stand for the tiles of a weight too.
             values = values.view(-1, BLOCK_SIZE)
             each = fmt.max / values.amax(dim=1, keepdim=True).clamp_min(2.0**-126)

@@ -39,7 +39,7 @@ class AmaxHistory:
         self.format = fmt
         self.scale = scale
         self.keeps_non_finite = keeps_non_finite
-        length = recipe.amax_history_len if recipe.is_delayed else 1
+        length = recipe.amax_history_len if recipe.keeps_history else 1
         self.history = torch.zeros(length, scale.numel(), dtype=torch.float32, device=scale.device)
         self.folds = 0
         self._spare: torch.Tensor | None = None

@@ -47,7 +47,7 @@ def match_state(state: dict[str, Any], book: ScaleBook) -> tuple[dict[str, torch
         pending[new_columns] = state["pending"][old_columns]
     tensors = {"scales": scales, "known": known}
     length = book.forward.history.shape[0]
-    if state["forward_history"].shape[0] != length and book.recipe.is_delayed:
+    if state["forward_history"].shape[0] != length and book.recipe.keeps_history:
         notes.append(
             f"saved amax_history_len is {state['forward_history'].shape[0]}, now {length}: the newest are kept"
         )

@@ -31,14 +31,17 @@ import torch.nn.functional as F
 from ..errors import BackendError
 from ..formats import E4M3
 from ..numerics.dtypes import torch_dtype
+from ..recipe import RECIPES
 from .anchors import page_of
 from .compiled_products import Carried, carries_rows, multiplies_turned, run_backward, run_forward
 from .page import Page
+from .recipes import scaling_of
 
-TRAINING, GRAD, BLOCKS, DELAYED = 1, 2, 4, 8
+TRAINING, GRAD = 1, 2
 CARRIES_INPUT, CARRIES_WEIGHT = 16, 32
 DGRAD, WGRAD, BGRAD = 64, 128, 256
-"""Bits of an operator's `flags`: constants of a traced call."""
+RECIPE = 512
+"""Bits of an operator's `flags`: constants of a traced call. From RECIPE on the number of the recipe in `RECIPES`."""
 
 _library = torch.library.Library("ds_fp8", "DEF")
 _library.define(
@@ -86,7 +89,7 @@ def _operator(
     if input.dim() == 0 or input.shape[-1] != shape[1]:
         raise BackendError(f"{page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {shape[1]}.")
     x = input.to(dtype).contiguous()
-    flags = training * TRAINING | page.blocks * BLOCKS | page.delayed * DELAYED
+    flags = training * TRAINING | page.recipe_number * RECIPE
     if not torch.is_grad_enabled():
         return torch.ops.ds_fp8.linear_forward(x, weight, bias, page.anchor, shape[0], flags)[0]
     flags |= GRAD
@@ -155,8 +158,9 @@ def _forward(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) ->
 def _(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) -> tuple[torch.Tensor, ...]:
     k = x.shape[-1]
     rows = x.numel() // k
-    shape = (rows, k) if carries_rows(x, bool(flags & BLOCKS)) else (k, rows)
-    scales: tuple[int, ...] = (k, (rows + 127) // 128) if flags & BLOCKS else (2, 4) if flags & DELAYED else (1,)
+    scaling = scaling_of(RECIPES[flags // RECIPE])
+    shape = (rows, k) if carries_rows(x, scaling) else (k, rows)
+    scales, both = scaling.carried_scale_shape(k, rows), scaling.carries_both_scales
 
     def made(bits: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return x.new_empty(shape if flags & bits else (0,), dtype=dtype)
@@ -164,9 +168,9 @@ def _(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) -> tuple[
     return (
         x.new_empty((*x.shape[:-1], n)),
         made(CARRIES_INPUT, shape, torch_dtype(E4M3)),
-        made(CARRIES_INPUT | CARRIES_WEIGHT * bool(flags & DELAYED), scales),
+        made(CARRIES_INPUT | CARRIES_WEIGHT * both, scales),
         made(CARRIES_WEIGHT, (k, n), torch_dtype(E4M3)),
-        made(CARRIES_WEIGHT * (not flags & DELAYED), (1,)),
+        made(CARRIES_WEIGHT * (not both), (1,)),
     )
 
 

@@ -19,9 +19,10 @@ from ..formats import E4M3
 from ..kernels import dense
 from ..numerics.dtypes import torch_dtype
 from .cuda_products import backward_on_cuda, cast_input_transposed, forward_on_cuda, ready_weight, takes
-from .operands import cast, cast_transposed, cast_weight
+from .operands import cast_transposed, cast_weight
 from .page import Call, Page
 from .products import as_shape, backward_products, forward_products
+from .recipes import Scaling
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -42,9 +43,9 @@ class Carried(NamedTuple):
     weight_scale_inv: torch.Tensor
 
 
-def carries_rows(x: torch.Tensor, blocks: bool) -> bool:
+def carries_rows(x: torch.Tensor, scaling: Scaling) -> bool:
     """Whether codes of an input are carried as [M, K] and not transposed."""
-    return not (blocks or multiplies_turned(x))
+    return scaling.transposes and not multiplies_turned(x)
 
 
 def multiplies_turned(x: torch.Tensor) -> bool:
@@ -79,7 +80,7 @@ def run_forward(
             output, kept = forward_products(rows, weight, bias, call, dgrad=carries_weight, wgrad=carries_input)
             output = as_shape(output, (*input.shape[:-1], output.shape[1]))
             if carries_input:
-                codes = kept["input_data"].t() if carries_rows(input, page.blocks) else kept["input_data"]
+                codes = kept["input_data"].t() if carries_rows(input, call.scaling) else kept["input_data"]
                 kept_input = codes, kept["input_scale_inv"]
             if carries_weight:
                 kept_weight = kept["weight_data"].t(), kept["weight_scale_inv"]
@@ -138,7 +139,7 @@ def _call(page: Page, *, training: bool, grad: bool, x: torch.Tensor) -> Call:
 
 
 def _refuse_graph(page: Page) -> None:
-    if page.book.scopes is not None and page.book.is_delayed:
+    if page.book.scopes is not None and page.book.keeps_history:
         raise BackendError(
             f"{page.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed engine steps: "
             "nothing would renew the scales of delayed scaling.\n  Train it in an engine, or set fp8/recipe to current."
@@ -161,9 +162,9 @@ def _carried(input: Kept, weight: Kept, call: Call) -> Carried:
     """What the products kept, as `Carried` has it. The graph owns that, and may write into it: no state of ours."""
     page, codes = call.page, [None if one is None else dense(one) for one in (input[0], weight[0])]
     given = [None if one is None else one.contiguous() for one in (input[1], weight[1])]
-    if page.delayed and (given[0] is not None or given[1] is not None):
+    if call.scaling.carries_both_scales and (given[0] is not None or given[1] is not None):
         given = [_both_scales(given, call), None]
-    elif not page.blocks:
+    elif call.scaling.transposes:
         given = [None if one is None else one.reshape(1) for one in given]
     found = (codes[0], given[0], codes[1], given[1])
     device = page.anchor.device  # type: ignore[union-attr]
@@ -190,7 +191,7 @@ def _both_scales(given: list[torch.Tensor | None], call: Call) -> torch.Tensor:
 
 def _scale_inv(carried: Carried, row: int, page: Page) -> torch.Tensor:
     """fp32 [1]: that of the input (0) or the weight (1)."""
-    if page.delayed:
+    if page.book.scaling.carries_both_scales:
         return carried.input_scale_inv[row, :1]
     return carried.weight_scale_inv if row else carried.input_scale_inv
 
@@ -205,7 +206,7 @@ def _weight_on_cuda(weight: torch.Tensor, carried: Carried, call: Call) -> tuple
 def _input_on_cuda(input: torch.Tensor | None, carried: Carried, call: Call) -> tuple[Any, Any]:
     if input is not None:
         return cast_input_transposed(input, call)
-    if call.page.blocks:
+    if not call.scaling.transposes:
         return carried.input, carried.input_scale_inv.t().contiguous().t()
     return carried.input, _scale_inv(carried, 0, call.page)
 
@@ -220,14 +221,14 @@ def _kept_weight(weight: torch.Tensor, carried: Carried, call: Call) -> dict[str
 
 
 def _kept_input(input: torch.Tensor | None, carried: Carried, call: Call) -> dict[str, torch.Tensor]:
-    page = call.page
+    page, scaling = call.page, call.scaling
     if input is not None:
         rows = input.view(-1, input.shape[-1])
         if call.high.wgrad:
             return {"input": rows}
-        codes = None if page.blocks else cast(rows, call, page.input_column)
+        codes = scaling.quantize(rows, call, page.input_column) if scaling.transposes else None
         operand = cast_transposed(rows, codes, call, page.input_column)
         return {"input_data": operand.data, "input_scale_inv": operand.scale_inv}
-    turned = carried.input.t() if carries_rows(carried.input, page.blocks) else carried.input
-    scale_inv = carried.input_scale_inv if page.blocks else _scale_inv(carried, 0, page).reshape(())
+    turned = carried.input.t() if carries_rows(carried.input, scaling) else carried.input
+    scale_inv = _scale_inv(carried, 0, page).reshape(()) if scaling.transposes else carried.input_scale_inv
     return {"input_data": turned, "input_scale_inv": scale_inv}

@@ -19,22 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..capabilities import FP8_SINCE
-from ..formats import BLOCK_SIZE, Format
 from ..kernels import dense, library_for
-from ..numerics.scaling import scale_inv_of
 from .gemm import aligned
-from .operands import TENSOR, TILES, CachedWeight, Operand, cast_weight, is_given, is_sharded
+from .operands import CachedWeight, Operand, Quantized, QuantizedPair, cast_weight, given_weight, is_given, is_sharded
 from .page import Call, Page
 from .products import refuse_second_derivative
-
-STEP = 16
-"""Rows and columns of every operand, in elements: what `torch._scaled_mm` takes without padding."""
-
-TILE_STEP = 512
-"""Sides of a weight under the block recipe: with four tiles the rows of their scales begin at 16 bytes by themselves."""
-
-MULTIPLIES_BLOCKS = True
-"""Whether block scales go to `torch._scaled_mm`, which multiplies with them on Hopper (torch 2.11, CUDA 13)."""
 
 COMPUTE = (torch.bfloat16, torch.float16)
 
@@ -57,14 +46,11 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
 def _fast_step(page: Page, weight: torch.Tensor) -> int:
     """What the number of rows must be a multiple of; 0 when this layer never takes the fast road."""
     high = page.book.recipe.override_linear_precision
-    blocks = page.book.kind == "block"
-    if blocks and not (MULTIPLIES_BLOCKS and torch.cuda.get_device_capability(weight.device)[0] == 9):
-        return 0
-    if high.fprop or high.dgrad or high.wgrad or any(size % (TILE_STEP if blocks else STEP) for size in weight.shape):
+    if high.fprop or high.dgrad or high.wgrad:
         return 0
     if torch.cuda.get_device_capability(weight.device) < FP8_SINCE or library_for(weight.device) is None:
         return 0
-    return BLOCK_SIZE if blocks else STEP
+    return page.book.scaling.fast_rows(weight)
 
 
 class CudaProducts(torch.autograd.Function):
@@ -111,7 +97,7 @@ class CudaProducts(torch.autograd.Function):
 
 def forward_on_cuda(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
-) -> tuple[torch.Tensor, ReadyWeight, Coded]:
+) -> tuple[torch.Tensor, ReadyWeight, Quantized]:
     """(output [..., N], the weight, the transposed input [K, M] for wgrad) for `input` [..., K]; see `takes`."""
     page, dtype, shape = call.page, input.dtype, input.shape
     plain, turned = _cast(input, call, page.input_column, True, wgrad)
@@ -124,7 +110,7 @@ def forward_on_cuda(
         scale_b=ready.fprop_scale_inv,
         bias=bias if bias is None or bias.dtype == dtype else bias.to(dtype),
         out_dtype=dtype,
-        use_fast_accum=page.book.kind != "block",
+        use_fast_accum=call.scaling.fast_accumulation,
     )
     if len(shape) != 2:
         output.resize_(*shape[:-1], output.shape[1])  # no view: nobody may write into a view that was made in here
@@ -134,8 +120,8 @@ def forward_on_cuda(
 
 def backward_on_cuda(
     grad_output: torch.Tensor,
-    weight: Coded,
-    input: Coded,
+    weight: Quantized,
+    input: Quantized,
     call: Call,
     *,
     needs: tuple[bool, bool, bool],
@@ -174,58 +160,15 @@ def backward_on_cuda(
     return grad_input, grad_weight, grad_bias
 
 
-Coded = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Codes and scale_inv; None where nobody asked for them."""
-
-
 def _cast(
     x: torch.Tensor, call: Call, column: int, plain: bool, turned: bool, *, guarded: bool = False
-) -> tuple[Coded, Coded]:
-    """An input or grad_output `x` [..., K] as [M, K], and transposed; under delayed scaling its amax is recorded if it counts.
-
-    guarded  nothing in high precision shows an overflow of `x`, and a cast saturates infinities: the scale_inv of what is
-             asked for last (transposed, else plain) is NaN then
-    """
-    page = call.page
-    book = page.book
-    fmt = book.backward_format if column == page.grad_output_column else book.forward_format
-    casts = library_for(x.device).operands
-    if book.kind == "block":
-        found = casts.cast_groups(x, fmt, plain=plain, turned=turned)
-        pair = [(None, None) if one is None else one for one in found]
-        if guarded:
-            pair[turned] = pair[turned][0], _poisoned(pair[turned][1], library_for(x.device).amax(x))
-        return pair[0], pair[1]
-    if book.kind == "current":
-        (codes, back), scale_inv, shown = casts.cast_current(x, fmt, plain=plain, turned=turned, guarded=guarded)
-    elif not call.knows(column):
-        (codes, back), scale_inv, shown = _cast_unknown(x, call, column, fmt, plain, turned)
-        shown = _poisoned(scale_inv, shown) if guarded else scale_inv
-    else:
-        scales, pending = call.scales, call.raised(column)
-        codes, back = casts.cast_delayed(x, scales.frozen, column, fmt, pending, plain=plain, turned=turned)
-        scale_inv = shown = scales.scale_inv[column]
-        if guarded:
-            # The cast has just raised it; an older infinity in it poisons the same step anyway.
-            amax = library_for(x.device).amax(x) if pending is None else pending[column]
-            shown = _poisoned(scale_inv, amax)
-    return (codes, scale_inv if turned else shown), (back, shown) if turned else (None, None)
+) -> QuantizedPair:
+    """See `Scaling.quantize_on_cuda`."""
+    library = library_for(x.device)
+    return call.scaling.quantize_on_cuda(library, x, call, column, straight=plain, transposed=turned, guarded=guarded)
 
 
-def _cast_unknown(
-    x: torch.Tensor, call: Call, column: int, fmt: Format, plain: bool, turned: bool
-) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], torch.Tensor, torch.Tensor]:
-    """((codes, transposed codes), scale_inv, amax) of a tensor without history: two passes, for some steps only."""
-    amax = library_for(x.device).amax(x)
-    scale = call.scales.of_tensor(column, amax, fmt)
-    if call.records:
-        call.record(column, amax)
-    frozen = torch.stack([scale_inv_of(scale), scale, scale, scale]).unsqueeze(0)  # a book of one column
-    casts = library_for(x.device).operands
-    return casts.cast_delayed(x, frozen, 0, fmt, None, plain=plain, turned=turned), frozen[0, 0], amax
-
-
-def cast_input_transposed(input: torch.Tensor, call: Call) -> Coded:
+def cast_input_transposed(input: torch.Tensor, call: Call) -> Quantized:
     """The transposed input [K, M] for wgrad, cast for it alone."""
     return _cast(input, call, call.page.input_column, False, True)[1]
 
@@ -267,11 +210,10 @@ def comes_again(weight: torch.Tensor, call: Call) -> bool:
     return is_sharded(weight) or call.weight_codes is not None
 
 
-def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Coded:
+def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Quantized:
     """`ReadyWeight.dgrad` made in the backward, to the bits that the forward's cast had: the scale stands still in a step."""
     if call.weight_codes is not None:
-        blocks = call.page.book.kind == "block"
-        ready = _ready(Operand(*call.weight_codes, TILES if blocks else TENSOR), turned=True)
+        ready = _ready(given_weight(call.weight_codes, call), turned=True)
         return ready.dgrad, ready.dgrad_scale_inv
     back = _cast_weight_now(weight, call, turned=True, plain=False).turned
     assert back is not None
@@ -287,20 +229,9 @@ def _ready(operand: Operand, *, turned: bool) -> ReadyWeight:
 
 
 def _cast_weight_now(weight: torch.Tensor, call: Call, *, turned: bool, plain: bool = True) -> Operand:
-    """The codes, transposed ones if `turned`. Without `plain` those alone, and the amax, recorded before, is not again."""
-    book, column, weight = call.page.book, call.page.weight_column, weight.detach()
-    fmt, casts = book.forward_format, library_for(weight.device).operands
-    if book.kind == "block":
-        tiles, back = casts.cast_tiles(weight, fmt, turned=turned)
-        return Operand(*tiles, TILES, turned=None if back is None else Operand(*back, TILES))
-    if book.kind == "current":
-        (codes, back), scale_inv, _ = casts.cast_current(weight, fmt, plain=plain, turned=turned)
-        scale_inv = scale_inv[0]
-    else:
-        pending = call.raised(column) if plain else None
-        codes, back = casts.cast_delayed(weight, call.scales.frozen, column, fmt, pending, plain=plain, turned=turned)
-        scale_inv = call.scales.scale_inv[column]
-    return Operand(codes, scale_inv, TENSOR, turned=None if back is None else Operand(back, scale_inv))
+    """See `Scaling.quantize_weight_on_cuda`."""
+    library = library_for(weight.device)
+    return call.scaling.quantize_weight_on_cuda(library, weight.detach(), call, straight=plain, transposed=turned)
 
 
 def _t(scale_inv: torch.Tensor) -> torch.Tensor:
@@ -310,8 +241,3 @@ def _t(scale_inv: torch.Tensor) -> torch.Tensor:
 
 def _fit(scale_inv: torch.Tensor) -> torch.Tensor:
     return aligned(scale_inv.contiguous())
-
-
-def _poisoned(scale_inv: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """`scale_inv`, as NaN if `amax` is not finite; no host sync."""
-    return torch.add(scale_inv, amax, alpha=0.0)

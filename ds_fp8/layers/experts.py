@@ -69,8 +69,7 @@ class Fp8Experts:
 
     def extra_repr(self) -> str:
         recipe = self.__dict__[STATE].book.recipe
-        told = recipe.kind if recipe.kind == "block" else "E4M3, one scale per row"
-        return f"{super().extra_repr()} {told}".strip()  # type: ignore[misc]
+        return f"{super().extra_repr()} {recipe.of_experts}".strip()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as the module it was, and converted again: the class itself exists in this process only."""

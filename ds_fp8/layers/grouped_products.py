@@ -13,8 +13,8 @@ import torch
 
 from ..errors import BackendError
 from ..recipe import Recipe
-from . import grouped_blocks, grouped_rows
 from .groups import Groups
+from .recipes import scaling_of
 
 
 class GroupedProducts(torch.autograd.Function):
@@ -30,23 +30,19 @@ class GroupedProducts(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Groups, recipe: Recipe, transposed: bool, grad: bool
     ) -> torch.Tensor:
-        high, block = recipe.override_linear_precision, recipe.kind == "block"
+        high, grouped = recipe.override_linear_precision, scaling_of(recipe.kind).grouped
         stack, dtype = _stack(weight, transposed), x.dtype
         # fprop   output [S, N] = input [S, K] @ weight.T [K, N]     e4m3 x e4m3
         if high.fprop:
             output = _in_high_precision(x, stack, groups)
-        elif block:
-            output = grouped_blocks.fprop(x, stack, groups, dtype, recipe.forward_format)
         else:
-            output = grouped_rows.fprop(x, stack, groups, dtype)
+            output = grouped.fprop(x, stack, groups, dtype, recipe.forward_format)
         kept: list[torch.Tensor] = [weight]
         if grad and ctx.needs_input_grad[1]:
             if high.wgrad:
                 kept.append(x)
-            elif block:
-                kept += grouped_blocks.keep_for_wgrad(x, groups, recipe.forward_format)
             else:
-                kept += grouped_rows.keep_for_wgrad(x, groups)
+                kept += grouped.keep_for_wgrad(x, groups, recipe.forward_format)
         ctx.save_for_backward(*kept)
         ctx.groups, ctx.recipe, ctx.transposed, ctx.dtype = groups, recipe, transposed, dtype
         return output
@@ -60,7 +56,7 @@ class GroupedProducts(torch.autograd.Function):
             )
         weight, *kept = ctx.saved_tensors
         groups, recipe, dtype = ctx.groups, ctx.recipe, ctx.dtype
-        high, block = recipe.override_linear_precision, recipe.kind == "block"
+        high, grouped = recipe.override_linear_precision, scaling_of(recipe.kind).grouped
         formats = recipe.forward_format, recipe.backward_format
         grad_output = grad_output.to(dtype).contiguous()
         grad_input = grad_weight = None
@@ -70,18 +66,14 @@ class GroupedProducts(torch.autograd.Function):
                 stack = _stack(weight, ctx.transposed)
                 if high.dgrad:
                     grad_input = _in_high_precision(grad_output, stack.transpose(1, 2), groups)
-                elif block:
-                    grad_input = grouped_blocks.dgrad(grad_output, stack, groups, dtype, *formats)
                 else:
-                    grad_input = grouped_rows.dgrad(grad_output, stack, groups, dtype)
+                    grad_input = grouped.dgrad(grad_output, stack, groups, dtype, *formats)
             # wgrad   grad_weight [E, N, K] = grad_output.T @ input, for each expert
             if ctx.needs_input_grad[1]:
                 if high.wgrad:
                     grad_weight = _wgrad_in_high_precision(grad_output, kept[0], groups, weight.dtype)
-                elif block:
-                    grad_weight = grouped_blocks.wgrad(grad_output, tuple(kept), groups, weight.dtype, formats[1])
                 else:
-                    grad_weight = grouped_rows.wgrad(grad_output, tuple(kept), groups, weight.dtype)
+                    grad_weight = grouped.wgrad(grad_output, tuple(kept), groups, weight.dtype, formats[1])
                 if ctx.transposed:
                     grad_weight = grad_weight.transpose(1, 2).contiguous()
         return grad_input, grad_weight, None, None, None, None

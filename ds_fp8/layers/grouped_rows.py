@@ -10,6 +10,8 @@ leaves no range for e5m2 to cover, and the tensor cores' grouped product takes n
     Hopper                    torch._scaled_grouped_mm: one launch for all experts, the host waits for nothing
     other GPUs with FP8       torch._scaled_mm for each expert
     everything else           decoded and multiplied in fp32: exact in its operands; the reference
+
+Signatures are those of `grouped_blocks`, whose formats follow from the recipe; here they are not asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from ..capabilities import FP8_SINCE
-from ..formats import E4M3
+from ..formats import E4M3, Format
 from ..numerics.row_scales import quantize_columns, quantize_rows
 from .groups import Groups
 
@@ -25,22 +27,24 @@ Coded = tuple[torch.Tensor, torch.Tensor]
 """Codes [.., rows, columns] and scale_inv [.., rows]; for an operand of wgrad codes [S, columns], scale_inv [E, columns]."""
 
 
-def fprop(x: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+def fprop(x: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
     """x [S, K] with weight [E, N, K] -> [S, N]."""
     return _by_rows(quantize_rows(x, E4M3), quantize_rows(weight, E4M3), groups, dtype)
 
 
-def dgrad(grad_output: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+def dgrad(
+    grad_output: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, *_: Format
+) -> torch.Tensor:
     """grad_output [S, N] with weight [E, N, K] -> [S, K]."""
     return _by_rows(quantize_rows(grad_output, E4M3), quantize_rows(weight.transpose(1, 2), E4M3), groups, dtype)
 
 
-def keep_for_wgrad(x: torch.Tensor, groups: Groups) -> Coded:
+def keep_for_wgrad(x: torch.Tensor, groups: Groups, *_: Format) -> Coded:
     """An operand of wgrad as codes: one byte for each element until the backward."""
     return quantize_columns(x, groups.owner, groups.experts, E4M3)
 
 
-def wgrad(grad_output: torch.Tensor, kept: Coded, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+def wgrad(grad_output: torch.Tensor, kept: Coded, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
     """grad_output [S, N] with the kept input [S, K] -> [E, N, K]; zeros for experts without rows."""
     left, right = keep_for_wgrad(grad_output, groups), kept
     if groups_in_one_launch(grad_output.device):

@@ -1,12 +1,7 @@
-"""One operand of a product: FP8 codes with their scales, made by the recipe that is in force.
+"""One operand of a product: FP8 codes with their scales; the recipe that is in force makes them (`recipes`).
 
-    delayed   one scale, known beforehand from the book; the amax is recorded for later. A tensor without history
-              is cast as under `current`, once: so its first non-zero amax is used at once
-    current   one scale from this tensor's own amax
-    block     1x128 groups along the summed axis for input and grad_output, 128x128 tiles for the weight
-
-With one scale per tensor, codes serve both orientations. 1x128 groups lie along the axis that the product sums over,
-so an operand that is used both ways (input in fprop and wgrad) is cast twice, each time from high precision.
+With one scale per tensor, codes serve both orientations. Scales that lie along the axis which the product sums over do not:
+an operand that is used both ways (input in fprop and wgrad) is cast twice then, each time from high precision.
 """
 
 from __future__ import annotations
@@ -16,14 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..formats import BLOCK_SIZE, Format
+from ..formats import BLOCK_SIZE
 from ..kernels import amax as amax_of
-from ..kernels import dequantize, quantize, quantize_1x128, quantize_128x128, quantize_with_amax
+from ..kernels import dequantize
 from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
-from ..numerics.scaling import scale_from_amax, scale_inv_of
 
 if TYPE_CHECKING:
-    from .page import Call
+    from .page import Call, WeightCodes
 
 TENSOR, GROUPS, TILES = "tensor", "1x128", "128x128"
 """Extent of one scale."""
@@ -91,6 +85,13 @@ class Operand:
         return dequantize(self.data.t().contiguous(), factor, dtype).t()
 
 
+Quantized = tuple[torch.Tensor | None, torch.Tensor | None]
+"""float8 data and scale_inv; None where nobody asked for them."""
+
+QuantizedPair = tuple[Quantized, Quantized]
+"""An operand as it lies, and transposed."""
+
+
 class CachedWeight(NamedTuple):
     """Codes of a weight, and what they are codes of.
 
@@ -108,27 +109,14 @@ class CachedWeight(NamedTuple):
         return self.weight is weight and self.version == weight._version and self.address == weight.data_ptr()
 
 
-def cast(x: torch.Tensor, call: Call, column: int) -> Operand:
-    """Cast an input or grad_output `x` [rows, columns] for a product that sums over its columns.
-
-    Under delayed scaling the amax is recorded if it counts; `cast_transposed` then must not do so again.
-    """
-    fmt = call.format_of(column)
-    kind = call.recipe.kind
-    if kind == "block":
-        return Operand(*quantize_1x128(x, fmt), GROUPS)
-    if kind == "current":
-        return _cast_current(x, fmt)
-    return _cast_delayed(x, call, column, fmt)
-
-
 def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: int) -> Operand:
-    """The operand for a product that sums over the rows of `x`: `codes` transposed, or a cast of its own."""
-    if codes is not None and codes.extent == TENSOR:
+    """The operand for a product that sums over the rows of `x`: `codes` transposed, or a cast of its own.
+
+    The amax that a cast of `codes` recorded is not recorded again.
+    """
+    if codes is not None and call.scaling.transposes:
         return codes.t()
-    if call.recipe.kind == "block":
-        return Operand(*quantize_1x128(x.t().contiguous(), call.format_of(column)), GROUPS)
-    return cast(x, call, column).t()
+    return call.scaling.quantize_transposed(x, call, column)
 
 
 def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
@@ -142,11 +130,11 @@ def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
         if call.records and page.staged_weight_amax is not None:
             call.record(page.weight_column, page.staged_weight_amax)
             page.staged_weight_amax = None
-        return Operand(*call.weight_codes, TILES if call.recipe.kind == "block" else TENSOR)
+        return given_weight(call.weight_codes, call)
     if not call.may_cache(weight):
-        return _cast_weight_now(weight, call)
+        return call.scaling.quantize_weight(weight, call)
     if page.cached is None or not page.cached.is_of(weight):
-        operand = _cast_weight_now(weight, call)
+        operand = call.scaling.quantize_weight(weight, call)
         page.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
     return page.cached.operand
 
@@ -156,14 +144,9 @@ def scale_of(operand: Operand) -> tuple[torch.Tensor, torch.Tensor] | None:
     return None if operand.scale is None else (operand.scale, operand.scale_inv)
 
 
-def recast_weight(weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor] | None, call: Call) -> Operand:
-    """The codes of an earlier cast, made again from a weight that was gathered anew; see `scale_of`."""
-    weight, fmt = weight.detach(), call.recipe.forward_format
-    if scale is not None:
-        return Operand(quantize(weight, scale[0], fmt), scale[1], TENSOR, scale[0])
-    if call.recipe.kind == "block":
-        return Operand(*quantize_128x128(weight, fmt), TILES)
-    return _cast_current(weight, fmt)
+def given_weight(codes: WeightCodes, call: Call) -> Operand:
+    """Codes of a weight that were set from outside (O3), as an operand."""
+    return Operand(*codes, call.scaling.weight_extent)
 
 
 def is_sharded(weight: torch.Tensor) -> bool:
@@ -176,41 +159,15 @@ def measure(x: torch.Tensor, operand: Operand | None) -> torch.Tensor:
     return amax_of(x) if operand is None or operand.amax is None else operand.amax
 
 
-def _cast_weight_now(weight: torch.Tensor, call: Call) -> Operand:
-    if not call.recipe.is_delayed:
-        return recast_weight(weight, None, call)
-    fmt, column = call.recipe.forward_format, call.page.weight_column
-    if is_given(weight) and not call.page.book.exact:
-        return _cast_without_history(weight.detach(), call, column, fmt, amax_of(weight.detach()))
-    return _cast_delayed(weight.detach(), call, column, fmt)
-
-
 def is_given(weight: torch.Tensor) -> bool:
     """No Parameter, nor a view of one: what `torch.func.functional_call` puts in its place has another range, for one call."""
     return not isinstance(weight if weight._base is None else weight._base, torch.nn.Parameter)
 
 
-def _cast_current(x: torch.Tensor, fmt: Format) -> Operand:
-    amax = amax_of(x)
-    scale = scale_from_amax(amax, fmt)
-    return Operand(quantize(x, scale, fmt), scale_inv_of(scale), amax=amax)
+def with_overflow_shown(scale_inv: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """`scale_inv`, as NaN if `amax` is not finite; no host sync.
 
-
-def _cast_delayed(x: torch.Tensor, call: Call, column: int, fmt: Format) -> Operand:
-    """With the scale of this step; the amax is recorded if it counts."""
-    if not call.knows(column):
-        amax = amax_of(x)
-        if call.records:
-            call.record(column, amax)
-        return _cast_without_history(x, call, column, fmt, amax)
-    scale, scale_inv = call.scale(column)
-    if not call.records:
-        return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale)
-    codes, amax = quantize_with_amax(x, scale, fmt)
-    call.record(column, amax)
-    return Operand(codes, scale_inv, TENSOR, scale, amax)
-
-
-def _cast_without_history(x: torch.Tensor, call: Call, column: int, fmt: Format, amax: torch.Tensor) -> Operand:
-    scale = call.scales.of_tensor(column, amax, fmt, given=call.knows(column))
-    return Operand(quantize(x, scale, fmt), scale_inv_of(scale), TENSOR, scale, amax)
+    A cast saturates infinities, so an overflow would vanish in the codes, and with it the loss scaler's reason to skip
+    the step. Needed only where no product in high precision, and no gradient of a bias, shows it.
+    """
+    return torch.add(scale_inv, amax, alpha=0.0)

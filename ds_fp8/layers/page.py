@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..formats import Format
-from ..recipe import HighPrecision, Recipe
+from ..recipe import RECIPES, HighPrecision, Recipe
 from .anchors import make_anchor
 from .forward_scope import ForwardScope
 from .operands import CachedWeight
@@ -20,6 +20,7 @@ from .ran import Ran
 from .scales import Scales
 
 if TYPE_CHECKING:
+    from .recipes import Scaling
     from .scale_book import ScaleBook
 
 ALL_HIGH = HighPrecision(True, True, True)
@@ -48,7 +49,7 @@ class Page:
     cached              codes of the weight for the rest of the optimizer step (`weight_cache`); see `operands.cast_weight`
     ready               the same as the GPU's products read them (cuda_products)
     wrapped             `weight_codes` as Transformer Engine's tensor, with its transpose (`weight_cache`)
-    blocks, delayed, runs_in_eval, carries_input, carries_weight
+    recipe_number, runs_in_eval, carries_input, carries_weight
                         what a compiled forward needs to know of the recipe when it is traced: constants (compiled)
     anchor              tensor by whose address a compiled forward finds this page (anchors)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast road, 0 for never (cuda_products)
@@ -61,12 +62,11 @@ class Page:
         self.input_column = 2 * index
         self.weight_column = 2 * index + 1
         self.grad_output_column = 2 * len(book.names) + index
-        recipe, high = book.recipe, book.recipe.override_linear_precision
-        self.blocks = recipe.kind == "block"
-        self.delayed = recipe.is_delayed
+        high = book.recipe.override_linear_precision
+        self.recipe_number = RECIPES.index(book.recipe.kind)
         self.runs_in_eval = book.plan.eval
         self.carries_input = book.plan.start_step == 0 and not high.wgrad
-        self.carries_weight = book.plan.start_step == 0 and not high.dgrad and not self.blocks
+        self.carries_weight = book.plan.start_step == 0 and not high.dgrad and book.scaling.carries_weight
         self.weight_codes: WeightCodes | None = None
         self.weight_codes_of: Any = None
         self.staged_weight_amax: torch.Tensor | None = None
@@ -145,6 +145,10 @@ class Call:
     @property
     def recipe(self) -> Recipe:
         return self.page.book.recipe
+
+    @property
+    def scaling(self) -> Scaling:
+        return self.page.book.scaling
 
     @property
     def weight_codes(self) -> WeightCodes | None:

@@ -20,17 +20,15 @@ import torch.nn.functional as F
 from ..errors import LayerError
 from .gemm import inside, matmul, multiplies_fp8
 from .operands import (
-    GROUPS,
     TENSOR,
-    TILES,
     Operand,
     amax_of,
-    cast,
     cast_transposed,
     cast_weight,
+    given_weight,
     is_sharded,
     measure,
-    recast_weight,
+    with_overflow_shown,
 )
 from .page import Call
 
@@ -97,14 +95,14 @@ def forward_products(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(output [M, N], what `backward_products` needs) for `input` [M, K]; `dgrad`, `wgrad`: products that will be asked for."""
-    high, page, dtype = call.high, call.page, input.dtype
+    high, page, scaling, dtype = call.high, call.page, call.scaling, input.dtype
     if call.warming and call.records:
         call.record(page.input_column, amax_of(input))
         call.record(page.weight_column, amax_of(weight.detach()))
 
     input_codes = weight_codes = None
-    if not high.fprop or (wgrad and not high.wgrad and call.recipe.kind != "block"):
-        input_codes = cast(input, call, page.input_column)
+    if not high.fprop or (wgrad and not high.wgrad and scaling.transposes):
+        input_codes = scaling.quantize(input, call, page.input_column)
     if not (high.fprop and high.dgrad):
         weight_codes = cast_weight(weight, call)
 
@@ -144,14 +142,14 @@ def backward_products(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of input [M, K], weight [N, K] and bias [N], None where not in `needs`, for `grad_output` [M, N]."""
     call.in_backward()
-    high, page, dtype = call.high, call.page, grad_output.dtype
+    high, page, scaling, dtype = call.high, call.page, call.scaling, grad_output.dtype
     needs_dgrad, needs_wgrad, needs_bias = needs
     grad_input = grad_weight = grad_bias = None
     if call.warming and call.records:
         call.record(page.grad_output_column, amax_of(grad_output))
     codes = None
-    if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and call.recipe.kind != "block"):
-        codes = cast(grad_output, call, page.grad_output_column)
+    if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and scaling.transposes):
+        codes = scaling.quantize(grad_output, call, page.grad_output_column)
         if needs_dgrad and needs_wgrad and not high.dgrad and not high.wgrad:
             codes = _shared(codes, dtype, weight_dtype)
     hidden = not needs_bias and not (needs_dgrad and high.dgrad) and not (needs_wgrad and high.wgrad)
@@ -169,8 +167,7 @@ def backward_products(
     elif needs_wgrad:
         left = cast_transposed(grad_output, codes, call, page.grad_output_column)
         left = _poison(left, grad_output) if hidden else left
-        extent = GROUPS if call.recipe.kind == "block" else TENSOR
-        right = Operand(kept["input_data"], kept["input_scale_inv"], extent)
+        right = Operand(kept["input_data"], kept["input_scale_inv"], scaling.input_extent)
         grad_weight = matmul(left, right, weight_dtype)
 
     if needs_bias:
@@ -189,19 +186,14 @@ def _shared(codes: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dtype) 
 
 
 def _poison(operand: Operand, x: torch.Tensor) -> Operand:
-    """NaN as scale_inv if `x` is not finite, else the operand as it is; no host sync.
-
-    A cast saturates infinities, so an overflow would vanish in the codes, and with it the loss scaler's reason to skip
-    the step. Needed only where no product in high precision, and no gradient of a bias, shows it.
-    """
-    return replace(operand, scale_inv=operand.scale_inv + measure(x, operand) * 0.0)
+    """NaN as scale_inv if `x` is not finite, else the operand as it is; see `with_overflow_shown`."""
+    return replace(operand, scale_inv=with_overflow_shown(operand.scale_inv, measure(x, operand)))
 
 
 def _weight_operand(kept: dict[str, torch.Tensor], call: Call) -> Operand:
-    extent = TILES if call.recipe.kind == "block" else TENSOR
     if call.weight_codes is not None and "weight" in kept:
-        return Operand(*call.weight_codes, extent)
+        return given_weight(call.weight_codes, call)
     if "weight_data" in kept:
-        return Operand(kept["weight_data"], kept["weight_scale_inv"], extent)
+        return Operand(kept["weight_data"], kept["weight_scale_inv"], call.scaling.weight_extent)
     scale = (kept["weight_scale"], kept["weight_scale_inv"]) if "weight_scale" in kept else None
-    return recast_weight(kept["weight"], scale, call)
+    return call.scaling.requantize_weight(kept["weight"], scale, call.recipe.forward_format)

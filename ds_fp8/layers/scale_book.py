@@ -23,6 +23,7 @@ from ..plan import Fp8Plan
 from .amax_history import AmaxHistory
 from .forward_scope import ForwardScopes
 from .page import Call, Page
+from .recipes import scaling_of
 from .scales import Scales, ScaleTensors
 
 VERSION = 1
@@ -54,7 +55,7 @@ class ScaleBook:
         self.names = tuple(names)
         self.plan = plan
         self.recipe = plan.recipe
-        self.kind, self.is_delayed = plan.recipe.kind, plan.recipe.is_delayed
+        self.scaling, self.keeps_history = scaling_of(plan.recipe.kind), plan.recipe.keeps_history
         self.forward_format, self.backward_format = plan.recipe.forward_format, plan.recipe.backward_format
         self.group = group
         self.managed = managed
@@ -104,7 +105,7 @@ class ScaleBook:
 
     def watch(self, root: torch.nn.Module) -> None:
         """Learn where a forward of `root` begins: only a model without an engine needs to know, under delayed scaling."""
-        if self.is_delayed and not self.managed:
+        if self.keeps_history and not self.managed:
             root.register_forward_pre_hook(self._before_root, prepend=True)
             root.register_forward_hook(self._after_root, always_call=True)
 
@@ -139,7 +140,7 @@ class ScaleBook:
         if not (training or self.plan.eval):
             return None
         records = training and (torch.is_grad_enabled() if grad is None else grad)
-        if not self.is_delayed:
+        if not self.keeps_history:
             return None if self.warming else Call(page, None, records)
         if self.warming and not records:
             return None
@@ -168,7 +169,7 @@ class ScaleBook:
         Collective over `group` if `reduce_amax`: all of its ranks call it, whatever they have run. Call it when all
         backwards of the step are done, before the optimizer's step: at O3 weights are cast there for the next one.
         """
-        if not self.is_delayed:
+        if not self.keeps_history:
             return
         if self.recipe.reduce_amax and _world_size(self.group) > 1:
             torch.distributed.all_reduce(self.pending, op=torch.distributed.ReduceOp.MAX, group=self.group)

@@ -39,7 +39,7 @@ def _layer_lines(plan: Plan) -> list[str]:
 def _numerics(kind: str, plan: Plan) -> str:
     recipe = plan.fp8.recipe
     if kind == "Experts":
-        return f" ({recipe})" if recipe.kind == "block" else " (E4M3, current, one scale per row)"
+        return f" ({recipe.of_experts})"
     return f" ({recipe})" if kind in MATRICES else " (fp32 inside, high precision out)"
 
 
@@ -62,7 +62,7 @@ def _setting_lines(plan: Plan) -> list[str]:
     if plan.fp8.enabled:
         fp8, recipe = plan.fp8, plan.fp8.recipe
         settings = [f"backend {fp8.backend} on {plan.device}{' (emulated)' if fp8.emulated else ''}"]
-        if recipe.is_delayed:
+        if recipe.keeps_history:
             settings.append(f"interval {recipe.interval}")
             settings.append(f"reduce_amax {_on(recipe.reduce_amax)}")
         high = [name for name, is_high in recipe.override_linear_precision._asdict().items() if is_high]

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..recipe import RECIPE_KINDS
 from .expert_rules import rule_of
 from .known_norms import rms_norm_of
 from .shapes import is_conv1d, shape_of
 
 if TYPE_CHECKING:
     from .roles import Role
-
-ALIGNMENT = {"delayed": 16, "current": 16, "block": 16, "mxfp8": 32, "nvfp4": 16}
-"""in_features and out_features must be multiples of this: what FP8 GEMMs need, kept on every backend so that the same
-model has the same FP8 layers on a laptop and on a GPU."""
 
 PLAIN: tuple[tuple[str, type[nn.Module]], ...] = (
     ("Linear", nn.Linear),
@@ -135,7 +132,7 @@ def unaligned(candidate: CandidateModule) -> str | None:
     """FP8 matrix products want multiples of 16."""
     if candidate.kind not in MATRICES or candidate.weight is None:
         return None
-    side, sizes = ALIGNMENT[candidate.recipe], list(candidate.shape)
+    side, sizes = RECIPE_KINDS[candidate.recipe].alignment, list(candidate.shape)
     if candidate.kind == "Experts" and (rule := rule_of(candidate.module)):
         sizes = list(dict.fromkeys(size for shape in rule.shapes(candidate.module) for size in shape[1:]))
     wrong = [size for size in sizes if size % side]
@@ -178,7 +175,7 @@ def tied(candidate: CandidateModule) -> str | None:
 
 def not_in_recipe(candidate: CandidateModule) -> str | None:
     """Blackwell's recipes live in Transformer Engine, which has neither a layer for a weight [in, out] nor for stacks."""
-    if candidate.kind in ("Conv1D", "Experts") and candidate.recipe in ("mxfp8", "nvfp4"):
+    if candidate.kind in ("Conv1D", "Experts") and not RECIPE_KINDS[candidate.recipe].is_ours:
         return f"recipe {candidate.recipe} has no product for a {candidate.kind}"
     return None
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..capabilities import BLACKWELL_SINCE, BLOCK_SINCE, FP8_SINCE, Host
+from ..capabilities import FP8_SINCE, Host
 from ..config.settings import Fp8Settings, Settings
 from ..errors import PlanError
 from ..levels import Level
+from ..recipe import OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, listed
 from . import performance
 from .decisions import Fp8Plan
-
-BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,18 @@ def _refuse_broken_fp16(settings: Settings) -> None:
 def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
     asked = settings.fp8
     backend = _decide_backend(settings, host, notes)
-    kind = asked.recipe.kind
-    if kind in BLACKWELL_RECIPES and not host.is_blackwell:
+    kind, facts = asked.recipe.kind, asked.recipe.facts
+    needed = facts.transformer_engine_since
+    if not facts.is_ours and not host.at_least(needed):
         raise PlanError(
-            f"fp8/recipe {kind} needs a GPU of compute capability {_dotted(BLACKWELL_SINCE)} (Blackwell), but this is {host}.\n"
-            "  Use delayed, current or block."
+            f"fp8/recipe {kind} needs a GPU of compute capability {_dotted(needed)} (Blackwell), but this is {host}.\n"
+            f"  Use {listed(OUR_RECIPES)}."
         )
-    if kind == "block" and backend == "transformer_engine" and not host.at_least(BLOCK_SINCE):
+    if backend == "transformer_engine" and not host.at_least(needed):
+        older = [name for name in OUR_RECIPES if host.at_least(RECIPE_KINDS[name].transformer_engine_since)]
         raise PlanError(
-            f"fp8/recipe block in Transformer Engine needs compute capability {_dotted(BLOCK_SINCE)}, but this is {host}.\n"
-            "  Use delayed or current, or backend torch."
+            f"fp8/recipe {kind} in Transformer Engine needs compute capability {_dotted(needed)}, but this is {host}.\n"
+            f"  Use {listed(older)}, or backend torch."
         )
     if asked.fuse and backend != "transformer_engine":
         raise PlanError(
@@ -101,7 +102,7 @@ def _without_steps(asked: Fp8Settings, notes: list[str]) -> Fp8Settings:
             " JSON does; fp8/eval false keeps it in high precision, true computes the policy's evaluation in FP8 too"
         )
     recipe = asked.recipe
-    if recipe.is_delayed:
+    if recipe.keeps_history:
         notes.append("without optimizer steps scales do not follow amaxes: recipe current instead of delayed")
         recipe = replace(recipe, kind="current")
     # Whoever writes a reference's weights (an average of the policy's) takes no step that would tell of it.
@@ -116,7 +117,7 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
         f"needs a CUDA device of compute capability {_dotted(FP8_SINCE)} or later, this is {host}"
     )
     if asked == "torch":
-        if kind in BLACKWELL_RECIPES:
+        if not settings.fp8.recipe.facts.is_ours:
             raise PlanError(f"fp8/recipe {kind} exists in Transformer Engine only, but fp8/backend is torch; use auto.")
         return "torch"
     if settings.fp8.compile is not None:
@@ -131,10 +132,10 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
         if asked == "auto" and not fuses and performance.faster_backend(host, kind) == "torch":
             return "torch"
         return "transformer_engine"
-    if kind in BLACKWELL_RECIPES:
+    if not settings.fp8.recipe.facts.is_ours:
         raise PlanError(
             f"fp8/recipe {kind} runs in Transformer Engine only, which does not run here: {why_not}.\n"
-            "  Use delayed, current or block."
+            f"  Use {listed(OUR_RECIPES)}."
         )
     if asked == "transformer_engine" and not settings.msamp.use_te:
         raise PlanError(
@@ -174,10 +175,10 @@ def _check_weight_wire(settings: Settings, fp8: Fp8Plan, level: Level) -> None:
         )
     if not fp8.enabled:
         raise PlanError(f"{asked} sends weights as the codes of FP8 layers, but fp8 is off.\n  Enable fp8, or use O2.")
-    if fp8.recipe.kind in BLACKWELL_RECIPES:
+    if not fp8.recipe.facts.owner_quantizes:
         raise PlanError(
-            f"{asked} makes codes for the recipes delayed, current and block, but fp8/recipe is {fp8.recipe.kind}.\n"
-            "  Use one of the three, or opt_level O2."
+            f"{asked} makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, but fp8/recipe is {fp8.recipe.kind}.\n"
+            "  Use one of them, or opt_level O2."
         )
 
 

@@ -15,10 +15,11 @@ from torch import nn
 from .. import capabilities
 from ..config.settings import Settings
 from ..errors import PlanError
+from ..recipe import OWNER_RECIPES, listed
 from . import performance
 from .conversion_checks import MATRICES
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
-from .effective import BLACKWELL_RECIPES, Effective, decide_settings
+from .effective import Effective, decide_settings
 from .flops import Counted, count_products
 from .modules import Rules, decide_modules
 from .parameters import decide_parameters, frozen_layers, unmatched_exclusions
@@ -138,8 +139,8 @@ def _keep_frozen(
     why = None
     if settings.deepspeed.zero_stage == 3:
         why = "zero_optimization/stage 3 cuts the 16-bit weights and gathers them itself. Set stage to 0, 1 or 2"
-    elif recipe.kind in BLACKWELL_RECIPES:
-        why = f"it makes codes for the recipes delayed, current and block, not {recipe.kind}. Use one of the three"
+    elif not recipe.facts.owner_quantizes:
+        why = f"it makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, not {recipe.kind}. Use one of them"
     names = () if why else frozen_layers(model, modules, recipe)
     if not why and not names and not partial and settings.trains:
         why = (

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config.settings import LayerSettings
 from ..errors import PlanError
+from ..recipe import RECIPE_KINDS
 from . import conversion_checks, patterns
 from .conversion_checks import HARD, MATRICES, SOFT, CandidateModule, first_reason, kind_of
 from .decisions import ModuleDecision
@@ -170,6 +171,6 @@ def _swap(candidate: CandidateModule, rules: Rules, shape: tuple[int, ...], reas
 
 def _cure(candidate: CandidateModule) -> str:
     if conversion_checks.unaligned(candidate):
-        side = conversion_checks.ALIGNMENT[candidate.recipe]
+        side = RECIPE_KINDS[candidate.recipe].alignment
         return f", or pad its features to a multiple of {side}"
     return ""

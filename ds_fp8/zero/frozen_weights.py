@@ -18,11 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..formats import Format
 from ..layers import WeightCodes
-from ..numerics.gemm_blocks import block_scale
-from ..numerics.scaling import scale_inv_of
+from ..layers.recipes import scaling_of
 from ..plan import Plan
 from . import weights_released
 
@@ -67,7 +64,7 @@ class FrozenWeights:
             weight = layer.weight
             if weights_released.is_released(weight):
                 continue
-            codes = frozen_codes(weight.detach(), self.recipe.forward_format, by_tiles=self.recipe.kind == "block")
+            codes = scaling_of(self.recipe.kind).quantize_frozen(weight.detach(), self.recipe.forward_format)
             source = FrozenSource(f"{fqn}.weight", codes, layer)
             layer.weight_codes = codes
             weights_released.release(weight, weight.dtype, weight.device, tuple(weight.shape), source)
@@ -78,11 +75,3 @@ class FrozenWeights:
         for source in self.sources.values():
             source.thaw()
         self.sources.clear()
-
-
-def frozen_codes(weight: Tensor, fmt: Format, *, by_tiles: bool) -> WeightCodes:
-    """Codes of `weight` [N, K] with scales that are powers of two: one for all, or one for each tile of 128 x 128."""
-    if by_tiles:
-        return WeightCodes(*kernels.quantize_128x128(weight, fmt))
-    scale = block_scale(kernels.amax(weight), fmt, power_of_two=True)
-    return WeightCodes(kernels.quantize(weight, scale, fmt), scale_inv_of(scale))

@@ -22,13 +22,11 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from .. import kernels
 from ..comm.counters import all_reduce_bytes, counters
 from ..errors import PlanError
-from ..formats import BLOCK_SIZE, E4M3
 from ..layers import WeightCodes
-from ..numerics.gemm_blocks import block_scale
-from ..numerics.scaling import scale_from_amax
+from ..layers.recipes import scaling_of
+from ..layers.recipes.owner import Segment
 from .touched import touched
 
 TOUCHED = {
@@ -50,125 +48,37 @@ class OwnedWeight:
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    @property
-    def tiles(self) -> tuple[int, int]:
-        return -(-self.shape[0] // BLOCK_SIZE), -(-self.shape[1] // BLOCK_SIZE)
-
-
-@dataclass(eq=False)
-class Segment:
-    """The part of a weight that this rank owns.
-
-    start   first element within the flattened weight
-    source  flat 16-bit values
-    codes   flat uint8, same numel, where the codes go
-    """
-
-    weight: OwnedWeight
-    start: int
-    source: Tensor
-    codes: Tensor
-
 
 class WeightCaster:
     """Casts this rank's segments with the scales of the layers' recipe. Every method is collective over `group`."""
 
     def __init__(self, weights: Sequence[OwnedWeight], book: Any, plan: Any, group: Any, device: torch.device):
         self.weights, self.book, self.group, self.device = list(weights), book, group, device
-        self.kind = plan.fp8.recipe.kind
+        self.scaling = scaling_of(plan.fp8.recipe.kind)
         self.index = {id(weight): number for number, weight in enumerate(self.weights)}
-        counts = [w.tiles[0] * w.tiles[1] if self.kind == "block" else 1 for w in self.weights]
-        self.counts = counts
+        self.counts = [self.scaling.owner_amaxes(weight.shape) for weight in self.weights]
 
     def cast(self, segments: Sequence[Segment]) -> list[Tensor]:
         """Fill the segments' codes; returns scale_inv of every weight, in the shape its layer wants."""
-        per_weight = self._exchange_amaxes(segments)
-        if self.kind == "delayed":
-            # The step's amaxes are in the histories already: these are the scales that the layers would cast with next.
-            scales = []
-            for weight, amax in zip(self.weights, per_weight, strict=True):
-                scales.append(self.book.weight_scale(weight.layer, amax.view(())))
-                self.book.record_weight_amax(weight.layer, amax.view(()))
-        elif self.kind == "current":
-            scales = [scale_from_amax(amax.view(()), E4M3) for amax in per_weight]
-        else:
-            scales = [
-                block_scale(amax.view(w.tiles), E4M3, power_of_two=True)
-                for w, amax in zip(self.weights, per_weight, strict=True)
-            ]
-        if self.kind == "block":
-            for segment in segments:
-                cast_tiles(segment, scales[self.index[id(segment.weight)]])
-        elif segments:
-            of_segments = torch.stack([scales[self.index[id(segment.weight)]] for segment in segments])
-            sources, codes = [segment.source for segment in segments], [segment.codes for segment in segments]
-            kernels.quantize_many(sources, of_segments, E4M3, codes)
+        owners = [self.index[id(segment.weight)] for segment in segments]
+        per_weight = self._exchange_amaxes(segments, owners)
+        scales = [
+            self.scaling.owner_scales(weight, amaxes, self.book)
+            for weight, amaxes in zip(self.weights, per_weight, strict=True)
+        ]
+        self.scaling.owner_quantize(segments, [scales[owner] for owner in owners])
         return [torch.reciprocal(scale) for scale in scales]
 
-    def _exchange_amaxes(self, segments: Sequence[Segment]) -> list[Tensor]:
+    def _exchange_amaxes(self, segments: Sequence[Segment], owners: Sequence[int]) -> list[Tensor]:
         """MAX over the owners of every tensor's or tile's amax, in one message."""
         amaxes = torch.zeros(sum(self.counts), dtype=torch.float32, device=self.device)
         per_weight = list(amaxes.split(self.counts))
-        if self.kind == "block":
-            for segment in segments:
-                tile_amaxes(segment, per_weight[self.index[id(segment.weight)]].view(segment.weight.tiles))
-        elif segments:
-            found = kernels.amax_many([segment.source for segment in segments])
-            owners = [self.index[id(segment.weight)] for segment in segments]
-            if owners == list(range(len(self.weights))):
-                amaxes.copy_(found)
-            else:
-                for owner, amax in zip(owners, found.split(1), strict=True):
-                    torch.maximum(per_weight[owner], amax, out=per_weight[owner])
+        self.scaling.owner_measure(segments, owners, amaxes, per_weight)
         world_size = dist.get_world_size(group=self.group)
         if world_size > 1:
             dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=self.group)
             counters.add("scale", all_reduce_bytes(amaxes.numel(), 4, world_size))
         return per_weight
-
-
-def row_runs(start: int, numel: int, width: int) -> list[tuple[int, int, int, int, int]]:
-    """Cut elements [start, start + numel) of a row-major matrix into runs (offset, length, row, column, rows).
-
-    A run is a part of one row (rows = 1), or whole rows; no run crosses a border between tiles of 128 rows.
-    """
-    runs, position, stop = [], start, start + numel
-    while position < stop:
-        row, column = divmod(position, width)
-        if column or stop - position < width:
-            length, rows = min(width - column, stop - position), 1
-        else:
-            rows = min((stop - position) // width, BLOCK_SIZE - row % BLOCK_SIZE)
-            length = rows * width
-        runs.append((position - start, length, row, column, rows))
-        position += length
-    return runs
-
-
-def _columns_of(column: int, length: int, device: torch.device) -> Tensor:
-    """Tile column of each of `length` elements that begin at `column`."""
-    return torch.arange(column, column + length, device=device) // BLOCK_SIZE
-
-
-def tile_amaxes(segment: Segment, amaxes: Tensor) -> None:
-    """MAX the amax of each 128x128 tile that the segment touches into `amaxes` [tile rows, tile columns]."""
-    width = segment.weight.shape[1]
-    for offset, length, row, column, rows in row_runs(segment.start, segment.source.numel(), width):
-        values = segment.source[offset : offset + length].float().abs().view(rows, -1).amax(0)
-        # NaN as inf, as every amax that crosses the network
-        values = torch.where(values.isnan(), torch.full_like(values, torch.inf), values)
-        amaxes[row // BLOCK_SIZE].scatter_reduce_(0, _columns_of(column, values.numel(), values.device), values, "amax")
-
-
-def cast_tiles(segment: Segment, scales: Tensor) -> None:
-    """Cast with one scale per 128x128 tile, the same product and rounding as `quantize_128x128`."""
-    width = segment.weight.shape[1]
-    one = torch.ones((), dtype=torch.float32, device=scales.device)
-    for offset, length, row, column, rows in row_runs(segment.start, segment.source.numel(), width):
-        values = segment.source[offset : offset + length].float().view(rows, -1)
-        scaled = values * scales[row // BLOCK_SIZE][_columns_of(column, values.shape[1], values.device)]
-        codes = kernels.quantize(scaled.view(-1), one, E4M3)
-        segment.codes[offset : offset + length].copy_(codes.view(torch.uint8))
 
 
 def find_owned(module: torch.nn.Module, names: Sequence[str]) -> list[OwnedWeight]:

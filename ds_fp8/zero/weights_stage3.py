@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..comm.counters import all_gather_bytes, counters
 from ..errors import PlanError
+from ..layers.recipes.owner import Segment
 from . import weights_released
 from .touched import touched
-from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, set_codes
+from .weights import OwnedWeight, WeightCaster, drop_codes, set_codes
 
 PREFETCH = "_PartitionedParameterCoordinator__prefetch_bucket_sz"
 """Elements that DeepSpeed's coordinator gathers ahead. It counts elements whatever their size; codes are half of them."""

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..comm.counters import all_gather_bytes, counters
 from ..comm.gather import all_gather_shares
+from ..layers.recipes.owner import Segment
 from . import weights_released
 from .touched import touched
-from .weights import OwnedWeight, Segment, WeightCaster, drop_codes, set_codes
+from .weights import OwnedWeight, WeightCaster, drop_codes, set_codes
 
 TOUCHED = {
     "ZeroStage12": touched(

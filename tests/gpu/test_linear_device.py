@@ -14,6 +14,7 @@ from ds_fp8.formats import E4M3
 from ds_fp8.kernels.triton import operands
 from ds_fp8.layers import cuda_products
 from ds_fp8.layers.page import WeightCodes
+from ds_fp8.layers.recipes import block
 from ds_fp8.numerics import gemm_blocks
 from ds_fp8.recipe import Recipe
 from tests.layers import test_golden
@@ -58,7 +59,7 @@ def passes(recipe: Recipe, *, fast: bool, bias: bool = True, rows: int = 256, ca
             for parameter in model.parameters():
                 parameter.add_(torch.where(parameter.grad.isfinite(), parameter.grad, 0), alpha=-1e-2)
         book.weights_changed()
-    if fast and rows % 128 == 0 and (recipe.kind != "block" or cuda_products.MULTIPLIES_BLOCKS):
+    if fast and rows % 128 == 0 and (recipe.kind != "block" or block.MULTIPLIES_BLOCKS):
         assert all(page.fast_step for page in book.pages), "the fast road was not taken"
     return found, book
 
@@ -77,7 +78,7 @@ def test_the_fast_road_is_the_plain_road(recipe, cached, bias):
             assert error < 0.06, f"tensor {number}: {error}"
         else:
             assert torch.equal(found, wanted), f"tensor {number}: {(found - wanted).abs().max()}"
-    if recipe.is_delayed:
+    if recipe.keeps_history:
         assert torch.equal(book.state_dict()["scales"], plain_book.state_dict()["scales"])
         assert torch.equal(book.forward.history, plain_book.forward.history)
         assert torch.equal(book.backward.history, plain_book.backward.history)
@@ -140,7 +141,7 @@ def test_a_pass_waits_for_nothing(recipe):
                 torch.cuda.set_sync_debug_mode("default")
                 torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
     fast = cuda_products.takes(x.detach(), model[0].weight, book.call(model[0].page, training=True, device=x.device))
-    assert fast == (recipe.kind != "block" or cuda_products.MULTIPLIES_BLOCKS)
+    assert fast == (recipe.kind != "block" or block.MULTIPLIES_BLOCKS)
 
 
 def test_a_cuda_graph_replays_a_pass():

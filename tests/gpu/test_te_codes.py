@@ -60,7 +60,7 @@ def code_weights(model, book, weights):
         else:
             amax = kernels.amax(weight)
             scale = scale_from_amax(amax, E4M3)
-            if book.recipe.is_delayed:
+            if book.recipe.keeps_history:
                 scale = book.weight_scale(layer, amax)
                 book.record_weight_amax(layer, amax)
             layer.weight_codes = WeightCodes(kernels.quantize(weight, scale, E4M3), torch.reciprocal(scale))

@@ -225,9 +225,13 @@ def test_the_fake_kernels_say_what_the_operators_return(recipe):
     model, _ = make(recipe, bias=True)
     layer, x = model[0].gate, torch.randn(2, 3, 32).bfloat16()
     page = layer.page
-    flags = compiled.TRAINING | compiled.GRAD | page.blocks * compiled.BLOCKS | page.delayed * compiled.DELAYED
+    flags = compiled.TRAINING | compiled.GRAD | page.recipe_number * compiled.RECIPE
     flags |= compiled.DGRAD | compiled.WGRAD | compiled.BGRAD
-    for carried in (0, compiled.CARRIES_INPUT, compiled.CARRIES_INPUT | compiled.CARRIES_WEIGHT * (not page.blocks)):
+    for carried in (
+        0,
+        compiled.CARRIES_INPUT,
+        compiled.CARRIES_INPUT | compiled.CARRIES_WEIGHT * page.book.scaling.carries_weight,
+    ):
         asked = flags | carried
         arguments = (x, layer.weight, layer.bias, page.anchor, 64, asked)
         torch.library.opcheck(torch.ops.ds_fp8.linear_forward, arguments, test_utils="test_faketensor")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import BackendError
+from ..recipes import scaling_of
 from .names import WORKSPACE, TransformerEngine, codes_class
 
 if TYPE_CHECKING:
@@ -109,17 +110,8 @@ def wrap(codes: WeightCodes, quantizer: Any, dtype: torch.dtype, kind: str) -> A
     data = aligned(codes.data.view(torch.uint8))
     common = {"shape": data.shape, "dtype": dtype, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
     common["device"] = data.device
-    if kind != "block":
-        # To the codes' device: before its first call a book without an engine lies on the CPU, and cuBLASLt would take a host address.
-        scale_inv = aligned(codes.scale_inv.reshape(1).to(data.device))
-        return made(data=data, fp8_scale_inv=scale_inv, data_transpose=None, **common)
-    rows, columns = codes.scale_inv.shape
-    scale_inv = torch.zeros(quantizer.get_scale_shape(data.shape, False), dtype=torch.float32, device=data.device)
-    scale_inv[:rows, :columns] = codes.scale_inv
-    return made(
-        rowwise_data=data, rowwise_scale_inv=scale_inv, columnwise_data=None, columnwise_scale_inv=None,
-        is_2D_scaled=True, **common,
-    )  # fmt: skip
+    own = scaling_of(kind).te_quantized_arguments(data, codes.scale_inv, quantizer)
+    return made(**{name: aligned(one) if isinstance(one, torch.Tensor) else one for name, one in own.items()}, **common)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import BackendError
+from ..recipes import scaling_of
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "pytorch.Linear": ("in_features", "out_features", "bias", "params_dtype", "device"),
@@ -51,16 +52,6 @@ OPTIONAL = ("recipe.Float8CurrentScaling", "recipe.Float8BlockScaling", "recipe.
 WORKSPACE = "_fp8_workspaces"
 """Attribute of a layer: its cache of quantised weights, by the name of the Parameter."""
 
-_PER_TENSOR = ("float8_tensor", "Float8Tensor", ("data", "fp8_scale_inv", "fp8_dtype", "data_transpose", "quantizer"))
-_PER_TILE = (
-    "float8_blockwise_tensor",
-    "Float8BlockwiseQTensor",
-    ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv", "fp8_dtype", "quantizer",
-     "is_2D_scaled"),
-)  # fmt: skip
-CODES = {"delayed": _PER_TENSOR, "current": _PER_TENSOR, "block": _PER_TILE}
-"""Recipe kind -> module below `pytorch.tensor`, class and parameters of a quantised weight; checked only for O3."""
-
 _IMPORT_ERRORS = (ImportError, RuntimeError, OSError, AssertionError)
 # The metapackage alone raises RuntimeError, a wrong CUDA OSError, a missing extension AssertionError.
 
@@ -86,9 +77,7 @@ class TransformerEngine:
 
     def availability(self, kind: str) -> tuple[bool, str]:
         """Whether the device runs recipe `kind`, and the reason if not."""
-        names = {"block": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
-        names |= {"nvfp4": "is_nvfp4_available"}
-        ask = getattr(self.pytorch, names.get(kind, "is_fp8_available"), None)
+        ask = getattr(self.pytorch, scaling_of(kind).te_probe, None)
         if ask is None:
             return False, f"Transformer Engine {self.version} does not know this recipe"
         try:
@@ -136,7 +125,9 @@ def codes_class(kind: str) -> type[Any]:
 
     Raises BackendError with what differs from the class that we know.
     """
-    module, name, parameters = CODES[kind]
+    quantized = scaling_of(kind).te_quantized
+    assert quantized is not None, f"the plan lets no weight of recipe {kind} travel in FP8"
+    module, name, parameters = quantized
     try:
         found = getattr(importlib.import_module(f"transformer_engine.pytorch.tensor.{module}"), name)
     except (AttributeError, *_IMPORT_ERRORS) as error:

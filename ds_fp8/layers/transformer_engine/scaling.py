@@ -17,16 +17,8 @@ from typing import Any
 
 from ...errors import BackendError
 from ...recipe import Recipe
+from ..recipes import scaling_of
 from .names import TransformerEngine, accepted
-
-CLASSES = {
-    "delayed": "DelayedScaling",
-    "current": "Float8CurrentScaling",
-    "block": "Float8BlockScaling",
-    "mxfp8": "MXFP8BlockScaling",
-    "nvfp4": "NVFP4BlockScaling",
-}
-"""Our recipe kind -> class in transformer_engine.common.recipe."""
 
 
 def make_recipe(engine: TransformerEngine, recipe: Recipe) -> Any:
@@ -34,7 +26,8 @@ def make_recipe(engine: TransformerEngine, recipe: Recipe) -> Any:
 
     Raises BackendError when this version does not know the kind, or the device does not run it.
     """
-    name = CLASSES[recipe.kind]
+    scaling = scaling_of(recipe.kind)
+    name = scaling.te_class
     found = getattr(engine.recipe, name, None)
     if found is None:
         raise BackendError(
@@ -47,11 +40,7 @@ def make_recipe(engine: TransformerEngine, recipe: Recipe) -> Any:
             f"fp8/recipe {recipe.kind}: this device does not run it ({reason}).\n"
             "  Use delayed, current or block on Hopper; delayed or current on Ada."
         )
-    if recipe.kind == "nvfp4":
-        return found()
-    arguments: dict[str, Any] = {"fp8_format": getattr(engine.recipe.Format, recipe.fp8_format)}
-    if recipe.is_delayed:
-        arguments |= {"amax_history_len": 1, "reduce_amax": False}
+    arguments = scaling.te_arguments(engine.recipe.Format, recipe)
     unknown = sorted(set(arguments) - accepted(found))
     if unknown:
         raise BackendError(f"Transformer Engine {engine.version}: {name} does not take {', '.join(unknown)}.")

@@ -53,7 +53,7 @@ def code_weights(model: nn.Module, book, weights: dict[str, torch.Tensor]) -> No
     for name in ("up", "down"):
         layer, weight = getattr(model, name), weights[name]
         amax = kernels.amax(weight)
-        if book.recipe.is_delayed:
+        if book.recipe.keeps_history:
             scale = book.weight_scale(layer, amax)
             book.record_weight_amax(layer, amax)
         else:

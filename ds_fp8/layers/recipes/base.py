@@ -1,0 +1,151 @@
+"""What a recipe says: `Scaling`, whose methods each answer one caller's question.
+
+    reference path    quantize, quantize_transposed, quantize_weight, requantize_weight     (`operands`, `products`)
+    GPU               fast_rows, quantize_on_cuda, quantize_weight_on_cuda                  (`cuda_products`)
+    compiled layers   carried_scale_shape, carries_both_scales                              (`compiled_products`)
+    O3, frozen        owner_amaxes, owner_scales, owner_quantize, quantize_frozen           (`zero`)
+    Transformer Engine   te_class, te_probe, te_quantized and their arguments               (`transformer_engine`)
+
+The defaults are those of a recipe with one scale per tensor. A recipe that is Transformer Engine's alone needs the last group
+only; one that has no fast path on a GPU leaves `fast_rows` at 0 and is computed by `products` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...formats import Format
+from .. import grouped_rows
+from ..operands import TENSOR, Operand, QuantizedPair
+
+if TYPE_CHECKING:
+    from ..page import Call, WeightCodes
+    from .owner import Segment
+
+
+class Scaling:
+    """One recipe.
+
+    input_extent    what one scale of an input or grad_output covers (`operands`)
+    weight_extent   the same of a weight
+    transposes      data of an input or grad_output serve both orientations: they are cast once for two products
+    carries_weight  a compiled layer carries the transposed data of a weight to its backward, instead of casting again
+    fast_accumulation    fprop may accumulate in fewer bits on Hopper, as Transformer Engine does
+    carries_both_scales  a compiled layer carries the scale_inv of input and weight in one fp32 [2, 4]
+    grouped         module with the products of stacked experts
+    te_class        class in transformer_engine.common.recipe
+    te_probe        function of transformer_engine.pytorch that says whether the device runs it
+    te_quantized    module below transformer_engine.pytorch.tensor, class and parameters of a quantized weight (O3); None:
+                    no weight may be quantized outside of the layer
+    """
+
+    input_extent = TENSOR
+    weight_extent = TENSOR
+    transposes = True
+    carries_weight = True
+    fast_accumulation = True
+    carries_both_scales = False
+    grouped: ModuleType = grouped_rows
+    te_class: str
+    te_probe = "is_fp8_available"
+    te_quantized: tuple[str, str, tuple[str, ...]] | None = (
+        "float8_tensor",
+        "Float8Tensor",
+        ("data", "fp8_scale_inv", "fp8_dtype", "data_transpose", "quantizer"),
+    )
+
+    # -- reference path ----------------------------------------------------------------------------------------------
+
+    def quantize(self, x: torch.Tensor, call: Call, column: int) -> Operand:
+        """An input or grad_output `x` [rows, columns] for a product that sums over its columns."""
+        raise NotImplementedError
+
+    def quantize_transposed(self, x: torch.Tensor, call: Call, column: int) -> Operand:
+        """[columns, rows] for a product that sums over the rows of `x`, where no data are there to be transposed."""
+        return self.quantize(x, call, column).t()
+
+    def quantize_weight(self, weight: torch.Tensor, call: Call) -> Operand:
+        """The weight [N, K] for fprop, cast now."""
+        return self.requantize_weight(weight, None, call.recipe.forward_format)
+
+    def requantize_weight(
+        self, weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor] | None, fmt: Format
+    ) -> Operand:
+        """The data of an earlier cast, made again from a weight that was gathered anew.
+
+        scale  (scale, scale_inv) of that cast where it stood beforehand; else it follows from the tensor
+        """
+        raise NotImplementedError
+
+    # -- GPU ---------------------------------------------------------------------------------------------------------
+
+    def fast_rows(self, weight: torch.Tensor) -> int:
+        """What the rows of an input must be a multiple of for the fast path on a GPU; 0: never with this weight."""
+        return 0
+
+    def quantize_on_cuda(
+        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool
+    ) -> QuantizedPair:
+        """An input or grad_output [..., K] as [M, K], and as [K, M] dense; (None, None) for what is not asked for.
+
+        library  the kernels of the device
+        guarded  nothing in high precision shows an overflow of `x`, and a cast saturates infinities: the scale_inv of
+                 what is asked for last (transposed, else straight) is NaN then
+        """
+        raise NotImplementedError
+
+    def quantize_weight_on_cuda(
+        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
+    ) -> Operand:
+        """The weight [N, K], and transposed. Without `straight` that alone, and an amax recorded before is not again."""
+        raise NotImplementedError
+
+    # -- compiled layers ---------------------------------------------------------------------------------------------
+
+    def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:
+        """Shape of the scale_inv of an input [rows, k] that a compiled layer keeps for its backward."""
+        return (1,)
+
+    # -- O3 and frozen weights: the owner casts ----------------------------------------------------------------------
+
+    def owner_amaxes(self, shape: tuple[int, int]) -> int:
+        """How many amaxes of a weight of this shape travel between its owners."""
+        return 1
+
+    def owner_measure(self, segments: Sequence[Segment], owners: Sequence[int], amaxes: torch.Tensor,
+                      per_weight: Sequence[torch.Tensor]) -> None:  # fmt: skip
+        """MAX the amaxes of what this rank owns into those of the weights.
+
+        owners      for each segment the number of its weight
+        amaxes      fp32, those of all weights; `per_weight` are its parts, fp32 [owner_amaxes] each
+        """
+        raise NotImplementedError
+
+    def owner_scales(self, weight: Any, amaxes: torch.Tensor, book: Any) -> torch.Tensor:
+        """The scales with which the layer itself would cast, for these amaxes of the whole weight (`shape`, `layer`).
+
+        A recipe with a history has the amax recorded when the layer next uses the weight.
+        """
+        raise NotImplementedError
+
+    def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
+        """Fill the segments' data; `scales` has for each segment what `owner_scales` gave for its weight."""
+        raise NotImplementedError
+
+    def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> WeightCodes:
+        """Data of a weight [N, K] that is never stepped, with scales that are powers of two."""
+        raise NotImplementedError
+
+    # -- Transformer Engine ------------------------------------------------------------------------------------------
+
+    def te_arguments(self, formats: Any, recipe: Any) -> dict[str, Any]:
+        """Arguments of `te_class`; `formats` is its enumeration Format."""
+        return {"fp8_format": getattr(formats, recipe.fp8_format)}
+
+    def te_quantized_arguments(self, data: torch.Tensor, scale_inv: torch.Tensor, quantizer: Any) -> dict[str, Any]:
+        """Arguments of the class in `te_quantized`, beside those that all such classes have."""
+        raise NotImplementedError
