@@ -3,6 +3,7 @@
     delayed   the scale comes from the amaxes of earlier steps, so one pass casts and measures
     current   from this tensor's own amax, two passes, no history
     block     one current scale for each 1x128 group of an activation and each 128x128 tile of a weight
+    rowwise   one current scale for each row of an operand, along the axis that a product sums over
     mxfp8, nvfp4   Blackwell's, which live in Transformer Engine only
 
 The meanings are Transformer Engine's: scale = (format.max / amax) / 2**margin, and
@@ -32,12 +33,13 @@ AMAX_RULES = ("ds_fp8", "transformer_engine")
 class RecipeKind:
     """What is known of a recipe without casting anything.
 
-    scale_extent              what one scale covers: `tensor`, or `block` (1x128, 128x128 or smaller)
+    scale_extent              what one scale covers: `tensor`, `row`, or `block` (1x128, 128x128 or smaller)
     keeps_history             scales follow the amaxes of earlier steps
     alignment                 in_features and out_features must be multiples of this
     is_ours                   our own layers compute it; else only Transformer Engine's do
-    transformer_engine_since  compute capability that Transformer Engine needs for it
-    owner_quantizes           the owner of a weight can make the data that the layer would make (O3, frozen weights)
+    transformer_engine_since  compute capability that Transformer Engine needs for it; None: it has no such recipe
+    multiplied_since          compute capability on which our own layers multiply in FP8; below they emulate it
+    not_by_owner              why the owner of a weight cannot make the data that the layer makes (O3, frozen weights)
     experts_scale_extent      what one scale covers in stacked experts: `row` or `block`; None: they are not converted
     """
 
@@ -45,8 +47,9 @@ class RecipeKind:
     keeps_history: bool = False
     alignment: int = 16
     is_ours: bool = True
-    transformer_engine_since: tuple[int, int] = (8, 9)
-    owner_quantizes: bool = True
+    transformer_engine_since: tuple[int, int] | None = (8, 9)
+    multiplied_since: tuple[int, int] = (8, 9)
+    not_by_owner: str = ""
     experts_scale_extent: str | None = "row"
 
 
@@ -54,7 +57,7 @@ _BLACKWELL = RecipeKind(
     scale_extent="block",
     is_ours=False,
     transformer_engine_since=(10, 0),
-    owner_quantizes=False,
+    not_by_owner="only Transformer Engine's layers make its data",
     experts_scale_extent=None,
 )
 
@@ -62,6 +65,12 @@ RECIPE_KINDS = {
     "delayed": RecipeKind(keeps_history=True),
     "current": RecipeKind(),
     "block": RecipeKind(scale_extent="block", transformer_engine_since=(9, 0), experts_scale_extent="block"),
+    "rowwise": RecipeKind(
+        scale_extent="row",
+        transformer_engine_since=None,
+        multiplied_since=(9, 0),
+        not_by_owner="dgrad reads a weight with scales along the other axis, for which the layer casts it again from 16 bits",
+    ),
     "mxfp8": replace(_BLACKWELL, alignment=32),
     "nvfp4": _BLACKWELL,
 }
@@ -69,7 +78,8 @@ RECIPE_KINDS = {
 
 RECIPES = tuple(RECIPE_KINDS)
 OUR_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if kind.is_ours)
-OWNER_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if kind.owner_quantizes)
+OWNER_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if not kind.not_by_owner)
+TE_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if kind.transformer_engine_since is not None)
 HISTORY_RECIPES = tuple(name for name, kind in RECIPE_KINDS.items() if kind.keeps_history)
 
 

@@ -109,7 +109,11 @@ def device() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         host = capabilities.host(f"cuda:{index}")
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
-        known = [name for name, kind in RECIPE_KINDS.items() if host.at_least(kind.transformer_engine_since)]
+        known = [
+            name
+            for name, kind in RECIPE_KINDS.items()
+            if host.at_least(kind.transformer_engine_since or kind.multiplied_since)
+        ]
         speaks = ", ".join(known) or "no FP8 products: emulated"
         yield Finding(f"device {index}", f"{host}, {memory:.0f} GiB; {speaks}", "ok" if host.multiplies_fp8 else "note")
     yield Finding("cuda", f"{torch.version.cuda}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")

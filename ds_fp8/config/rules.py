@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..levels import LEVELS
-from ..recipe import HISTORY_RECIPES, OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, listed
+from ..recipe import HISTORY_RECIPES, OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, TE_RECIPES, listed
 from . import contract
 from .facts import base_dtype, section, zero_stage
 from .positions import Path
@@ -61,6 +61,18 @@ def blackwell_recipes_need_transformer_engine(data: dict[str, Any]) -> Found:
             f"'{recipe}' needs backend transformer_engine, but fp8/backend is torch; use auto or transformer_engine"
         )
         yield ("fp8", "recipe"), message
+
+
+def transformer_engine_knows_the_recipe(data: dict[str, Any]) -> Found:
+    """Recipes that only our own layers compute."""
+    given = fp8_of(data) or {}
+    recipe = value_of(given, "fp8", "recipe")
+    if RECIPE_KINDS[recipe].transformer_engine_since is None:
+        cure = f"use recipe {listed(TE_RECIPES)}, or "
+        if given.get("backend") == "transformer_engine":
+            yield ("fp8", "recipe"), f"Transformer Engine has no recipe '{recipe}'; {cure}set fp8/backend to torch"
+        if given.get("fuse") is True:
+            yield ("fp8", "fuse"), f"Transformer Engine, which fuses, has no recipe '{recipe}'; {cure}drop fuse"
 
 
 def fused_layers_need_transformer_engine(data: dict[str, Any]) -> Found:
@@ -173,10 +185,8 @@ def fp8_weights_need_zero(data: dict[str, Any]) -> Found:
 def fp8_weights_need_codes(data: dict[str, Any]) -> Found:
     """Only recipes whose codes the owner of a weight can make."""
     level, given = level_of(data), fp8_of(data) or {}
-    if level and level.weight_wire == "e4m3" and not RECIPE_KINDS[value_of(given, "fp8", "recipe")].owner_quantizes:
-        message = (
-            f"FP8 weights have no codes for recipe '{given['recipe']}'; use {listed(OWNER_RECIPES)}, or opt_level O2"
-        )
+    if level and level.weight_wire == "e4m3" and RECIPE_KINDS[value_of(given, "fp8", "recipe")].not_by_owner:
+        message = f"FP8 weights have no codes for recipe '{given['recipe']}': {RECIPE_KINDS[given['recipe']].not_by_owner}; use {listed(OWNER_RECIPES)}, or opt_level O2"
         yield ("fp8", "recipe"), message
 
 
@@ -242,6 +252,7 @@ def _level_path(data: dict[str, Any], key: str) -> Path:
 RULES: tuple[Rule, ...] = (
     delayed_only_keys,
     blackwell_recipes_need_transformer_engine,
+    transformer_engine_knows_the_recipe,
     fused_layers_need_transformer_engine,
     compiled_layers_are_our_own,
     compiled_blocks_keep_their_parameters,

@@ -151,9 +151,11 @@ class Watch:
         else:
             scale = fmt.max / amax.clamp_min(2.0**-126)
         each = scale
-        if recipe.facts.scale_extent != "tensor" and values.numel() % BLOCK_SIZE == 0:
-            # Blocks have scales of their own; rows of 128 stand for the tiles of a weight too.
-            values = values.view(-1, BLOCK_SIZE)
+        extent = recipe.facts.scale_extent
+        # Rows and blocks have scales of their own; rows of 128 stand for the tiles of a weight too.
+        width = tensor.shape[-1] if extent == "row" and tensor.dim() else BLOCK_SIZE
+        if extent != "tensor" and values.numel() % width == 0:
+            values = values.view(-1, width)
             each = fmt.max / values.amax(dim=1, keepdim=True).clamp_min(2.0**-126)
         # Half of the smallest code rounds to even, which is zero.
         nonzero = values > 0

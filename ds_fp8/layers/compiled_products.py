@@ -212,7 +212,7 @@ def _input_on_cuda(input: torch.Tensor | None, carried: Carried, call: Call) -> 
 
 
 def _kept_weight(weight: torch.Tensor, carried: Carried, call: Call) -> dict[str, torch.Tensor]:
-    if call.high.dgrad:
+    if call.high.dgrad or not call.scaling.weight_transposes:
         return {"weight": weight}
     if carried.weight.numel():
         return {"weight_data": carried.weight.t(), "weight_scale_inv": _scale_inv(carried, 1, call.page).reshape(())}

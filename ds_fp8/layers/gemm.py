@@ -2,7 +2,7 @@
 
 On a GPU with FP8 products one scale per tensor goes to `torch._scaled_mm`. Everywhere else the codes are decoded and
 multiplied: every e4m3 and e5m2 value is exact in bf16, so with fp32 accumulation such a product is exact in its operands,
-and the scales are applied once to the sum. Block scales are applied on decoding; as powers of two they are exact in
+and the scales are applied once to the sum, in fp32 where rows have their own. Block scales are applied on decoding; as powers of two they are exact in
 bf16 as well, up to bf16's range.
 
     output dtype    decoded to    why
@@ -15,10 +15,11 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from ..capabilities import FP8_SINCE
 from ..kernels import dense
-from .operands import TENSOR, Operand
+from .operands import ROWS, TENSOR, Operand
 
 STEP = 16
 """`torch._scaled_mm` wants the summed axis, and the columns of the result, in multiples of this."""
@@ -38,6 +39,8 @@ def matmul(
         return out if bias is None else out + bias.to(dtype)
     if a.extent == b.extent == TENSOR and multiplies_fp8(a.data.device):
         return _scaled(a, b, dtype, bias, fast)
+    if a.extent == b.extent == ROWS:
+        return _by_rows(a, b, dtype, bias, fast)
     return _emulated(a, b, dtype, bias)
 
 
@@ -74,6 +77,28 @@ def _scaled(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | Non
     return out if bias is None or fused is not None else out + bias.to(dtype)
 
 
+def _by_rows(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None, fast: bool) -> torch.Tensor:
+    """One scale for each row of `a` and of `b`: they multiply the sums, in fp32, before the one rounding."""
+    rows, columns = a.data.shape[0], b.data.shape[0]
+    if dtype != torch.bfloat16 or not multiplies_rows(a.data.device):
+        out = a.decode(torch.float32) @ b.decode(torch.float32).t()
+        out = out.mul_(b.scale_inv).mul_(a.scale_inv.unsqueeze(1))
+        return (out if bias is None else out.add_(bias.float())).to(dtype)
+    left, right = _padded(a.data, 1), _padded(b.data, STEP)
+    scale_b = F.pad(b.scale_inv, (0, right.shape[0] - columns), value=1.0)
+    out = torch._scaled_mm(
+        left,
+        right.t(),
+        scale_a=a.scale_inv.unsqueeze(1),
+        scale_b=scale_b.unsqueeze(0),
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+    if out.shape != (rows, columns):
+        out = out[:rows, :columns].contiguous()
+    return out if bias is None else out + bias.to(dtype)
+
+
 def aligned(scale_inv: torch.Tensor) -> torch.Tensor:
     """cuBLASLt reads a scale only from an address that is a multiple of 16 bytes; a view into many scales may not be."""
     return scale_inv if scale_inv.data_ptr() % 16 == 0 else scale_inv.clone()
@@ -92,6 +117,12 @@ def _padded(codes: torch.Tensor, row_step: int) -> torch.Tensor:
 def inside(dtype: torch.dtype) -> torch.dtype:
     """What operands are decoded to for an emulated product that comes out in `dtype`."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+@functools.cache
+def multiplies_rows(device: torch.device) -> bool:
+    """Whether `torch._scaled_mm` takes one scale per row there: Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
 if TYPE_CHECKING:
     from .page import Call, WeightCodes
 
-TENSOR, GROUPS, TILES = "tensor", "1x128", "128x128"
+TENSOR, ROWS, GROUPS, TILES = "tensor", "row", "1x128", "128x128"
 """Extent of one scale."""
 
 
@@ -27,7 +27,7 @@ TENSOR, GROUPS, TILES = "tensor", "1x128", "128x128"
 class Operand:
     """`data` [rows, columns] float8; what it stands for is data * scale_inv.
 
-    scale_inv  0-d fp32 (TENSOR), [rows, columns / 128] (GROUPS) or [rows / 128, columns / 128] (TILES), rounded up
+    scale_inv  0-d fp32 (TENSOR), [rows] (ROWS), [rows, columns / 128] (GROUPS) or [rows / 128, columns / 128] (TILES), rounded up
     scale      what was multiplied on the way in, where it was known beforehand (delayed)
     amax       0-d fp32, where it was measured
     turned     the transposed operand, dense in memory, where both were made at once (on a GPU)
@@ -43,8 +43,8 @@ class Operand:
     values: torch.Tensor | None = None
 
     def t(self) -> Operand:
-        """The transposed operand, as views. 1x128 groups do not transpose: such an operand is cast again."""
-        assert self.extent != GROUPS, "1x128 groups lie along one axis"
+        """The transposed operand, as views. Rows and 1x128 groups do not transpose: such an operand is cast again."""
+        assert self.extent in (TENSOR, TILES), "these scales lie along one axis"
         scale_inv = self.scale_inv.t() if self.extent == TILES else self.scale_inv
         values = None if self.values is None else self.values.t()
         return replace(self, data=self.data.t(), scale_inv=scale_inv, values=values)
@@ -54,10 +54,10 @@ class Operand:
         return replace(self, values=self.decode(dtype))
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        """The bare codes in `dtype` for TENSOR (exact in bf16 and fp32), else codes times their block's scale_inv."""
+        """The bare codes in `dtype` for TENSOR and ROWS (exact in bf16 and fp32), else codes times their block's scale_inv."""
         if self.values is not None and self.values.dtype == dtype:
             return self.values
-        if self.extent == TENSOR:
+        if self.extent in (TENSOR, ROWS):
             return self._inflate(1.0, dtype)
         if not self.data.is_contiguous() and self.extent == TILES:
             return self.t().decode(dtype).t()

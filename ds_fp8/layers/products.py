@@ -114,7 +114,7 @@ def forward_products(
 
     kept: dict[str, torch.Tensor] = {}
     if dgrad:
-        if high.dgrad or is_sharded(weight):
+        if high.dgrad or is_sharded(weight) or not scaling.weight_transposes:
             # Sharded: gathered again before the backward, as codes at O3; holding codes would hold the whole model.
             kept["weight"] = weight
             if weight_codes is not None and weight_codes.scale is not None:
@@ -159,7 +159,7 @@ def backward_products(
         grad_input = grad_output @ kept["weight"].to(dtype)
     elif needs_dgrad:
         codes = _poison(codes, grad_output) if hidden and not needs_wgrad else codes
-        grad_input = matmul(codes, _weight_operand(kept, call).t(), dtype)
+        grad_input = matmul(codes, _transposed_weight(kept, call), dtype)
 
     # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
     if needs_wgrad and high.wgrad:
@@ -188,6 +188,13 @@ def _shared(codes: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dtype) 
 def _poison(operand: Operand, x: torch.Tensor) -> Operand:
     """NaN as scale_inv if `x` is not finite, else the operand as it is; see `with_overflow_shown`."""
     return replace(operand, scale_inv=with_overflow_shown(operand.scale_inv, measure(x, operand)))
+
+
+def _transposed_weight(kept: dict[str, torch.Tensor], call: Call) -> Operand:
+    """The weight [K, N] for dgrad."""
+    if not call.scaling.weight_transposes:
+        return call.scaling.quantize_weight_transposed(kept["weight"], call.recipe.forward_format)
+    return _weight_operand(kept, call).t()
 
 
 def _weight_operand(kept: dict[str, torch.Tensor], call: Call) -> Operand:

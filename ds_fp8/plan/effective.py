@@ -12,7 +12,7 @@ from ..capabilities import FP8_SINCE, Host
 from ..config.settings import Fp8Settings, Settings
 from ..errors import PlanError
 from ..levels import Level
-from ..recipe import OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, listed
+from ..recipe import OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, TE_RECIPES, listed
 from . import performance
 from .decisions import Fp8Plan
 
@@ -54,13 +54,17 @@ def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
     backend = _decide_backend(settings, host, notes)
     kind, facts = asked.recipe.kind, asked.recipe.facts
     needed = facts.transformer_engine_since
-    if not facts.is_ours and not host.at_least(needed):
+    if not facts.is_ours and needed is not None and not host.at_least(needed):
         raise PlanError(
             f"fp8/recipe {kind} needs a GPU of compute capability {_dotted(needed)} (Blackwell), but this is {host}.\n"
             f"  Use {listed(OUR_RECIPES)}."
         )
-    if backend == "transformer_engine" and not host.at_least(needed):
-        older = [name for name in OUR_RECIPES if host.at_least(RECIPE_KINDS[name].transformer_engine_since)]
+    if backend == "transformer_engine" and needed is not None and not host.at_least(needed):
+        older = [
+            name
+            for name in OUR_RECIPES
+            if (since := RECIPE_KINDS[name].transformer_engine_since) and host.at_least(since)
+        ]
         raise PlanError(
             f"fp8/recipe {kind} in Transformer Engine needs compute capability {_dotted(needed)}, but this is {host}.\n"
             f"  Use {listed(older)}, or backend torch."
@@ -70,7 +74,7 @@ def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
             "fp8/fuse joins norm and Linear into one Transformer Engine layer, but the backend is torch "
             f"({host.transformer_engine_reason or 'chosen'}).\n  Set fp8/fuse to false or auto."
         )
-    emulated = backend == "torch" and not host.multiplies_fp8
+    emulated = backend == "torch" and not host.at_least(facts.multiplied_since)
     if emulated and host.device_type == "cuda":
         notes.append(f"no FP8 matrix products on {host}: emulated exactly, slower than 16 bits")
     if not settings.trains:
@@ -116,6 +120,13 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
     why_not = host.transformer_engine_reason or (
         f"needs a CUDA device of compute capability {_dotted(FP8_SINCE)} or later, this is {host}"
     )
+    if settings.fp8.recipe.facts.transformer_engine_since is None:
+        if asked == "transformer_engine":
+            raise PlanError(
+                f"fp8/recipe {kind}: Transformer Engine has no such recipe, but msamp/use_te or fp8/backend asks for it.\n"
+                f"  Set fp8/backend to torch, or use {listed(TE_RECIPES)}."
+            )
+        return "torch"
     if asked == "torch":
         if not settings.fp8.recipe.facts.is_ours:
             raise PlanError(f"fp8/recipe {kind} exists in Transformer Engine only, but fp8/backend is torch; use auto.")
@@ -175,9 +186,10 @@ def _check_weight_wire(settings: Settings, fp8: Fp8Plan, level: Level) -> None:
         )
     if not fp8.enabled:
         raise PlanError(f"{asked} sends weights as the codes of FP8 layers, but fp8 is off.\n  Enable fp8, or use O2.")
-    if not fp8.recipe.facts.owner_quantizes:
+    if fp8.recipe.facts.not_by_owner:
         raise PlanError(
-            f"{asked} makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, but fp8/recipe is {fp8.recipe.kind}.\n"
+            f"{asked} makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, but fp8/recipe is {fp8.recipe.kind}: "
+            f"{fp8.recipe.facts.not_by_owner}.\n"
             "  Use one of them, or opt_level O2."
         )
 

@@ -139,8 +139,8 @@ def _keep_frozen(
     why = None
     if settings.deepspeed.zero_stage == 3:
         why = "zero_optimization/stage 3 cuts the 16-bit weights and gathers them itself. Set stage to 0, 1 or 2"
-    elif not recipe.facts.owner_quantizes:
-        why = f"it makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, not {recipe.kind}. Use one of them"
+    elif recipe.facts.not_by_owner:
+        why = f"it makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, not {recipe.kind}: {recipe.facts.not_by_owner}. Use one of them"
     names = () if why else frozen_layers(model, modules, recipe)
     if not why and not names and not partial and settings.trains:
         why = (

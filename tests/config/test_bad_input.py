@@ -45,7 +45,7 @@ def test_all_problems_of_a_file_at_once():
         ("enabled", None, "null"),
         ("fp8_format", "E5M2", "Use HYBRID"),
         ("fp8_format", "hybrid", "did you mean 'HYBRID'?"),
-        ("recipe", "delay", "delayed, current, block, mxfp8, nvfp4"),
+        ("recipe", "delay", "delayed, current, block, rowwise, mxfp8, nvfp4"),
         ("recipe", ["delayed"], "is not one of"),
         ("margin", -1, "less than the minimum of 0 (allowed: 0 to 16 powers of two)"),
         ("margin", "2", "write 2 without quotes"),

@@ -106,6 +106,7 @@ RECIPES = [
     Recipe(amax_history_len=4),
     Recipe(kind="current"),
     Recipe(kind="block"),
+    Recipe(kind="rowwise"),
     Recipe(amax_history_len=4, override_linear_precision=HighPrecision(False, False, True)),
     Recipe(amax_history_len=4, override_linear_precision=HighPrecision(True, True, False)),
 ]
@@ -118,7 +119,7 @@ def test_equal_blocks_share_one_graph_and_keep_it(recipe):
     assert hold_together(recipe, run=run, start_step=3, eval=True) == 2
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:3], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
 def test_codes_are_carried_to_the_backward(recipe):
     """Without `start_step` the input is kept as one byte per element, whatever the recipe."""
     assert hold_together(recipe, bias=True) == 1
@@ -219,7 +220,7 @@ def test_a_wrong_shape_is_an_error():
         model[0].gate(torch.randn(2, 31).bfloat16())
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:3], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
 def test_the_fake_kernels_say_what_the_operators_return(recipe):
     """Shapes, dtypes and strides, by torch's own check, with everything carried that can be."""
     model, _ = make(recipe, bias=True)

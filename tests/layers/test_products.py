@@ -16,7 +16,7 @@ from ds_fp8.layers import Fp8Linear, operands
 from ds_fp8.recipe import HighPrecision, Recipe
 from tests.layers.small_models import swapped
 
-KINDS = ("delayed", "current", "block")
+KINDS = ("delayed", "current", "block", "rowwise")
 RECIPES = [Recipe(kind=kind, fp8_format=fmt, amax_history_len=4) for kind in KINDS for fmt in ("HYBRID", "E4M3")]
 STEP = E4M3.half_ulp + E5M2.half_ulp
 """Relative error of one product of an e4m3 and an e5m2 element: the sum of both casts."""
@@ -79,6 +79,27 @@ def test_current_scaling_is_exact_in_its_operands():
     left, right = dequantize(codes_x, 1.0).double(), dequantize(codes_w, 1.0).double()
     exact = left @ right.t() / scale_x.double() / scale_w.double()
     assert relative(model(x), exact) < 2.0**-22
+
+
+def test_rowwise_scaling_is_exact_in_its_operands():
+    """Each operand has a scale for each row along the summed axis, another one in each product; float64 gives the same."""
+    model, _, plain = pair(Recipe(kind="rowwise", fp8_format="E4M3"), bias=False)
+    x = (torch.randn(32, 64) * torch.logspace(-6, 0, 32).unsqueeze(1)).requires_grad_()
+    grad = torch.randn(32, 48) * torch.logspace(0, -6, 48)
+    y = model(x)
+    y.backward(grad)
+
+    def rows(operand: torch.Tensor) -> torch.Tensor:
+        scale = 448 / operand.detach().abs().amax(1, keepdim=True)
+        codes = quantize((operand.detach() * scale).contiguous(), 1.0, E4M3)
+        return dequantize(codes, 1.0).double() / scale.double()
+
+    weight = plain[0].weight
+    assert relative(y, rows(x) @ rows(weight).t()) < 2.0**-21
+    assert relative(x.grad, rows(grad) @ rows(weight.t()).t()) < 2.0**-21
+    assert relative(model[0].weight.grad, rows(grad.t()) @ rows(x.t()).t()) < 2.0**-21
+    each = (y.detach() - plain(x).detach()).norm(dim=1) / plain(x).detach().norm(dim=1)
+    assert each.max() < 2 * E4M3.half_ulp, "a small token is as exact as a large one"
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (0, 64), (5, 64), (2, 3, 64), (2, 0, 64), (2, 1, 3, 64)], ids=str)

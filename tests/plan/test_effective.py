@@ -88,6 +88,17 @@ def test_blackwell_recipes(kind):
         plan(job(kind, backend="torch"), BLACKWELL)
 
 
+def test_rowwise_is_our_own():
+    """Transformer Engine has no such recipe; its data cannot be made by the owner of a weight; Ada does not multiply rows."""
+    assert plan(job("rowwise"), HOPPER).fp8.backend == "torch"
+    assert plan(job("rowwise"), CPU).fp8.emulated and not plan(job("rowwise"), HOPPER).fp8.emulated
+    assert plan(job("rowwise", level="O2"), HOPPER).fp8.recipe.kind == "rowwise"
+    with pytest.raises(PlanError, match=r"Transformer Engine has no such recipe.*\n  Set fp8/backend to torch"):
+        plan(job("rowwise", backend="transformer_engine"), HOPPER)
+    with pytest.raises(PlanError, match="but fp8/recipe is rowwise: dgrad reads a weight"):
+        plan(job("rowwise", level="O3"))
+
+
 def test_fuse_needs_transformer_engine():
     with pytest.raises(PlanError, match="fp8/fuse"):
         plan(job(fuse=True))

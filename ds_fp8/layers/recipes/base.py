@@ -33,11 +33,12 @@ class Scaling:
     input_extent    what one scale of an input or grad_output covers (`operands`)
     weight_extent   the same of a weight
     transposes      data of an input or grad_output serve both orientations: they are cast once for two products
+    weight_transposes  data of a weight serve fprop and dgrad; else dgrad casts the weight again
     carries_weight  a compiled layer carries the transposed data of a weight to its backward, instead of casting again
     fast_accumulation    fprop may accumulate in fewer bits on Hopper, as Transformer Engine does
     carries_both_scales  a compiled layer carries the scale_inv of input and weight in one fp32 [2, 4]
     grouped         module with the products of stacked experts
-    te_class        class in transformer_engine.common.recipe
+    te_class        class in transformer_engine.common.recipe; the plan keeps recipes without one to our own layers
     te_probe        function of transformer_engine.pytorch that says whether the device runs it
     te_quantized    module below transformer_engine.pytorch.tensor, class and parameters of a quantized weight (O3); None:
                     no weight may be quantized outside of the layer
@@ -46,11 +47,12 @@ class Scaling:
     input_extent = TENSOR
     weight_extent = TENSOR
     transposes = True
+    weight_transposes = True
     carries_weight = True
     fast_accumulation = True
     carries_both_scales = False
     grouped: ModuleType = grouped_rows
-    te_class: str
+    te_class = ""
     te_probe = "is_fp8_available"
     te_quantized: tuple[str, str, tuple[str, ...]] | None = (
         "float8_tensor",
@@ -79,6 +81,10 @@ class Scaling:
 
         scale  (scale, scale_inv) of that cast where it stood beforehand; else it follows from the tensor
         """
+        raise NotImplementedError
+
+    def quantize_weight_transposed(self, weight: torch.Tensor, fmt: Format) -> Operand:
+        """The weight as [K, N] for dgrad, where data of [N, K] cannot be transposed (`weight_transposes`)."""
         raise NotImplementedError
 
     # -- GPU ---------------------------------------------------------------------------------------------------------
