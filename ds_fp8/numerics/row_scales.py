@@ -20,7 +20,8 @@ from .scaling import scale_from_amax
 def quantize_rows(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of `x` [..., rows, columns] (any float dtype), contiguous, and scale_inv [..., rows] fp32."""
     values = x.detach().float()
-    scale, scale_inv = _scales(values.abs().amax(-1), fmt)
+    amax = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+    scale, scale_inv = _scales(amax, fmt)
     return saturate(values * scale.unsqueeze(-1), fmt).contiguous(), scale_inv
 
 
