@@ -140,7 +140,7 @@ class Watch:
     def _measure(self, page: Any, role: str, tensor: torch.Tensor, column: int) -> None:
         """Amax, scale and share flushed to zero, as one small tensor on the device."""
         recipe = page.book.recipe
-        self._margin = recipe.margin if recipe.is_delayed else 0
+        self._margin = recipe.margin if recipe.keeps_history else 0
         fmt = recipe.backward_format if role == "grad_output" else recipe.forward_format
         values = tensor.detach().float().reshape(-1).abs()
         if not values.numel():
@@ -163,7 +163,7 @@ class Watch:
         def lost(factor: torch.Tensor) -> torch.Tensor:
             return ((values * factor <= fmt.min_subnormal / 2) & nonzero).sum().float()
 
-        own = fmt.max / amax.clamp_min(2.0**-126) if recipe.is_delayed else each
+        own = fmt.max / amax.clamp_min(2.0**-126) if recipe.keeps_history else each
         counts = [lost(each), lost(each * 2.0**recipe.margin), lost(own), nonzero.sum().float()]
         key = (page.fqn, role)
         self._formats[key] = fmt
