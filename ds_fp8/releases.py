@@ -11,14 +11,56 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-DEEPSPEED = ("0.18.0", "0.18.3", "0.18.5", "0.19.0", "0.19.2", "0.19.6", "0.19.7", "0.19.8")
-"""Tested releases of DeepSpeed, oldest first."""
-
 RELEASED = (
     *(f"0.18.{patch}" for patch in range(10)),
     *(f"0.19.{patch}" for patch in range(9)),
 )  # fmt: skip
-"""All releases between them: what `tests/matrix.sh` tries. One that is not listed above runs as an unknown one does."""
+"""All releases of DeepSpeed that we stand for, oldest first: what `tests/matrix.sh` tries."""
+
+NOT_RUN: tuple[str, ...] = (
+    "0.18.2",
+    "0.18.3",
+    "0.18.4",
+    "0.18.5",
+    "0.18.6",
+    "0.18.7",
+    "0.18.8",
+    "0.18.9",
+    "0.19.0",
+    "0.19.1",
+    "0.19.2",
+    "0.19.3",
+    "0.19.4",
+    "0.19.5",
+    "0.19.6",
+    "0.19.7",
+)
+"""Of these, those that the matrix has not passed on yet: they run as unknown ones do."""
+
+DEEPSPEED = tuple(release for release in RELEASED if release not in NOT_RUN)
+"""Tested releases of DeepSpeed, oldest first."""
+
+
+class Fault(NamedTuple):
+    """What some releases of DeepSpeed do wrong by themselves, with or without a section of ours.
+
+    first, last   the releases
+    what          in one sentence, with the error that a user meets
+    """
+
+    first: str
+    last: str
+    what: str
+
+
+FAULTS = (
+    Fault(
+        "0.18.7",
+        "0.18.9",
+        "over gloo ZeRO 1 and 2 stop in their first step with 'Output 0 of Split is a view and is being modified inplace':"
+        " their flat weights still belong to autograd's graph (0.19.0 detaches them)",
+    ),
+)
 
 
 class Range(NamedTuple):
@@ -35,9 +77,21 @@ class Range(NamedTuple):
         """As pip takes it: `torch>=2.11`."""
         return f"{name}>={self.oldest}" if self.oldest else name
 
+    @property
+    def span(self) -> str:
+        """Oldest and newest that were tested, in words; empty where nobody cares."""
+        return f"{self.tested[0]} to {self.tested[-1]}" if len(self.tested) > 1 else "".join(self.tested)
+
+    def outside(self, version: str) -> str:
+        """In words, where `version` lies if it is not among the tested ones: `older than 2.11`; else empty."""
+        if self.oldest and numbers(version) < numbers(self.oldest):
+            return f"older than {self.oldest}"
+        newest = numbers(self.tested[-1]) if self.tested else ()
+        return f"newer than {self.tested[-1]}, not tested" if numbers(version)[: len(newest)] > newest else ""
+
 
 REQUIRED = {
-    "torch": Range("2.11", ("2.11", "2.13")),
+    "torch": Range("2.11", ("2.11", "2.13", "2.14")),
     "deepspeed": Range(DEEPSPEED[0], DEEPSPEED),
     "jsonschema": Range("4.20"),
     "hjson": Range(""),
@@ -55,7 +109,7 @@ OPTIONAL = {
 }
 """Distributions that a job may bring."""
 
-PYTHON = Range("3.10", ("3.11", "3.12"))
+PYTHON = Range("3.10", ("3.10", "3.11", "3.12", "3.13"))
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -67,6 +121,11 @@ def numbers(version: str) -> tuple[int, ...]:
             break
         parts.append(int(digits))
     return tuple(parts)
+
+
+def faults(version: str) -> list[str]:
+    """What DeepSpeed `version` does wrong by itself."""
+    return [fault.what for fault in FAULTS if numbers(fault.first) <= numbers(version) <= numbers(fault.last)]
 
 
 def is_newer_than_tested(version: str) -> bool:

@@ -30,12 +30,24 @@ def report(path: str, *, as_json: bool) -> int:
     everything = [*of_fp8, *(text for text in private_names.differences(source) if text not in of_fp8)]
     lines = [line for line in LINES if numbers(version) <= numbers(line)]
     if as_json:
-        print(json.dumps({"deepspeed": version, "adapters": lines, "fp8": of_fp8, "all": everything}))
+        print(
+            json.dumps(
+                {
+                    "deepspeed": version,
+                    "adapters": lines,
+                    "fp8": of_fp8,
+                    "all": everything,
+                    "faults": releases.faults(version),
+                }
+            )
+        )
         return int(bool(everything))
     known = "tested" if version in releases.DEEPSPEED else "not tested"
     print(
         f"DeepSpeed {version or 'of unknown version'} in {path} ({known}); adapters: {', '.join(lines) or 'none needed'}"
     )
+    for text in releases.faults(version):
+        print(f"  by itself: {text}")
     for text in everything:
         print(f"  {'fp8 and msamp' if text in of_fp8 else 'msamp'}: {text}")
     print(f"{len(everything)} thing(s) differ: docs/porting.md has the steps" if everything else "nothing differs")

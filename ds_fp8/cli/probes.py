@@ -53,17 +53,30 @@ def versions() -> Iterator[Finding]:
     """Python, ourselves, and what we need."""
     from .. import __version__
 
-    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    found = f"{platform.python_version()} on {platform.platform()}"
+    yield _placed("python", found, platform.python_version(), releases.PYTHON, "note")
     yield Finding("ds_fp8", f"{__version__} in {Path(__file__).resolve().parents[1]}")
     for name, known in releases.REQUIRED.items():
         version = installed(name)
         if version is None:
             yield Finding(name, "not installed", "fail", f"pip install '{known.requirement(name)}'")
-        elif numbers(version) < numbers(known.oldest):
-            cure = f"pip install --upgrade '{known.requirement(name)}'"
-            yield Finding(name, f"{version}, older than {known.oldest}", "fail", cure)
         else:
-            yield Finding(name, version)
+            # Of DeepSpeed releases that are newer than the tested ones `deepspeed_names` says more.
+            yield _placed(name, version, version, known, "fail")
+    for name, known in releases.OPTIONAL.items():
+        if (version := installed(name)) is not None:
+            yield _placed(name, version, version, known, "note")
+
+
+def _placed(name: str, found: str, version: str, known: releases.Range, if_older: str) -> Finding:
+    """A version, and whether it lies outside of those that were tested."""
+    where = known.outside(version)
+    if not where:
+        return Finding(name, found)
+    if where.startswith("older"):
+        cure = "" if name == "python" else f"pip install --upgrade '{known.requirement(name)}'"
+        return Finding(name, f"{found}, {where}", if_older, cure)
+    return Finding(name, f"{found}, {where} ({known.span} were)", "note")
 
 
 def deepspeed_names() -> Iterator[Finding]:
@@ -81,6 +94,10 @@ def deepspeed_names() -> Iterator[Finding]:
     cure = f"install DeepSpeed {releases.DEEPSPEED[-1]}, or a newer ds_fp8; `ds_fp8 doctor --deepspeed PATH` looks into others"
     if numbers(version) < numbers(releases.DEEPSPEED[0]):
         return  # `versions` has said it
+    for text in releases.faults(version):
+        yield Finding(
+            "deepspeed", f"{version} by itself: {text}", "note", "another release, e.g. the newest tested one"
+        )
     for text in of_fp8:
         yield Finding("deepspeed names", text, "fail", cure)
     for text in of_msamp:

@@ -26,6 +26,9 @@ class DeepSpeedSource:
     def __init__(self, read: Callable[[str], str | None], where: str):
         self._read, self.where = read, where
         self._modules: dict[str, ast.Module | None] = {}
+        # Asked once for each of some 600 names, of a dozen classes.
+        self._attributes: dict[tuple[str, str], set[str]] = {}
+        self._hung_on: dict[tuple[str, ...], set[str]] = {}
 
     @classmethod
     def installed(cls) -> DeepSpeedSource:
@@ -108,6 +111,11 @@ class DeepSpeedSource:
 
     def attributes(self, module: str, name: str) -> set[str]:
         """What an instance of a class has: methods, class attributes, `self.x = ...`, of its bases too."""
+        if (module, name) not in self._attributes:
+            self._attributes[module, name] = self._find_attributes(module, name)
+        return self._attributes[module, name]
+
+    def _find_attributes(self, module: str, name: str) -> set[str]:
         found = self.find(module, name)
         if not isinstance(found, ast.ClassDef):
             return set()
@@ -138,9 +146,10 @@ class DeepSpeedSource:
 
     def hung_on(self, *modules: str) -> set[str]:
         """Attributes that the code of `modules` writes on any object: what ZeRO hangs on a parameter, for example."""
-        return {
-            name for module in modules if (tree := self.module(module)) is not None for name in _assigned(tree, None)
-        }
+        if modules not in self._hung_on:
+            trees = [tree for module in modules if (tree := self.module(module)) is not None]
+            self._hung_on[modules] = {name for tree in trees for name in _assigned(tree, None)}
+        return self._hung_on[modules]
 
     def _home(self, module: str, name: str) -> str:
         tree = self.module(module)

@@ -168,9 +168,43 @@ def test_the_versions_are_those_of_the_package():
     assert "releases().REQUIRED" in (root / "setup.py").read_text(encoding="utf-8")
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert f"DeepSpeed {releases.DEEPSPEED[0]} to {releases.DEEPSPEED[-1]}" in readme
-    assert f"torch {releases.REQUIRED['torch'].oldest}" in readme
+    words = " ".join(readme.split())
+    for name, known in (("torch", releases.REQUIRED["torch"]), ("Python", releases.PYTHON)):
+        assert f"{name} {known.oldest} or newer (tested: {', '.join(known.tested)})" in words
+    assert all(f"DeepSpeed {fault.first} to {fault.last}" in readme for fault in releases.FAULTS)
     pinned = (root / "constraints.txt").read_text(encoding="utf-8")
     assert f"deepspeed=={releases.DEEPSPEED[-1]}" in pinned
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [("2.10.1", "older than 2.11"), ("2.11.0", ""), ("2.13.0+cpu", ""), ("2.14.9", ""), ("2.15.0", "newer than 2.14")],
+)
+def test_versions_outside_of_what_was_tested_are_told(monkeypatch, version, told):
+    """An older torch is a failure; a newer one a note that names what was tested; patches of a tested one are neither."""
+    monkeypatch.setattr(probes.releases, "REQUIRED", {"torch": probes.releases.Range("2.11", ("2.11", "2.14"))})
+    monkeypatch.setattr(probes.releases, "OPTIONAL", {})
+    monkeypatch.setattr(probes, "installed", lambda name: version)
+    (finding,) = [one for one in probes.versions() if one.what == "torch"]
+    assert told in finding.found and finding.found.startswith(version)
+    assert finding.status == ("ok" if not told else "fail" if told.startswith("older") else "note")
+    assert ("2.11 to 2.14" in finding.found) == told.startswith("newer")
+
+
+def test_every_tested_release_is_on_the_page_of_the_matrix():
+    """docs/compatibility.md is the result of tests/matrix.sh, so a release is tested if its row says ok, and only then."""
+    from pathlib import Path
+
+    from ds_fp8 import releases
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| 0.")
+    ]
+    assert {row[0] for row in rows if len(row) > 3} == set(releases.DEEPSPEED)
+    for release, alone, *others in (row for row in rows if len(row) > 3):
+        assert alone == ("fails by itself" if releases.faults(release) else "ok"), release
+        assert set(others) == {"ok"}, release
 
 
 @pytest.mark.parametrize(
