@@ -32,6 +32,6 @@ def __getattr__(name: str) -> Any:
     """Loading needs torch and DeepSpeed, judging a folder (`complete.py`) neither: they are imported when asked for."""
     if name not in __all__:
         raise AttributeError(name)
-    module = import_module(".inspect", __name__)
+    module = import_module(".loading", __name__)
     globals().update(inspect=module.inspect, load_checkpoint=module.load_checkpoint)
     return globals()[name]

@@ -5,7 +5,7 @@ all the same, and a full disk leaves an empty `latest`. A job that then starts f
 checkpoints beside it. A tag is complete when
 
     nobody was at work on it when the job ended (`UNFINISHED`), and
-    it has a manifest (`MANIFEST`): every file of it is there, with its size
+    it has a manifest (`MANIFEST`): every file of it is there, and is the one of that save
     or it has none: a model file for every model-parallel rank (ZeRO 3: every rank), an optimizer shard for every rank that
     ought to have one, all of them readable to their end, all of one step
 
@@ -15,28 +15,21 @@ truncated file has none. Its pickle is read with every class replaced by an iner
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from ..zero.touched import touched
+from .manifest import MANIFEST, UNFINISHED, compare, read_manifest
 
 TOUCHED = {
     "Engine": touched(reads="zero_optimization"),
 }
-
-MANIFEST = "ds_fp8_manifest.json"
-"""Written last, when all ranks are done: {"version": 1, "save_id": hex, "step": N, "files": {name: {"bytes": n,
-"directory": crc}}}; see `saving.py`."""
-
-UNFINISHED = "ds_fp8_unfinished"
-"""A file that lies there while a save is under way: files of two steps may be mixed."""
 
 MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 SHARD = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
@@ -86,11 +79,9 @@ def look(tag: Path) -> Found:
     """Judge one tag."""
     if (tag / UNFINISHED).exists():
         return Found(tag.name, _step_in(tag.name), ("a save into it was broken off; files of two steps may be mixed",))
-    if (tag / MANIFEST).is_file():
-        found = _by_manifest(tag)
-        if found.complete or not _is_older(tag / MANIFEST, tag.glob("*.pt")):
-            return found
-        # Written over since, by a job without ds_fp8: the manifest speaks of files that are gone.
+    found = _by_manifest(tag)
+    if found is not None:
+        return found
     faults: list[str] = []
     models: dict[tuple[int, int], dict[str, Any]] = {}
     shards: set[tuple[int, int]] = set()
@@ -118,39 +109,18 @@ def _is_tag(folder: Path) -> bool:
     return not (folder / "zero").is_dir() and ((folder / MANIFEST).is_file() or any(folder.glob("*_states.pt")))
 
 
-def directory_digest(file: Path) -> int | None:
-    """A CRC-32 of what the archive's own directory says: each record's name, size and CRC-32. None for other formats.
-
-    Reads the directory only. Two saves have two digests unless they are equal to the byte.
-    """
-    if not zipfile.is_zipfile(file):
-        return None
-    with zipfile.ZipFile(file) as archive:
-        records = [
-            f"{record.filename.partition('/')[2]} {record.file_size} {record.CRC}" for record in archive.infolist()
-        ]
-    return zlib.crc32("\n".join(records).encode())
-
-
-def _is_older(manifest: Path, files: Iterable[Path]) -> bool:
-    return any(file.stat().st_mtime > manifest.stat().st_mtime + 1 for file in files)
-
-
-def _by_manifest(tag: Path) -> Found:
+def _by_manifest(tag: Path) -> Found | None:
+    """None: there is none, or a job without ds_fp8 has written over the tag since."""
     try:
-        manifest = json.loads((tag / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
-        step = int(manifest.get("step", _step_in(tag.name)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Found(tag.name, _step_in(tag.name), (f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})",))
-    faults = []
-    for name, size in files.items():
-        file = tag / name
-        if not file.is_file():
-            faults.append(f"{name}: missing, the manifest lists it")
-        elif file.stat().st_size != size:
-            faults.append(f"{name}: {file.stat().st_size} bytes, the manifest says {size}")
-    return Found(tag.name, step, tuple(faults))
+        manifest = read_manifest(tag)
+    except CheckpointError as error:
+        return Found(tag.name, _step_in(tag.name), (str(error).split("\n")[0].rpartition(f"{tag.name}/")[2],))
+    if manifest is None:
+        return None
+    compared = compare(tag, manifest, manifest["files"])
+    if compared.faults and not compared.matching:
+        return None
+    return Found(tag.name, int(manifest.get("step", _step_in(tag.name))), compared.faults)
 
 
 def _missing(tag: Path, models: dict[tuple[int, int], dict], shards: set[tuple[int, int]]) -> Iterator[str]:

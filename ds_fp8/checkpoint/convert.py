@@ -26,8 +26,9 @@ from ..levels import LEVELS
 from ..numerics.dtypes import BASE_DTYPES
 from ..optim import ScaledAdamW
 from ..zero.states import KEY, check_codes
-from .complete import MANIFEST, UNFINISHED, look
+from .complete import look
 from .inspect import read_plain, read_safe
+from .manifest import MANIFEST, UNFINISHED
 from .records import check_records
 from .saving import finish_alone
 

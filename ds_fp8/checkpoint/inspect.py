@@ -10,10 +10,9 @@ verdict too.
 
 from __future__ import annotations
 
-import functools
+import os
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,16 +33,18 @@ from ..zero.states import KEY
 from ..zero.states_stage0 import Stage0Optimizer
 from ..zero.states_stage0_formats import read_state
 from ..zero.touched import touched
+from .complete import LAYER_FILE
 from .entries import check_entry, check_masters
+from .manifest import UNFINISHED, compare, read_manifest
 from .module import check_module
 from .records import check_records
 from .stamp import STAMP, Found, agree
 
 TOUCHED = {
-    "CheckpointEngine": touched(reads="load", writes="load"),
+    "CheckpointEngine": touched(reads="load"),
     "Engine": touched(
-        overrides="_get_all_ckpt_names",
-        reads="_get_zero_ckpt_name checkpoint_engine load_universal_checkpoint module optimizer param_names zero_optimization zero_optimization_stage",
+        reads="_get_all_ckpt_names _get_zero_ckpt_name checkpoint_engine load_universal_checkpoint module optimizer param_names"
+        " use_node_local_storage zero_optimization zero_optimization_stage",
     ),
     "ZeroStage12": touched(reads="dp_process_group"),
 }
@@ -54,33 +55,6 @@ UNIVERSAL_CURE = (
 )
 
 
-def load_checkpoint(
-    original: Callable,
-    engine: Any,
-    load_dir: Any,
-    tag: Any = None,
-    *args: Any,
-    check_client_state: Callable[[Any, str], None] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """DeepSpeed's load_checkpoint (`original`, bound to the engine) after `inspect` has found nothing wrong."""
-    names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    with_optimizer = given.get("load_optimizer_states", True) and not given.get("load_module_only", False)
-    strict = given.get("load_module_strict", True) and given.get("custom_load_fn") is None and len(args) < 5
-    with _model_files_of_any_stage(engine):
-        files = inspect(
-            engine,
-            load_dir,
-            tag,
-            with_optimizer=with_optimizer,
-            check_client_state=check_client_state,
-            strict=strict,
-        )
-        with _already_read(engine, files):
-            return original(load_dir, tag, *args, **kwargs)
-
-
 def inspect(
     engine: Any,
     load_dir: Any,
@@ -89,23 +63,29 @@ def inspect(
     with_optimizer: bool = True,
     check_client_state: Callable[[Any, str], None] | None = None,
     strict: bool = True,
+    must_exist: bool = False,
 ) -> dict[str, Any]:
     """Read and judge this rank's files; {path: content} of what was read. Collective.
 
-    CheckpointError on all ranks if any rank finds a fault, or if they would load different things. A checkpoint that is
-    not there for any of them is DeepSpeed's to report.
-    strict  the module's names and shapes must be those of the file
+    strict      the module's names and shapes must be those of the file
+    must_exist  no `latest` is a fault; else DeepSpeed warns, and loads nothing
+    CheckpointError on all ranks if any rank finds a fault, or if they would load different things.
     """
     files: dict[str, Any] = {}
     found = Found()
     try:
-        tag = _tag(engine, load_dir, tag)
-        found = Found(tag=tag, exists=tag is not None and (Path(load_dir) / tag).is_dir())
-        if tag is not None:
+        tag = named_tag(engine, load_dir) if tag is None else str(tag)
+        found = Found(tag=tag, exists=bool(tag) and (Path(load_dir) / str(tag)).is_dir())
+        if must_exist and tag is None:
+            raise CheckpointError(f"{load_dir}: `latest` is not there.")
+        if tag is not None and found.exists:
+            found = replace(found, **_against_manifest(engine, Path(load_dir) / tag, with_optimizer))
             step, ids = _inspect_model(engine, load_dir, tag, files, with_optimizer, check_client_state, strict)
             if with_optimizer:
                 ids += _inspect_optimizer(engine, load_dir, tag, files)
-            found = replace(found, step=step, ids=tuple(dict.fromkeys(ids)))
+            found = replace(
+                found, step=step, ids=tuple(dict.fromkeys(ids)), unlisted=_unlisted(Path(load_dir) / tag, files)
+            )
     except CheckpointError as error:
         found = replace(found, problem=str(error))
     except Exception as error:  # noqa: BLE001  # a damaged file may trip anything; the other ranks must hear of it
@@ -115,11 +95,52 @@ def inspect(
     return files
 
 
-def _tag(engine: Any, load_dir: Any, tag: Any) -> str | None:
-    if tag is not None:
-        return str(tag)
+def named_tag(engine: Any, load_dir: Any) -> str | None:
+    """What `latest` says; None where there is none."""
     latest = Path(load_dir) / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
-    return latest.read_text().strip() if latest.is_file() else None
+    if not os.path.lexists(latest):
+        return None
+    try:
+        named = latest.read_text(encoding="utf-8").strip()
+    except (UnicodeDecodeError, OSError):  # a link to nowhere, a folder
+        named = "\0"
+    if not named or not named.isprintable():
+        raise CheckpointError(
+            f"{latest}: names no checkpoint ({named[:40]!r}): a full disk, or damage.\n"
+            f"  Pass the tag to load_checkpoint, or mend it with `ds_fp8 latest {load_dir} --repair`."
+        )
+    return named
+
+
+def _against_manifest(engine: Any, tag: Path, with_optimizer: bool) -> dict[str, Any]:
+    """This rank's share of the tag's files beside the manifest, as fields of Found.
+
+    Weights alone load from a tag whose optimizer shards were deleted to save their space.
+    """
+    if (tag / UNFINISHED).exists():
+        raise CheckpointError(
+            f"{tag}: a save into it was broken off; files of two steps may be mixed.\n  Use another tag (`ds_fp8 latest"
+            f' {tag.parent}` names the newest complete one; "checkpoint_fallback": true loads it).'
+        )
+    manifest = read_manifest(tag)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if engine.use_node_local_storage():
+        rank, world_size = 0, 1  # each node has files, and a manifest, of its own
+    # What DeepSpeed reads part by part, or several of: no rank looks at it below.
+    for file in sorted(file for file in tag.glob("*.pt") if LAYER_FILE.match(file.name))[rank::world_size]:
+        check_records(file)
+    if manifest is None:
+        return {}
+    names = [name for name in sorted(manifest["files"]) if with_optimizer or not name.endswith("_optim_states.pt")]
+    compared = compare(tag, manifest, names[rank::world_size])
+    return {"matching": compared.matching, "different": compared.faults}
+
+
+def _unlisted(tag: Path, read: dict[str, Any]) -> tuple[str, ...]:
+    """Files that were read and that the manifest, if there is one, does not know."""
+    manifest = read_manifest(tag)
+    names = [str(Path(path).relative_to(tag)) for path in read if tag in Path(path).parents]
+    return tuple(name for name in names if manifest is not None and name not in manifest["files"])
 
 
 def _inspect_model(
@@ -133,8 +154,13 @@ def _inspect_model(
 ) -> tuple[int | None, list[str]]:
     """(optimizer steps of the model file, ids of the saves that it and an optimizer in it come from)."""
     names = engine._get_all_ckpt_names(load_dir, tag)
-    if len(names) != 1 or not Path(names[0]).is_file():
-        return None, []  # several model-parallel files are merged by DeepSpeed; a missing one it reports itself
+    absent = [name for name in names if not Path(name).is_file()]
+    if absent or not names:
+        raise CheckpointError(
+            f"{absent[0] if absent else Path(load_dir) / tag}: no model file of DeepSpeed there. Use another tag."
+        )
+    if len(names) != 1:
+        return None, []  # several model-parallel files are merged by DeepSpeed
     state = files[names[0]] = _read(engine, names[0])
     if not isinstance(state, dict) or "module" not in state:
         raise CheckpointError(f"{names[0]}: no model state of DeepSpeed.")
@@ -258,51 +284,6 @@ def _read(engine: Any, path: str) -> Any:
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {error}). Truncated or no checkpoint; use an older tag."
         ) from error
-
-
-@contextmanager
-def _model_files_of_any_stage(engine: Any) -> Iterator[None]:
-    """Let a universal checkpoint load in another stage than it was converted from.
-
-    Stage 3 names its model files `zero_pp_rank_0_mp_rank_00...`, stages 1 and 2 `mp_rank_00...`, and each looks for its own
-    name only. For a universal checkpoint the file holds counters and schedulers, no weights: either will do.
-    """
-    if not engine.load_universal_checkpoint():
-        yield
-        return
-    original = engine._get_all_ckpt_names
-
-    def names(checkpoints_path: Any, tag: Any) -> list[str]:
-        found = original(checkpoints_path, tag)
-        folder = Path(checkpoints_path) / str(tag)
-        patterns = ("mp_rank_*_model_states.pt", "zero_pp_rank_0_mp_rank_*_model_states.pt")
-        return found or next((sorted(map(str, folder.glob(p))) for p in patterns if any(folder.glob(p))), [])
-
-    engine.__dict__["_get_all_ckpt_names"] = names
-    try:
-        yield
-    finally:
-        del engine.__dict__["_get_all_ckpt_names"]
-
-
-@contextmanager
-def _already_read(engine: Any, files: dict[str, Any]) -> Iterator[None]:
-    """DeepSpeed gets each file that `inspect` has read from memory, once; all others from disk."""
-    reader = engine.checkpoint_engine
-    original = reader.load
-
-    @functools.wraps(original)
-    def load(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path) in files:
-            return files.pop(str(path))
-        return original(path, *args, **kwargs)
-
-    reader.load = load
-    try:
-        yield
-    finally:
-        del reader.load
-        files.clear()
 
 
 def read_plain(path: str | Path) -> Any:

@@ -27,7 +27,7 @@ from deepspeed import comm as dist
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
-from .complete import MANIFEST, UNFINISHED, directory_digest
+from .manifest import MANIFEST, UNFINISHED, directory_digest
 
 TOUCHED = {
     "CheckpointEngine": touched(reads="save", writes="save"),

@@ -19,6 +19,7 @@ from deepspeed import comm as dist
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
+from .manifest import CURE
 
 TOUCHED = {"Engine": touched(reads="global_steps")}
 
@@ -44,6 +45,9 @@ class Found:
     exists   the folder of the tag is there
     step     optimizer steps of the model file; None where it says nothing, or is not read here
     ids      of the saves that this rank's files come from, without repetition
+    matching how many files of the tag this rank found to be those that its manifest lists
+    different  the others, each a sentence with the file's name
+    unlisted   files that this rank read and that are not in the manifest
     """
 
     problem: str | None = None
@@ -51,6 +55,9 @@ class Found:
     exists: bool = False
     step: int | None = None
     ids: tuple[str, ...] = ()
+    matching: int = 0
+    different: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
 
 
 def agree(found: Found) -> None:
@@ -60,6 +67,7 @@ def agree(found: Found) -> None:
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, found)
         everyone = gathered
+    _compare_with_manifest(everyone)  # says best what has become of a file
     if found.problem is not None:
         raise CheckpointError(found.problem)
     for rank, other in enumerate(everyone):
@@ -81,6 +89,8 @@ def _compare(everyone: Sequence[Found]) -> None:
             f"the checkpoint {tags[0]} is not there for rank {', '.join(map(str, lacking))}, and is for the others.\n"
             "  Put one folder where all ranks see it, or copy it to every node."
         )
+    if tags[0] is not None and not everyone[0].exists:
+        raise CheckpointError(f"the checkpoint {tags[0]} is not there: named in `latest`, or by the script, and gone.")
     ids = sorted({name for one in everyone for name in one.ids})
     if len(ids) > 1:
         raise CheckpointError(
@@ -92,6 +102,19 @@ def _compare(everyone: Sequence[Found]) -> None:
         raise CheckpointError(
             f"the ranks would load different steps of the checkpoint {tags[0]}: {_by_rank(steps)}.\n"
             "  Put one folder where all ranks see it, or copy it anew to every node."
+        )
+
+
+def _compare_with_manifest(everyone: Sequence[Found]) -> None:
+    """None of the files is in the manifest: a job without ds_fp8 has written over the tag, and the manifest is void."""
+    if not any(one.matching for one in everyone):
+        return
+    faults = [fault for one in everyone for fault in one.different]
+    faults += [f"{name}: not of this save, the manifest does not list it" for one in everyone for name in one.unlisted]
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint {everyone[0].tag} is not as it was saved: {'; '.join(faults[:3])}{more}.\n  Use another tag. {CURE}"
         )
 
 

@@ -115,6 +115,7 @@ def _fp8(given: dict[str, Any], backend: str, implied: bool = False) -> Fp8Setti
         max_nonfinite_steps=integer(value_of(given, "fp8", "max_nonfinite_steps")),
         telemetry=_telemetry(given.get("telemetry", "auto")),
         checkpoint_on_signal=value_of(given, "fp8", "checkpoint_on_signal"),
+        checkpoint_fallback=value_of(given, "fp8", "checkpoint_fallback"),
     )
 
 
@@ -157,4 +158,5 @@ def _msamp(given: dict[str, Any]) -> MsampSettings:
         weight_wire_exclude=tuple(value_of(given, "msamp", "weight_wire_exclude")),
         telemetry=_telemetry(given.get("telemetry", "auto")),
         checkpoint_on_signal=value_of(given, "msamp", "checkpoint_on_signal"),
+        checkpoint_fallback=value_of(given, "msamp", "checkpoint_fallback"),
     )

@@ -232,12 +232,12 @@ def telemetry_is_one(data: dict[str, Any]) -> Found:
         yield ("msamp", "telemetry"), "differs from fp8/telemetry; keep one of the two"
 
 
-def signal_folder_is_one(data: dict[str, Any]) -> Found:
-    """A job saves into one folder on a signal."""
-    key = "checkpoint_on_signal"
-    ours, theirs = (given.get(key, "auto") if given else "auto" for given in (fp8_of(data), msamp_of(data)))
-    if "auto" not in (ours, theirs) and ours != theirs:
-        yield ("msamp", key), f"differs from fp8/{key}; keep one of the two"
+def checkpoint_keys_are_one(data: dict[str, Any]) -> Found:
+    """A job saves into one folder on a signal, and falls back or does not."""
+    for key in ("checkpoint_on_signal", "checkpoint_fallback"):
+        ours, theirs = (given.get(key, "auto") if given else "auto" for given in (fp8_of(data), msamp_of(data)))
+        if "auto" not in (ours, theirs) and ours != theirs:
+            yield ("msamp", key), f"differs from fp8/{key}; keep one of the two"
 
 
 def _fp8_is_switched_off(data: dict[str, Any]) -> bool:
@@ -268,7 +268,7 @@ RULES: tuple[Rule, ...] = (
     rounding_has_something_to_round,
     wire_scope_has_a_wire,
     telemetry_is_one,
-    signal_folder_is_one,
+    checkpoint_keys_are_one,
 )
 
 ADVICE: tuple[Rule, ...] = (not_all_products_overridden,)

@@ -73,6 +73,7 @@ class Fp8Settings:
     max_nonfinite_steps: int = 5
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     checkpoint_on_signal: str | None = None
+    checkpoint_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class MsampSettings:
     weight_wire_exclude: tuple[str, ...] = ()
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     checkpoint_on_signal: str | None = None
+    checkpoint_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ class Settings:
     def checkpoint_on_signal(self) -> str | None:
         """Folder for the checkpoint that a signal asks for; whichever section names one (two that differ are refused)."""
         return self.fp8.checkpoint_on_signal or self.msamp.checkpoint_on_signal
+
+    @property
+    def checkpoint_fallback(self) -> bool:
+        """Load the newest complete checkpoint where the latest cannot be loaded; whichever section says so."""
+        return self.fp8.checkpoint_fallback or self.msamp.checkpoint_fallback
 
     @property
     def enabled(self) -> bool:

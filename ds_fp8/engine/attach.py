@@ -199,6 +199,7 @@ class Attachment:
                 self.engine,
                 *args,
                 check_client_state=lambda state, where: check_state(self, state, where),
+                fallback=self.settings.checkpoint_fallback,
                 **kwargs,
             )
         finally:

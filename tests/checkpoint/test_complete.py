@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_fp8.checkpoint.complete import MANIFEST, look, named_by_latest, tags
+from ds_fp8.checkpoint.complete import look, named_by_latest, tags
+from ds_fp8.checkpoint.manifest import MANIFEST
 from ds_fp8.cli.main import main
 
 ARCHIVES = Path(__file__).parents[1] / "data" / "checkpoints"

@@ -57,6 +57,7 @@ def test_every_key_has_a_home():
         "use_te",
         "telemetry",
         "checkpoint_on_signal",
+        "checkpoint_fallback",
         "weight_wire_exclude",
     }
 

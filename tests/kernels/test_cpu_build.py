@@ -160,6 +160,64 @@ def test_the_cache_is_private_whatever_the_umask(tmp_path, monkeypatch):
         build.cache_dir()
 
 
+NOBODY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+os.setgid(54321); os.setuid(54321)
+for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME"):
+    os.environ.pop(name, None)
+import tempfile
+tempfile.tempdir = {place!r}
+from ds_fp8.kernels.cpu import build
+build.library_name = lambda: "none.so"  # a wheel without kernels
+from ds_fp8 import kernels
+from ds_fp8.formats import E4M3
+print(kernels.path("cpu"), kernels.quantize(torch.tensor([1.0, -3.0]), 2.0, E4M3).float().tolist())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes somebody without a passwd entry")
+def test_nobody_without_a_home_or_a_folder_trains_with_pytorch(tmp_path):
+    """A container's random user id, nothing writable: two ranks fall back, the first one says why, and the numbers are the same."""
+    place = tmp_path / "read-only"
+    place.mkdir(mode=0o555)
+    code = NOBODY.format(root=str(ROOT), place=str(place))
+    for rank in "01":
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "LOCAL_RANK": rank, "DS_FP8_DISABLE": "1"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.split("\n")[0] == "torch [2.0, -6.0]"
+        assert ("PyTorch does their work" in done.stderr) == (rank == "0"), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_met_once(tmp_path, monkeypatch):
+    """The refusal lies beside the lock, though not a byte of it could be written: who waits does not compile again."""
+    calls = []
+
+    def full(folder: Path) -> Path:
+        calls.append(folder)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "build", full)
+    folder = build.cache_dir()
+    lock, refusal = folder / "building", folder / "refused"
+    lock.touch()  # another rank is at it, and leaves an empty refusal
+
+    def gives_up(library, lock):
+        refusal.touch()
+        lock.unlink()
+
+    monkeypatch.setattr(build, "_wait", gives_up)
+    with pytest.raises(build.BuildError, match="disk is full"):
+        build.build_cached()
+    assert calls == []
+
+
 def test_no_home_and_a_full_disk_are_refusals_not_errors(tmp_path, monkeypatch):
     """A user id without a passwd entry has no home; whoever asks falls back to PyTorch on a BuildError."""
     from pathlib import Path

@@ -14,7 +14,7 @@ struct Choice {
 
 // 0 portable, 1 avx2, 2 avx512; a path that this CPU lacks falls to the next lower one.
 Choice choose(int best) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DS_FP8_PORTABLE_ONLY)
     __builtin_cpu_init();
     if (best >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

@@ -95,10 +95,15 @@ def compiler_version(compiler: str) -> str:
     return result.stdout.splitlines()[0] if result.stdout else compiler
 
 
-def _objects() -> list[tuple[str, str, tuple[str, ...]]]:
+def _objects(portable_only: bool = False) -> list[tuple[str, str, tuple[str, ...]]]:
     """(object name, source, flags) for every translation unit."""
-    paths = ["avx512", "avx2", "portable"] if machine() == "x86_64" else ["portable"]
-    objects = [("abi", "abi.cpp", (f'-DDS_FP8_SOURCES="{source_hash()}"', "-O2")), ("threads", "threads.cpp", ("-O2",))]
+    portable_only = portable_only or machine() != "x86_64"
+    paths = ["portable"] if portable_only else ["avx512", "avx2", "portable"]
+    one = ("-DDS_FP8_PORTABLE_ONLY",) if portable_only else ()
+    objects = [
+        ("abi", "abi.cpp", (f'-DDS_FP8_SOURCES="{source_hash()}"', "-O2", *one)),
+        ("threads", "threads.cpp", ("-O2",)),
+    ]
     for path in paths:
         defines = (f"-DPATH={path}", f"-DPATH_TABLE=path_{path}", f"-DADAM_RANGE=adam_{path}")
         # The longest first, so that two cores finish together.
@@ -116,23 +121,27 @@ def _call(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{result.stderr[-2000:]}")
 
 
-def build(target_dir: Path | str) -> Path:
-    """Compile into `target_dir`; returns the library. Raises BuildError; leaves nothing half-written behind."""
+def build(target_dir: Path | str, *, flags: tuple[str, ...] = (), portable_only: bool = False) -> Path:
+    """Compile into `target_dir`; returns the library. Raises BuildError; leaves nothing half-written behind.
+
+    flags          more of them, for the compiler and the linker (sanitizers)
+    portable_only  without the paths for AVX2 and AVX-512
+    """
     compiler = find_compiler()
     target_dir = Path(target_dir)
     target_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ds_fp8_build_") as private:
 
         def compile_one(unit: tuple[str, str, tuple[str, ...]]) -> str:
-            name, source, flags = unit
+            name, source, of_unit = unit
             output = str(Path(private) / f"{name}.o")
-            _call([compiler, *COMMON_FLAGS, *flags, "-c", str(HERE / source), "-o", output])
+            _call([compiler, *COMMON_FLAGS, *of_unit, *flags, "-c", str(HERE / source), "-o", output])
             return output
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_one, _objects()))
+            objects = list(pool.map(compile_one, _objects(portable_only)))
         linked = Path(private) / library_name()
-        _call([compiler, "-shared", "-pthread", "-Wl,--as-needed", *objects, "-o", str(linked)])
+        _call([compiler, "-shared", "-pthread", "-Wl,--as-needed", *flags, *objects, "-o", str(linked)])
         # The private directory may be on another file system: copy beside the target first, then rename.
         handle, beside = tempfile.mkstemp(prefix=".", suffix=".so", dir=target_dir)
         os.close(handle)
@@ -200,14 +209,16 @@ def _built_in(directory: Path) -> Path:
         except FileExistsError:
             _wait(library, lock)
             if not library.exists() and refusal.exists():
-                raise BuildError(refusal.read_text(encoding="utf-8")) from None
+                said = refusal.read_text(encoding="utf-8")
+                raise BuildError(said or f"{directory}: another rank could not build there, the disk is full") from None
             continue
         refusal.unlink(missing_ok=True)
         with _alive(lock):
             try:
                 return build(directory)
-            except BuildError as error:
-                refusal.write_text(str(error), encoding="utf-8")
+            except (BuildError, OSError) as error:
+                with contextlib.suppress(OSError):  # on a full disk its name alone speaks
+                    refusal.write_text(str(error), encoding="utf-8")
                 raise
     return library
 

@@ -75,7 +75,10 @@ def _find() -> ctypes.CDLL | None:
     try:
         return _open(build.build_cached())
     except (build.BuildError, OSError, AttributeError, ValueError) as error:
-        LOGGER.warning(
+        # Every rank falls back; one of each node says so.
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        LOGGER.log(
+            logging.WARNING if first else logging.DEBUG,
             "ds_fp8: C++ kernels are not available, PyTorch does their work: same numbers, up to 60 times slower. "
             "Install g++ or clang++ and start again. Reason: %s",
             error,

@@ -1,0 +1,107 @@
+"""What do the checks of a checkpoint cost? Saves with and without manifest, loads with and without CRC-32.
+
+    python benchmarks/bench_checkpoint.py [--parameters 20] [--repeats 7] [--folder DIR]
+
+One rank, ZeRO 2, O2, fp8: about 20 bytes per parameter on the disk. `without` is DeepSpeed's own save of the same engine, our
+exact states in it. The folder is in memory (/dev/shm) where there is one: the disk then costs least, and the checks count most.
+
+Goals: a save costs at most 2 % more; the CRC-32 of a load is at least 0.5 GB/s a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Report, alternate
+
+
+def make_engine(millions: int) -> Any:
+    """An engine of about so many parameters, after one step."""
+    import deepspeed
+    from torch import nn
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    width = 1024
+    blocks = [
+        nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(millions // 8)
+    ]
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}, "zero_optimization": {"stage": 2},
+        "fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O2"},
+    }  # fmt: skip
+    engine = deepspeed.initialize(model=nn.Sequential(*blocks), config=config)[0]
+    engine.backward(engine(torch.randn(16, width).bfloat16()).float().square().mean())
+    engine.step()
+    return engine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=16, help="millions, in steps of 8")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm") if Path("/dev/shm").is_dir() else None)
+    options = parser.parse_args()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu")
+    os.environ.setdefault("MASTER_PORT", "29571")
+    from ds_fp8.checkpoint import inspect as _inspect  # noqa: F401  (imports what a load needs, before the clock runs)
+    from ds_fp8.checkpoint import manifest, records, saving
+
+    engine = make_engine(options.parameters)
+    with_manifest = saving.save_checkpoint
+
+    def without(original: Any, engine: Any, stamp: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    with tempfile.TemporaryDirectory(prefix="bench_checkpoint_", dir=options.folder) as name:
+        folder = Path(name)
+
+        def save(how: Any, tag: str) -> None:
+            saving.save_checkpoint = how
+            engine.save_checkpoint(str(folder), tag=tag)
+
+        saved = alternate(
+            {"with manifest": lambda: save(with_manifest, "with"), "without": lambda: save(without, "without")},
+            repeats=options.repeats,
+        )
+        tag = folder / "with"
+        files = sorted(tag.glob("*.pt"))
+        total = sum(file.stat().st_size for file in files)
+        assert (tag / manifest.MANIFEST).is_file() and not (folder / "without" / manifest.MANIFEST).exists()
+        shutil.rmtree(folder / "without")
+        read = alternate(
+            {
+                "CRC-32 of every record": lambda: [records.check_records(file) for file in files],
+                "torch.load": lambda: [torch.load(file, weights_only=False) for file in files],
+                "digest of the directories": lambda: [manifest.directory_digest(file) for file in files],
+            },
+            repeats=options.repeats,
+        )
+    report = Report("checkpoint", "What do the checks of a checkpoint cost?")
+    case = f"{total / 1e6:.0f} MB, {sum(p.numel() for p in engine.module.parameters()) / 1e6:.0f}M parameters"
+    for contestant, timing in saved.items():
+        report.timing(contestant, f"save, {case}", timing, value=timing.median_s * 1e3, unit="ms")
+    for contestant, timing in read.items():
+        report.timing(contestant, f"read, {case}", timing, value=timing.median_s * 1e3, unit="ms")
+    more = saved["with manifest"].median_s / saved["without"].median_s - 1
+    report.goal("a save with manifest, beyond one without", result=100 * more, goal=2.0, unit="%", at_most=True)
+    rate = total / read["CRC-32 of every record"].median_s / 1e9
+    report.goal(
+        "CRC-32 of a load",
+        result=rate,
+        goal=0.5,
+        unit="GB/s",
+        peer=f"torch.load {total / read['torch.load'].median_s / 1e9:.2f} GB/s",
+    )
+    report.note("the CRC-32s that the manifest and the load rely on are torch.save's own: they are in `without` too")
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
