@@ -9,11 +9,15 @@ is imported. It imports neither torch nor DeepSpeed itself. `docs/architecture.m
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
-
 from .door import install as _open_door
+
+TYPE_CHECKING = (
+    False  # mypy knows this name; importing `typing` for it would cost every start of Python ten milliseconds
+)
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "activate", "checkpoint_on_signal", "deactivate", "is_active"]

@@ -9,7 +9,10 @@ What lies deeper (`msamp.optim.LBAdamW`, `msamp.nn.ScalingParameter`, FSDP, Mega
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 VERSION = "0.4.0"
@@ -82,7 +85,44 @@ class _DeepSpeed(types.ModuleType):
             raise AttributeError(name)
         import deepspeed
 
-        return getattr(deepspeed, name)
+        found = getattr(deepspeed, name)
+        level = _level_asked_of_accelerate(sys._getframe(1)) if name == "initialize" else None
+        return found if level is None else _with_level(found, level)
+
+
+def _level_asked_of_accelerate(frame: types.FrameType) -> str | None:
+    """`opt_level` of the MSAMPRecipeKwargs that this caller's Accelerator was given.
+
+    Accelerate 1.10 to 1.15 writes a `msamp` section for its plugin's `enable_msamp` and its YAML, and none for this
+    handler: without one DeepSpeed would train in bf16 and say nothing.
+    """
+    if not frame.f_globals.get("__name__", "").startswith("accelerate."):
+        return None
+    handler = getattr(frame.f_locals.get("self"), "msamp_recipe_handler", None)
+    return getattr(handler, "opt_level", None)
+
+
+def _with_level(initialize: Callable, opt_level: str) -> Callable:
+    """DeepSpeed's `initialize` with the section that the handler stands for; sections in the JSON have the last word.
+
+    Accelerate makes such a handler by itself where `mixed_precision: fp8` finds neither torchao nor Transformer Engine.
+    """
+
+    @functools.wraps(initialize)
+    def with_level(*args: Any, **kwargs: Any) -> Any:
+        from ..engine.sections import sections_of
+        from ..engine.tell import tell
+
+        config = kwargs.get("config_params")
+        if isinstance(config, dict) and not sections_of(config):
+            kwargs["config_params"] = {**config, "msamp": {"enabled": True, "opt_level": opt_level}}
+        elif isinstance(config, dict) and "msamp" not in config:
+            tell(
+                f"the JSON has an fp8 section and no msamp section: opt_level {opt_level} of Accelerate's MSAMPRecipeKwargs is not used"
+            )
+        return initialize(*args, **kwargs)
+
+    return with_level
 
 
 class _MSAMP(types.ModuleType):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def tell(text: str) -> None:
     """Print `text` on rank 0, each line marked as ours."""
@@ -9,4 +11,14 @@ def tell(text: str) -> None:
 
     if not dist.is_initialized() or dist.get_rank() == 0:
         lines = text.splitlines()
-        print("\n".join(line if line.startswith("ds_fp8: ") else f"ds_fp8: {line}" for line in lines), flush=True)
+        _print("\n".join(line if line.startswith("ds_fp8: ") else f"ds_fp8: {line}" for line in lines))
+
+
+def _print(text: str) -> None:
+    """A line of its own: where a trainer's progress bar stands on the last line, tqdm takes it away meanwhile."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if getattr(bars, "_instances", None):
+        bars.write(text)
+        sys.stdout.flush()
+    else:
+        print(text, flush=True)

@@ -47,6 +47,30 @@ def test_deepspeed_is_deepspeed(msamp):
     assert engine.is_active()
 
 
+@pytest.mark.parametrize(
+    ("config", "section"),
+    [
+        ({"train_batch_size": 1}, {"enabled": True, "opt_level": "O2"}),
+        ({"msamp": {"enabled": True, "opt_level": "O3"}}, {"enabled": True, "opt_level": "O3"}),
+        ({"fp8": {"enabled": True}}, None),
+    ],
+)
+def test_accelerates_recipe_counts_where_the_json_says_nothing(msamp, monkeypatch, config, section):
+    """`Accelerator(kwargs_handlers=[MSAMPRecipeKwargs("O2")])` writes no section itself: the job would train in bf16."""
+    import types
+
+    import deepspeed as real
+
+    given = []
+    monkeypatch.setattr(real, "initialize", lambda **kwargs: given.append(kwargs["config_params"]))
+    accelerator = types.SimpleNamespace(msamp_recipe_handler=types.SimpleNamespace(opt_level="O2"))
+    names = {"__name__": "accelerate.accelerator", "msamp_deepspeed": msamp.deepspeed}
+    exec("def prepare(self, config):\n    msamp_deepspeed.initialize(config_params=config)", names)
+    before = dict(config)
+    names["prepare"](accelerator, config)
+    assert given[0].get("msamp") == section and config == before
+
+
 @pytest.mark.parametrize("opt_level", ("O1", "O2"))
 def test_initialize_without_deepspeed(msamp, opt_level):
     """FP8 layers and coded states on a plain torch model; the loss falls, the parameters stay the same objects."""

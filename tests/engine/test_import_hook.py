@@ -90,6 +90,51 @@ CASES = {
         importlib.util.find_spec("deepspeed")
         import deepspeed
     """,
+    "the package alone forgotten, the engine's module kept": """
+        import deepspeed
+        sys.modules.pop("deepspeed")
+        import deepspeed
+    """,
+    "the engine's module alone forgotten": """
+        import deepspeed
+        sys.modules.pop("deepspeed.runtime.engine")
+        import deepspeed.runtime.engine
+        deepspeed.DeepSpeedEngine = deepspeed.runtime.engine.DeepSpeedEngine
+    """,
+    "modules put back as they were before, as tests do": """
+        from unittest import mock
+        with mock.patch.dict(sys.modules):
+            import deepspeed
+        assert "deepspeed" not in sys.modules
+        import deepspeed
+    """,
+    "the list of finders replaced for one import, as sandboxes do": """
+        before = list(sys.meta_path)
+        sys.meta_path = [finder for finder in before if type(finder).__name__ != "DeepSpeedFinder"]
+        import deepspeed
+        class Mine(deepspeed.DeepSpeedEngine): pass
+        sys.meta_path = before
+        assert not is_hooked()
+        import colorsys
+        assert hasattr(Mine._configure_optimizer, "ds_fp8_original"), "classes made meanwhile inherit the hook"
+    """,
+    "a path hook with a loader of its own, as beartype's and typeguard's": """
+        from importlib.machinery import SOURCE_SUFFIXES, FileFinder, SourceFileLoader
+        class Checking(SourceFileLoader): pass
+        sys.path_hooks.insert(0, FileFinder.path_hook((Checking, SOURCE_SUFFIXES)))
+        sys.path_importer_cache.clear()
+        import deepspeed
+        assert type(deepspeed.__loader__) is Checking
+    """,
+    "loaded by its path": """
+        import deepspeed.runtime
+        file = sys.modules.pop("deepspeed.runtime.engine").__file__
+        spec = importlib.util.spec_from_file_location("deepspeed.runtime.engine", file)
+        module = sys.modules["deepspeed.runtime.engine"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert not is_hooked(module)
+        import colorsys
+    """,
     "reload of our own modules": """
         import deepspeed, ds_fp8, ds_fp8.door, ds_fp8.engine.patches
         importlib.reload(ds_fp8.engine.patches), importlib.reload(ds_fp8.door), importlib.reload(ds_fp8)
@@ -267,12 +312,19 @@ def folder(tmp_path_factory):
     return root
 
 
-def python(folder: Path, code: str, packages: str = "packages", ours: Path = PACKAGE_PARENT, **variables: str) -> str:
+def python(
+    folder: Path,
+    code: str,
+    packages: str = "packages",
+    ours: Path = PACKAGE_PARENT,
+    flags: tuple[str, ...] = (),
+    **variables: str,
+) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "DS_FP8_DISABLE"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder / "door"), str(folder / packages), str(ours)])
     program = HEAD + textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, *flags, "-c", program],
         capture_output=True,
         text=True,
         env={**environment, **variables},
@@ -286,6 +338,20 @@ def python(folder: Path, code: str, packages: str = "packages", ours: Path = PAC
 def test_the_engine_is_hooked_after(folder, case):
     code = textwrap.dedent(CASES[case]) + "\nimport deepspeed\nprint(is_hooked(), 'torch' in sys.modules)"
     assert python(folder, code) == "True False"
+
+
+def test_a_start_of_python_brings_two_small_modules(folder):
+    """Every Python of the environment pays for it: `typing` alone would be ten milliseconds."""
+    code = "before = set(sys.modules)\nimport ds_fp8\nprint(sorted(set(sys.modules) - before - {'__future__'}))"
+    assert python(folder, code, flags=("-S",)) == "['ds_fp8', 'ds_fp8.door']"
+
+
+@pytest.mark.parametrize("flags", [("-B", "-O"), ("-P",), ("-s",), ("-X", "frozen_modules=off")], ids=" ".join)
+def test_options_of_python(folder, flags):
+    """Those that leave PYTHONPATH alone; `tests/engine/test_packaging.py` has -I, -E and -S with an installed package."""
+    if flags == ("-P",) and sys.version_info < (3, 11):
+        pytest.skip("-P is of Python 3.11")
+    assert python(folder, "import deepspeed\nprint(is_hooked())", flags=flags) == "True"
 
 
 def test_zipped_packages(folder):

@@ -22,6 +22,23 @@ def test_torchaos_layers_are_refused_by_name():
     refuse_other_fp8(nn.Sequential(nn.Linear(16, 16)))
 
 
+class TransformerEngineLinear(nn.Module):
+    """What its backend TE leaves."""
+
+    __module__ = "transformer_engine.pytorch.module.linear"
+
+
+def test_transformer_engines_layers_are_refused_where_accelerate_put_them(monkeypatch):
+    """A model that is written with them is its writer's business."""
+    state = pytest.importorskip("accelerate.state", reason="needs accelerate").AcceleratorState
+    model = nn.Sequential(nn.Linear(16, 16), TransformerEngineLinear())
+    refuse_other_fp8(model)
+    monkeypatch.setitem(state._shared_state, "_mixed_precision", "fp8")
+    with pytest.raises(PlanError, match=r"Transformer Engine, by Accelerate's mixed_precision fp8(\n|.)*already: 1"):
+        refuse_other_fp8(model)
+    refuse_other_fp8(nn.Sequential(nn.Linear(16, 16)))
+
+
 def test_the_real_class_is_where_we_look_for_it():
     torchao = pytest.importorskip("torchao.float8")
     assert torchao.float8_linear.Float8Linear.__module__.startswith("torchao.float8.")
