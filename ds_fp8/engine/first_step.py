@@ -140,7 +140,7 @@ def _failure(bits: int) -> str | None:
             return "never called, and yet its weight got a gradient: something else multiplied by it in high precision, as fused losses do"
         return "never called"
     if not has(bits, "fprop"):
-        return "called in high precision only: in eval mode"
+        return "called in high precision only: in eval mode, in which from_pretrained gives a model; engine.train() ends it"
     missing = [product for product in ("dgrad", "wgrad") if has(bits, f"wants_{product}") and not has(bits, product)]
     if missing:
         return f"no {' and no '.join(missing)}: its output was in no loss"

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import venv
 import zipfile
 from pathlib import Path
 
@@ -346,12 +347,22 @@ def test_a_start_of_python_brings_two_small_modules(folder):
     assert python(folder, code, flags=("-S",)) == "['ds_fp8', 'ds_fp8.door']"
 
 
-@pytest.mark.parametrize("flags", [("-B", "-O"), ("-P",), ("-s",), ("-X", "frozen_modules=off")], ids=" ".join)
-def test_options_of_python(folder, flags):
-    """Those that leave PYTHONPATH alone; `tests/engine/test_packaging.py` has -I, -E and -S with an installed package."""
-    if flags == ("-P",) and sys.version_info < (3, 11):
-        pytest.skip("-P is of Python 3.11")
-    assert python(folder, "import deepspeed\nprint(is_hooked())", flags=flags) == "True"
+@pytest.fixture(scope="module")
+def own_python(folder):
+    """A virtual environment that has our .pth in its site-packages, as an installed package does."""
+    venv.create(folder / "venv", symlinks=True, with_pip=False)
+    site = next((folder / "venv").glob("lib/python*/site-packages"))
+    (site / "packages.pth").write_text(f"{folder / 'packages'}\n{PACKAGE_PARENT}\n")
+    (site / "zz_ds_fp8.pth").write_text((folder / "door" / "sitecustomize.py").read_text())
+    return folder / "venv" / "bin" / "python"
+
+
+@pytest.mark.parametrize("flags", ["-I", "-E", "-s", "-B -O", "-W error", "-X frozen_modules=off", "-X utf8 -u"])
+def test_options_of_python(own_python, flags):
+    """Isolated, without variables, without the user's folder; -S reads no .pth: see test_packaging.py for what torch does then."""
+    code = f"{HEAD}\nimport deepspeed\nprint(is_hooked())"
+    done = subprocess.run([own_python, *flags.split(), "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_zipped_packages(folder):

@@ -5,7 +5,7 @@ list of arguments gets a fork, which runs the rest as `__main__`. So a compariso
 Transformers and DeepSpeed once, and the import hook is met as the script meets it: a fork has whatever its parent has.
 
 Each run is introduced by `=== RUN n` and followed by `=== FP8 layers m` for the modules that the script's globals
-hold; the exit code is that of the worst run. Under a
+hold and `=== EXIT code`; the exit code is that of the worst run. Under a
 launcher each rank does the same; every run has a port of its own.
 """
 
@@ -65,7 +65,7 @@ def main() -> int:
                 import traceback
 
                 traceback.print_exc()
-            print(f"=== FP8 layers {count_fp8_layers(names)}", flush=True)
+            print(f"=== FP8 layers {count_fp8_layers(names)}\n=== EXIT {code}", flush=True)
             os._exit(code)
         _, status = os.waitpid(child, 0)
         worst = max(worst, os.waitstatus_to_exitcode(status))

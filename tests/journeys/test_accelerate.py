@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -50,6 +51,11 @@ def accelerate_launch(folder, yaml: str, ranks: int) -> str:
     shutil.copy(clients.HERE / "natural" / "accelerate_config.py", folder / "train.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
     command += ["--num_processes", str(ranks), "--main_process_port", str(free_port()), "train.py"]
+    return launched(command, folder)
+
+
+def launched(command: list[str], folder) -> str:
+    """What was said by a launcher, which sets the variables of its ranks itself."""
     environment = clients.variables(folder)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del environment[name]
@@ -79,7 +85,51 @@ def test_a_config_without_json(tmp_path):
 
 
 def test_its_own_fp8_backends(tmp_path):
-    """`mixed_precision="fp8"`: MS-AMP with and without DeepSpeed, by scripts that do not know of us."""
-    both = clients.run(tmp_path, "accelerate_fp8", ["msamp"], ["msamp without DeepSpeed"])
-    for run in both:
-        assert run.fp8_layers == 4 and "ds_fp8: msamp O2: exp_avg int8" in run.said and run.is_falling(), run.said
+    """`mixed_precision="fp8"`: MS-AMP by three roads that do not know of us; the other two convert layers, and are not mixed with ours."""
+    clients.write(tmp_path, plain={**PLAIN, "gradient_accumulation_steps": 1})
+    clients.write(tmp_path, fp8={**PLAIN, "gradient_accumulation_steps": 1, **clients.FP8})
+    ways = [["msamp"], ["msamp without DeepSpeed"], ["msamp by its recipe", "plain.json"]]
+    *msamp, torchao, engine, found = clients.run(
+        tmp_path,
+        "accelerate_fp8",
+        *ways,
+        ["torchao", "fp8.json"],
+        ["transformer_engine", "fp8.json"],
+        ["nothing said", "fp8.json"],
+        may_fail=True,
+    )
+    for run in msamp:
+        assert run.code == 0 and run.fp8_layers == 4 and run.is_falling(), run.said
+        assert "ds_fp8: msamp O2: exp_avg int8" in run.said, run.said
+    has_torchao, has_engine = (find_spec(name) is not None for name in ("torchao", "transformer_engine"))
+    refused = "computes in FP8 here already"
+    assert torchao.code == 1 and (refused if has_torchao else "torchao") in torchao.said, torchao.said
+    assert engine.code == 1 and (refused if has_engine else "TransformerEngine is not available") in engine.said
+    if has_torchao or has_engine:
+        assert found.code == 1 and refused in found.said, found.said
+    else:  # then Accelerate takes msamp, and finds ours
+        assert found.code == 0 and "opt_level O2 of Accelerate's MSAMPRecipeKwargs is not used" in found.said, (
+            found.said
+        )
+
+
+FLAGS = (
+    "--use_deepspeed --deepspeed_config_file ds.json --cpu --num_processes 1 --num_machines 1 --mixed_precision bf16"
+)
+
+
+def test_a_trainer_that_accelerate_tells_of_deepspeed(tmp_path):
+    """`accelerate launch --use_deepspeed ... -m train`: neither YAML nor `deepspeed=` in the script."""
+    folder = clients.HERE / "natural"
+    for name in ("tiny", "trainer_told"):
+        shutil.copy(folder / f"{name}.py", tmp_path)
+    runs = []
+    for config in (clients.AUTO, {**clients.AUTO, **clients.FP8}):
+        clients.write(tmp_path, ds=config)
+        command = [sys.executable, "-m", "accelerate.commands.launch", *FLAGS.split(), "--dynamo_backend", "no"]
+        command += ["--main_process_port", str(free_port()), "-m", "trainer_told"]
+        runs.append(clients.Run(launched(command, tmp_path)))
+    bf16, fp8 = runs
+    assert "14 of 15 Linear -> Fp8Linear" in fp8.said and "ds_fp8:" not in bf16.said, fp8.said
+    assert fp8.losses != bf16.losses and fp8.is_falling()
+    clients.record("Trainer: accelerate launch --use_deepspeed -m", **clients.cells(bf16, fp8))

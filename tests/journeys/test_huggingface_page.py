@@ -72,7 +72,7 @@ def test_an_example_trains_in_fp8(folder, heading):
     command = [sys.executable, "train.py"]
     code, said = launch(command, folder, 800, **clients.variables(folder))
     assert code == 0, said
-    assert "-> Fp8Linear" in said, said
+    assert "-> Fp8Linear" in said and re.search(r"FLOPs, all \d+ planned layers ran in FP8 in step 1", said), said
     if heading == "A mixture of experts":
         assert "2 of 2 Experts -> Fp8Experts" in said, said
     if heading == "DPO":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.journeys import clients
 from tests.journeys.launching import PACKAGE_PARENT, command_of, door_folder, free_port, launch
 
 pytestmark = pytest.mark.dist
@@ -51,6 +52,17 @@ def losses(said: str) -> list[str]:
 CONFIG = ("--deepspeed_config", "ds.json")
 
 
+def checked(folder: Path, launcher: str, command: list[str], **variables: str) -> None:
+    """Two ranks, one banner, every planned layer in FP8, and a row of the table of docs/huggingface.md."""
+    code, said = launch(command, folder, **door(folder), **variables)
+    assert code == 0 and said.count(BANNER) == 1 and losses(said)[0] == "2", said
+    run = clients.Run(said)
+    assert "all 2 planned layers ran in FP8 in step 1" in run.proof, said
+    first, last = (f"{float(losses(said)[at]):.4f}" for at in (1, -1))
+    told = {"hook": "yes", "banner": run.banner, "proof": run.proof.removeprefix("ds_fp8: ")}
+    clients.record(f"launcher: {launcher}", **told, first=first, last=last)
+
+
 def test_deepspeed_launcher_by_the_installed_door_and_by_the_explicit_one(folder):
     """`deepspeed train.py` with the .pth, `deepspeed --module ds_fp8.run train.py` without: the same losses."""
     code, by_door = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
@@ -60,6 +72,7 @@ def test_deepspeed_launcher_by_the_installed_door_and_by_the_explicit_one(folder
     assert code == 0, explicit
     assert explicit.count(BANNER) == 1 and losses(by_door) == losses(explicit)
     assert losses(by_door)[0] == "2"
+    checked(folder, "deepspeed --module", deepspeed_command("--module", "train", *CONFIG))
 
 
 def test_disable_gives_deepspeed_alone(folder):
@@ -71,11 +84,11 @@ def test_disable_gives_deepspeed_alone(folder):
     assert code == 0 and losses(disabled) == losses(plain)
 
 
-def test_torchrun(folder):
+@pytest.mark.parametrize("script", [("train.py",), ("-m", "train")], ids=" ".join)
+def test_torchrun(folder, script):
     """The same job under torch's own launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    code, said = launch([*command, "train.py", *CONFIG], folder, **door(folder))
-    assert code == 0 and said.count(BANNER) == 1 and losses(said)[0] == "2", said
+    checked(folder, " ".join(["torchrun", *script[:-1]]), [*command, *script, *CONFIG])
 
 
 def test_mpirun(folder):
@@ -85,9 +98,7 @@ def test_mpirun(folder):
     if program is None:
         pytest.skip("needs mpirun (Open MPI or MPICH)")
     command = [program, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
-    port = str(free_port())
-    code, said = launch([*command, "train.py", *CONFIG], folder, **door(folder), MASTER_PORT=port)
-    assert code == 0 and said.count(BANNER) == 1 and losses(said)[0] == "2", said
+    checked(folder, "mpirun", [*command, "train.py", *CONFIG], MASTER_PORT=str(free_port()))
 
 
 @pytest.mark.parametrize(

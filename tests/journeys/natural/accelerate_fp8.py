@@ -14,8 +14,14 @@ if way == "msamp without DeepSpeed":
 elif way == "msamp":
     plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=1, enable_msamp=True, msamp_opt_level="O2")
     accelerator = Accelerator(mixed_precision="fp8", deepspeed_plugin=plugin)
+elif way == "nothing said":
+    accelerator = Accelerator(mixed_precision="fp8", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config[0]))
 else:
-    recipe = {"torchao": AORecipeKwargs, "transformer_engine": TERecipeKwargs}[way]()
+    recipe = {
+        "msamp by its recipe": MSAMPRecipeKwargs,
+        "torchao": AORecipeKwargs,
+        "transformer_engine": TERecipeKwargs,
+    }[way]()
     plugin = DeepSpeedPlugin(hf_ds_config=config[0])
     accelerator = Accelerator(mixed_precision="fp8", deepspeed_plugin=plugin, kwargs_handlers=[recipe])
 model = nn.Sequential(
