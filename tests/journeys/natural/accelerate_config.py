@@ -27,6 +27,7 @@ for batch in list(data)[4:]:
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
-accelerator.print("LOSSES", *losses)
-accelerator.print("PLAIN", sorted(key for key in accelerator.get_state_dict(model)))
+names = sorted(accelerator.get_state_dict(model))
+if accelerator.process_index == 0:  # on CPUs each process is its node's main one for accelerator.print
+    print("\n".join(["LOSSES " + " ".join(map(str, losses)), f"NAMES {names}"]), flush=True)
 accelerator.end_training()
