@@ -111,25 +111,3 @@ def test_its_own_fp8_backends(tmp_path):
         assert found.code == 0 and "opt_level O2 of Accelerate's MSAMPRecipeKwargs is not used" in found.said, (
             found.said
         )
-
-
-FLAGS = (
-    "--use_deepspeed --deepspeed_config_file ds.json --cpu --num_processes 1 --num_machines 1 --mixed_precision bf16"
-)
-
-
-def test_a_trainer_that_accelerate_tells_of_deepspeed(tmp_path):
-    """`accelerate launch --use_deepspeed ... -m train`: neither YAML nor `deepspeed=` in the script."""
-    folder = clients.HERE / "natural"
-    for name in ("tiny", "trainer_told"):
-        shutil.copy(folder / f"{name}.py", tmp_path)
-    runs = []
-    for config in (clients.AUTO, {**clients.AUTO, **clients.FP8}):
-        clients.write(tmp_path, ds=config)
-        command = [sys.executable, "-m", "accelerate.commands.launch", *FLAGS.split(), "--dynamo_backend", "no"]
-        command += ["--main_process_port", str(free_port()), "-m", "trainer_told"]
-        runs.append(clients.Run(launched(command, tmp_path)))
-    bf16, fp8 = runs
-    assert "14 of 15 Linear -> Fp8Linear" in fp8.said and "ds_fp8:" not in bf16.said, fp8.said
-    assert fp8.losses != bf16.losses and fp8.is_falling()
-    clients.record("Trainer: accelerate launch --use_deepspeed -m", **clients.cells(bf16, fp8))
