@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import BackendError
+from ..errors import LayerError
 
 if TYPE_CHECKING:
     from .page import Page
@@ -40,12 +40,12 @@ def make_anchor(page: Page, device: torch.device) -> torch.Tensor:
 
 
 def page_of(anchor: torch.Tensor) -> Page:
-    """The page that `anchor` names. Raises BackendError when its model is gone."""
+    """The page that `anchor` names. Raises LayerError when its model is gone."""
     page = _by_address.get(anchor.data_ptr())
     if page is None and not (anchor.is_cuda and torch.cuda.is_current_stream_capturing()):
         page = _by_number.get(int(anchor))  # waits for the device
     if page is None:
-        raise BackendError(
+        raise LayerError(
             "a compiled FP8 layer was run after its model was gone, or in a CUDA graph with a copy of its anchor.\n"
             "  Compile the model again after moving, copying or exporting it."
         )

@@ -23,12 +23,12 @@ autograd.Function around them, which exists only while the model is traced.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import BackendError
+from ..errors import LayerError
 from ..formats import E4M3
 from ..numerics.dtypes import torch_dtype
 from ..recipe import RECIPES
@@ -85,9 +85,9 @@ def _operator(
     if torch.is_autocast_enabled(device) and input.is_floating_point():
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
-        raise BackendError(f"{page.fqn}: input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.")
+        _refuse(page, f"input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.")
     if input.dim() == 0 or input.shape[-1] != shape[1]:
-        raise BackendError(f"{page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {shape[1]}.")
+        _refuse(page, f"input has shape {tuple(input.shape)}, its last axis must be {shape[1]}.")
     x = input.to(dtype).contiguous()
     flags = training * TRAINING | page.recipe_number * RECIPE
     if not torch.is_grad_enabled():
@@ -101,6 +101,12 @@ def _operator(
     if bias is not None and bias.requires_grad:
         flags |= BGRAD
     return _Linear.apply(x, weight, bias, page.anchor, shape[0], flags)
+
+
+@torch.compiler.disable
+def _refuse(page: Page, problem: str) -> NoReturn:
+    """Outside of the graph: an error that Dynamo meets while it traces makes it trace on in what is called instead."""
+    raise LayerError(f"{page.fqn}: {problem}")
 
 
 class _Linear(torch.autograd.Function):

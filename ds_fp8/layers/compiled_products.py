@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import BackendError
+from ..errors import LayerError
 from ..formats import E4M3
 from ..kernels import dense
 from ..numerics.dtypes import torch_dtype
@@ -140,12 +140,12 @@ def _call(page: Page, *, training: bool, grad: bool, x: torch.Tensor) -> Call:
 
 def _refuse_graph(page: Page) -> None:
     if page.book.scopes is not None and page.book.keeps_history:
-        raise BackendError(
+        raise LayerError(
             f"{page.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed engine steps: "
             "nothing would renew the scales of delayed scaling.\n  Train it in an engine, or set fp8/recipe to current."
         )
     if page.weight_codes is not None:
-        raise BackendError(
+        raise LayerError(
             f"{page.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), but at O3 weights arrive as codes in new "
             "memory at each step.\n  Compile without CUDA graphs, or use msamp/opt_level O2."
         )

@@ -33,9 +33,7 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
     if not input.is_cuda or call.warming or input.dtype not in COMPUTE:
         return False
     page = call.page
-    if (
-        is_given(weight) or not call.knows_operands()
-    ):  # for some steps only: their scales come from the tensors themselves
+    if is_given(weight, page) or not call.knows_operands():  # their scales come from the tensors themselves
         return False
     if page.fast_step is None:
         page.fast_step = _fast_step(page, weight)

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from .. import experts
-from ..errors import BackendError
+from ..errors import BackendError, LayerError
 from ..plan.expert_rules import ExpertRule, rule_of
-from .fp8_linear import ORIGINAL
+from .as_original import ORIGINAL
 from .grouped_products import GroupedProducts
 from .groups import Groups
 from .opaque import opaque
@@ -127,10 +127,10 @@ class _Linear:
         weight = getattr(self.module, name)
         rule, fqn = self.state.rule, self.state.fqn
         if name not in rule.weights:
-            raise BackendError(f"{fqn}: {name!r} is none of the weights {', '.join(rule.weights)}.")
+            raise LayerError(f"{fqn}: {name!r} is none of the weights {', '.join(rule.weights)}.")
         columns = weight.shape[1 if name in rule.transposed else 2]
         if x.dim() != 2 or x.shape[1] != columns:
-            raise BackendError(f"{fqn}.{name}: input has shape {tuple(x.shape)}, wanted are [rows, {columns}].")
+            raise LayerError(f"{fqn}.{name}: input has shape {tuple(x.shape)}, wanted are [rows, {columns}].")
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -149,7 +149,7 @@ def _forward_of(state: ExpertsState) -> Callable[..., Any]:
     if state.rule.kind == "registered":
         told = experts.registration(state.original)
         if told is None:
-            raise BackendError(f"{state.fqn}: {state.original.__name__} was unregistered after it had been converted.")
+            raise LayerError(f"{state.fqn}: {state.original.__name__} was unregistered after it had been converted.")
         return told.forward
     return _transformers if state.rule.kind == "transformers" else _deepspeed
 

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_unary
 
 from ..errors import LayerError
 from . import compiled
+from .as_original import HOME, ORIGINAL, refuse_script
 from .cuda_products import CudaProducts, takes
+from .opaque import opaque
 from .page import Call, Page, WeightCodes
 from .products import LinearProducts
-
-ORIGINAL = "_ds_fp8_original"
-"""Attribute that remembers the class a layer had."""
 
 
 class Fp8Linear(nn.Linear):
@@ -50,10 +50,10 @@ class Fp8Linear(nn.Linear):
         weight = self.weight
         if call is None:
             page.note_call()
-            return F.linear(input, weight, self.bias)
-        if page.weight_codes is None:
-            return multiply(input, weight, self.bias, call)
-        call.foreign = weight is not page.weight_codes_of
+            return F.linear(input, as_read(weight), self.bias)
+        if page.weight_codes is None or weight is not page.weight_codes_of or not is_ordinary(input):
+            call.foreign = weight is not page.weight_codes_of
+            return multiply(input, as_read(weight), self.bias, call)
         # Of a released weight only shape and dtype are looked at in there: as it is, not as it reads.
         with torch._C.DisableTorchFunctionSubclass():
             return multiply(input, weight, self.bias, call)
@@ -64,6 +64,8 @@ class Fp8Linear(nn.Linear):
         self.page.settle(self.weight.device)
         return self
 
+    __prepare_scriptable__ = refuse_script
+
     def extra_repr(self) -> str:
         recipe = self.page.book.recipe
         numerics = f"{recipe.kind}, {recipe.forward_format.name} x {recipe.forward_format.name}, "
@@ -71,6 +73,7 @@ class Fp8Linear(nn.Linear):
         return f"{super().extra_repr()}, {numerics}"
 
 
+@opaque  # else Dynamo would trace it where it has given a layer's forward up, and change what it does
 def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
     """The FP8 linear map for input [..., K] -> [..., N], in the dtype nn.Linear would return.
 
@@ -103,13 +106,21 @@ def is_ordinary(input: torch.Tensor) -> bool:
     """Whether FP8 casts can take a call with this input.
 
     Not inside transforms of torch.func (vmap, grad, jvp, jacrev) and forward-mode derivatives, which ask an operator for
-    rules of its own, nor for tensors that are no plain memory: nested (jagged and strided), sparse, subclasses.
+    rules of its own, nor under torch.jit.trace, nor for tensors that are no plain memory: nested (jagged and strided),
+    sparse, subclasses.
     """
     if type(input) is not torch.Tensor and type(input) is not nn.Parameter:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or input.is_nested or input.layout != torch.strided:
+    if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if input.is_nested or input.layout != torch.strided:
         return False
     return forward_ad._current_level < 0 or forward_ad.unpack_dual(input).tangent is None
+
+
+def as_read(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that is released (O3; another layer's, tied to this one since) as the values that it reads as."""
+    return weight.view_as(weight) if has_torch_function_unary(weight) else weight
 
 
 def weight_shape(weight: torch.Tensor) -> tuple[int, ...]:
@@ -130,4 +141,5 @@ def release(module: Fp8Linear) -> nn.Linear:
     """The plain layer again, in place."""
     module.__class__ = module.__dict__.pop(ORIGINAL)
     del module.__dict__["page"]
+    module.__dict__.pop(HOME, None)
     return module

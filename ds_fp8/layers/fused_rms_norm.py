@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..plan.known_norms import RmsNorm, rms_norm_of
+from .as_original import ORIGINAL
 
 RULE = "_ds_fp8_rms_norm"
 """Attribute with the module's `RmsNorm`."""
-
-ORIGINAL = "_ds_fp8_original"
 
 
 class FusedRmsNorm:

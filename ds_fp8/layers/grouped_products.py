@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendError
+from ..errors import LayerError
 from ..recipe import Recipe
 from .groups import Groups
 from .recipes import scaling_of
@@ -50,7 +50,7 @@ class GroupedProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            raise BackendError(
+            raise LayerError(
                 "experts in FP8: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
                 "  Exclude the experts in fp8/layers/exclude, or differentiate once."
             )

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import fused_rms_norm
-from .fp8_linear import ORIGINAL
+from .as_original import HOME, ORIGINAL, refuse_script
 from .fused_rms_norm import fused_class
 
 
 class Fp8LayerNorm(nn.LayerNorm):
     """LayerNorm beside FP8 layers."""
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -30,6 +32,8 @@ class Fp8LayerNorm(nn.LayerNorm):
 
 class Fp8RMSNorm(nn.RMSNorm):
     """RMSNorm beside FP8 layers."""
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -55,6 +59,7 @@ def release(module: nn.Module) -> nn.Module:
     """The plain norm again, in place."""
     module.__class__ = module.__dict__.pop(ORIGINAL)
     module.__dict__.pop(fused_rms_norm.RULE, None)
+    module.__dict__.pop(HOME, None)
     return module
 
 

@@ -6,6 +6,7 @@ an operand that is used both ways (input in fprop and wgrad) is cast twice then,
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from ..kernels import dequantize
 from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
 
 if TYPE_CHECKING:
-    from .page import Call, WeightCodes
+    from .page import Call, Page, WeightCodes
 
 TENSOR, ROWS, GROUPS, TILES = "tensor", "row", "1x128", "128x128"
 """Extent of one scale."""
@@ -159,9 +160,14 @@ def measure(x: torch.Tensor, operand: Operand | None) -> torch.Tensor:
     return amax_of(x) if operand is None or operand.amax is None else operand.amax
 
 
-def is_given(weight: torch.Tensor) -> bool:
-    """No Parameter, nor a view of one: what `torch.func.functional_call` puts in its place has another range, for one call."""
-    return not isinstance(weight if weight._base is None else weight._base, torch.nn.Parameter)
+def is_given(weight: torch.Tensor, page: Page) -> bool:
+    """Not the Parameter, nor a view of it, that the layer's history is about: what `torch.func.functional_call` puts in its
+    place for one call, or a script for good (`layer.weight = other.weight`), has another range.
+    """
+    parameter = weight if weight._base is None else weight._base
+    if page.history_of is None and isinstance(parameter, torch.nn.Parameter):
+        page.history_of = weakref.ref(parameter)
+    return page.history_of is None or page.history_of() is not parameter
 
 
 def with_overflow_shown(scale_inv: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:

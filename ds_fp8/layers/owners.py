@@ -17,10 +17,11 @@ from torch import nn
 
 from ..plan.shapes import is_conv1d
 from . import norms
+from .as_original import ORIGINAL
 from .conv1d import fp8_class
 from .experts import STATE, ExpertsState, take_state
 from .forward_scope import tensors_of
-from .fp8_linear import ORIGINAL, Fp8Linear
+from .fp8_linear import Fp8Linear
 from .opaque import opaque
 from .page import Page
 

@@ -6,6 +6,7 @@ those of the plain layer.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Page:
     index               position in the book
     weight_codes        codes set from outside (O3); the layer then never reads its weight
     weight_codes_of     the Parameter that they are the codes of
+    history_of          weak reference to the Parameter whose amaxes the weight's history holds; set by its first cast
     staged_weight_amax  amax of those codes, recorded at the layer's next recording call
     is_shared           engines that know nothing of each other may step the weight, so that its codes are never kept
     ran                 what the layer's products did in the first step, while that lasts (`ran.py`)
@@ -69,6 +71,7 @@ class Page:
         self.carries_weight = book.plan.start_step == 0 and not high.dgrad and book.scaling.carries_weight
         self.weight_codes: WeightCodes | None = None
         self.weight_codes_of: Any = None
+        self.history_of: weakref.ref[torch.nn.Parameter] | None = None
         self.staged_weight_amax: torch.Tensor | None = None
         self.fast_step: int | None = None
         self.is_shared = False

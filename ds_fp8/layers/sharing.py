@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import BackendError
 from . import swap
-from .fp8_linear import ORIGINAL
+from .as_original import ORIGINAL
 from .owners import Owner, owners_of
 
 

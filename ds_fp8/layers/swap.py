@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import BackendError, DsFp8Error
 from ..plan import ModuleDecision, Plan
 from . import conv1d, experts, fp8_linear, norms
+from .as_original import ORIGINAL, show_home
 from .blocks import compile_blocks, release_blocks
 from .fused import fuse_layers
 from .owners import OWNERS, Owner, remove_turns, take_form
@@ -115,6 +116,7 @@ def release(model: nn.Module, module: nn.Module) -> None:
 def give(module: nn.Module, owners: list[Owner]) -> None:
     """Make `owners` the owners of a layer of the torch backend; it takes the form of the last one."""
     module.__dict__[OWNERS] = owners
+    show_home(module)
     take_form(module, owners[-1])
 
 
@@ -138,6 +140,7 @@ def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, book: ScaleBoo
         else:
             norms.adopt(module, decision.kind)
         module.__dict__[OWNERS] = owners
+        show_home(module)
         return
     if module is model:
         raise BackendError(
@@ -159,7 +162,7 @@ def _make_foreign(module: nn.Module, decision: ModuleDecision, book: ScaleBook, 
         scaling = make_recipe(load(), book.recipe)
         new = make_linear(module, PageState(book.page(decision.fqn), module.weight, scaling))  # type: ignore[arg-type]
         new.__dict__["page"] = book.page(decision.fqn)
-    new.__dict__[fp8_linear.ORIGINAL] = type(module)
+    new.__dict__[ORIGINAL] = type(module)
     new.__dict__[OWNERS] = owners
     new.__dict__[OWN] = frozenset(vars(new)) | {OWN}
     return new

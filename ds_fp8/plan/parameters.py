@@ -35,7 +35,7 @@ def decide_parameters(
     for fqn, parameter in model.named_parameters():
         frozen = not parameter.requires_grad
         kept = level if level is not None and not frozen else None
-        owner = owners.get(id(parameter), "") if not frozen else ""
+        owner = owners.get(id(parameter)) if not frozen else None  # "" is the model itself
         decisions.append(
             ParameterDecision(
                 fqn=fqn,
@@ -47,8 +47,8 @@ def decide_parameters(
                 exp_avg_sq=kept.exp_avg_sq if kept else _plain(frozen),
                 master=kept.master if kept else _plain(frozen),
                 gradient_wire=kept.gradient_wire if kept else "none",
-                weight_wire=kept.weight_wire if kept and owner and not _is_named(fqn, excluded) else "none",
-                owner=owner,
+                weight_wire=kept.weight_wire if kept and owner is not None and not _is_named(fqn, excluded) else "none",
+                owner=owner or "",
             )
         )
     return tuple(decisions)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..layers import WeightCodes
 from ..layers.recipes import scaling_of
 from ..plan import Plan
-from . import weights_released
+from . import weights_released, weights_wrapped
 
 
 class FrozenSource(weights_released.Source):
@@ -59,6 +59,7 @@ class FrozenWeights:
 
     @torch.no_grad()
     def freeze(self) -> None:
+        weights_wrapped.begin(self)
         for fqn in self.names:
             layer: Any = self.model.get_submodule(fqn)
             weight = layer.weight
@@ -75,3 +76,4 @@ class FrozenWeights:
         for source in self.sources.values():
             source.thaw()
         self.sources.clear()
+        weights_wrapped.end(self)

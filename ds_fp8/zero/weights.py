@@ -105,6 +105,7 @@ def find_owned(module: torch.nn.Module, names: Sequence[str]) -> list[OwnedWeigh
 def set_codes(weight: OwnedWeight, codes: Tensor, scale_inv: Tensor) -> None:
     """Hand codes (flat uint8) to the layer; it keeps a view, no copy."""
     weight.layer.weight_codes = WeightCodes(codes.view(torch.float8_e4m3fn).view(weight.shape), scale_inv)
+    weight.layer.page.weight_codes_of = weight.param  # which need not be the layer's any more
 
 
 def drop_codes(weight: OwnedWeight) -> None:

@@ -96,11 +96,16 @@ class _Hook:
         self.optimizer, self.module = weakref.ref(optimizer), weakref.ref(module)
 
     def __call__(self, module: torch.nn.Module, *args: Any) -> None:
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            return  # what is written into a graph must not change under it
         if torch.compiler.is_compiling():
             # Evaluation may change the weights before its forward, which no graph can; training never does.
             if not module.training:
                 _outside_graphs(self, module)
             return
+        self.run(module)
+
+    def run(self, module: torch.nn.Module) -> None:
         if module is not self.module():
             return
         optimizer = self.optimizer()
@@ -119,7 +124,7 @@ class _Hook:
 
 @torch.compiler.disable
 def _outside_graphs(hook: _Hook, module: torch.nn.Module) -> None:
-    hook(module)
+    hook.run(module)
 
 
 def nothing(*args: Any) -> None:

@@ -11,8 +11,9 @@ the class `ReleasedWeight` for as long as it is released:
     the rest  shape, dtype, device, grad, hooks: the Parameter's own
 
 `.data`, `.detach()` and views of them are `DecodedWeight`: plain values that refuse to be written to. Copies and pickles are
-plain. The memory behind the Parameter itself is one NaN: what goes past torch's dispatch (`__torch_function__`) reads that. Known are
-the wrappers of `torch.vmap` and `torch.func.grad` when the Parameter itself is their argument; its `.detach()` is right there.
+plain. The memory behind the Parameter itself is one NaN: what goes past torch's dispatch (`__torch_function__`), as an extension
+in C++ may, reads that. (No memory at all would end the process: torch 2.13 does not look before it reads.) Transforms of
+torch.func go past it too: see `weights_wrapped.py`.
 """
 
 from __future__ import annotations
@@ -141,11 +142,20 @@ def _blank(dtype: torch.dtype, device: torch.device) -> Tensor:
 def release(param: Any, dtype: torch.dtype, device: torch.device, shape: Sequence[int], source: Source) -> None:
     """Give the memory of `param` up; readers get `source`. Again for new data of a weight that is released already."""
     if is_released(param):
+        if param.__dict__[SOURCE].kept is not None:  # `give_memory`
+            with raw():
+                param.data = _blank(dtype, device).expand(tuple(shape))
         param.__dict__[SOURCE] = source
         return
     param.data = _blank(dtype, device).expand(tuple(shape))
     param.__dict__[SOURCE] = source
     param.__class__ = _released_class(type(param))
+
+
+def give_memory(param: Any) -> None:
+    """Decoded values as the memory of a released Parameter, until its data changes: for readers that no dispatch sees."""
+    with raw(), torch._C._DisableFuncTorch():
+        param.data = param.__dict__[SOURCE].held(param.dtype)
 
 
 def take_back(param: Any) -> None:
@@ -185,6 +195,8 @@ def _call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             if (thaw := getattr(source, "thaw", None)) is None:
                 raise WeightError(_refusal(func, source))
             thaw(None if is_released(written) else _whole(written))  # a frozen weight (`frozen_weights.py`)
+    if torch._C._get_tracing_state() is not None:
+        _refuse_trace(func, args, kwargs)
     first = args[0] if args else None
     if is_released(first):
         if func == _GET_DATA or func == Tensor.detach:
@@ -301,6 +313,18 @@ def _refusal(func: Any, source: Source) -> str:
         "  Write inside `with deepspeed.zero.GatheredParameters(param, modifier_rank=0):` on all ranks, or keep this"
         f' weight in 16 bits: msamp/weight_wire_exclude ["{source.name}"].'
     )
+
+
+def _refuse_trace(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """torch.jit.trace would write decoded values into its graph, as constants."""
+    for one in (*args, *kwargs.values()):
+        if is_released(one) and func not in _OWN:
+            name = one.__dict__[SOURCE].name
+            raise WeightError(
+                f"torch.jit.trace reads {name}, which is released at O3: only its FP8 data is here.\n"
+                "  Trace inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):` on all ranks, or keep this"
+                f' weight in 16 bits: msamp/weight_wire_exclude ["{name}"].'
+            )
 
 
 # -- what is the Parameter's own ---------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from ..comm.route import group_ranks
-from . import weights_gathered
+from . import weights_gathered, weights_wrapped
 from .states_fragments import CodedFragment
 from .touched import touched
 from .weights import OwnedWeight
@@ -67,6 +67,7 @@ class WeightsStage12:
         coded = [weight.layer for store in self.fp8_stores for weight, _, _ in store.coded]
         self.fp8_hooks = watch_modules(self, engine.module, coded)
         weights_gathered.watch(self)
+        weights_wrapped.begin(self)
         for name in COLLECTIVE:
             if hasattr(engine, name) and not (name == "eval_batch" and plan.fp8.eval):
                 setattr(engine, name, self._fp8_with_weights(getattr(engine, name), name == "load_checkpoint"))
@@ -121,6 +122,7 @@ class WeightsStage12:
         for hook in self.fp8_hooks:
             hook.remove()
         weights_gathered.unwatch(self)
+        weights_wrapped.end(self)
         self.fp8_hooks, self.fp8_stores = [], []
 
     def fp8_stored_params(self: Any) -> Iterator[Any]:

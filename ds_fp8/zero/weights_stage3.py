@@ -24,7 +24,7 @@ from torch import Tensor
 from ..comm.counters import all_gather_bytes, counters
 from ..errors import PlanError
 from ..layers.recipes.owner import Segment
-from . import weights_released
+from . import weights_released, weights_wrapped
 from .touched import touched
 from .weights import OwnedWeight, WeightCaster, drop_codes, set_codes
 
@@ -142,6 +142,7 @@ class WeightsStage3:
 
     def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, book: Any) -> None:
         self.fp8_weight_plan, self.fp8_weight_book = plan, book
+        weights_wrapped.begin(self)
         kept = [weight for weight in weights if not weight.param.ds_persist]
         for weight in kept:
             if weight.param.nvme_swapper is not None:
@@ -200,6 +201,7 @@ class WeightsStage3:
         for param, name, method in self._fp8_methods:
             setattr(param, name, method)
         self._fp8_methods, self.fp8_coded, self.fp8_casters, self.fp8_kept = [], {}, [], []
+        weights_wrapped.end(self)
 
     def _fp8_forgetting(self: Any, method: Any) -> Any:
         """A load replaces the weights that the codes stand for: 16-bit gathers until the next step."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.engine.engine_jobs import WIDTH, Net, config, full_weights, make_engine, steps
+from tests.engine.engine_jobs import WIDTH, Net, batch, config, full_weights, make_engine, steps
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -203,6 +203,36 @@ def actor_and_critic(rank: int, world_size: int, modes: tuple[str, str], lrs: tu
         "scales": scales,
         "said": said.getvalue(),
     }
+
+
+def teacher_and_student(rank: int, world_size: int, mode: str) -> Any:
+    """A student in ZeRO 2 distils from a teacher that shares its trunk, in an engine without optimizer; or the refusal."""
+    from ds_fp8.errors import PlanError
+
+    torch.manual_seed(0)
+    trunk = Net().blocks
+    student, teacher = Headed(trunk), Headed(trunk)
+    settings, frozen = sections(mode, 2), sections("plain" if mode == "plain" else "fp8", 0)
+    del frozen["optimizer"]
+    with quiet():
+        engine = make_engine(settings, student)
+        try:
+            judge = make_engine(frozen, teacher, model_parameters=None)
+        except PlanError as error:
+            engine.destroy()
+            return str(error)
+        losses = []
+        for step in range(4):
+            x = batch(rank, step).bfloat16()
+            with torch.no_grad():
+                wanted = judge(x)
+            loss = (engine(x) - wanted).pow(2) + engine(x)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        engine.destroy()
+        judge.destroy()
+    return {"losses": losses, "clean": is_clean(student) and is_clean(teacher)}
 
 
 def engine_scales(engine: Any) -> Any:

@@ -105,3 +105,12 @@ def test_a_shared_trunk_has_a_form_for_each_engine():
         assert set(by_pair["fp8", "fp8"]["left"]) >= FP8_KINDS, "the critic goes on when the actor is destroyed"
         actor, critic = learning[rank]["losses"]
         assert actor[-1] < actor[0] and critic[-1] < critic[0]
+
+
+def test_a_teacher_shares_the_trunk_of_a_student_in_zero_2():
+    """Losses as DeepSpeed's alone, to FP8's rounding; at O3 the trunk's weights are not there to be shared: refused."""
+    plain, fp8, o2, o3 = together(*(("teacher_and_student", mode) for mode in ("plain", "fp8", "O2", "O3")))
+    for rank in (0, 1):
+        for found in (fp8[rank], o2[rank]):
+            assert found["losses"] == pytest.approx(plain[rank]["losses"], rel=2.0**-4) and found["clean"]
+        assert "opt_level O3" in o3[rank] and "destroy()" in o3[rank]

@@ -15,11 +15,13 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from tests.engine.engine_jobs import config
+from tests.engine.engine_jobs import config, make_engine
 
 pytestmark = pytest.mark.dist
 WIDTH = 64
-STEPS = 4
+STEPS = 3
+FOLDER: dict[str, str] = {}
+"""In a rank: where it saves."""
 
 
 class Towers(nn.Module):
@@ -39,7 +41,7 @@ def even(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
 
 
 def rank_0_evaluates(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
-    """In eval and in train mode, under no_grad; the other one waits."""
+    """In eval and in train mode, under no_grad; the other one waits. In the first micro-batch of each step, too."""
     if rank == 0:
         with torch.no_grad():
             engine.eval()
@@ -47,6 +49,16 @@ def rank_0_evaluates(engine: Any, x: torch.Tensor, rank: int, step: int) -> torc
             engine.train()
             engine.module(100 * x)
     torch.distributed.barrier()
+    return engine(x)
+
+
+def a_rank_has_no_validation_batch(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    """Rank 0 validates on two batches, rank 1 on one, and nobody waits for anybody."""
+    engine.eval()
+    with torch.no_grad():
+        for _ in range(2 - rank):
+            engine(x)
+    engine.train()
     return engine(x)
 
 
@@ -70,7 +82,31 @@ def a_batch_is_dropped(engine: Any, x: torch.Tensor, rank: int, step: int) -> to
     return engine(x)
 
 
-CASES = [even, rank_0_evaluates, text_runs_twice, image_on_one_rank, a_batch_is_dropped]
+def saved_in_between(engine: Any, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    """All save, in the middle of gradient accumulation, after rank 0 has run one forward more."""
+    if step == 3:
+        if rank == 0:
+            with torch.no_grad():
+                engine.module(x)
+        engine.save_checkpoint(FOLDER["checkpoints"])
+    return engine(x)
+
+
+CASES = [
+    even,
+    rank_0_evaluates,
+    a_rank_has_no_validation_batch,
+    text_runs_twice,
+    image_on_one_rank,
+    a_batch_is_dropped,
+    saved_in_between,
+]
+
+STAGE_3 = [even, a_rank_has_no_validation_batch, saved_in_between]
+"""What ZeRO-3 does alone: in the others its ranks gather different parameters, and it hangs without us."""
+
+O2 = {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O2"}}
+O3 = {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O3"}}
 
 
 def train(rank: int, case: Any, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
@@ -100,27 +136,60 @@ def train(rank: int, case: Any, stage: int, sections: dict[str, Any]) -> dict[st
     return found
 
 
-def job(rank: int, world_size: int) -> dict[Any, Any]:
+def skipped(rank: int, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """fp16: rank 0 alone overflows in the second step, which all skip."""
+    import ds_fp8.engine
+
+    settings = config(stage, "fp16", **sections)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = make_engine(settings, Towers())
+    losses = []
+    for step in range(4):
+        x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank)).half()
+        loss = engine(x).float().pow(2).mean()
+        engine.backward(loss * 1e38 if step == 1 and rank == 0 else loss)
+        engine.step()
+        losses.append(loss.item())
+    attachment = ds_fp8.engine.of(engine)
+    book = None if attachment is None else attachment.book
+    found = {"losses": losses, "skipped": engine.skipped_steps, "folds": None if book is None else book.forward.folds}
+    found["scales"] = None if book is None else book.scales.clone()
+    engine.destroy()
+    return found
+
+
+def job(rank: int, world_size: int, folder: str) -> dict[Any, Any]:
     import ds_fp8
+    from ds_fp8.comm import meeting
 
     ds_fp8.activate()
+    meeting.Meeting.absent.__defaults__ = (2.0,)  # how long rank 0 waits at O3 before it evaluates alone
+    FOLDER["checkpoints"] = folder
     found = {}
-    for stage in (0, 2):
-        for case in CASES:
-            found[case.__name__, stage, "control"] = train(rank, case, stage, {})
-            found[case.__name__, stage, "delayed"] = train(rank, case, stage, {"fp8": {"enabled": True}})
-    for case in (rank_0_evaluates, text_runs_twice):
-        for kind in ("current", "block"):
-            found[case.__name__, 2, kind] = train(rank, case, 2, {"fp8": {"enabled": True, "recipe": kind}})
-        found[case.__name__, 2, "O2"] = train(
-            rank, case, 2, {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O2"}}
-        )
+    for stage in (0, 1, 2, 3):
+        for case in STAGE_3 if stage == 3 else CASES:
+            modes = {"control": {}, **({"O3": O3} if stage else {})}
+            if stage != 1:
+                modes["delayed"] = {"fp8": {"enabled": True}}
+            if stage == 2 and case in (rank_0_evaluates, text_runs_twice):
+                modes |= {kind: {"fp8": {"enabled": True, "recipe": kind}} for kind in ("current", "block")} | {
+                    "O2": O2
+                }
+            for mode, sections in modes.items():
+                found[case.__name__, stage, mode] = train(rank, case, stage, sections)
+    for stage in (0, 1, 2):
+        for mode, sections in {
+            "control": {},
+            "delayed": {"fp8": {"enabled": True}},
+            **({"O3": O3} if stage else {}),
+        }.items():
+            found["skipped", stage, mode] = skipped(rank, stage, sections)
     return found
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[Any, Any]]:
-    return run_ranks(2, job, timeout_s=290)
+def found(tmp_path_factory) -> list[dict[Any, Any]]:
+    return run_ranks(2, job, str(tmp_path_factory.mktemp("saved")), timeout_s=290)
 
 
 def test_every_case_trains_as_deepspeed_does_alone(found):
@@ -129,10 +198,12 @@ def test_every_case_trains_as_deepspeed_does_alone(found):
         for (case, stage, mode), each in rank.items():
             control = rank[case, stage, "control"]["losses"]
             assert each["losses"] == pytest.approx(control, rel=2.0**-4), (case, stage, mode)
+            assert each.get("skipped") == (1 if case == "skipped" else None)
 
 
 def test_scales_are_equal_on_both_ranks_and_move_once_per_step(found):
+    """Also in a step that is skipped."""
     for key, each in found[0].items():
-        if key[2] in ("delayed", "O2"):
+        if key[2] in ("delayed", "O2", "O3"):
             assert torch.equal(each["scales"], found[1][key]["scales"]), key
-            assert each["folds"] == STEPS and (each["scales"] != 1).all(), key
+            assert each["folds"] == (4 if key[0] == "skipped" else STEPS) and (each["scales"] != 1).all(), key

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_fp8.errors import LayerError
 from ds_fp8.layers import compiled
 from ds_fp8.recipe import HighPrecision, Recipe
 from tests.layers.small_models import swapped
@@ -211,13 +212,28 @@ def test_copies_compile_by_themselves():
     assert torch.equal(book.scales, before)
 
 
-def test_a_wrong_shape_is_an_error():
+@pytest.mark.parametrize("wrong", [torch.randn(2, 31).bfloat16(), torch.randn(2, 32)], ids=["shape", "dtype"])
+def test_a_wrong_input_is_an_error_that_names_the_layer(wrong):
+    """Ours, not torch's of a fake tensor or of what Dynamo traces instead."""
     model, _ = make(RECIPES[0])
-    model.compile(backend="aot_eager")
-    # Ours, or torch's own where Dynamo has left the graph at our error and traces what follows.
-    with pytest.raises(Exception, match=r"gate: input has shape .*its last axis must be 32|same reduction dim"):
-        model[0].gate.compile(backend="aot_eager")
-        model[0].gate(torch.randn(2, 31).bfloat16())
+    layer = model[0].gate
+    layer.compile(backend="aot_eager")
+    layer(torch.randn(2, 32).bfloat16())
+    with pytest.raises(LayerError, match=r"gate: input (has shape .*its last axis must be 32|is torch.float32)"):
+        layer(wrong)
+
+
+def test_a_forward_that_dynamo_gives_up_is_the_eager_one(monkeypatch):
+    """Past its limit of recompilations Dynamo runs a forward as it is, and would trace what that calls."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    model, _ = make(RECIPES[1])
+    layer = model[0].gate
+    rows = [torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (2, 3, 5, 7)]
+    wanted = [layer(x) for x in rows]
+    layer.compile(backend="aot_eager", dynamic=False)
+    assert all(torch.equal(layer(x), expected) for x, expected in zip(rows, wanted))
+    high = [torch.nn.functional.linear(x, layer.weight) for x in rows]
+    assert not any(torch.equal(one, other) for one, other in zip(wanted, high))
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)

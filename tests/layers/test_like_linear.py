@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ds_fp8.errors import LayerError
+from ds_fp8.layers import restore_layers
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
@@ -268,3 +269,34 @@ def test_errors_of_ours_are_runtime_errors(kind):
     x = torch.randn(16, WIDTH, requires_grad=True)
     with pytest.raises(RuntimeError, match="fp8/layers/exclude"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tools_that_read_the_class(kind):
+    """torch.jit traces the layer in high precision and scripts an unmodified copy; torch.fx leaves one call, which stays in FP8."""
+    control, model, _ = pair(kind)
+    x = torch.randn(16, WIDTH)
+    assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), control(x))
+    with pytest.raises(LayerError, match="restore_layers"):
+        torch.jit.script(model)
+    assert torch.equal(torch.jit.script(restore_layers(copy.deepcopy(model)))(x), control(x))
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes].count("call_module") == len(model)
+    assert torch.equal(graph(x), model(x)) and not torch.equal(graph(x), control(x))
+    restore_layers(model)
+    assert all(type(layer).__module__ == layer.__module__ for layer in model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_parameter_in_the_weights_place(kind):
+    """Its range has nothing to do with the history of the one that was there."""
+    control, model, book = pair(kind)
+    x = torch.randn(16, WIDTH)
+    model(x).sum().backward()
+    book.update_scales()
+    for factor in (100.0, 0.01):
+        other = torch.nn.Parameter(control[0].weight.detach() * factor)
+        for each in (control, model):
+            each[0].weight = other
+        with torch.no_grad():
+            assert error(model[0](x), control[0](x)) < ROUNDING

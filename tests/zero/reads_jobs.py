@@ -27,7 +27,9 @@ class Coder(nn.Module):
         return F.linear(hidden, self.enc.weight.t()) if self.kind == "tied" else self.dec(hidden)
 
 
-def start(level: str | None, stage: int, kind: str = "", recipe: str = "delayed", **msamp: Any) -> Any:
+def start(
+    level: str | None, stage: int, kind: str = "", recipe: str = "delayed", model: Any = None, **msamp: Any
+) -> Any:
     """An engine as a script makes it; None is DeepSpeed alone."""
     import deepspeed
 
@@ -45,7 +47,7 @@ def start(level: str | None, stage: int, kind: str = "", recipe: str = "delayed"
         config["fp8"] = {"enabled": True, "backend": "torch", "recipe": recipe}
         config["msamp"] = {"enabled": True, "opt_level": level, **msamp}
     torch.manual_seed(0)
-    model = Coder(kind)
+    model = Coder(kind) if model is None else model
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 

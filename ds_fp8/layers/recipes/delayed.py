@@ -39,7 +39,7 @@ class DelayedScaling(CurrentScaling):
 
     def quantize_weight(self, weight: torch.Tensor, call: Call) -> Operand:
         column, values = call.page.weight_column, weight.detach()
-        if is_given(weight) and not call.page.book.exact:
+        if is_given(weight, call.page) and not call.page.book.exact:
             return _without_history(values, call, column, call.format_of(column), amax_of(values))
         return self.quantize(values, call, column)
 

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import has_torch_function_unary
 
-from ...errors import BackendError
+from ...errors import BackendError, LayerError
 from ..recipes import scaling_of
 from .names import WORKSPACE, TransformerEngine, codes_class
 
@@ -65,6 +66,11 @@ def weight_of(layer: Any, engine: TransformerEngine, state: LayerState) -> Itera
     """
     codes = state.codes()
     if codes is None or layer.weight is not layer.__dict__["page"].weight_codes_of:
+        if has_torch_function_unary(layer.weight):
+            raise LayerError(
+                f"{layer.__dict__['page'].fqn}: its weight is another layer's, of which O3 keeps FP8 data alone; Transformer"
+                " Engine cannot read that.\n  Tie weights before initialize, or set fp8/backend to torch."
+            )
         fresh = state.microbatch()
         if fresh:
             rebind_cached(layer, state)

@@ -27,7 +27,7 @@ from torch import nn
 
 from ...errors import BackendError
 from ...recipe import HighPrecision
-from ..fp8_linear import is_ordinary
+from ..fp8_linear import as_read, is_ordinary
 from ..ran import note_by_hook
 from .codes import TakesCodes, weight_of
 from .names import TransformerEngine, load
@@ -96,7 +96,7 @@ def linear_class() -> type[nn.Module]:
             bias = self.bias if self.use_bias else None
             if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
                 note_call(self)
-                return state.observe(input, F.linear(input, self.weight, bias))
+                return state.observe(input, F.linear(input, as_read(self.weight), bias))
             tokens = input.numel() // self.in_features
             short = -tokens % TOKEN_MULTIPLE
             operand = F.pad(input.reshape(tokens, self.in_features), (0, 0, 0, short)) if short else input

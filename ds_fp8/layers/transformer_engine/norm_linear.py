@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..fp8_linear import is_ordinary
+from ..fp8_linear import as_read, is_ordinary
 from .codes import TakesCodes, weight_of
 from .linear import TOKEN_MULTIPLE, LayerState, bind_slots, note_call, note_products, unpadded
 from .names import load
@@ -35,7 +35,9 @@ def norm_linear_class() -> type[nn.Module]:
             if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
                 note_call(self)
                 normed = plain_norm(self, input)
-                return state.observe(normed, F.linear(normed, self.weight, self.bias if self.use_bias else None))
+                return state.observe(
+                    normed, F.linear(normed, as_read(self.weight), self.bias if self.use_bias else None)
+                )
             tokens = input.numel() // self.in_features
             short = -tokens % TOKEN_MULTIPLE
             operand = input
