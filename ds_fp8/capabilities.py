@@ -77,12 +77,14 @@ def machine(name: str) -> Host | None:
     import torch
 
     try:
-        torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise PlanError(
-            f"--device {name}: no device of this machine, and none of {', '.join(MACHINES)}.\n  Use one of these, or cpu."
-        ) from None
-    return None
+        device = torch.device("meta")
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+        return None
+    raise PlanError(
+        f"--device {name}: no device of this machine, and none of {', '.join(MACHINES)}.\n  Use one of these, or cpu."
+    )
 
 
 def host(device: Any = "cpu") -> Host:

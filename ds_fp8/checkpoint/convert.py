@@ -11,18 +11,16 @@ is; converting before saves nothing but the first encoding. Weights come from th
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, DsFp8Error
-from ..levels import LEVELS
+from ..errors import CheckpointError
 from ..numerics.dtypes import BASE_DTYPES
 from ..optim import ScaledAdamW
 from ..zero.states import KEY, check_codes
@@ -32,47 +30,20 @@ from .manifest import MANIFEST, UNFINISHED
 from .records import check_records
 from .saving import finish_alone
 
+T = TypeVar("T")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHARD_GB = 5.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with the reason on stderr."""
-    parser = argparse.ArgumentParser(prog="ds_fp8 convert", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="folder that save_checkpoint was given")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist, or be empty")
-    parser.add_argument("--tag", help="which checkpoint; default: the one named in `latest`")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default fp32)")
-    parser.add_argument(
-        "--level", choices=[*LEVELS, "plain"], help="write a DeepSpeed checkpoint of this level instead"
-    )
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="run whatever objects the files hold: only for checkpoints of your own that are refused without it",
-    )
-    parser.add_argument("--shard-gb", type=float, default=SHARD_GB, help="largest safetensors file, in GB (default 5)")
-    options = parser.parse_args(argv)
-    if options.level and options.dtype:
-        parser.error("--dtype is for safetensors; a checkpoint of a level keeps its dtypes")
-    try:
-        folder = _folder(options.checkpoint, options.tag)
-        _check_files(folder, options.trust_pickle)
-        if options.out.exists() and any(options.out.iterdir()):
-            raise CheckpointError(f"{options.out}: not empty; name a new folder.")
-        if options.level:
-            written = convert_level(folder, options.out, options.level)
-        else:
-            written = export_safetensors(folder, options.out, options.dtype or "fp32", options.shard_gb)
-    except DsFp8Error as error:
-        print(f"ds_fp8 convert: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # noqa: BLE001 - a damaged checkpoint may raise anything in DeepSpeed's own reader
-        reason = f"cannot be converted ({type(error).__name__}: {error})"
-        print(f"ds_fp8 convert: {options.checkpoint}: {reason}", file=sys.stderr)
-        return 2
-    print(f"ds_fp8 convert: {written}")
-    return 0
+def convert(options: Any) -> str:
+    """What the command `convert` was asked for (`cli/convert.py`); returns what was written. Raises CheckpointError."""
+    folder = _folder(options.checkpoint, options.tag)
+    _check_files(folder, options.trust_pickle)
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise CheckpointError(f"{options.out}: not an empty folder; name a new one.")
+    if options.level:
+        return convert_level(folder, options.out, options.level)
+    return export_safetensors(folder, options.out, options.dtype or "fp32", options.shard_gb)
 
 
 def _folder(checkpoint: Path, tag: str | None) -> Path:
@@ -94,10 +65,19 @@ def _check_files(folder: Path, trusted: bool) -> None:
     found = look(folder)
     if found.faults:
         raise CheckpointError(f"{folder}: not complete: {'; '.join(found.faults[:3])}")
-    for path in sorted(folder.glob("*.pt")):
+    for path in _shown(sorted(folder.glob("*.pt")), "reading"):
         check_records(path)
         if not trusted:
             read_safe(path)
+
+
+def _shown(items: Sequence[T], doing: str) -> Iterator[T]:
+    """The items, with a bar on the terminal; silent where the output is no terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(items, doing, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)
 
 
 def full_weights(folder: Path) -> dict[str, Tensor]:
@@ -154,7 +134,7 @@ def export_safetensors(folder: Path, out: Path, dtype: str, shard_gb: float) -> 
         total = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for file, tensors in zip(names, files, strict=True):
+    for file, tensors in _shown(list(zip(names, files, strict=True)), "writing"):
         save_file(tensors, str(out / file), metadata={"format": "pt"})
     return f"{len(weights)} tensors in {dtype}, {len(names)} file(s) in {out}"
 
@@ -165,7 +145,8 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(MANIFEST))
     (target / UNFINISHED).touch()
     count = 0
-    for path in sorted([*target.glob("*_optim_states.pt"), *target.glob("*_model_states.pt")]):
+    shards = sorted([*target.glob("*_optim_states.pt"), *target.glob("*_model_states.pt")])
+    for path in _shown(shards, "converting"):
         content = read_plain(path)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: a {type(content).__name__}, no file of DeepSpeed.")
@@ -206,7 +187,3 @@ def recode(state: dict[str, Any], level: str) -> dict[str, Any]:
         optimizer.import_codes(param, codes)
     codes = [optimizer.export_codes(param) for param in params]
     return {**state, "layout": {**layout, "formats": optimizer.formats()}, "codes": codes}
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -9,6 +9,7 @@ size fits. Exit code 1 when settings or plan are refused, 2 when file or model c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -125,7 +126,7 @@ def _print_settings(settings: config.Settings, as_json: bool) -> int:
 
 
 def build_model(name: str, no_meta: bool) -> Any:
-    """Import `module:factory` and call the factory."""
+    """Import `module:factory` and call the factory. Raises whatever the factory raises, TypeError for what is no model."""
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError("write it as module:factory")
@@ -133,12 +134,18 @@ def build_model(name: str, no_meta: bool) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     factory = getattr(importlib.import_module(module_name), attribute)
-    if no_meta:
-        return factory()
     import torch
 
-    with torch.device("meta"):
-        return factory()
+    with contextlib.nullcontext() if no_meta else torch.device("meta"):
+        try:
+            model = factory()
+        except SystemExit as error:  # a script's own parser, e.g.; the exit code would be taken for ours
+            raise RuntimeError(
+                f"{attribute}() ended Python with exit code {error.code}; it must return a model"
+            ) from None
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{attribute}() returned {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
 def _print_plan(model: Any, settings: config.Settings, options: argparse.Namespace) -> int:

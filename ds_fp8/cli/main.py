@@ -23,7 +23,7 @@ COMMANDS = {
     "schema": ("ds_fp8.cli.schema", "where the JSON Schema lies, for editors and validators"),
     "verify": ("ds_fp8.cli.verify", "whether checkpoints are whole, to the last bit"),
     "latest": ("ds_fp8.cli.latest", "the newest complete checkpoint in a folder, and why newer ones are not"),
-    "convert": ("ds_fp8.checkpoint.convert", "a checkpoint as plain safetensors, or for another level"),
+    "convert": ("ds_fp8.cli.convert", "a checkpoint as plain safetensors, or for another level"),
 }
 """Name -> module with `main(argv) -> int`, and one line of help."""
 
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[arguments[0]][0])
     try:
         return int(module.main(arguments[1:]))
+    except KeyboardInterrupt:
+        print("ds_fp8: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `ds_fp8 explain ... | head`
         sys.stderr.close()
         return 0

@@ -34,6 +34,8 @@ def homes() -> dict[str, str]:
             found.setdefault(key, set()).add(section)
     general = {"enabled", "type", "params", "seed", "profile", "writer", "group", "project", "team", "workspace"}
     top = top_level_keys()
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        found[key] = {"optimizer/params"}
     return {
         key: next(iter(sections))
         for key, sections in found.items()

@@ -29,6 +29,7 @@ WANTED = {
     "numbers": "a list of numbers",
     "rates": "a number, or a list with one for each parameter group",
 }
+OWN_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
 NOT_NEGATIVE = ("lr", "eps", "weight_decay")
 
 RENAMED = {
@@ -65,6 +66,8 @@ def _judge(part: str, name: str, params: Any) -> Found:
     if found not in known:
         proper = [known_name for known_name in known if not known_name.islower()] or list(known)
         hint = did_you_mean(name, [*proper, *(known_name for known_name in known if known_name.islower())])
+        if not hint and part == "scheduler":
+            hint = f"; DeepSpeed's own are {', '.join(OWN_SCHEDULERS)}"
         yield (part, "type"), f"{show(name)} is no {part} of {where}{hint}"
         return
     if known[found] is None or params in (None, "auto"):

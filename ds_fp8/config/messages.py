@@ -7,12 +7,15 @@ message. The errors come as objects with paths and are worded here, late, so tha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import contract
 from .positions import Path
 from .suggest import closest, did_you_mean
+
+SYNONYMS = {"skip": "exclude", "ignore": "exclude", "level": "opt_level", "name": "type"}
+"""What people call a key, where the key itself is known and that word is not."""
 
 Messages = Iterator[tuple[Path, str]]
 
@@ -74,7 +77,7 @@ def unknown_key(key: str, path: Path, known: dict[str, Any]) -> str:
     section = str(path[0]) if path else ""
     if (section, key) in MOVED:
         return MOVED[section, key]
-    if guess := closest(key, known):
+    if guess := SYNONYMS[key] if SYNONYMS.get(key) in known else closest(key, known):
         return f"unknown key; did you mean '{guess}'?"
     ours = not section or section in contract.SECTIONS
     for other in (*INNER, *contract.SECTIONS) if ours else ():
@@ -107,6 +110,8 @@ def _enum(error: Any, path: Path) -> Messages:
         yield path, f"{show(value)} is text; write {value} without quotes"
         return
     hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+    if not hint and f"O{value}".replace("O0", "O") in allowed:
+        hint = f'; write "O{str(value).lstrip("0")}"'
     if not hint and isinstance(value, str) and "," in value:
         hint = "; without quotes an hjson string runs to the end of the line: quote it"
     yield path, f"{show(value)} is not one of {', '.join(allowed)}{hint}"
@@ -232,6 +237,10 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _keys(schema: dict[str, Any]) -> Iterable[str]:
+    return (*schema.get("properties", ()), *schema.get("required", ()))
+
+
 def _unquote(value: Any, schema: dict[str, Any]) -> str:
     """The cure for the commonest slip: a number or boolean in quotes."""
     types = _types(schema)
@@ -245,6 +254,10 @@ def _unquote(value: Any, schema: dict[str, Any]) -> str:
         return f"; write {value} without quotes"
     if value in (0, 1) and not isinstance(value, bool) and "boolean" in types:
         return f"; write {'true' if value else 'false'}"
-    if isinstance(value, bool) and "object" in types:
-        return f'; write {{"enabled": {str(value).lower()}}}' if schema.get("required") == ["enabled"] else ""
+    if isinstance(value, bool) and "object" in types and "enabled" in _keys(schema):
+        return f'; write {{"enabled": {str(value).lower()}}}'
+    if isinstance(value, str) and "object" in types and "device" in _keys(schema):
+        return f'; write {{"device": {json.dumps(value)}}}'
+    if isinstance(value, str) and types == ["array"]:
+        return f"; write [{json.dumps(value)}]"
     return ""

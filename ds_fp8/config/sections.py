@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .contract import SECTIONS
-from .suggest import level_spelling, nearest
+from .suggest import completed, level_spelling, nearest
 
 OURS_MISSPELT = {
     "float8": "fp8",
@@ -23,7 +23,21 @@ OURS_MISSPELT = {
 }
 """Levelled spellings that are more than a slip away, and yet can only mean our sections."""
 
-THEIRS_MISSPELT = {"bfp16": "bf16", "fb16": "bf16", "brainfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+THEIRS_MISSPELT = {
+    "bfp16": "bf16",
+    "fb16": "bf16",
+    "brainfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "zero": "zero_optimization",
+    "zeroconfig": "zero_optimization",
+    "batchsize": "train_batch_size",
+    "microbatchsize": "train_micro_batch_size_per_gpu",
+    "gradaccumulationsteps": "gradient_accumulation_steps",
+    "gradaccumsteps": "gradient_accumulation_steps",
+    "gradclip": "gradient_clipping",
+    "maxgradnorm": "gradient_clipping",
+}
 """Levelled spellings of DeepSpeed's sections that are near two of them, or near none."""
 
 FOREIGN = frozenset({"$schema", "$comment", "comment", "description"})
@@ -52,7 +66,8 @@ def meant_key(key: str, known: frozenset[str]) -> str | None:
     levelled = level_spelling(key)
     if levelled in THEIRS_MISSPELT:
         return THEIRS_MISSPELT[levelled]
-    return nearest(levelled, known, 0 if len(levelled) < 6 else 1 if len(levelled) < 10 else 2)
+    near = nearest(levelled, known, 0 if len(levelled) < 6 else 1 if len(levelled) < 10 else 2)
+    return near or completed(levelled, known, least=8)
 
 
 def judge(
@@ -82,6 +97,6 @@ def judge(
             yield key, message, "error"
         elif ours and key in homes:
             message = f"stands at the top, where DeepSpeed ignores it in silence; it belongs into {homes[key]}"
-            yield key, message, "error"
+            yield key, message, "warning" if homes[key] == "optimizer/params" else "error"
         elif ours:
             yield key, "unknown key; DeepSpeed and ds_fp8 ignore it", "warning"

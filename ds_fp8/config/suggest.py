@@ -34,8 +34,18 @@ def edit_distance(left: str, right: str) -> int:
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` was most likely meant to be, or None when nothing is near."""
+    known = list(known)
     levelled = level_spelling(word)
-    return nearest(levelled, known, len(levelled) // 3)
+    return nearest(levelled, known, len(levelled) // 3) or completed(levelled, known)
+
+
+def completed(levelled: str, known: Iterable[str], least: int = 4) -> str | None:
+    """The one known word that begins or ends with `levelled` (`delay`, `level`); None if there is none, or several."""
+    if len(levelled) < least:
+        return None
+    found = [word for word in known if level_spelling(word).startswith(levelled)]
+    found = found or [word for word in known if level_spelling(word).endswith(levelled)]
+    return found[0] if len(found) == 1 else None
 
 
 def nearest(levelled: str, known: Iterable[str], most: int) -> str | None:

@@ -22,6 +22,7 @@ PYTHON_WORDS = {
     "inf": "JSON has no infinity; write a large number, or leave the key out",
 }
 _TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\]]|-?[A-Za-z]+', re.DOTALL)
+_COMMENT = re.compile(r"#|//|/\*")
 _PAIRS = {"}": "{", "]": "["}
 
 
@@ -72,6 +73,11 @@ def explain(text: str, error: Exception) -> SyntaxProblem:
     if opened:
         token, at = opened[-1]
         return SyntaxProblem(f"this {token} is never closed", *_place(text, at))
+    strict = None if _COMMENT.search(text) else json_error(text)
+    if strict is not None and strict.line:
+        # Without a comment the text was meant as JSON, whose parser stops at the slip; hjson's reads on to the end.
+        cure = "; a comma is missing before it" if strict.message.startswith("expecting ',' delimiter") else ""
+        return SyntaxProblem(f"not readable as JSON: {strict.message}{cure}", strict.line, strict.column)
     line, column = getattr(error, "lineno", 0), getattr(error, "colno", 0)
     reason = getattr(error, "msg", None) or f"{type(error).__name__}: {error}"
     return SyntaxProblem(f"not readable as JSON or hjson: {reason}", line, column)

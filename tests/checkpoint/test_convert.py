@@ -8,8 +8,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from states_jobs import full_weights, job, load, train
 
-from ds_fp8.checkpoint import convert
 from ds_fp8.checkpoint.inspect import read_plain
+from ds_fp8.cli import convert as command
 
 pytestmark = pytest.mark.dist
 
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
 def test_safetensors_hold_the_masters(saved, tmp_path, stage):
     """fp32 under plain names; rounded to bf16 they are the model's weights."""
     folder, results = saved
-    assert convert.main([str(folder / str(stage)), str(tmp_path / "out")]) == 0
+    assert command.main([str(folder / str(stage)), str(tmp_path / "out")]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert set(weights) >= set(results[stage]["names"])
     flat = torch.cat([weights[name].reshape(-1) for name in results[stage]["names"]])
@@ -57,7 +57,7 @@ def test_safetensors_hold_the_masters(saved, tmp_path, stage):
 
 def test_large_models_are_cut_into_files(saved, tmp_path):
     folder, _ = saved
-    assert convert.main([str(folder / "2"), str(tmp_path / "out"), "--dtype", "bf16", "--shard-gb", "3e-6"]) == 0
+    assert command.main([str(folder / "2"), str(tmp_path / "out"), "--dtype", "bf16", "--shard-gb", "3e-6"]) == 0
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
 
@@ -65,7 +65,7 @@ def test_large_models_are_cut_into_files(saved, tmp_path):
 def test_levels(saved, tmp_path):
     """Converted to O1 and loaded at O1 is loaded at O1 from O2: the same decoded state, so the same losses."""
     folder, _ = saved
-    assert convert.main([str(folder / "2"), str(tmp_path / "one"), "--level", "O1"]) == 0
+    assert command.main([str(folder / "2"), str(tmp_path / "one"), "--level", "O1"]) == 0
     shard = read_plain(next((tmp_path / "one" / "a").glob("*_optim_states.pt")))
     assert shard["optimizer_state_dict"]["ds_fp8"]["layout"]["formats"]["exp_avg"] == "fp32"
     converted = run_ranks(2, continue_at, str(tmp_path / "one"), "O1")[0]
@@ -74,12 +74,12 @@ def test_levels(saved, tmp_path):
 
 def test_plain_has_nothing_of_ours(saved, tmp_path):
     folder, _ = saved
-    assert convert.main([str(folder / "3"), str(tmp_path / "plain"), "--level", "plain"]) == 0
+    assert command.main([str(folder / "3"), str(tmp_path / "plain"), "--level", "plain"]) == 0
     for path in (tmp_path / "plain" / "a").glob("*_optim_states.pt"):
         assert "ds_fp8" not in read_plain(path)["optimizer_state_dict"]
-    assert convert.main([str(tmp_path / "plain"), str(tmp_path / "again"), "--level", "O2"]) == 2
+    assert command.main([str(tmp_path / "plain"), str(tmp_path / "again"), "--level", "O2"]) == 2
 
 
 def test_mistakes_are_named(tmp_path, capsys):
-    assert convert.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert command.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "latest" in capsys.readouterr().err

@@ -121,6 +121,13 @@ def _call(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{result.stderr[-2000:]}")
 
 
+def _umask() -> int:
+    """The mask of this process, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def build(target_dir: Path | str, *, flags: tuple[str, ...] = (), portable_only: bool = False) -> Path:
     """Compile into `target_dir`; returns the library. Raises BuildError; leaves nothing half-written behind.
 
@@ -147,7 +154,7 @@ def build(target_dir: Path | str, *, flags: tuple[str, ...] = (), portable_only:
         os.close(handle)
         try:
             shutil.copyfile(linked, beside)
-            Path(beside).chmod(0o755)
+            Path(beside).chmod(0o777 & ~_umask())
             Path(beside).replace(target_dir / library_name())
         except BaseException:
             with contextlib.suppress(OSError):
