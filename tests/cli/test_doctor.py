@@ -83,7 +83,12 @@ def test_a_deepspeed_that_is_not_installed_is_compared(tmp_path, capsys):
     engine.write_text(engine.read_text().replace("_take_model_step", "_step_model"))
     assert main(["doctor", "--deepspeed", str(tmp_path)]) == 1
     told = capsys.readouterr().out
-    assert "_take_model_step: not there" in told
+    assert "_take_model_step: not there" in told and "by itself" not in told
+    named = copy / "git_version_info_installed.py"
+    named.write_text(named.read_text().replace(deepspeed.__version__, "0.18.8"))
+    assert main(["doctor", "--deepspeed", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "DeepSpeed 0.18.8 in" in told and "by itself: over gloo ZeRO 1 and 2 stop" in told
     assert main(["doctor", "--deepspeed", str(tmp_path / "nowhere")]) == 2
 
 

@@ -12,7 +12,6 @@ from ds_fp8.zero import specializing
 from ds_fp8.zero.states_stage0 import Stage0Optimizer
 
 NOT_HERE = {
-    # Muon shares matrices between ranks; msamp takes Adam only.
     "Stage0Optimizer.backward",  # called by the engine of 0.18.2 and before
     "StatesStage3.offload_states",  # refuses
 }

@@ -101,10 +101,7 @@ def refuse_ties(engine: Any) -> None:
     Midway between two bf16 numbers DeepSpeed takes the even one and split32 the upper one (docs/numerics.md): one weight in
     131072, so every tenth step of this net has one, and then the two jobs part.
     """
-    bits = torch.cat([safe_get_full_fp32_param(param).reshape(-1) for param in engine.module.parameters()]).view(
-        torch.int32
-    )
-    if ((bits & 0x1FFFF) == 0x8000).any():
+    if ((masters(engine).view(torch.int32) & 0x1FFFF) == 0x8000).any():
         engine.destroy()
         raise TieError
 

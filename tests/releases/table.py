@@ -14,6 +14,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 ADAPTERS = Path(__file__).resolve().parents[2] / "ds_fp8" / "zero" / "adapters"
 ALONE = "DeepSpeed alone"
+UNCALLED_BEFORE = {
+    "StatesBF16.": ("0.18.5", "DeepSpeed builds no BF16_Optimizer"),
+    "Stage0Optimizer.": ("0.18.5", "DeepSpeed saves no optimizer state of stage 0"),
+}
+"""Beginning of a method's name -> the first release where somebody calls it, and why not before."""
 
 
 def read(files: list[str]) -> list[dict[str, Any]]:
@@ -66,7 +71,7 @@ def adapter_lines() -> dict[str, tuple[int, str]]:
 
 def page(results: list[dict[str, Any]], meanings: dict[str, str]) -> str:
     """Markdown: release x feature for each set of versions, then every failure in words."""
-    from ds_fp8.releases import FAULTS, RELEASED
+    from ds_fp8.releases import FAULTS, RELEASED, numbers
 
     names = list(dict.fromkeys([*meanings, *(name for result in results for name in result["features"])]))
     lines = [
@@ -103,7 +108,13 @@ def page(results: list[dict[str, Any]], meanings: dict[str, str]) -> str:
         for name in result.get("uncalled") or ():
             uncalled.setdefault(name, []).append(result["deepspeed"])
     lines += ["Overridden methods of DeepSpeed that no column has called:" + ("" if uncalled else " none."), ""]
-    lines += [f"- `{name}` ({', '.join(sorted(set(where)))})" for name, where in sorted(uncalled.items())]
+    for name, where in sorted(uncalled.items()):
+        reasons = (
+            f": before {first} {why}"
+            for begin, (first, why) in UNCALLED_BEFORE.items()
+            if name.startswith(begin) and all(numbers(one) < numbers(first) for one in where)
+        )
+        lines.append(f"- `{name}` ({', '.join(sorted(set(where)))})" + next(reasons, ""))
     lines += [""] * bool(uncalled)
     lines += ["Where releases differ, an adapter stands in (`ds_fp8/zero/adapters`); its file, comments and all:", ""]
     lines += ["| release | lines | what it holds |", "|---|---|---|"]
