@@ -16,29 +16,56 @@ Source: MS-AMP's table of levels; FP8-LM (arXiv 2310.18313), section 2; docs/num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .formats import BLOCK_SIZE
 
 OPT_LEVELS = ("O1", "O2", "O3")
-STATE_FORMATS = ("fp32", "bf16", "fp16", "e4m3", "e4m3_expanded")
-"""What holds either moment. int8 holds exp_avg alone: its codes are evenly spaced, and a root spans decades."""
 
-EXP_AVG_FORMATS = (*STATE_FORMATS, "int8")
+
+@dataclass(frozen=True)
+class StateFormat:
+    """A format of one optimizer state, without its arithmetic: `numerics.states.CODECS` reads and writes it.
+
+    bytes             per parameter, scales included
+    holds_exp_avg_sq  whether the second moment may lie in it
+    keeps_root        the second moment in it is its square root
+    keeps_ratio       the first moment in it is its ratio to the root of the second, where the algorithm has a second
+    cpp, triton       its number in kernels/cpu/states.h and kernels/triton/states.py; None: no kernel there knows it, and the
+                      step of a state in it is PyTorch's
+    """
+
+    bytes: float
+    holds_exp_avg_sq: bool = True
+    keeps_root: bool = False
+    keeps_ratio: bool = False
+    cpp: int | None = None
+    triton: int | None = None
+
+
+STATES = {
+    "fp32": StateFormat(4.0, cpp=0, triton=0),
+    "bf16": StateFormat(2.0, cpp=1, triton=1),
+    "fp16": StateFormat(2.0 + 4 / BLOCK_SIZE, keeps_root=True, cpp=2, triton=2),
+    "e4m3": StateFormat(1.0 + 4 / BLOCK_SIZE, keeps_root=True, keeps_ratio=True, cpp=3, triton=3),
+    "e4m3_expanded": StateFormat(1.0 + 5 / BLOCK_SIZE, keeps_root=True, keeps_ratio=True, cpp=4, triton=4),
+    "int8": StateFormat(1.0 + 4 / BLOCK_SIZE, holds_exp_avg_sq=False, keeps_ratio=True, cpp=5, triton=5),
+}
+"""Every format of a state by its name in the JSON. int8 holds exp_avg alone: it is evenly spaced, and a root spans decades."""
+
+STATE_FORMATS = tuple(name for name, fmt in STATES.items() if fmt.holds_exp_avg_sq)
+EXP_AVG_FORMATS = tuple(STATES)
+ABSENT = "none"
+"""Format of a state that the algorithm does not keep (Lion's exp_avg_sq)."""
+
 MASTER_FORMATS = ("fp32", "split32", "split24", "fp16")
 ROUNDINGS = ("nearest", "stochastic")
 GRADIENT_WIRES = ("e4m3", "e5m2", "none")
 GRADIENT_WIRE_SCOPES = ("all", "inter_node")
 WEIGHT_WIRES = ("e4m3", "none")
 
-STATE_BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "fp16": 2.0 + 4 / BLOCK_SIZE,
-    "e4m3": 1.0 + 4 / BLOCK_SIZE,
-    "e4m3_expanded": 1.0 + 5 / BLOCK_SIZE,
-    "int8": 1.0 + 4 / BLOCK_SIZE,
-}
+STATE_BYTES = {name: fmt.bytes for name, fmt in STATES.items()} | {ABSENT: 0.0}
 """Bytes per parameter of one optimizer state, scales included."""
 
 MASTER_EXTRA_BYTES = {"fp32": 4.0, "split32": 2.0, "split24": 1.0, "fp16": 2.0 + 4 / BLOCK_SIZE}
@@ -49,8 +76,8 @@ MASTER_EXTRA_BYTES = {"fp32": 4.0, "split32": 2.0, "split24": 1.0, "fp16": 2.0 +
 class Level:
     """The formats of one level, after overrides.
 
-    exp_avg                one of EXP_AVG_FORMATS; the 8-bit ones store its ratio to the root of exp_avg_sq
-    exp_avg_sq             one of STATE_FORMATS; fp16 and the 8-bit ones store its root
+    exp_avg                one of EXP_AVG_FORMATS; the 8-bit ones store its ratio to the root of exp_avg_sq, if there is one
+    exp_avg_sq             one of STATE_FORMATS; fp16 and the 8-bit ones store its root. ABSENT: the algorithm has none
     master                 one of MASTER_FORMATS
     rounding               how codes of states and masters are rounded
     gradient_wire          format in which gradients cross the network
@@ -80,6 +107,10 @@ class Level:
         if level.master == "fp16" and "rounding" not in chosen:
             level = replace(level, rounding="stochastic")
         return level
+
+    def keeping(self, moments: Sequence[str]) -> Level:
+        """The same level for an algorithm with these states."""
+        return self if "exp_avg_sq" in moments else replace(self, exp_avg_sq=ABSENT)
 
 
 LEVELS = {

@@ -1,6 +1,6 @@
 """What all tests share: one thread, no GPU unless asked for, and skips that name their reason.
 
-Tests that start several processes use `tests/ranks.py`.
+Tests that start several processes use `run_ranks` (`tests/comm/ranks.py`).
 """
 
 from __future__ import annotations

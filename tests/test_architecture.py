@@ -21,6 +21,7 @@ ROOT = Path(ds_fp8.__file__).parent
 FLOORS = {
     "errors": 0,
     "formats": 0,
+    "algorithms": 1,
     "experts": 1,
     "recipe": 1,
     "levels": 1,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..numerics.dtypes import BASE_DTYPES
-from ..optim import ScaledAdamW
+from ..optim import ScaledAdamW, ScaledLion
 from ..zero.states import KEY, check_codes
 from .complete import look
 from .inspect import read_plain, read_safe
@@ -182,7 +182,10 @@ def recode(state: dict[str, Any], level: str) -> dict[str, Any]:
             f"base dtype {layout['base_dtype']!r} is not one of {', '.join(map(str, BASE_DTYPES.values()))}."
         )
     params = [torch.zeros(numel, dtype=dtype) for numel in layout["numel"]]
-    optimizer = ScaledAdamW([{"params": params}], level=level, seed=state["seed"])
+    # The formats of states do not depend on which algorithm of the same states it was.
+    has_squares = "exp_avg_sq" in layout.get("formats", {"exp_avg_sq": ""})
+    cls = ScaledAdamW if has_squares else ScaledLion
+    optimizer = cls([{"params": params}], level=level, seed=state["seed"])
     for param, codes in zip(params, state["codes"], strict=True):
         optimizer.import_codes(param, codes)
     codes = [optimizer.export_codes(param) for param in params]

@@ -255,19 +255,20 @@ def _check_layout(engine: Any, shard: dict[str, Any], path: str) -> None:
 
 
 def _inspect_universal(engine: Any, folder: Path) -> None:
-    """Every parameter of this rank has its three files. They are read one by one when they are loaded."""
+    """Every parameter of this rank has a file for its weight and each moment. They are read when they are loaded."""
+    keys = ("fp32", *engine.optimizer.optimizer.moments)
     if not (folder / "zero" / "optimizer_state.pt").is_file():
         raise CheckpointError(f"{folder}: no universal checkpoint (zero/optimizer_state.pt is missing).")
     missing = [
         f"{name}/{key}.pt"
         for param, name in engine.param_names.items()
         if param.requires_grad
-        for key in ("fp32", "exp_avg", "exp_avg_sq")
+        for key in keys
         if not (folder / "zero" / name / f"{key}.pt").is_file()
     ]
     for param, name in engine.param_names.items():
         if param.requires_grad and not missing:
-            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            for key in keys:
                 check_records(folder / "zero" / name / f"{key}.pt")
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

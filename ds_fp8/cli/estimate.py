@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import config
+from ..algorithms import moments_of
 from ..cost.memory import Bytes, Kept, Placement, bucket_bytes, bytes_of
 from ..cost.wire import gradient_bytes, weight_bytes
 from ..errors import ConfigError, DsFp8Error
@@ -52,7 +53,7 @@ def is_possible(level: Level, stage: int) -> bool:
 
 def kept_bytes(row: str, level: Level, stage: int, job: Job) -> tuple[Bytes, Bytes]:
     """(device, host) bytes of one rank."""
-    ours = level is not DEEPSPEED
+    ours = level.name != DEEPSPEED.name
     kept = Kept(level.exp_avg, level.exp_avg_sq, level.master, ours, level.weight_wire != "none")
     device, host = bytes_of(kept, job.at(stage, row))
     return device.times(job.params), host.times(job.params)
@@ -85,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"--model {options.model}: {type(error).__name__}: {error}")
             return 2
     job = _job(options, settings)
-    rows = dict(ROWS)
+    moments = moments_of(facts.optimizer)
+    rows = {name: level.keeping(moments) for name, level in ROWS.items()}
     level = settings.msamp.level
     if level is not None and level not in rows.values():
         rows[f"{level.name} as in the file"] = level

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from .. import kernels
 from ..formats import BLOCK_SIZE
+from ..numerics.flat import blocks_of
 from . import scratch
 from .counters import all_gather_bytes, all_reduce_bytes, counters
 from .gather import gather_messages
 from .route import Route, flat_route
-from .wire import Wire, blocks_in, message_bytes, message_views, write_message
+from .wire import Wire, message_bytes, message_views, write_message
 
 Deliver = Callable[[int, Tensor], None]
 """deliver(start, part): elements [start, start + len(part)) of the own slice are summed."""
@@ -137,7 +138,7 @@ def _start_exchange(parts: list[Tensor], route: Route, wire: Wire) -> Exchange |
     element_bytes = 1 if wire.fmt else parts[0].element_size()
     counters.add("gradient", sent_numel * element_bytes)
     if wire.fmt is not None:
-        counters.add("scale", 4 * sum(blocks_in(numels[d]) for d in others))
+        counters.add("scale", 4 * sum(blocks_of(numels[d]) for d in others))
     return Exchange(handle, received, send)
 
 
@@ -216,7 +217,7 @@ def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) 
 
 def owner_bounds(numel: int, world_size: int) -> list[int]:
     """Shares of whole blocks, as even as blocks allow; the last ones may be short or empty."""
-    share = -(-blocks_in(numel) // world_size) * BLOCK_SIZE
+    share = -(-blocks_of(numel) // world_size) * BLOCK_SIZE
     return [min(numel, d * share) for d in range(world_size + 1)]
 
 

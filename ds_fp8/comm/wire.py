@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..formats import BLOCK_SIZE, FORMATS, Format
+from ..numerics.flat import blocks_of
 
 CHUNK_NUMEL = {"cpu": 1 << 23, "other": 1 << 26}
 """Elements in flight per message. Small enough that temporaries stay bounded and that casts overlap with the
@@ -63,17 +64,13 @@ class Wire:
                 yield cut
 
 
-def blocks_in(numel: int) -> int:
-    return -(-numel // BLOCK_SIZE)
-
-
 def scale_offset(numel: int) -> int:
     """Where the scales begin in a message of `numel` codes: the next multiple of 4, so that fp32 views are legal."""
     return -(-numel // 4) * 4
 
 
 def message_bytes(numel: int) -> int:
-    return scale_offset(numel) + 4 * blocks_in(numel)
+    return scale_offset(numel) + 4 * blocks_of(numel)
 
 
 def message_views(message: Tensor, numel: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .facts import base_dtype, offload_device, optimizer_type, section, zero_stage
+from ..algorithms import ALGORITHMS, REFUSED_OPTIONS, labels, moments_of
+from .facts import offload_device, optimizer_type, section, zero_stage
 from .rules import Found, Rule, fp8_of, level_of, msamp_of
 
 ONE_BIT_OPTIMIZERS = frozenset({"onebitadam", "zerooneadam", "onebitlamb"})
-ADAM_OPTIMIZERS = frozenset({"adam", "adamw"})
 
 
 def deepcompile(data: dict[str, Any]) -> Found:
@@ -83,16 +83,35 @@ def one_bit_optimizers(data: dict[str, Any]) -> Found:
 
 
 def other_optimizers(data: dict[str, Any]) -> Found:
-    """msamp stores Adam's moments."""
+    """msamp stores the states of a few algorithms."""
     name = optimizer_type(data)
-    if msamp_of(data) and name and name.lower() not in ADAM_OPTIMIZERS | ONE_BIT_OPTIMIZERS:
-        yield ("optimizer", "type"), f"msamp keeps the states of Adam and AdamW, not of '{name}'; use one of these"
+    if msamp_of(data) and name and name.lower() not in ALGORITHMS.keys() | ONE_BIT_OPTIMIZERS:
+        yield ("optimizer", "type"), f"msamp keeps the states of {labels()}, not of '{name}'; use one of these"
 
 
-def amsgrad(data: dict[str, Any]) -> Found:
-    """AMSGrad needs a third state that no level stores."""
-    if msamp_of(data) and section(section(data, "optimizer"), "params").get("amsgrad") is True:
-        yield ("optimizer", "params", "amsgrad"), "msamp stores two moments, AMSGrad needs a third; set it to false"
+def states_that_are_not(data: dict[str, Any]) -> Found:
+    """A format of a state that the algorithm does not keep would be ignored."""
+    name, given = optimizer_type(data), msamp_of(data) or {}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if moment not in moments_of(name) and given.get(moment) not in (None, "auto"):
+            yield ("msamp", moment), f"'{name}' keeps no {moment}, so its format has no effect; remove it"
+
+
+def refused_options(data: dict[str, Any]) -> Found:
+    """Options that would change the numbers, or that the step cannot keep."""
+    given = section(section(data, "optimizer"), "params")
+    for name, reason in REFUSED_OPTIONS.items():
+        if msamp_of(data) and given.get(name) is True:
+            yield ("optimizer", "params", name), f"not available with msamp ({reason}); set it to false"
+
+
+def elastic_checkpoint(data: dict[str, Any]) -> Found:
+    """DeepSpeed's elastic checkpoints of stage 3."""
+    if msamp_of(data) and zero_stage(data) == 3 and _zero(data, "elastic_checkpoint"):
+        yield (
+            ("zero_optimization", "elastic_checkpoint"),
+            "DeepSpeed has dropped it in stage 3; set it to false and use universal checkpoints",
+        )
 
 
 def sixteen_bit_masters(data: dict[str, Any]) -> Found:
@@ -142,18 +161,6 @@ def secondary_partition(data: dict[str, Any]) -> Found:
         )
 
 
-def unscaled_fp16(data: dict[str, Any]) -> Found:
-    """DeepSpeed 0.18.4 and later unscale gradients at stage 0 without having scaled the loss; msamp's optimizer does both."""
-    if fp8_of(data) and not msamp_of(data) and base_dtype(data) == "fp16" and zero_stage(data) == 0:
-        yield (
-            ("fp16", "enabled"),
-            (
-                "fp16 at ZeRO stage 0 trains wrongly in DeepSpeed since 0.18.4: gradients are unscaled, the loss never was "
-                "scaled; set zero_optimization/stage to 1, 2 or 3, or use bf16"
-            ),
-        )
-
-
 def communication_dtype(data: dict[str, Any]) -> Found:
     """communication_data_type names the dtype of a reduction that FP8 codes replace."""
     level = level_of(data)
@@ -191,15 +198,14 @@ CONFLICTS: tuple[Rule, ...] = (
     partial_offload,
     one_bit_optimizers,
     other_optimizers,
-    amsgrad,
+    states_that_are_not,
+    refused_options,
+    elastic_checkpoint,
     sixteen_bit_masters,
     quantized_gradients,
     quantized_weights,
     secondary_partition,
 )
-
-OF_TRAINING: tuple[Rule, ...] = (unscaled_fp16,)
-"""Rules that an engine without an optimizer cannot break."""
 
 REPLACED: tuple[Rule, ...] = (communication_dtype, torch_adam_states)
 """Rules whose findings are warnings: DeepSpeed's key loses its effect, and nothing else happens."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from ..errors import ConfigError, Problem
 from . import contract
-from .conflicts import CONFLICTS, OF_TRAINING, REPLACED
+from .conflicts import CONFLICTS, REPLACED
 from .deepspeed_keys import deprecated_keys, homes, judge_deepspeed, top_level_keys
 from .messages import messages_of
+from .refusals import refusals
 from .resolve import settings_of, without_training
 from .rules import ADVICE, RULES
 from .sections import judge
@@ -83,10 +84,11 @@ def _own_problems(document: Document, asked: bool = False, trains: bool = True) 
             problems += [document.problem(path, message) for path, message in messages_of(error, (section,))]
     # Rules read values by their meaning, so they wait until every value has one.
     if present and not any(problem.path.split("/")[0] in present for problem in problems):
-        conflicts = CONFLICTS + OF_TRAINING if trains else CONFLICTS
         in_force = data if trains else without_training(data)
-        for rules, severity in ((RULES + conflicts, "error"), (ADVICE + REPLACED, "warning")):
+        for rules, severity in ((RULES + CONFLICTS, "error"), (ADVICE + REPLACED, "warning")):
             problems += [
                 document.problem(path, message, severity) for rule in rules for path, message in rule(in_force)
             ]
+        settings = settings_of(data, document.name, trains=trains)
+        problems += [document.problem(refusal.path, str(refusal)) for refusal in refusals(settings)]
     return problems

@@ -6,8 +6,10 @@ Three keys stay undecided (None) until the plan knows model and device: `fp8.wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ..algorithms import moments_of
 from ..levels import LEVELS
 from ..recipe import HighPrecision, Recipe
 from . import contract
@@ -66,7 +68,8 @@ def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = (), 
     """
     fp8_given: Any = data.get("fp8")
     msamp_given: Any = data.get("msamp")
-    msamp = _msamp(msamp_given) if is_enabled(msamp_given) else MsampSettings()
+    facts = read_facts(data)
+    msamp = _msamp(msamp_given, moments_of(facts.optimizer)) if is_enabled(msamp_given) else MsampSettings()
     told = list(notes)
     if is_enabled(fp8_given):
         fp8 = _fp8(fp8_given, backend=_backend(fp8_given, msamp))
@@ -84,7 +87,6 @@ def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = (), 
     if msamp.enabled and not trains:
         told.append("this engine has no optimizer, so msamp has nothing to do here")
         msamp = MsampSettings()
-    facts = read_facts(data)
     return Settings(fp8=fp8, msamp=msamp, deepspeed=facts, source=source, notes=tuple(told), trains=trains)
 
 
@@ -147,12 +149,12 @@ def _telemetry(given: Any) -> TelemetrySettings:
     )
 
 
-def _msamp(given: dict[str, Any]) -> MsampSettings:
+def _msamp(given: dict[str, Any], moments: Sequence[str]) -> MsampSettings:
     level = LEVELS[value_of(given, "msamp", "opt_level")]
     overrides = {key: integer(given[key]) for key in LEVEL_KEYS if key in given}
     return MsampSettings(
         enabled=True,
-        level=level.override(**overrides),
+        level=level.override(**overrides).keeping(moments),
         use_te=value_of(given, "msamp", "use_te"),
         explicit=explicit_keys(given),
         weight_wire_exclude=tuple(value_of(given, "msamp", "weight_wire_exclude")),

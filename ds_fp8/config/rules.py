@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..levels import LEVELS
-from ..recipe import HISTORY_RECIPES, OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, TE_RECIPES, listed
+from ..algorithms import moments_of
+from ..levels import ABSENT, LEVELS
+from ..recipe import HISTORY_RECIPES, RECIPE_KINDS, listed
 from . import contract
-from .facts import base_dtype, section, zero_stage
+from .facts import optimizer_type, section
 from .positions import Path
 from .resolve import LEVEL_KEYS, explicit_keys, is_enabled, value_of
 
@@ -37,7 +38,8 @@ def level_of(data: dict[str, Any]) -> Any:
     if given is None:
         return None
     level = LEVELS[value_of(given, "msamp", "opt_level")]
-    return level.override(**{key: given[key] for key in LEVEL_KEYS if key in given})
+    level = level.override(**{key: given[key] for key in LEVEL_KEYS if key in given})
+    return level.keeping(moments_of(optimizer_type(data)))
 
 
 def delayed_only_keys(data: dict[str, Any]) -> Found:
@@ -50,79 +52,6 @@ def delayed_only_keys(data: dict[str, Any]) -> Found:
                 ("fp8", key),
                 f"has no effect with recipe '{recipe}'; remove it, or set recipe to {listed(HISTORY_RECIPES)}",
             )
-
-
-def blackwell_recipes_need_transformer_engine(data: dict[str, Any]) -> Found:
-    """mxfp8 and nvfp4 exist in Transformer Engine only."""
-    given = fp8_of(data) or {}
-    recipe = value_of(given, "fp8", "recipe")
-    if not RECIPE_KINDS[recipe].is_ours and given.get("backend") == "torch":
-        message = (
-            f"'{recipe}' needs backend transformer_engine, but fp8/backend is torch; use auto or transformer_engine"
-        )
-        yield ("fp8", "recipe"), message
-
-
-def transformer_engine_knows_the_recipe(data: dict[str, Any]) -> Found:
-    """Recipes that only our own layers compute."""
-    given = fp8_of(data) or {}
-    recipe = value_of(given, "fp8", "recipe")
-    if RECIPE_KINDS[recipe].transformer_engine_since is None:
-        cure = f"use recipe {listed(TE_RECIPES)}, or "
-        if given.get("backend") == "transformer_engine":
-            yield ("fp8", "recipe"), f"Transformer Engine has no recipe '{recipe}'; {cure}set fp8/backend to torch"
-        if given.get("fuse") is True:
-            yield ("fp8", "fuse"), f"Transformer Engine, which fuses, has no recipe '{recipe}'; {cure}drop fuse"
-
-
-def fused_layers_need_transformer_engine(data: dict[str, Any]) -> Found:
-    """The fused layers, LayerNorm+Linear and LayerNorm+MLP, are Transformer Engine's."""
-    given = fp8_of(data) or {}
-    if given.get("fuse") is True and given.get("backend") == "torch":
-        yield ("fp8", "fuse"), "fused layers are Transformer Engine's, but fp8/backend is torch; change one of them"
-
-
-def compiled_layers_are_our_own(data: dict[str, Any]) -> Found:
-    """Transformer Engine's modules run outside a compiled graph: each would break it."""
-    given = fp8_of(data) or {}
-    if given.get("compile", False) in (False, "auto"):
-        return
-    if given.get("backend") == "transformer_engine" or not RECIPE_KINDS[value_of(given, "fp8", "recipe")].is_ours:
-        yield (
-            ("fp8", "compile"),
-            (
-                "Transformer Engine's layers (fp8/backend, fp8/recipe) run outside a compiled graph and break it at each layer; "
-                f"set fp8/backend to torch with recipe {listed(OUR_RECIPES)}, or fp8/compile to false"
-            ),
-        )
-    if given.get("fuse") is True:
-        yield ("fp8", "compile"), "fp8/fuse makes layers of Transformer Engine, which break a compiled graph; drop one"
-
-
-def compiled_blocks_keep_their_parameters(data: dict[str, Any]) -> Found:
-    """ZeRO-3 gathers and releases parameters in hooks on every module."""
-    if (fp8_of(data) or {}).get("compile", False) not in (False, "auto") and zero_stage(data) == 3:
-        yield (
-            ("fp8", "compile"),
-            (
-                "ZeRO-3 gathers parameters in hooks on every module, which break the graph at every layer; "
-                "set zero_optimization/stage to 2, or fp8/compile to false"
-            ),
-        )
-
-
-def graphs_replay_fixed_memory(data: dict[str, Any]) -> Found:
-    """O3's codes of weights arrive in new memory at each step; a CUDA graph would read the old one."""
-    given, level = (fp8_of(data) or {}).get("compile"), level_of(data)
-    mode = given.get("mode") if isinstance(given, dict) else None
-    if mode in ("reduce-overhead", "max-autotune") and level is not None and level.weight_wire != "none":
-        yield (
-            ("fp8", "compile", "mode"),
-            (
-                f"'{mode}' replays CUDA graphs, which read weights at fixed places; with msamp/weight_wire "
-                f"{level.weight_wire} (O3) they arrive in new memory at each step; use default, or opt_level O2"
-            ),
-        )
 
 
 def something_is_swapped(data: dict[str, Any]) -> Found:
@@ -157,39 +86,6 @@ def use_te_needs_fp8(data: dict[str, Any]) -> Found:
         )
 
 
-def fp8_weights_need_fp8_layers(data: dict[str, Any]) -> Found:
-    """O3 sends weights as the codes that FP8 layers make of them; without such layers it would round the model itself."""
-    level = level_of(data)
-    if level and level.weight_wire == "e4m3" and _fp8_is_switched_off(data):
-        yield (
-            _level_path(data, "weight_wire"),
-            (
-                "FP8 weights are usable by FP8 layers only, but fp8/enabled is false; set it to true, or use opt_level O2"
-            ),
-        )
-
-
-def fp8_weights_need_zero(data: dict[str, Any]) -> Found:
-    """At stage 0 every rank owns every weight: no gather, nothing to send in FP8."""
-    level = level_of(data)
-    if level and level.weight_wire == "e4m3" and zero_stage(data) == 0:
-        yield (
-            _level_path(data, "weight_wire"),
-            (
-                f"{level.name if level.name == 'O3' else 'weight_wire e4m3'} needs FP8 weights in ZeRO, but "
-                "zero_optimization/stage is 0; set stage to 1, 2 or 3, or use opt_level O2"
-            ),
-        )
-
-
-def fp8_weights_need_codes(data: dict[str, Any]) -> Found:
-    """Only recipes whose codes the owner of a weight can make."""
-    level, given = level_of(data), fp8_of(data) or {}
-    if level and level.weight_wire == "e4m3" and RECIPE_KINDS[value_of(given, "fp8", "recipe")].not_by_owner:
-        message = f"FP8 weights have no codes for recipe '{given['recipe']}': {RECIPE_KINDS[given['recipe']].not_by_owner}; use {listed(OWNER_RECIPES)}, or opt_level O2"
-        yield ("fp8", "recipe"), message
-
-
 def only_fp8_weights_are_excluded(data: dict[str, Any]) -> Found:
     """weight_wire_exclude takes weights out of what travels in FP8; where none do it would do nothing."""
     level, given = level_of(data), msamp_of(data) or {}
@@ -200,19 +96,11 @@ def only_fp8_weights_are_excluded(data: dict[str, Any]) -> Found:
         )
 
 
-def masters_fit_the_base(data: dict[str, Any]) -> Found:
-    """Split and fp16 masters complete a 16-bit weight; an fp32 parameter is its own master."""
-    master = (msamp_of(data) or {}).get("master", "auto")
-    if master in ("split32", "split24", "fp16") and base_dtype(data) == "fp32":
-        message = f"'{master}' completes a 16-bit weight, but neither bf16 nor fp16 is enabled; enable one, or use fp32"
-        yield ("msamp", "master"), message
-
-
 def rounding_has_something_to_round(data: dict[str, Any]) -> Found:
     """Stochastic rounding of formats that round nothing would be ignored."""
     level = level_of(data)
     if level and level.rounding == "stochastic" and "rounding" in explicit_keys(data["msamp"]):
-        exact = level.exp_avg == level.exp_avg_sq == "fp32" and level.master in ("fp32", "split32")
+        exact = {level.exp_avg, level.exp_avg_sq} <= {"fp32", ABSENT} and level.master in ("fp32", "split32")
         if exact:
             message = f"'stochastic' has no effect: {level.name} with these formats rounds nothing; remove it"
             yield ("msamp", "rounding"), message
@@ -251,20 +139,10 @@ def _level_path(data: dict[str, Any], key: str) -> Path:
 
 RULES: tuple[Rule, ...] = (
     delayed_only_keys,
-    blackwell_recipes_need_transformer_engine,
-    transformer_engine_knows_the_recipe,
-    fused_layers_need_transformer_engine,
-    compiled_layers_are_our_own,
-    compiled_blocks_keep_their_parameters,
-    graphs_replay_fixed_memory,
     something_is_swapped,
     use_te_agrees_with_backend,
     use_te_needs_fp8,
-    fp8_weights_need_fp8_layers,
-    fp8_weights_need_zero,
-    fp8_weights_need_codes,
     only_fp8_weights_are_excluded,
-    masters_fit_the_base,
     rounding_has_something_to_round,
     wire_scope_has_a_wire,
     telemetry_is_one,

@@ -13,10 +13,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import DsFp8Error
+from ..algorithms import ALGORITHMS, moments_of
+from ..errors import DsFp8Error, PlanError
 from ..zero.touched import touched
 from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
@@ -282,6 +283,7 @@ def _settings(engine: Any) -> Any:
     from .. import config
 
     settings = config.load(engine.config, where=source_name(engine.config), trains=has_optimizer(engine))
+    settings = _of_client(settings, engine.client_optimizer)
     if settings.enabled:
         from ..zero import private_names
 
@@ -289,6 +291,26 @@ def _settings(engine: Any) -> Any:
         if untested:
             tell(untested)
     return settings
+
+
+def _of_client(settings: Any, client: Any) -> Any:
+    """The settings with the algorithm of a client's optimizer, which the JSON cannot tell: the states that will be kept."""
+    from ..optim import algorithm_of
+
+    name = None if client is None or not settings.msamp.enabled else algorithm_of(client)
+    if name is None:
+        return settings
+    moments = moments_of(name)
+    if "exp_avg_sq" in settings.msamp.explicit - set(moments):
+        raise PlanError(
+            f"msamp/exp_avg_sq: {name} keeps no exp_avg_sq, so its format has no effect.\n  Remove the key."
+        )
+    level = settings.msamp.level.keeping(moments)
+    return replace(
+        settings,
+        msamp=replace(settings.msamp, level=level),
+        deepspeed=replace(settings.deepspeed, optimizer=ALGORITHMS[name].label),
+    )
 
 
 def _plan(engine: Any, model: Any, settings: Any) -> Any:

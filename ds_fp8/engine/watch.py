@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..formats import BLOCK_SIZE, Format
+from ..layers.forward_scope import in_backward
 from ..telemetry import JsonlLog, TensorStatistics, aggregate, find_alarms
 from ..telemetry.aggregate import events
 from ..telemetry.alarms import new_alarms
@@ -121,7 +122,7 @@ class Watch:
 
     def _operands(self, page: Any) -> Any:
         def before(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            if not (module.training and torch.is_grad_enabled() and args) or _in_backward():
+            if not (module.training and torch.is_grad_enabled() and args) or in_backward():
                 return
             self._measure(page, "input", args[0], page.input_column)
             if module.weight.numel() and (page.fqn, "weight") not in self._seen:
@@ -131,7 +132,7 @@ class Watch:
 
     def _gradient(self, page: Any) -> Any:
         def after(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if isinstance(output, torch.Tensor) and output.requires_grad and not _in_backward():
+            if isinstance(output, torch.Tensor) and output.requires_grad and not in_backward():
                 output.register_hook(lambda grad: self._measure(page, "grad_output", grad, page.grad_output_column))
 
         return after
@@ -235,8 +236,3 @@ class Watch:
                 self.log.write("alarm", step=engine.global_steps, **told)
         for alarm in alarms if self.rank == 0 else ():
             print(f"ds_fp8: step {engine.global_steps}: {alarm.text}", flush=True)
-
-
-def _in_backward() -> bool:
-    """Recompute under activation checkpointing runs the forward hooks again; its operands were seen already."""
-    return torch._C._current_graph_task_id() != -1

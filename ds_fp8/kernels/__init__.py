@@ -24,6 +24,7 @@ from .dispatch import (
     flat_sum,
     flat_sum_encode,
     library_for,
+    lion_step,
     path,
     quantize,
     quantize_1x128,
@@ -31,9 +32,11 @@ from .dispatch import (
     quantize_many,
     quantize_with_amax,
 )
+from .lion import LionStep
 
 __all__ = [
     "AdamStep",
+    "LionStep",
     "WeightCodes",
     "adam_step",
     "amax",
@@ -47,6 +50,7 @@ __all__ = [
     "flat_sum",
     "flat_sum_encode",
     "library_for",
+    "lion_step",
     "path",
     "quantize",
     "quantize_1x128",

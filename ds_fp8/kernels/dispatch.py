@@ -11,7 +11,7 @@ an object with a string `path` and (some of) these functions, which compute the 
     flat_encode(x, fmt, rounding, fitted, out)   flat_decode(codes, scale_inv, fmt, out, dtype)
     flat_sum(codes, scale_inv, fmt, factor, out, own)
     flat_sum_encode(codes, scale_inv, fmt, factor, out_fmt, own, fitted, out)
-    adam_step(step)
+    adam_step(step)   lion_step(step)
 
 A function that it lacks, or that returns NotImplemented for these dtypes or strides, is done by PyTorch: same bits.
 Arguments are passed by position, with no default left out. On the CPU tensors must be contiguous (rows of `codes` and
@@ -21,6 +21,8 @@ a square root of its own goes to PyTorch, unless the fast path says `has_torch_s
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -30,11 +32,14 @@ import torch
 
 from .. import numerics
 from ..formats import Format
+from ..levels import STATES
 from ..numerics import flat
 from ..numerics.adam import torch_sqrt_is_ieee
 from ..numerics.random_bits import Stochastic
 from .adam import AdamStep, reference_step
+from .lion import LionStep, reference_lion_step
 
+LOGGER = logging.getLogger("ds_fp8")
 _PACKAGES = {"cpu": ".cpu", "cuda": ".triton"}
 _libraries: dict[str, Any | None] = {}
 
@@ -217,8 +222,34 @@ def adam_step(step: AdamStep) -> None:
         # The C++ step reads floats; on a GPU codes are read as they are.
         grad = flat_decode(step.grad, step.grad_scale_inv, step.grad_fmt)
         step = replace(step, grad=grad, grad_scale_inv=None)
-    if not _is_fast(step) or _call("adam_step", step.param.device, step) is NotImplemented:
+    formats = step.exp_avg.format, step.exp_avg_sq.format
+    if (
+        not _has_kernels(step.param.device, formats)
+        or not _is_fast(step)
+        or _call("adam_step", step.param.device, step) is NotImplemented
+    ):
         reference_step(step)
+
+
+def lion_step(step: LionStep) -> None:
+    """One pass of Lion over a flat partition; see kernels.lion."""
+    if step.param.numel() and _call("lion_step", step.param.device, step) is NotImplemented:
+        _say_once(f"Lion's step has no kernel on {step.param.device.type} yet: PyTorch does it, to the same numbers")
+        reference_lion_step(step)
+
+
+def _has_kernels(device: torch.device, formats: Sequence[str]) -> bool:
+    """Whether the fast path of `device` knows these formats of states; said once where it does not."""
+    known = "cpp" if device.type == "cpu" else "triton"
+    missing = [name for name in formats if getattr(STATES[name], known) is None]
+    for name in missing:
+        _say_once(f"states in {name} have no kernel on {device.type}: PyTorch does the step, to the same numbers")
+    return not missing
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    LOGGER.warning("ds_fp8: %s", text)
 
 
 def _is_fast(step: AdamStep) -> bool:

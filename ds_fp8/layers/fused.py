@@ -45,16 +45,6 @@ def fuse_layers(model: nn.Module, plan: Plan) -> tuple[Pair, ...]:
     """
     from .transformer_engine.norm_linear import make_norm_linear
 
-    if plan.zero_stage == 3:
-        raise BackendError(
-            "fp8/fuse: ZeRO-3 gathers the parameters of the module that runs, and a fused layer reads those of the norm "
-            "beside it.\n  Set fp8/fuse to false, or zero_optimization/stage to 2."
-        )
-    if any(plan.fp8.recipe.override_linear_precision):
-        raise BackendError(
-            "fp8/fuse: a fused layer cannot leave single products in high precision.\n"
-            "  Set fp8/fuse to false, or drop fp8/override_linear_precision."
-        )
     reasons: list[str] = []
     pairs = [pair for fqn, parent in model.named_modules() for pair in find_pairs(fqn, parent, plan, reasons)]
     if not pairs:

@@ -99,9 +99,9 @@ def _by_rows(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | No
     return out if bias is None else out + bias.to(dtype)
 
 
-def aligned(scale_inv: torch.Tensor) -> torch.Tensor:
-    """cuBLASLt reads a scale only from an address that is a multiple of 16 bytes; a view into many scales may not be."""
-    return scale_inv if scale_inv.data_ptr() % 16 == 0 else scale_inv.clone()
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it: cuBLASLt reads scales and data only from addresses that are multiples of 16 bytes."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _padded(codes: torch.Tensor, row_step: int) -> torch.Tensor:

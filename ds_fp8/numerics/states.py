@@ -31,33 +31,24 @@ Source: MS-AMP keeps v in tensor-scaled fp16; docs/numerics.md shows what that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from ..formats import BLOCK_SIZE, E4M3
-from ..levels import EXP_AVG_FORMATS
+from ..levels import STATES
 from . import blocks8, blocks16, expansion, flat
 from .adam import ieee_sqrt
 from .random_bits import Stochastic
 
-ROOT_FORMATS = frozenset({"fp16", "e4m3", "e4m3_expanded"})
+ROOT_FORMATS = frozenset(name for name, fmt in STATES.items() if fmt.keeps_root)
 """Formats in which exp_avg_sq is kept as its square root."""
 
-RATIO_FORMATS = frozenset({"int8", "e4m3", "e4m3_expanded"})
+RATIO_FORMATS = frozenset(name for name, fmt in STATES.items() if fmt.keeps_ratio)
 """Formats in which exp_avg is kept as its ratio to the root of exp_avg_sq."""
-
-SCALED_FORMATS = ROOT_FORMATS | RATIO_FORMATS
-"""Formats with a scale for each block."""
-
-_DATA_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-    "e4m3": torch.uint8,
-    "e4m3_expanded": torch.uint8,
-}
 
 
 @dataclass
@@ -91,35 +82,45 @@ class StateCodes:
         )
 
 
+@dataclass(frozen=True)
+class Codec:
+    """How one format lies in memory, and its way to fp32 and back.
+
+    dtype   of `data`
+    fields  the tensors of StateCodes that it has
+    read    storage -> what is stored, fp32 [n]; the caller may overwrite the result unless it is in fp32
+    write   (storage, fp32 values [n], rounding or None): store them in place as they are
+    """
+
+    dtype: torch.dtype
+    fields: tuple[str, ...]
+    read: Callable[[StateCodes], torch.Tensor]
+    write: Callable[[StateCodes, torch.Tensor, Stochastic | None], None]
+
+
 def new_state(format: str, numel: int, device: torch.device | str) -> StateCodes:  # noqa: A002 (the field's name)
     """Buffers of a state that decodes to zeros."""
-    if format not in EXP_AVG_FORMATS:
-        raise ValueError(f"state format {format!r} is not one of {', '.join(EXP_AVG_FORMATS)}")
-    blocks = flat.blocks_of(numel)
-    has_scales = format in SCALED_FORMATS
+    if format not in CODECS:
+        raise ValueError(f"state format {format!r} is not one of {', '.join(CODECS)}")
+    codec, blocks = CODECS[format], flat.blocks_of(numel)
     return StateCodes(
         format,
-        torch.zeros(numel, dtype=_DATA_DTYPES[format], device=device),
-        torch.full((blocks,), flat.SMALLEST_SCALE_INV, device=device) if has_scales else None,
+        torch.zeros(numel, dtype=codec.dtype, device=device),
+        torch.full((blocks,), flat.SMALLEST_SCALE_INV, device=device) if "scale_inv" in codec.fields else None,
         torch.full((blocks,), expansion.MAX_EXPANSION, dtype=torch.uint8, device=device)
-        if format == "e4m3_expanded"
+        if "expansion" in codec.fields
         else None,
     )
 
 
 def read(state: StateCodes) -> torch.Tensor:
     """What is stored, as fp32 [n]: m or m / d, v or sqrt(v). The caller may overwrite the result unless in fp32."""
-    if state.format in ("fp32", "bf16"):
-        return state.data.float()
-    assert state.scale_inv is not None
-    if state.format == "fp16":
-        return blocks16.decode(state.data, state.scale_inv)
-    if state.format == "int8":
-        return blocks8.decode(state.data, state.scale_inv)
-    if state.format == "e4m3":
-        return flat.decode(state.data, state.scale_inv, E4M3)
-    assert state.expansion is not None
-    return expansion.decode(state.data, state.scale_inv, state.expansion)
+    return CODECS[state.format].read(state)
+
+
+def write(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
+    """Store fp32 `values` [n] in place as they are. Zeros of nonzero values stay zero; see `write_root`."""
+    CODECS[state.format].write(state, values, rounding)
 
 
 def read_root(exp_avg_sq: StateCodes) -> torch.Tensor:
@@ -128,10 +129,12 @@ def read_root(exp_avg_sq: StateCodes) -> torch.Tensor:
     return stored if exp_avg_sq.format in ROOT_FORMATS else ieee_sqrt(stored)
 
 
-def read_exp_avg(exp_avg: StateCodes, exp_avg_sq: StateCodes) -> torch.Tensor:
+def read_exp_avg(exp_avg: StateCodes, exp_avg_sq: StateCodes | None) -> torch.Tensor:
     """m as fp32 [n]; `exp_avg_sq` is read only where exp_avg is a ratio."""
     stored = read(exp_avg)
-    return stored * _divisor(read_root(exp_avg_sq)) if exp_avg.format in RATIO_FORMATS else stored
+    if exp_avg_sq is None or exp_avg.format not in RATIO_FORMATS:
+        return stored
+    return stored * _divisor(read_root(exp_avg_sq))
 
 
 def read_exp_avg_sq(exp_avg_sq: StateCodes) -> torch.Tensor:
@@ -145,28 +148,18 @@ def _divisor(root: torch.Tensor) -> torch.Tensor:
     return torch.where(root == 0, torch.ones_like(root), root)
 
 
-def write(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
-    """Store fp32 `values` [n] in place as they are. Zero codes of nonzero values stay zero; see `write_root`."""
-    if state.format == "fp32":
-        state.data.copy_(values)
-    elif state.format == "bf16":
-        state.data.copy_(values if rounding is None else round_bf16(values, rounding))
-    else:
-        _write_codes(state, values, rounding)
-
-
 def write_root(state: StateCodes, root: torch.Tensor, rounding: Stochastic | None = None) -> None:
     """Store sqrt(v) >= 0, fp32 [n], in place; a zero code of a nonzero root becomes the smallest code."""
-    _write_codes(state, root, rounding)
-    bits = state.data.view(torch.int16) if state.format == "fp16" else state.data
+    write(state, root, rounding)
+    bits = state.data.view(torch.int16) if state.data.dtype == torch.float16 else state.data
     bits.masked_fill_((bits == 0) & (root > 0), 1)
 
 
 def write_exp_avg_sq(
     exp_avg_sq: StateCodes, v: torch.Tensor, root: torch.Tensor, rounding: Stochastic | None = None
 ) -> None:
-    """Store v [n] fp32 in place; `root` is its square root, which some formats store instead. Never int8."""
-    assert exp_avg_sq.format != "int8"
+    """Store v [n] fp32 in place; `root` is its square root, which some formats store instead."""
+    assert STATES[exp_avg_sq.format].holds_exp_avg_sq, f"{exp_avg_sq.format} holds exp_avg alone"
     if exp_avg_sq.format in ROOT_FORMATS:
         write_root(exp_avg_sq, root, rounding)
     else:
@@ -174,26 +167,12 @@ def write_exp_avg_sq(
 
 
 def write_exp_avg(
-    exp_avg: StateCodes, exp_avg_sq: StateCodes, m: torch.Tensor, rounding: Stochastic | None = None
+    exp_avg: StateCodes, exp_avg_sq: StateCodes | None, m: torch.Tensor, rounding: Stochastic | None = None
 ) -> None:
-    """Store m [n] fp32 in place; `exp_avg_sq` holds what belongs to it already."""
-    write(exp_avg, m / _divisor(read_root(exp_avg_sq)) if exp_avg.format in RATIO_FORMATS else m, rounding)
-
-
-def _write_codes(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
-    assert state.scale_inv is not None
-    if state.format == "fp16":
-        codes, scale_inv = blocks16.encode(values, rounding=rounding)
-    elif state.format == "int8":
-        codes, scale_inv = blocks8.encode(values, rounding=rounding)
-    elif state.format == "e4m3":
-        codes, scale_inv = flat.encode(values, E4M3, rounding=rounding)
-    else:
-        codes, scale_inv, exponents = expansion.encode(values, rounding=rounding)
-        assert state.expansion is not None
-        state.expansion.copy_(exponents)
-    state.data.copy_(codes)
-    state.scale_inv.copy_(scale_inv)
+    """Store m [n] fp32 in place; `exp_avg_sq`, if there is one, holds what belongs to it already."""
+    if exp_avg_sq is not None and exp_avg.format in RATIO_FORMATS:
+        m = m / _divisor(read_root(exp_avg_sq))
+    write(exp_avg, m, rounding)
 
 
 def round_bf16(x: torch.Tensor, rounding: Stochastic) -> torch.Tensor:
@@ -202,3 +181,50 @@ def round_bf16(x: torch.Tensor, rounding: Stochastic) -> torch.Tensor:
     bits = (x.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + random
     rounded = (bits >> 16 << 16).to(torch.int32).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+def _store(state: StateCodes, codes: torch.Tensor, scale_inv: torch.Tensor) -> None:
+    assert state.scale_inv is not None
+    state.data.copy_(codes)
+    state.scale_inv.copy_(scale_inv)
+
+
+def _write_fp32(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    state.data.copy_(values)
+
+
+def _write_bf16(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    state.data.copy_(values if rounding is None else round_bf16(values, rounding))
+
+
+def _write_expanded(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    codes, scale_inv, exponents = expansion.encode(values, rounding=rounding)
+    assert state.expansion is not None
+    state.expansion.copy_(exponents)
+    _store(state, codes, scale_inv)
+
+
+def _scaled(dtype: torch.dtype, encode: Callable[..., Any], decode: Callable[..., torch.Tensor]) -> Codec:
+    """A format with one scale for each block."""
+    return Codec(
+        dtype,
+        ("data", "scale_inv"),
+        lambda state: decode(state.data, state.scale_inv),
+        lambda state, values, rounding: _store(state, *encode(values, rounding=rounding)),
+    )
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": Codec(torch.float32, ("data",), lambda state: state.data.float(), _write_fp32),
+    "bf16": Codec(torch.bfloat16, ("data",), lambda state: state.data.float(), _write_bf16),
+    "fp16": _scaled(torch.float16, blocks16.encode, blocks16.decode),
+    "int8": _scaled(torch.int8, blocks8.encode, blocks8.decode),
+    "e4m3": _scaled(torch.uint8, partial(flat.encode, fmt=E4M3), partial(flat.decode, fmt=E4M3)),
+    "e4m3_expanded": Codec(
+        torch.uint8,
+        ("data", "scale_inv", "expansion"),
+        lambda state: expansion.decode(state.data, state.scale_inv, state.expansion),
+        _write_expanded,
+    ),
+}
+"""The arithmetic of every format in `levels.STATES`."""

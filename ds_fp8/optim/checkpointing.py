@@ -20,22 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..algorithms import MOMENTS, REFUSED_OPTIONS
 from ..errors import CheckpointError
 from ..levels import EXP_AVG_FORMATS, MASTER_FORMATS, STATE_FORMATS
 from ..numerics.dtypes import BASE_DTYPES
 from . import codecs, masters
-from .algorithm import REFUSED
-from .codecs import MOMENTS
 
 if TYPE_CHECKING:
-    from .scaled_adam import ScaledAdam
+    from .scaled_optimizer import ScaledOptimizer
 
 KEY = "ds_fp8"
 VERSION = 2
 """2: an 8-bit exp_avg is a ratio to the root of exp_avg_sq; in 1, which was never released, it was exp_avg itself."""
 
 _FORMAT_NAMES = {"exp_avg": EXP_AVG_FORMATS, "exp_avg_sq": STATE_FORMATS, "master": MASTER_FORMATS}
-_NOT_OURS = {*REFUSED, "foreach", "fused", "decoupled_weight_decay", "params"}
+_NOT_OURS = {*REFUSED_OPTIONS, "foreach", "fused", "decoupled_weight_decay", "params"}
 """Keys of a foreign parameter group that mean nothing here."""
 
 
@@ -53,7 +52,7 @@ class Saved:
 
 
 @torch.no_grad()
-def export_codes(optimizer: ScaledAdam, param: torch.Tensor) -> dict[str, Any]:
+def export_codes(optimizer: ScaledOptimizer, param: torch.Tensor) -> dict[str, Any]:
     """The exact state of one parameter; CPU copies that later steps do not change."""
     state = optimizer.state_of(param)
     return {
@@ -68,7 +67,7 @@ def export_codes(optimizer: ScaledAdam, param: torch.Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def import_codes(optimizer: ScaledAdam, param: torch.Tensor, codes: dict[str, Any]) -> None:
+def import_codes(optimizer: ScaledOptimizer, param: torch.Tensor, codes: dict[str, Any]) -> None:
     """The way back; raises CheckpointError with everything unchanged."""
     _apply(optimizer, param, check_saved(codes, param.numel(), "codes of a partition"))
 
@@ -97,11 +96,11 @@ def check_saved(codes: Any, numel: int, where: str) -> Saved:
     return saved
 
 
-def state_dict(optimizer: ScaledAdam, plain: dict[str, Any]) -> dict[str, Any]:
+def state_dict(optimizer: ScaledOptimizer, plain: dict[str, Any]) -> dict[str, Any]:
     """`plain`, torch's own state_dict of `optimizer`, with what a load needs to know."""
     plain[KEY] = {
         "version": VERSION,
-        "algorithm": "adamw" if optimizer.decoupled else "adam",
+        "algorithm": optimizer.algorithm,
         "formats": optimizer.formats(),
         "seed": optimizer.seed,
         "dtypes": [_dtype_name(param.dtype) for param in optimizer.parameters()],
@@ -110,7 +109,7 @@ def state_dict(optimizer: ScaledAdam, plain: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_state_dict(optimizer: ScaledAdam, loaded: dict[str, Any]) -> None:
+def load_state_dict(optimizer: ScaledOptimizer, loaded: dict[str, Any]) -> None:
     """Check everything, then groups (in place: schedulers hold the dicts), then states."""
     if not isinstance(loaded, dict) or not {"state", "param_groups"} <= loaded.keys():
         raise CheckpointError("optimizer state: neither 'state' nor 'param_groups' of an optimizer are there.")
@@ -120,6 +119,7 @@ def load_state_dict(optimizer: ScaledAdam, loaded: dict[str, Any]) -> None:
     header = loaded.get(KEY)
     if header is not None:
         _check_header(header, "optimizer state", ("algorithm", "formats", "seed", "dtypes"))
+        _check_moments(optimizer, header["formats"], f"optimizer state of {header['algorithm']}")
         if len(header["dtypes"]) != len(params):
             raise CheckpointError(f"optimizer state: {len(header['dtypes'])} dtypes for {len(params)} parameters.")
     found: list[tuple[torch.Tensor, Saved]] = []
@@ -128,7 +128,11 @@ def load_state_dict(optimizer: ScaledAdam, loaded: dict[str, Any]) -> None:
         if not entry:
             continue
         where = f"optimizer state of parameter {number}"
-        saved = _plain_entry(entry, where) if header is None else _own_entry(entry, header, number, where)
+        saved = (
+            _plain_entry(entry, optimizer.moments, where)
+            if header is None
+            else _own_entry(entry, header, number, where)
+        )
         if saved.has_master and saved.dtype != param.dtype:
             raise CheckpointError(
                 f"{where}: saved beside a {saved.dtype} parameter, this one is {param.dtype}; the master cannot be"
@@ -157,25 +161,38 @@ def _own_entry(entry: dict[str, Any], header: dict[str, Any], number: int, where
     )
 
 
-def _plain_entry(entry: dict[str, Any], where: str) -> Saved:
-    """What torch's Adam, DeepSpeed's FusedAdam and its CPUAdam keep: moments of the parameter's shape."""
-    missing = {"step", *MOMENTS} - entry.keys()
-    if missing:
-        raise CheckpointError(f"{where}: no {', '.join(sorted(missing))}; this is not the state of an Adam.")
+def _plain_entry(entry: dict[str, Any], moments: tuple[str, ...], where: str) -> Saved:
+    """What torch's and DeepSpeed's own optimizers keep: moments of the parameter's shape."""
+    missing, foreign = {"step", *moments} - entry.keys(), set(MOMENTS) & entry.keys() - set(moments)
+    if missing or foreign:
+        raise CheckpointError(
+            f"{where}: missing {', '.join(sorted(missing)) or 'nothing'}, not expected {', '.join(sorted(foreign)) or 'nothing'};"
+            f" this is not the state of an optimizer that keeps {' and '.join(moments)}."
+        )
     if "max_exp_avg_sq" in entry:
         raise CheckpointError(f"{where}: saved with amsgrad, which FP8 states do not have.")
-    moments = {name: entry[name].detach().float().reshape(-1) for name in MOMENTS}
-    formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32", "master": "fp32"}
-    return Saved(formats, torch.float32, int(entry["step"]), None, moments, None, has_master=False)
+    tensors = {name: entry[name].detach().float().reshape(-1) for name in moments}
+    formats = dict.fromkeys((*moments, "master"), "fp32")
+    return Saved(formats, torch.float32, int(entry["step"]), None, tensors, None, has_master=False)
 
 
-def _check_groups(optimizer: ScaledAdam, groups: list[dict[str, Any]]) -> None:
+def _check_moments(optimizer: ScaledOptimizer, formats: dict[str, str], where: str) -> None:
+    """Raise CheckpointError for states of another algorithm."""
+    saved = _moments_of(formats)
+    if saved != optimizer.moments:
+        raise CheckpointError(
+            f"{where}: it keeps {' and '.join(saved)}, {optimizer.algorithm} keeps {' and '.join(optimizer.moments)}.\n"
+            "  Train on with the algorithm that saved it, or load the weights alone."
+        )
+
+
+def _check_groups(optimizer: ScaledOptimizer, groups: list[dict[str, Any]]) -> None:
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     found = [len(group["params"]) for group in groups]
     if sizes != found:
         raise CheckpointError(f"optimizer state: groups of {found} parameters, this optimizer has groups of {sizes}.")
     for group in groups:
-        for name, reason in REFUSED.items():
+        for name, reason in REFUSED_OPTIONS.items():
             if group.get(name):
                 raise CheckpointError(f"optimizer state: saved with {name}, which is not available here ({reason}).")
 
@@ -199,6 +216,8 @@ def _check_header(header: Any, where: str, names: tuple[str, ...]) -> None:
 
 def _checked_formats(formats: dict[str, str], where: str) -> dict[str, str]:
     for name, allowed in _FORMAT_NAMES.items():
+        if name == "exp_avg_sq" and name not in formats:
+            continue  # Lion
         if formats.get(name) not in allowed:
             raise CheckpointError(f"{where}: {name} format {formats.get(name)!r} is not one of {', '.join(allowed)}.")
     return formats
@@ -213,7 +232,7 @@ def _checked_dtype(name: str, where: str) -> torch.dtype:
 def _check_tensors(saved: Saved, numel: int, where: str) -> None:
     """Names, sizes and dtypes against what the saved formats say they must be."""
     expected: dict[str, torch.Tensor] = {}
-    for moment in MOMENTS:
+    for moment in _moments_of(saved.formats):
         expected |= codecs.new_moment(moment, saved.formats[moment], numel, "meta")
     flat = torch.empty(numel, dtype=saved.dtype, device="meta")
     if saved.has_master:
@@ -234,7 +253,7 @@ def _check_tensors(saved: Saved, numel: int, where: str) -> None:
             )
 
 
-def _apply(optimizer: ScaledAdam, param: torch.Tensor, saved: Saved) -> None:
+def _apply(optimizer: ScaledOptimizer, param: torch.Tensor, saved: Saved) -> None:
     """Write a checked entry: bits where formats agree, else by way of fp32."""
     formats = optimizer.formats()
     state = optimizer.state_of(param)
@@ -242,7 +261,7 @@ def _apply(optimizer: ScaledAdam, param: torch.Tensor, saved: Saved) -> None:
     if saved.partition is not None:
         state["partition"] = saved.partition
     values: dict[str, torch.Tensor | None] = {}
-    for moment in MOMENTS:
+    for moment in optimizer.moments:
         if not _exact(moment, saved.formats, formats):
             values[moment] = codecs.export_moment(saved.tensors, moment, saved.formats)
         else:
@@ -261,11 +280,15 @@ def _apply(optimizer: ScaledAdam, param: torch.Tensor, saved: Saved) -> None:
     optimizer.import_fp32(param, master=masters.export_master(tensors, saved.formats["master"], weight))
 
 
+def _moments_of(formats: dict[str, str]) -> tuple[str, ...]:
+    return tuple(moment for moment in MOMENTS if moment in formats)
+
+
 def _exact(moment: str, saved: dict[str, str], own: dict[str, str]) -> bool:
     """Whether the codes of `moment` mean here what they meant there."""
     if saved[moment] != own[moment]:
         return False
-    return not codecs.depends_on_squares(moment, own[moment]) or saved["exp_avg_sq"] == own["exp_avg_sq"]
+    return not codecs.depends_on_squares(moment, own) or saved["exp_avg_sq"] == own["exp_avg_sq"]
 
 
 def _copy_into(state: dict[str, Any], tensors: dict[str, torch.Tensor], keys: dict[str, str]) -> None:

@@ -17,22 +17,18 @@ from typing import Any
 
 import torch
 
+from ..algorithms import MOMENTS
 from ..formats import BLOCK_SIZE
 from ..kernels.adam import PIECE_NUMEL
 from ..numerics import states
 from ..numerics.adam import ieee_sqrt
 from ..numerics.states import RATIO_FORMATS, StateCodes
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-PLAIN_FORMATS = frozenset({"fp32", "bf16"})
-
 
 def keys_of(moment: str, fmt: str) -> dict[str, str]:
     """Field of StateCodes -> key in `optimizer.state[p]`."""
-    if fmt in PLAIN_FORMATS:
-        return {"data": moment}
-    fields = ("data", "scale_inv", "expansion") if fmt == "e4m3_expanded" else ("data", "scale_inv")
-    return {field: f"{moment}.{field}" for field in fields}
+    fields = states.CODECS[fmt].fields
+    return {"data": moment} if fields == ("data",) else {field: f"{moment}.{field}" for field in fields}
 
 
 def new_moment(moment: str, fmt: str, numel: int, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -46,9 +42,12 @@ def moment_codes(state: dict[str, Any], moment: str, fmt: str) -> StateCodes:
     return StateCodes(fmt, **{field: state[key] for field, key in keys_of(moment, fmt).items()})
 
 
-def both_codes(state: dict[str, Any], formats: Mapping[str, str]) -> tuple[StateCodes, StateCodes]:
-    """exp_avg and exp_avg_sq as the kernels take them."""
-    exp_avg, exp_avg_sq = (moment_codes(state, moment, formats[moment]) for moment in MOMENTS)
+def stored_moments(state: dict[str, Any], formats: Mapping[str, str]) -> tuple[StateCodes, StateCodes | None]:
+    """exp_avg and exp_avg_sq as the kernels take them; None for a second moment that the algorithm has not."""
+    exp_avg, exp_avg_sq = (
+        moment_codes(state, moment, formats[moment]) if moment in formats else None for moment in MOMENTS
+    )
+    assert exp_avg is not None, "every algorithm keeps exp_avg"
     return exp_avg, exp_avg_sq
 
 
@@ -56,14 +55,15 @@ def export_moment(
     state: dict[str, Any], moment: str, formats: Mapping[str, str], start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
     """Elements [start, stop) of m or v (never a root or a ratio) as a fresh fp32 tensor."""
-    exp_avg, exp_avg_sq = both_codes(state, formats)
+    exp_avg, exp_avg_sq = stored_moments(state, formats)
     stop = exp_avg.data.numel() if stop is None else stop
     out = torch.empty(stop - start, dtype=torch.float32, device=exp_avg.data.device)
     for first, last in pieces(start, stop):
-        squares = exp_avg_sq.piece(first, last)
+        squares = None if exp_avg_sq is None else exp_avg_sq.piece(first, last)
         if moment == "exp_avg":
             values = states.read_exp_avg(exp_avg.piece(first, last), squares)
         else:
+            assert squares is not None, f"no state {moment}"
             values = states.read_exp_avg_sq(squares)
         skipped = max(start - first, 0)
         out[first + skipped - start : last - start].copy_(values[skipped:])
@@ -77,12 +77,13 @@ def import_moments(
 
     exp_avg_sq comes first: an exp_avg that is a ratio is encoded after it, and anew if it was not given.
     """
-    exp_avg, exp_avg_sq = both_codes(state, formats)
+    exp_avg, exp_avg_sq = stored_moments(state, formats)
     given_m, given_v = (values.get(moment) for moment in MOMENTS)
     for first, last in pieces(0, exp_avg.data.numel()):
-        codes_m, codes_v = exp_avg.piece(first, last), exp_avg_sq.piece(first, last)
+        codes_m = exp_avg.piece(first, last)
+        codes_v = None if exp_avg_sq is None else exp_avg_sq.piece(first, last)
         m = None if given_m is None else _piece(given_m, first, last, codes_m)
-        if given_v is not None:
+        if given_v is not None and codes_v is not None:
             if m is None and exp_avg.format in RATIO_FORMATS:
                 m = states.read_exp_avg(codes_m, codes_v)
             v = _piece(given_v, first, last, codes_v)
@@ -91,9 +92,9 @@ def import_moments(
             states.write_exp_avg(codes_m, codes_v, m)
 
 
-def depends_on_squares(moment: str, fmt: str) -> bool:
+def depends_on_squares(moment: str, formats: Mapping[str, str]) -> bool:
     """Whether the codes of `moment` mean something only beside those of exp_avg_sq."""
-    return moment == "exp_avg" and fmt in RATIO_FORMATS
+    return moment == "exp_avg" and "exp_avg_sq" in formats and formats["exp_avg"] in RATIO_FORMATS
 
 
 def _piece(values: torch.Tensor, first: int, last: int, like: StateCodes) -> torch.Tensor:

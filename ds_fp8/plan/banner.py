@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..levels import ABSENT
 from .conversion_checks import KINDS, MATRICES
 from .decisions import ModuleDecision, Plan
 from .share import share_line, share_warning
@@ -90,7 +91,8 @@ def _setting_lines(plan: Plan) -> list[str]:
             lines.append(warning)
     if plan.optim is not None:
         level = plan.optim.level
-        states = f"exp_avg {level.exp_avg}, exp_avg_sq {level.exp_avg_sq}, master {level.master}"
+        formats = {"exp_avg": level.exp_avg, "exp_avg_sq": level.exp_avg_sq, "master": level.master}
+        states = ", ".join(f"{name} {fmt}" for name, fmt in formats.items() if fmt != ABSENT)
         parts = [
             f"msamp {level.name}: {states} ({level.rounding} rounding, {plan.base_dtype} base)",
             f"gradients on the wire {_wire(level.gradient_wire)}"

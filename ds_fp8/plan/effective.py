@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..capabilities import FP8_SINCE, Host
+from ..config.refusals import refusals
 from ..config.settings import Fp8Settings, Settings
 from ..errors import PlanError
 from ..levels import Level
-from ..recipe import OUR_RECIPES, OWNER_RECIPES, RECIPE_KINDS, TE_RECIPES, listed
+from ..recipe import OUR_RECIPES, RECIPE_KINDS, listed
 from . import performance
 from .decisions import Fp8Plan
 
@@ -29,24 +30,11 @@ class Effective:
 def decide_settings(settings: Settings, host: Host) -> Effective:
     """Raises PlanError when the device or DeepSpeed's sections cannot do what was asked for."""
     notes: list[str] = list(settings.notes)
-    _refuse_broken_fp16(settings)
+    for refusal in refusals(settings, host):
+        raise PlanError(refusal.text)
     fp8 = _decide_fp8(settings, host, notes) if settings.fp8.enabled else Fp8Plan()
-    level = _decide_level(settings, fp8, notes) if settings.msamp.enabled else None
+    level = _decide_level(settings, notes) if settings.msamp.enabled else None
     return Effective(fp8, level, tuple(notes))
-
-
-def _refuse_broken_fp16(settings: Settings) -> None:
-    """DeepSpeed 0.18.4 and later: at stage 0 fp16 does not scale the loss, but unscales the gradients.
-
-    Under `msamp` the optimizer wrapper of stage 0 is ours, and does both.
-    """
-    facts = settings.deepspeed
-    if settings.trains and facts.base_dtype == "fp16" and facts.zero_stage == 0 and not settings.msamp.enabled:
-        raise PlanError(
-            "fp16 with zero_optimization/stage 0: DeepSpeed (since 0.18.4) unscales the gradients there without having "
-            "scaled the loss, so training would be wrong with or without FP8.\n"
-            "  Set zero_optimization/stage to 1, 2 or 3, or use bf16."
-        )
 
 
 def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
@@ -54,11 +42,6 @@ def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
     backend = _decide_backend(settings, host, notes)
     kind, facts = asked.recipe.kind, asked.recipe.facts
     needed = facts.transformer_engine_since
-    if not facts.is_ours and needed is not None and not host.at_least(needed):
-        raise PlanError(
-            f"fp8/recipe {kind} needs a GPU of compute capability {_dotted(needed)} (Blackwell), but this is {host}.\n"
-            f"  Use {listed(OUR_RECIPES)}."
-        )
     if backend == "transformer_engine" and needed is not None and not host.at_least(needed):
         older = [
             name
@@ -120,23 +103,8 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
     why_not = host.transformer_engine_reason or (
         f"needs a CUDA device of compute capability {_dotted(FP8_SINCE)} or later, this is {host}"
     )
-    if settings.fp8.recipe.facts.transformer_engine_since is None:
-        if asked == "transformer_engine":
-            raise PlanError(
-                f"fp8/recipe {kind}: Transformer Engine has no such recipe, but msamp/use_te or fp8/backend asks for it.\n"
-                f"  Set fp8/backend to torch, or use {listed(TE_RECIPES)}."
-            )
-        return "torch"
-    if asked == "torch":
-        if not settings.fp8.recipe.facts.is_ours:
-            raise PlanError(f"fp8/recipe {kind} exists in Transformer Engine only, but fp8/backend is torch; use auto.")
-        return "torch"
-    if settings.fp8.compile is not None:
-        if asked == "transformer_engine":
-            raise PlanError(
-                "fp8/compile needs our own layers, but msamp/use_te or fp8/backend asks for Transformer Engine's, which break "
-                "a compiled graph at each layer.\n  Set fp8/backend to torch, or fp8/compile to false."
-            )
+    ours_alone = settings.fp8.recipe.facts.transformer_engine_since is None
+    if asked == "torch" or ours_alone or settings.fp8.compile is not None:
         return "torch"
     if runs:
         fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear
@@ -160,38 +128,13 @@ def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
     return "torch"
 
 
-def _decide_level(settings: Settings, fp8: Fp8Plan, notes: list[str]) -> Level:
+def _decide_level(settings: Settings, notes: list[str]) -> Level:
     facts, explicit, level = settings.deepspeed, settings.msamp.explicit, settings.msamp.level
     assert level is not None, "an enabled msamp section has a level"
     if facts.base_dtype == "fp32" and level.master != "fp32":
-        if "master" in explicit:
-            raise PlanError(
-                f"msamp/master {level.master} completes a 16-bit weight, but the parameters are fp32.\n"
-                "  Enable bf16 or fp16, or set msamp/master to fp32."
-            )
         notes.append(f"msamp {level.name}: fp32 parameters are their own master, {level.master} does not apply")
         level = replace(level, master="fp32", rounding=level.rounding if "rounding" in explicit else "nearest")
-    if level.weight_wire == "e4m3":
-        _check_weight_wire(settings, fp8, level)
     return level
-
-
-def _check_weight_wire(settings: Settings, fp8: Fp8Plan, level: Level) -> None:
-    """FP8 weights on the wire: somebody must gather them, and somebody must be able to use the codes."""
-    asked = "opt_level O3" if level.name == "O3" else "msamp/weight_wire e4m3"
-    if settings.deepspeed.zero_stage == 0:
-        raise PlanError(
-            f"{asked} needs FP8 weights in ZeRO, but zero_optimization/stage is 0.\n"
-            "  Set stage to 1, 2 or 3, or use opt_level O2."
-        )
-    if not fp8.enabled:
-        raise PlanError(f"{asked} sends weights as the codes of FP8 layers, but fp8 is off.\n  Enable fp8, or use O2.")
-    if fp8.recipe.facts.not_by_owner:
-        raise PlanError(
-            f"{asked} makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, but fp8/recipe is {fp8.recipe.kind}: "
-            f"{fp8.recipe.facts.not_by_owner}.\n"
-            "  Use one of them, or opt_level O2."
-        )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -15,7 +15,6 @@ from torch import nn
 from .. import capabilities
 from ..config.settings import Settings
 from ..errors import PlanError
-from ..recipe import OWNER_RECIPES, listed
 from . import performance
 from .conversion_checks import MATRICES
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
@@ -137,12 +136,8 @@ def _keep_frozen(
         return effective
     recipe = effective.fp8.recipe
     why = None
-    if settings.deepspeed.zero_stage == 3:
-        why = "zero_optimization/stage 3 cuts the 16-bit weights and gathers them itself. Set stage to 0, 1 or 2"
-    elif recipe.facts.not_by_owner:
-        why = f"it makes codes for the recipes {listed(OWNER_RECIPES, 'and')}, not {recipe.kind}: {recipe.facts.not_by_owner}. Use one of them"
-    names = () if why else frozen_layers(model, modules, recipe)
-    if not why and not names and not partial and settings.trains:
+    names = frozen_layers(model, modules, recipe)
+    if not names and not partial and settings.trains:
         why = (
             "no FP8 Linear of this model has a frozen weight of its own that all its products use in FP8. Freeze the base "
             "before deepspeed.initialize, as peft.get_peft_model does"

@@ -28,7 +28,7 @@ from .adapters import adapters
 from .states import ScaledStates
 from .states_bf16 import StatesBF16
 from .states_client import ClientStates
-from .states_optimizer import build_optimizer, refuse_unsupported, take_over
+from .states_optimizer import build_optimizer, take_over
 from .states_stage0 import Stage0Optimizer
 from .states_stage0_scale import LossScale
 from .states_stage3 import StatesStage3
@@ -100,7 +100,6 @@ def configure_optimizer(
     original: Callable, engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any, book: Any = None
 ) -> None:
     """DeepSpeed's `_configure_optimizer` with our Adam, states and wire. `engine.optimizer` is set afterwards."""
-    refuse_unsupported(engine)
     plan = wire.settle_scope(plan)
     client, given = None, ClientStates({})
     if client_optimizer is not None:
@@ -187,7 +186,7 @@ def _attach_wire(engine: Any, optimizer: Any, plan: Any, book: Any) -> None:
 
 def register_optimizers() -> None:
     """Tell DeepSpeed that ZeRO may partition ours (an exact type test against a list)."""
-    for cls in (optim.ScaledAdam, optim.ScaledAdamW):
+    for cls in optim.ALGORITHMS.values():
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
 
@@ -195,7 +194,7 @@ def register_optimizers() -> None:
 def plain_layout(engine: Any, client_optimizer: Any) -> str:
     """Whose form a checkpoint would have without us: `unfused` with torch's Adam, `fused` with DeepSpeed's own."""
     if client_optimizer is not None:
-        return "fused" if type(client_optimizer).__name__ == "FusedAdam" else "unfused"
+        return "fused" if type(client_optimizer).__name__ in ("FusedAdam", "FusedLion") else "unfused"
     return "unfused" if (engine.optimizer_params() or {}).get("torch_adam", False) else "fused"
 
 
@@ -238,7 +237,7 @@ def base_dtype_masters() -> Iterator[None]:
     original = ZeROOptimizer._configure_master_weights
 
     def configure(self: Any, *args: Any, **kwargs: Any) -> torch.dtype:
-        if not isinstance(self.optimizer, (optim.ScaledAdam, optim.ScaledAdamW)):
+        if not isinstance(self.optimizer, optim.ScaledOptimizer):
             return original(self, *args, **kwargs)
         dtype = self.optimizer.param_groups[0]["params"][0].dtype
         self.fp16_master_weights_and_gradients = dtype == torch.float16

@@ -6,7 +6,7 @@ DeepSpeed is told that masters have the base dtype, and each master partition is
 after the step becomes a copy of a tensor onto itself, which torch skips.
 
 *Clip and unscale folded.* DeepSpeed multiplies every gradient by 1 / (loss scale x clip) in a pass of its own. The step
-reads the gradients anyway, so it gets the factor as `ScaledAdam.grad_scale`: one pass less, and no second rounding to
+reads the gradients anyway, so it gets the factor as `ScaledOptimizer.grad_scale`: one pass less, and no second rounding to
 16 bits. Norm, overflow check and loss scale stay DeepSpeed's, number for number.
 
 *Codes in the checkpoint.* `state_dict()` is DeepSpeed's own on plain fp32 flats (`states_view.py`), plus the exact codes

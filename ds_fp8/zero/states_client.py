@@ -18,8 +18,8 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from .. import optim
+from ..algorithms import MOMENTS
 from ..errors import PlanError
-from .states_view import MOMENTS
 from .touched import touched
 
 TOUCHED = {
@@ -58,7 +58,7 @@ class ClientStates:
             steps = [self.states[param]["step"] for param in wrapper.fp8_params(index) if param in self.states]
             if not steps:
                 continue
-            flats = {moment: torch.zeros(master.numel(), device=master.device) for moment in MOMENTS}
+            flats = {moment: torch.zeros(master.numel(), device=master.device) for moment in wrapper.optimizer.moments}
             for piece in pieces:
                 for moment, flat in flats.items():
                     whole = self.states[piece.param][moment].reshape(-1)
@@ -88,7 +88,7 @@ def _check_steps(number: int, steps: list[int]) -> None:
 
 def _check_sizes(name: str, param: Any, state: dict[str, Any]) -> None:
     numel = getattr(param, "ds_numel", param.numel())
-    for moment in MOMENTS:
+    for moment in state.keys() & set(MOMENTS):
         if state[moment].numel() != numel:
             raise PlanError(
                 f"optimizer state {moment} of {name}: {state[moment].numel()} elements for a parameter of {numel}. It was"

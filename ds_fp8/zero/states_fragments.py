@@ -25,7 +25,6 @@ from deepspeed.utils.tensor_fragment import tensor_fragment
 from torch import Tensor
 
 from ..optim.masters import upper_half
-from .states_view import MOMENTS
 from .touched import touched
 
 TOUCHED = {
@@ -45,7 +44,7 @@ class CodedFragment(tensor_fragment):
     fp8_master: Tensor
 
     def get_optim_state_keys(self) -> list[str]:
-        return list(MOMENTS)
+        return list(self.fp8_wrapper.optimizer.moments)
 
     def get_optim_state_fragment(self, key: str) -> Tensor:
         return self.get_hp_fragment(key)
@@ -53,7 +52,7 @@ class CodedFragment(tensor_fragment):
     def get_hp_fragment(self, optim_state_key: str | None = None) -> Tensor:
         """A decoded fp32 copy of this fragment's master, exp_avg or exp_avg_sq."""
         key = optim_state_key or "master"
-        if key not in ("master", *MOMENTS):
+        if key not in ("master", *self.fp8_wrapper.optimizer.moments):
             raise ValueError(f"{key} not found in optimizer state fragment")
         address = self.hp_fragment_address
         return read_slice(self.fp8_wrapper.optimizer, self.fp8_master, key, address.start, address.numel)
@@ -137,7 +136,7 @@ def load_universal_fragment(self: Any, folder: str, tp_rank: int, tp_world_size:
     address = self._hp_mapping.lp_fragment_address
     self._hp_mapping.hp_fragment.data.copy_(whole.reshape(-1).narrow(0, address.start, address.numel))
     self._hp_mapping.optim_fragment = {}
-    for key in MOMENTS:
+    for key in self.fp8_wrapper.optimizer.moments:
         whole = torch.load(Path(folder) / f"{key}.pt", map_location="cpu", weights_only=False)
         self._hp_mapping.optim_fragment[key] = whole.reshape(-1).narrow(0, address.start, address.numel).clone()
     return None

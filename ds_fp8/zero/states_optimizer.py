@@ -1,4 +1,4 @@
-"""Our Adam in place of DeepSpeed's or the client's, with their hyper-parameters.
+"""Our optimizer in place of DeepSpeed's or the client's, with their hyper-parameters.
 
 The `optimizer` section stays as it is. Its keys fall into three kinds: numbers that mean the same here (`lr`, `betas`,
 `eps`, `weight_decay`, `bias_correction`, `adam_w_mode`), choices of an implementation that ours replaces (`torch_adam`,
@@ -15,18 +15,17 @@ import torch
 from deepspeed import comm as dist
 
 from .. import optim
+from ..algorithms import ALGORITHMS, REFUSED_OPTIONS, labels
 from ..errors import PlanError
+from ..optim.algorithm import refuse_options
 from .states_client import ClientStates
 from .touched import touched
 
 TOUCHED = {
-    "Engine": touched(
-        reads="optimizer_name optimizer_params seq_data_parallel_group super_offload zero_elastic_checkpoint zero_offload_optimizer zero_optimization_stage"
-    ),
-    "ZenFlow": touched(reads="zenflow"),
+    "Engine": touched(reads="optimizer_name optimizer_params seq_data_parallel_group zero_optimization_stage"),
 }
 
-IMPLEMENTATION_KEYS = {"torch_adam", "foreach", "fused", "capturable", "differentiable", "set_grad_none"}
+IMPLEMENTATION_KEYS = {"torch_adam", "foreach", "fused", "set_grad_none"}
 """Keys that choose between implementations of the same numbers."""
 
 SEED = 0x5EED
@@ -34,22 +33,23 @@ SEED = 0x5EED
 
 
 def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Any) -> Any:
-    """ScaledAdam or ScaledAdamW from DeepSpeed's `optimizer` section; PlanError for any other type or key."""
+    """ScaledAdam, ScaledAdamW or ScaledLion from DeepSpeed's `optimizer` section; PlanError for any other type or key."""
     name = (engine.optimizer_name() or "").lower()
-    if name not in ("adam", "adamw"):
+    if name not in optim.ALGORITHMS:
         raise PlanError(
-            f"optimizer/type is {engine.optimizer_name()!r}: msamp keeps the states of Adam and AdamW.\n"
+            f"optimizer/type is {engine.optimizer_name()!r}: msamp keeps the states of {labels()}.\n"
             "  Use one of these, or remove the msamp section."
         )
     arguments = dict(engine.optimizer_params() or {})
     # DeepSpeed's rule: the name Adam means AdamW too, unless adam_w_mode says otherwise.
-    decoupled = name == "adamw" or bool(arguments.pop("adam_w_mode", True))
+    if name == "adam" and arguments.pop("adam_w_mode", True):
+        name = "adamw"
     arguments.pop("adam_w_mode", None)
     for key in IMPLEMENTATION_KEYS:
         arguments.pop(key, None)
-    for key in ("amsgrad", "maximize"):
-        if arguments.pop(key, False):
-            raise PlanError(f"optimizer/params/{key}: msamp has no such Adam. Remove the key, or the msamp section.")
+    refuse_options(arguments, "optimizer/params")
+    for key in REFUSED_OPTIONS:
+        arguments.pop(key, None)
     if arguments.pop("fp32_optimizer_states", None) is not None:
         raise PlanError(
             "optimizer/params/fp32_optimizer_states: with msamp the formats of states are msamp/exp_avg and exp_avg_sq.\n"
@@ -57,10 +57,12 @@ def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Any) -> 
         )
     if "max_grad_norm" in arguments:
         raise PlanError("optimizer/params/max_grad_norm: write gradient_clipping at the top of the file instead.")
-    cls = optim.ScaledAdamW if decoupled else optim.ScaledAdam
+    cls = optim.ALGORITHMS[name]
     unknown = sorted(set(arguments) - set(inspect.signature(cls).parameters))
     if unknown:
-        raise PlanError(f"optimizer/params: {', '.join(unknown)} unknown to Adam; remove or correct.")
+        raise PlanError(
+            f"optimizer/params: {', '.join(unknown)} unknown to {ALGORITHMS[name].label}; remove or correct."
+        )
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     return cls(model_parameters, **arguments, **_ours(engine, plan))
@@ -77,9 +79,9 @@ def take_over(engine: Any, client_optimizer: Any, model_parameters: Any, plan: A
     if not isinstance(client, torch.optim.Optimizer) and callable(client):
         client = client(model_parameters)
     ours = optim.take_over(client, **_ours(engine, plan), with_state=False)
-    if ours is client and ours.formats() != _formats(plan):
+    if ours is client and ours.formats() != _formats(plan, ours.formats()):
         raise PlanError(
-            f"optimizer {type(client).__name__} was built with {ours.formats()}, the msamp section says {_formats(plan)}.\n"
+            f"optimizer {type(client).__name__} was built with {ours.formats()}, the msamp section says {_formats(plan, ours.formats())}.\n"
             "  Give it the same level, or pass torch.optim.AdamW and let msamp choose."
         )
     given = ClientStates.of(client, engine)
@@ -92,8 +94,8 @@ def take_over(engine: Any, client_optimizer: Any, model_parameters: Any, plan: A
     return ours, given
 
 
-def _formats(plan: Any) -> dict[str, str]:
-    return {name: getattr(plan.optim.level, name) for name in ("exp_avg", "exp_avg_sq", "master", "rounding")}
+def _formats(plan: Any, names: Iterable[str]) -> dict[str, str]:
+    return {name: getattr(plan.optim.level, name) for name in names}
 
 
 def _ours(engine: Any, plan: Any) -> dict[str, Any]:
@@ -105,36 +107,3 @@ def _seed(engine: Any) -> int:
     if int(engine.zero_optimization_stage()) == 0:
         return SEED
     return SEED + dist.get_rank(group=engine.seq_data_parallel_group)
-
-
-def refuse_unsupported(engine: Any) -> None:
-    """Parts of DeepSpeed that own the optimizer step themselves: refused before anything is built."""
-    offload = engine.zero_offload_optimizer()
-    device = getattr(getattr(offload, "device", None), "value", None)
-    if device == "nvme":
-        raise PlanError(
-            "zero_optimization/offload_optimizer/device is nvme: DeepSpeed's swapper moves states that have the size and"
-            " dtype of the master; codes and their scales have neither.\n"
-            "  Use device cpu (states are a third of fp32's there), or remove the msamp section."
-        )
-    reasons = {
-        "ZenFlow": (getattr(engine, "zenflow", False), "it steps selected columns with an optimizer of its own"),
-        "SuperOffload": (_asks(engine, "super_offload"), "it steps in a process of its own, with DeepSpeed's CPUAdam"),
-        "offload_optimizer/ratio below 1": (
-            offload is not None and getattr(offload, "ratio", 1.0) < 1.0,
-            "the part that stays on the device is stepped by torch's AdamW",
-        ),
-        "compile/deepcompile": (_asks(engine, "compile_deepcompile"), "its passes schedule fp32 states themselves"),
-        "elastic_checkpoint in stage 3": (
-            int(engine.zero_optimization_stage()) == 3 and _asks(engine, "zero_elastic_checkpoint"),
-            "DeepSpeed has dropped it; use universal checkpoints",
-        ),
-    }
-    for name, (present, reason) in reasons.items():
-        if present:
-            raise PlanError(f"msamp with {name}: {reason}.\n  Turn one of the two off.")
-
-
-def _asks(engine: Any, name: str) -> bool:
-    ask = getattr(engine, name, None)
-    return bool(ask()) if callable(ask) else bool(ask)

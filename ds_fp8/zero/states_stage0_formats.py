@@ -16,8 +16,9 @@ import torch
 from deepspeed.checkpoint.constants import CLIP_GRAD, OPTIMIZER_STATE_DICT
 from torch import Tensor
 
+from ..algorithms import MOMENTS
 from ..errors import CheckpointError
-from .states_view import MOMENTS, PlainAdam, adopt_groups, plain_groups, plain_state
+from .states_view import PlainAdam, adopt_groups, check_moments, plain_groups, plain_state
 from .touched import touched
 
 TOUCHED = {
@@ -55,6 +56,7 @@ class Loaded:
         for index, param in enumerate(wrapper.fp8_masters):
             state = self.states[index] if load_optimizer_states else {}
             moments = {key: state[key].reshape(-1) for key in MOMENTS if key in state}
+            check_moments(moments, wrapper.optimizer)
             step = int(state["step"]) if "step" in state else None
             master = param.detach().float() if self.masters is None else self.masters[index]
             wrapper.optimizer.import_fp32(param, master=master.reshape(-1), step=step, **moments)
@@ -149,7 +151,7 @@ def _flat_state(group: list[dict[str, Any]]) -> dict[str, Any]:
     step = max(int(each["step"]) for each in group)
     if not step:
         return {}
-    return {"step": step, **{key: _flat([each[key] for each in group]) for key in MOMENTS}}
+    return {"step": step, **{key: _flat([each[key] for each in group]) for key in MOMENTS if key in group[0]}}
 
 
 def _shaped(state: dict[str, Any], shape: torch.Size) -> dict[str, Any]:

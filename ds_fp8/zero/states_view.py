@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms import MOMENTS
+from ..errors import CheckpointError
 from .touched import touched
 
 TOUCHED = {
     "AnyWrapper": touched(reads="optimizer", writes="optimizer"),
 }
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 PLAIN_GROUP_KEYS = {
     "amsgrad": False,
@@ -78,9 +78,18 @@ def plain_state(exported: dict[str, Any], *, torch_step: bool) -> dict[str, Any]
     """
     if not exported["step"]:
         return {}
-    moments = {key: exported[key].to("cpu", torch.float32) for key in MOMENTS}
+    moments = {key: exported[key].to("cpu", torch.float32) for key in MOMENTS if key in exported}
     step = int(exported["step"])
     return {"step": torch.tensor(float(step)) if torch_step else step, **moments}
+
+
+def check_moments(loaded: dict[str, Any], optimizer: Any) -> None:
+    """Raise CheckpointError for the states of another algorithm; none at all is a load of weights."""
+    if loaded and tuple(loaded) != optimizer.moments:
+        raise CheckpointError(
+            f"the checkpoint holds {' and '.join(loaded)}, {optimizer.algorithm} keeps {' and '.join(optimizer.moments)}: it was"
+            " saved by another algorithm.\n  Train on with that one, or load with load_optimizer_states=False."
+        )
 
 
 class PlainView:
@@ -150,6 +159,7 @@ class PlainView:
         for master, flat in zip(self.fp8_masters, flats, strict=True):
             state = plain.state.get(flat, {})
             moments = {key: state[key] for key in MOMENTS if key in state}
+            check_moments(moments, self.optimizer)
             step = state.get("step", group_step) if moments else None
             step = None if step is None else int(step)
             self.optimizer.import_fp32(master, master=flat, step=step, **moments)

@@ -112,7 +112,7 @@ def test_every_fp8_key_arrives():
             "first_last_high_precision": True,
             "min_features": 256,
         },
-        "fuse": True,
+        "fuse": False,
         "compile": False,
         "frozen_weights": "fp8",
         "weight_cache": False,
@@ -133,11 +133,13 @@ def test_every_fp8_key_arrives():
     assert fp8.layers == config.LayerSettings(("a.*",), ("*.head",), True, False, True, True, 256)
     assert (fp8.backend, fp8.fuse, fp8.weight_cache, fp8.eval, fp8.start_step) == (
         "transformer_engine",
-        True,
+        False,
         False,
         True,
         10,
     )
+    fused = {"enabled": True, "backend": "transformer_engine", "fuse": True}
+    assert config.load({"fp8": fused}).fp8.fuse, "which goes with no product in high precision"
     assert fp8.telemetry == config.TelemetrySettings(True, 5, "runs")
     assert fp8.checkpoint_on_signal == "$CHECKPOINT_DIR" and fp8.frozen_weights == "fp8"
     assert fp8.first_step_check == "error" and fp8.max_nonfinite_steps == 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ds_fp8 import config
-from ds_fp8.config import conflicts, rules
-from ds_fp8.errors import ConfigError
+from ds_fp8.config import conflicts, refusals, rules
+from ds_fp8.config.resolve import settings_of
+from ds_fp8.errors import ConfigError, PlanError
+from ds_fp8.plan import make_plan
 
 BF16 = {"bf16": {"enabled": True}}
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -25,6 +28,26 @@ def zero(**keys):
 
 
 REFUSED = [
+    (
+        {**msamp(), **zero(stage=3, elastic_checkpoint=True)},
+        "zero_optimization/elastic_checkpoint",
+        {**msamp(), **zero(stage=2, elastic_checkpoint=True)},
+    ),
+    (
+        {**msamp(), "optimizer": {"type": "AdamW", "params": {"maximize": True, "torch_adam": True}}},
+        "optimizer/params/maximize",
+        {**msamp(), "optimizer": {"type": "AdamW", "params": {"maximize": False, "torch_adam": True}}},
+    ),
+    (
+        {**msamp(exp_avg_sq="fp16"), "optimizer": {"type": "Lion", "params": {}}},
+        "msamp/exp_avg_sq",
+        {**msamp(exp_avg="fp16"), "optimizer": {"type": "Lion", "params": {}}},
+    ),
+    ({**fp8(), "fp16": {"enabled": True}}, "fp16/enabled", {**fp8(), **ZERO2, "fp16": {"enabled": True}}),
+    ({**fp8(fuse=True), **zero(stage=3)}, "fp8/fuse", {**fp8(fuse=True), **zero(stage=2)}),
+    (fp8(fuse=True, override_linear_precision=[False, True, False]), "fp8/fuse", fp8(fuse=True)),
+    ({**fp8(frozen_weights="fp8"), **zero(stage=3)}, "fp8/frozen_weights", fp8(frozen_weights="fp8")),
+    (fp8(frozen_weights="fp8", recipe="rowwise"), "fp8/frozen_weights", fp8(frozen_weights="fp8", recipe="block")),
     (fp8(recipe="current", margin=1), "fp8/margin", fp8(recipe="current", margin=0)),
     (fp8(recipe="block", amax_history_len=16), "fp8/amax_history_len", fp8(amax_history_len=16)),
     (fp8(recipe="current", amax_compute_algo="most_recent"), "fp8/amax_compute_algo", fp8(recipe="current")),
@@ -162,13 +185,29 @@ def test_refused_by_name_and_the_neighbour_passes(data, path, neighbour):
 
 
 def test_every_rule_refuses_something():
-    """A rule that no example trips is dead, or wrong."""
+    """A rule that no example trips is dead, or wrong. What depends on the device is the plan's to try."""
     silent = [
         rule.__name__
         for rule in (*rules.RULES, *conflicts.CONFLICTS)
         if not any(list(rule(data)) for data, _, _ in REFUSED)
     ]
+    typed = [settings_of(data, "a test") for data, _, _ in REFUSED]
+    silent += [
+        rule.__name__
+        for rule in refusals.REFUSALS
+        if rule is not refusals.recipe_needs_a_device and not any(list(rule(settings, None)) for settings in typed)
+    ]
     assert silent == []
+
+
+def test_the_plan_refuses_what_check_refuses_in_its_words():
+    """Settings that no file made meet the same list, before any rank has met another."""
+    settings = settings_of({**fp8(fuse=True), **zero(stage=3)}, "a test")
+    (found,) = refusals.refusals(settings)
+    with pytest.raises(PlanError) as caught:
+        make_plan(torch.nn.Sequential(torch.nn.Linear(32, 32)), settings)
+    assert found.what in str(caught.value) and "fp8/fuse" in str(caught.value)
+    assert any(found.what in problem.message for problem in config.check({**fp8(fuse=True), **zero(stage=3)}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_fp8.errors import PlanError
-from ds_fp8.optim import ScaledAdam, ScaledAdamW, take_over
+from ds_fp8.optim import ScaledAdam, ScaledAdamW, ScaledLion, algorithm_of, take_over
 from tests.optim.given_gradients import parameters, train
 
 
@@ -62,6 +62,21 @@ def test_fused_adams_say_which_adam_they_are(client, expected):
     assert type(ours) is expected
     assert ours.param_groups[0]["bias_correction"] is False
     assert ours.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+@pytest.mark.parametrize("name", ["FusedLion", "DeepSpeedCPULion"])
+def test_lions_of_deepspeed_are_taken_with_their_state(name):
+    """FusedLion counts the steps of a group in one parameter; exp_avg is all that either keeps."""
+    client = fused("deepspeed", name)
+    params = client.param_groups[0]["params"]
+    for number, param in enumerate(params):
+        client.state[param] = {"step": 5 if number == len(params) - 1 else 0, "exp_avg": torch.full_like(param, 0.25)}
+    ours = take_over(client, level="O1")
+    assert type(ours) is ScaledLion and algorithm_of(client) == "lion"
+    assert ours.param_groups[0]["betas"] == (0.9, 0.99)
+    taken = ours.export_fp32(params[0])
+    assert taken["step"] == (5 if name == "FusedLion" else 0)
+    assert torch.equal(taken["exp_avg"], torch.full_like(taken["exp_avg"], 0.25))
 
 
 def test_scaled_moments_of_transformer_engine_are_read_unscaled():

@@ -93,7 +93,7 @@ def test_rowwise_is_our_own():
     assert plan(job("rowwise"), HOPPER).fp8.backend == "torch"
     assert plan(job("rowwise"), CPU).fp8.emulated and not plan(job("rowwise"), HOPPER).fp8.emulated
     assert plan(job("rowwise", level="O2"), HOPPER).fp8.recipe.kind == "rowwise"
-    with pytest.raises(PlanError, match=r"Transformer Engine has no such recipe.*\n  Set fp8/backend to torch"):
+    with pytest.raises(PlanError, match=r"Transformer Engine has no recipe 'rowwise'.*\n  Set fp8/backend to torch"):
         plan(job("rowwise", backend="transformer_engine"), HOPPER)
     with pytest.raises(PlanError, match="but fp8/recipe is rowwise: dgrad reads a weight"):
         plan(job("rowwise", level="O3"))
@@ -115,7 +115,9 @@ def test_fp16_at_stage_0_is_refused_with_the_upstream_reason():
 def test_a_default_is_adapted_and_told_an_explicit_value_is_refused():
     made = plan(job(level="O2", base="fp32"))
     assert made.optim.level.master == "fp32" and "split24 does not apply" in made.banner()
-    with pytest.raises(PlanError, match="msamp/master split24 completes a 16-bit weight, but the parameters are fp32"):
+    with pytest.raises(
+        PlanError, match="msamp/master: master split24 completes a 16-bit weight, but the parameters are fp32"
+    ):
         plan(job(level="O2", base="fp32", explicit=("master",)))
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...numerics import expansion
 from ...numerics.adam import torch_sqrt_is_ieee
+from ...numerics.flat import blocks_of
 from ...numerics.masters import MasterCodes
 from ...numerics.random_bits import EXP_AVG_SHIFT
 from ...numerics.states import StateCodes
 from . import jobs, torch_sqrt
-from .casts import blocks_of, run
+from .casts import run
 
 if TYPE_CHECKING:
     from ..adam import AdamStep, WeightCodes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...formats import BLOCK_SIZE, Format
+from ...numerics.flat import blocks_of
 from . import jobs, loader
 
 GRAIN_BLOCKS = 256
@@ -27,10 +28,6 @@ def run(operation: int, job: ctypes.Structure, units: int, grain: int = GRAIN_BL
     assert lib is not None, "the caller asks loader.load() first"
     if units > 0:
         lib.ds_fp8_run(operation, ctypes.byref(job), units, grain, torch.get_num_threads())
-
-
-def blocks_of(numel: int) -> int:
-    return -(-numel // BLOCK_SIZE)
 
 
 def _float8(fmt: Format) -> torch.dtype:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...formats import Format
+from ...numerics.flat import blocks_of
 from ...numerics.random_bits import Stochastic
 from . import jobs
-from .casts import blocks_of, decode_into, readable, run
+from .casts import decode_into, readable, run
 
 
 def encode(

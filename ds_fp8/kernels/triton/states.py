@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...levels import EXP_AVG_FORMATS
+from ...levels import STATES
 from ...numerics import expansion as _expansion
 from ...numerics.random_bits import EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT
 from . import codec
 
-FORMATS = {name: number for number, name in enumerate(EXP_AVG_FORMATS)}
+FORMATS = {name: fmt.triton for name, fmt in STATES.items() if fmt.triton is not None}
 FP32, BF16, FP16, E4M3, EXPANDED, INT8 = (
     tl.constexpr(FORMATS[name]) for name in ("fp32", "bf16", "fp16", "e4m3", "e4m3_expanded", "int8")
 )

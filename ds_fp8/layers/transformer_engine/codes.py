@@ -21,15 +21,13 @@ import torch
 from torch.overrides import has_torch_function_unary
 
 from ...errors import BackendError, LayerError
+from ..gemm import aligned
 from ..recipes import scaling_of
 from .names import WORKSPACE, TransformerEngine, codes_class
 
 if TYPE_CHECKING:
     from ..page import WeightCodes
     from .linear import LayerState
-
-POINTER_BYTES = 16
-"""cuBLASLt reads codes and scales from addresses that are multiples of this."""
 
 
 class TakesCodes:
@@ -118,8 +116,3 @@ def wrap(codes: WeightCodes, quantizer: Any, dtype: torch.dtype, kind: str) -> A
     common["device"] = data.device
     own = scaling_of(kind).te_quantized_arguments(data, codes.scale_inv, quantizer)
     return made(**{name: aligned(one) if isinstance(one, torch.Tensor) else one for name, one in own.items()}, **common)
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where its address is not one that cuBLASLt takes."""
-    return tensor.clone() if tensor.data_ptr() % POINTER_BYTES else tensor

@@ -39,7 +39,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "params_dtype",
         "device",
     ),
-    "pytorch.LayerNormMLP": ("hidden_size", "ffn_hidden_size", "eps", "bias", "activation", "params_dtype", "device"),
     "recipe.DelayedScaling": ("margin", "fp8_format", "amax_history_len", "amax_compute_algo", "reduce_amax"),
     "recipe.Format": (),
 }

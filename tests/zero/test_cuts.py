@@ -1,0 +1,39 @@
+"""How flats, stores and messages are cut: small pure functions, by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_fp8.comm import Wire
+from ds_fp8.zero.weights_store import share_bounds
+from ds_fp8.zero.wire import spread_over
+
+
+def test_a_ranks_share_of_a_store_is_what_it_owns_of_the_flat():
+    """Tensors of 10, 6 and 8 elements at 0, 12 and 18 of a flat of 32, in a store at 0, 16 and 32 (each begins at 16):
+    rank 0 owns the flat's [0, 16), so all of the first and 4 of the second.
+    """
+    spans = [(0, 10, 0), (12, 6, 16), (18, 8, 32)]
+    assert share_bounds(spans, 48, 16, 2) == [0, 20, 48]
+    assert share_bounds(spans, 48, 8, 4) == [0, 8, 20, 38, 48]
+    assert share_bounds([], 0, 16, 2) == [0, 0, 0]
+
+
+def test_a_part_is_spread_over_the_targets_that_it_meets():
+    """Targets of 3, 0, 4 and 2 elements end to end; five values from the second element on."""
+    targets = [torch.zeros(n) for n in (3, 0, 4, 2)]
+    found = [(number, at, part.tolist()) for number, at, part in spread_over(targets, 1, torch.arange(5.0))]
+    assert found == [(0, 1, [0.0, 1.0]), (2, 0, [2.0, 3.0, 4.0])]
+    assert list(spread_over(targets, 9, torch.arange(2.0))) == []
+
+
+def test_rounds_of_a_message_cut_every_owners_slice_at_blocks():
+    """Slices of 1000, 0 and 300 elements in rounds of at most 512: each element once, every cut but the last at 128."""
+    numels = [1000, 0, 300]
+    rounds = list(Wire.named("e4m3", 512).chunks(numels, torch.device("cpu")))
+    for owner, numel in enumerate(numels):
+        cuts = [cut[owner] for cut in rounds]
+        assert all(start % 128 == 0 or start == numel for start, _ in cuts)
+        assert [start for start, _ in cuts[1:]] == [stop for _, stop in cuts[:-1]]
+        assert (cuts[0][0], cuts[-1][1]) == (0, numel)
+    assert len(rounds) == 3
