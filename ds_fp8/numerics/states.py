@@ -204,6 +204,11 @@ def _write_expanded(state: StateCodes, values: torch.Tensor, rounding: Stochasti
     _store(state, codes, scale_inv)
 
 
+def _read_expanded(state: State) -> torch.Tensor:
+    assert state.scale_inv is not None and state.expansion is not None
+    return expansion.decode(state.data, state.scale_inv, state.expansion)
+
+
 def _scaled(dtype: torch.dtype, encode: Callable[..., Any], decode: Callable[..., torch.Tensor]) -> Codec:
     """A format with one scale for each block."""
     return Codec(
@@ -223,7 +228,7 @@ CODECS: dict[str, Codec] = {
     "e4m3_expanded": Codec(
         torch.uint8,
         ("data", "scale_inv", "expansion"),
-        lambda state: expansion.decode(state.data, state.scale_inv, state.expansion),
+        _read_expanded,
         _write_expanded,
     ),
 }
