@@ -204,7 +204,7 @@ def _write_expanded(state: StateCodes, values: torch.Tensor, rounding: Stochasti
     _store(state, codes, scale_inv)
 
 
-def _read_expanded(state: State) -> torch.Tensor:
+def _read_expanded(state: StateCodes) -> torch.Tensor:
     assert state.scale_inv is not None and state.expansion is not None
     return expansion.decode(state.data, state.scale_inv, state.expansion)
 

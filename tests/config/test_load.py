@@ -121,6 +121,7 @@ def test_every_fp8_key_arrives():
         "first_step_check": "error",
         "max_nonfinite_steps": 0,
         "checkpoint_on_signal": "$CHECKPOINT_DIR",
+        "checkpoint_fallback": True,
         "telemetry": {"enabled": True, "interval": 5, "path": "runs"},
     }
     assert given.keys() == contract.properties("fp8").keys(), "a new key of the schema belongs into this test"
@@ -142,7 +143,7 @@ def test_every_fp8_key_arrives():
     assert config.load({"fp8": fused}).fp8.fuse, "which goes with no product in high precision"
     assert fp8.telemetry == config.TelemetrySettings(True, 5, "runs")
     assert fp8.checkpoint_on_signal == "$CHECKPOINT_DIR" and fp8.frozen_weights == "fp8"
-    assert fp8.first_step_check == "error" and fp8.max_nonfinite_steps == 0
+    assert fp8.first_step_check == "error" and fp8.max_nonfinite_steps == 0 and fp8.checkpoint_fallback
     assert not fp8.implied
 
 
@@ -161,6 +162,7 @@ def test_every_msamp_key_arrives():
         "weight_wire_exclude": ["*.dt_proj"],
         "block_size": 128,
         "checkpoint_on_signal": "ckpt",
+        "checkpoint_fallback": True,
         "telemetry": {"enabled": True},
     }
     assert given.keys() == contract.properties("msamp").keys(), "a new key of the schema belongs into this test"
@@ -172,7 +174,7 @@ def test_every_msamp_key_arrives():
     assert settings.msamp.weight_wire_exclude == ("*.dt_proj",)
     assert settings.msamp.explicit == given.keys()
     assert settings.telemetry.enabled
-    assert settings.checkpoint_on_signal == "ckpt"
+    assert settings.checkpoint_on_signal == "ckpt" and settings.checkpoint_fallback
 
 
 def test_level_sets_the_defaults_and_a_key_overrides_one():
