@@ -1,5 +1,5 @@
 # Short names for what the scripts do; `make` alone lists them.
-.PHONY: help main-job test fast lint format ci bench docs clean
+.PHONY: help main-job test fast lint format ci bench docs api wheel clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,13 @@ bench:           ## the CPU benchmarks, one after another
 
 docs:            ## the documentation site, in runs/site; a warning is an error
 	mkdocs build --strict --quiet
+
+api:             ## docs/api.md and docs/configuration.md anew, from the code and the schema
+	python docs/generate_api.py && python schemas/generate_reference.py
+
+wheel:           ## what is published: dist/*.whl of any platform, whose kernels compile at first use
+	DS_FP8_BUILD_KERNELS=0 python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	python -m twine check --strict dist/*.whl
 
 clean:           ## what builds and runs leave behind
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

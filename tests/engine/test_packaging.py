@@ -132,6 +132,43 @@ def test_the_wheel_has_everything_that_runs(tree):
     """Schemas as ds_fp8.schemas, kernel sources for a build at first use, the command, the license."""
     names = {str(path.relative_to(site)) for site in [build(tree, "build_wheel")] for path in site.rglob("*")}
     assert {"ds_fp8/schemas/ds_fp8.schema.json", "ds_fp8/schemas/deepspeed.schema.json", "ds_fp8/py.typed"} <= names
+    assert {"ds_fp8/cli/report.html", "ds_fp8/cli/report.css", "ds_fp8/cli/report.js"} <= names
     assert any(name.endswith(".cpp") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any("tests" in name or name.startswith("build") for name in names)
+
+
+def test_the_published_wheel_in_an_environment_of_its_own(tree, tmp_path):
+    """`pip install` of the wheel beside nothing but its requirements: the command runs, the version is the package's own."""
+    site = build(tree, "build_wheel")
+    (wheel,) = site.parent.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    paths = [path for path in sys.path if path.endswith("-packages")]  # where the requirements are installed
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 8, "fp8": {"enabled": true}}')
+    command = [str(python), str(python.parent / "ds_fp8"), "check", str(tmp_path / "ds.json")]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "ok: fp8" in done.stdout, done.stderr
+    code = "import ds_fp8; print(ds_fp8.__file__)"
+    said = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) in said
+
+
+def test_what_an_index_shows(tree):
+    """Author, keywords, systems and Pythons that were tested; the README renders (twine)."""
+    from ds_fp8.releases import PYTHON
+
+    site = build(tree, "build_wheel")
+    text = next(site.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
+    for line in ("Author: ", "Keywords: fp8,deepspeed", "Classifier: Operating System :: POSIX :: Linux", f"Requires-Python: >={PYTHON.oldest}"):  # fmt: skip
+        assert f"\n{line}" in text
+    shown = {line.rpartition(" ")[2] for line in text.splitlines() if "Programming Language :: Python :: 3." in line}
+    assert shown == set(PYTHON.tested)
+    pytest.importorskip("twine", reason="needs twine, the extra dev")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(next(site.parent.glob("*.whl")))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
