@@ -1,6 +1,7 @@
 """What the package is, and the things a declarative file cannot say.
 
-1. The door. `ds_fp8.pth` and `ds_fp8.start` must lie in the root of site-packages, where Python looks at start. A
+1. The activation hook. `ds_fp8.pth` and `ds_fp8.start` must lie in the root of site-packages, where Python looks at
+start. A
    wheel gets them there from the root of the build; an editable install builds no such root, so its temporary wheel
    is given the same two files.
 2. The kernels. With a C++ compiler at hand they are built into the wheel; without one they are built at first use,
@@ -25,13 +26,13 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
-DOOR = ("ds_fp8.pth", "ds_fp8.start")
+HOOK_FILES = ("ds_fp8.pth", "ds_fp8.start")
 CLIENTS = ["transformers", "accelerate", "peft", "trl", "lightning", "datasets", "mpi4py"]
 """Who calls DeepSpeed besides scripts; their journeys are tests, and in .ci/run a skipped one has failed."""
 
 
 def version() -> str:
-    """The version stands once, in ds_fp8/__init__.py; read as text because importing it would open the door."""
+    """The version stands once, in ds_fp8/__init__.py; read as text because importing it would install the hook."""
     for line in (ROOT / "ds_fp8" / "__init__.py").read_text(encoding="utf-8").splitlines():
         if line.startswith("__version__"):
             return line.split('"')[1]
@@ -47,7 +48,7 @@ def releases():
 
 
 def build_kernels(target_dir: Path) -> None:
-    """Compile the C++ kernels into `target_dir`; a machine that cannot is told so and gets the rest.
+    """Compile the C++ kernels into `target_dir`; a machine without a compiler gets a message and the rest.
 
     DS_FP8_BUILD_KERNELS=0 leaves it to the first use, e.g. for an image that is built where the job will not run.
     """
@@ -65,8 +66,8 @@ def build_kernels(target_dir: Path) -> None:
         print(f"ds_fp8: C++ kernels not built ({error}); they will be tried again at first use", file=sys.stderr)
 
 
-class BuildWithDoor(build_py):
-    """build_py, plus the door in the wheel's root and the kernels beside their sources."""
+class BuildWithHook(build_py):
+    """build_py, plus the activation hook in the wheel's root and the kernels beside their sources."""
 
     def run(self) -> None:
         if not getattr(self, "editable_mode", False):
@@ -76,7 +77,7 @@ class BuildWithDoor(build_py):
         if getattr(self, "editable_mode", False):
             build_kernels(ROOT / "ds_fp8" / "kernels" / "cpu")
             return
-        for name in DOOR:
+        for name in HOOK_FILES:
             shutil.copyfile(ROOT / name, Path(self.build_lib) / name)
         target = Path(self.build_lib) / "ds_fp8" / "kernels" / "cpu"
         target.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ class BuildWithDoor(build_py):
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         outputs = super().get_outputs(include_bytecode)
         if not getattr(self, "editable_mode", False):
-            outputs += [str(Path(self.build_lib) / name) for name in DOOR]
+            outputs += [str(Path(self.build_lib) / name) for name in HOOK_FILES]
         return outputs
 
 
@@ -118,12 +119,12 @@ class WheelOfItsPlatform(bdist_wheel):
         self.root_is_pure = True  # where files lie in the archive is the same in both
 
 
-class EditableWithDoor(editable_wheel):
-    """editable_wheel, plus the door in the root of the temporary wheel."""
+class EditableWithHook(editable_wheel):
+    """editable_wheel, plus the activation hook in the root of the temporary wheel."""
 
     def _run_build_commands(self, dist_name, unpacked_wheel, build_lib, tmp_dir):
         files, mapping = super()._run_build_commands(dist_name, unpacked_wheel, build_lib, tmp_dir)
-        for name in DOOR:
+        for name in HOOK_FILES:
             shutil.copyfile(ROOT / name, Path(unpacked_wheel) / name)
         return files, mapping
 
@@ -179,9 +180,9 @@ setup(
     entry_points={
         "console_scripts": ["ds_fp8 = ds_fp8.cli.main:main"],
         # torch calls this at the end of its import. We are no backend; it is the hook that needs no .pth file.
-        "torch.backends": ["ds_fp8 = ds_fp8.door:after_torch_import"],
+        "torch.backends": ["ds_fp8 = ds_fp8.import_hook:after_torch_import"],
     },
-    cmdclass={"build_py": BuildWithDoor, "bdist_wheel": WheelOfItsPlatform, "editable_wheel": EditableWithDoor},
+    cmdclass={"build_py": BuildWithHook, "bdist_wheel": WheelOfItsPlatform, "editable_wheel": EditableWithHook},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

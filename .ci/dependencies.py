@@ -2,7 +2,8 @@
 
     python .ci/dependencies.py    in an environment that venv.sh has made (`.ci/run` makes .venv-test)
 
-Names and versions come from .ci/lock.txt and constraints.txt, licences from what the installed packages say of themselves.
+Names and versions come from .ci/lock.txt and constraints.txt, licences from what the installed packages say of
+themselves.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ def locked() -> dict[str, str]:
 def licence(name: str) -> str:
     """What the package says of itself, in a few words."""
     try:
-        told = metadata.metadata(name)
+        shown = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         return NOT_TOLD
-    if told["License-Expression"]:
-        return str(told["License-Expression"])
+    if shown["License-Expression"]:
+        return str(shown["License-Expression"])
     classifiers = [
-        one.rpartition(" :: ")[2] for one in told.get_all("Classifier") or () if one.startswith("License ::")
+        one.rpartition(" :: ")[2] for one in shown.get_all("Classifier") or () if one.startswith("License ::")
     ]
     classifiers = [one for one in classifiers if one != "OSI Approved"]
     if classifiers:
         return ", ".join(classifiers)
-    first = (told["License"] or "").strip().splitlines()
+    first = (shown["License"] or "").strip().splitlines()
     return first[0][:60] if first and first[0] else NOT_TOLD
 
 

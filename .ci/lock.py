@@ -3,9 +3,9 @@
     python .ci/lock.py            with a pip that reaches an index; for CPython 3.11 on Linux x86_64, where CI runs
 
 pip resolves the extras `test` and `dev` under constraints.txt and reports what it would install, without installing it.
-torch is left out, and what only its CUDA builds need: which build of it is right depends on the machine (`TORCH_INDEX_URL`
-of venv.sh), and each has another hash; its version is pinned in constraints.txt. The file names packages, versions and
-hashes; no index.
+torch is left out, and what only its CUDA builds need: which build of it is right depends on the machine
+(`TORCH_INDEX_URL` of venv.sh), and each has another hash; its version is pinned in constraints.txt. The file names
+packages, versions and hashes; no index.
 """
 
 from __future__ import annotations

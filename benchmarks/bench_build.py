@@ -30,7 +30,7 @@ from harness import Report, Timing, alternate
 ROOT = Path(__file__).resolve().parent.parent
 GOAL_S = 20.0
 SOURCES = ("ds_fp8", "schemas", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-DOOR = ("ds_fp8.pth", "ds_fp8.start")
+HOOK_FILES = ("ds_fp8.pth", "ds_fp8.start")
 FIRST_USE = """
 from ds_fp8 import kernels
 assert kernels.path("cpu") != "torch", "the kernels were not built"
@@ -40,7 +40,7 @@ assert kernels.path("cpu") != "torch", "the kernels were not built"
 def copy_sources(target: Path) -> Path:
     """The package as a source distribution has it: no libraries, no caches."""
     target.mkdir()
-    for name in (*SOURCES, *DOOR):
+    for name in (*SOURCES, *HOOK_FILES):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         else:
@@ -112,14 +112,14 @@ def main() -> None:
         cache = folder / "warm"
         first_use(source, cache)
         warm = measure(report, "first use, cached", lambda: first_use(source, cache), max(repeats, 3))
-        plain = measure(report, "wheel without kernels", lambda: wheel(source, "0"), repeats)
+        baseline = measure(report, "wheel without kernels", lambda: wheel(source, "0"), repeats)
         whole = measure(report, "wheel with kernels", lambda: wheel(source, "1"), repeats)
     added_s = cold.median_s - warm.median_s
     for what, taken_s, peer in (
         (
             "extension build at install",
             built.median_s,
-            f"pip wheel {plain.median_s:.1f} s without, {whole.median_s:.1f} s with",
+            f"pip wheel {baseline.median_s:.1f} s without, {whole.median_s:.1f} s with",
         ),
         ("compile at first use", added_s, f"a start with cached kernels {warm.median_s:.1f} s"),
     ):

@@ -2,8 +2,9 @@
 
     python benchmarks/bench_checkpoint.py [--parameters 20] [--repeats 7] [--folder DIR]
 
-One rank, ZeRO 2, O2, fp8: about 20 bytes per parameter on the disk. `without` is DeepSpeed's own save of the same engine, our
-exact states in it. The folder is in memory (/dev/shm) where there is one: the disk then costs least, and the checks count most.
+One rank, ZeRO 2, O2, fp8: about 20 bytes per parameter on the disk. `without` is DeepSpeed's own save of the same
+engine, our exact states in it. The folder is in memory (/dev/shm) where there is one: the disk then costs least, and
+the checks count most.
 
 Goals: a save costs at most 2 % more; the CRC-32 of a load is at least 0.5 GB/s a core.
 """

@@ -32,9 +32,9 @@ def assert_equal(fmt) -> None:
 
 def assert_decodes(fmt) -> None:
     """All 256 codes, into every dtype, as torch's own cast does it."""
-    codes = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt))
+    quantized = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        ours, torchs = casts.dequantize(codes, 1.0, dtype), codes.to(dtype)
+        ours, torchs = casts.dequantize(quantized, 1.0, dtype), quantized.to(dtype)
         assert torch.equal(ours.isnan(), torchs.isnan()), f"{fmt.name} to {dtype}: other NaN"
         assert torch.equal(ours.nan_to_num(-1.0), torchs.nan_to_num(-1.0)), f"{fmt.name} to {dtype}: decode differs"
 
@@ -42,8 +42,8 @@ def assert_decodes(fmt) -> None:
 def exhaustive(report: Report) -> None:
     """Every fp32, bf16 and fp16 pattern through every path into both formats, and every code back, against PyTorch.
 
-    fp32 goes in pieces of 2^25; the reference of a piece is made once, for all paths. Its scale is 1, so every pattern meets
-    the cast as it is; NaN must come out as NaN with the same bits.
+    fp32 goes in chunks of 2^25; the reference of a chunk is made once, for all paths. Its scale is 1, so every pattern
+    meets the cast as it is; NaN must come out as NaN with the same bits.
     """
     begun = time.perf_counter()
     best = loader.path()
@@ -54,9 +54,9 @@ def exhaustive(report: Report) -> None:
             expected = cast.quantize(x, 1.0, fmt).view(torch.uint8)
             for path in paths:
                 loader.choose(path)
-                codes = casts.quantize(x, 1.0, fmt).view(torch.uint8)
-                if not torch.equal(codes, expected):
-                    wrong[path, fmt.name] += int((codes != expected).sum())
+                quantized = casts.quantize(x, 1.0, fmt).view(torch.uint8)
+                if not torch.equal(quantized, expected):
+                    wrong[path, fmt.name] += int((quantized != expected).sum())
     for path in paths:
         loader.choose(path)
         for fmt in (E4M3, E5M2):
@@ -66,9 +66,9 @@ def exhaustive(report: Report) -> None:
     for (path, name), count in wrong.items():
         report.note(f"exhaustive: {path} {name} encode, {count} of 2^32 fp32, 2^16 bf16 and 2^16 fp16 inputs differ")
     report.note(
-        f"exhaustive: all codes decode alike into fp32, bf16 and fp16; {taken_s:.0f} s, {torch.get_num_threads()} threads"
+        f"exhaustive: all quantized values decode alike into fp32, bf16 and fp16; {taken_s:.0f} s, {torch.get_num_threads()} threads"
     )
-    what = "codes other than PyTorch's, over all 2^32 inputs"
+    what = "quantized values other than PyTorch's, over all 2^32 inputs"
     report.goal(
         what,
         result=float(sum(wrong.values())),
@@ -82,7 +82,7 @@ def exhaustive(report: Report) -> None:
 
 
 def patterns() -> Iterator[torch.Tensor]:
-    """All numbers of three dtypes, in pieces."""
+    """All numbers of three dtypes, in chunks."""
     size = 1 << 25
     for begin in range(-(2**31), 2**31, size):
         yield torch.arange(begin, begin + size, dtype=torch.int32).view(torch.float32)
@@ -95,34 +95,34 @@ def measure(report: Report, numel: int, threads: int, repeats: int) -> None:
     torch.set_num_threads(threads)
     x = torch.randn(numel)
     half = x.bfloat16()
-    codes = casts.quantize(x, 1.0, E4M3)
+    quantized = casts.quantize(x, 1.0, E4M3)
     raw, scale_inv = flat.encode(x, E4M3)
-    out, out_codes = torch.empty(numel), torch.empty(numel, dtype=torch.float8_e4m3fn)
+    out, quantized_out = torch.empty(numel), torch.empty(numel, dtype=torch.float8_e4m3fn)
     out_half = torch.empty(numel, dtype=torch.bfloat16)
     scale = torch.ones(())
     one = torch.ones(())
 
     def quantize_into(source: torch.Tensor) -> None:
         job = jobs.QuantizeJob(
-            source.data_ptr(), out_codes.data_ptr(), scale.data_ptr(), None, numel, jobs.DTYPES[source.dtype], 0
+            source.data_ptr(), quantized_out.data_ptr(), scale.data_ptr(), None, numel, jobs.DTYPES[source.dtype], 0
         )
         casts.run(jobs.QUANTIZE, job, casts.blocks_of(numel))
 
     cases = {
         "fp32 -> e4m3": {
-            "torch copy_": lambda: out_codes.copy_(x),
+            "torch copy_": lambda: quantized_out.copy_(x),
             "ds_fp8": lambda: quantize_into(x),
             "ds_fp8 flat blocks": lambda: flat.encode(x, E4M3, out=(raw, scale_inv)),
         },
-        "bf16 -> e4m3": {"torch copy_": lambda: out_codes.copy_(half), "ds_fp8": lambda: quantize_into(half)},
+        "bf16 -> e4m3": {"torch copy_": lambda: quantized_out.copy_(half), "ds_fp8": lambda: quantize_into(half)},
         "e4m3 -> fp32": {
-            "torch copy_": lambda: out.copy_(codes),
-            "ds_fp8": lambda: casts.decode_into(codes, one, "e4m3", out, per_block=False),
+            "torch copy_": lambda: out.copy_(quantized),
+            "ds_fp8": lambda: casts.decode_into(quantized, one, "e4m3", out, per_block=False),
             "ds_fp8 flat blocks": lambda: flat.decode(raw, scale_inv, E4M3, out),
         },
         "e4m3 -> bf16": {
-            "torch copy_": lambda: out_half.copy_(codes),
-            "ds_fp8": lambda: casts.decode_into(codes, one, "e4m3", out_half, per_block=False),
+            "torch copy_": lambda: out_half.copy_(quantized),
+            "ds_fp8": lambda: casts.decode_into(quantized, one, "e4m3", out_half, per_block=False),
         },
         "amax of fp32": {
             "torch aminmax": lambda: torch.aminmax(x),

@@ -79,9 +79,10 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
     for case, runs in found.items():
         pairs = list(zip(runs, found["bf16"], strict=False))
-        gap = statistics.mean(ours["eval_loss"] - plain["eval_loss"] for ours, plain in pairs)
+        gap = statistics.mean(ours["eval_loss"] - baseline["eval_loss"] for ours, baseline in pairs)
         late = statistics.mean(
-            statistics.mean(ours["train"][-LAST:]) - statistics.mean(plain["train"][-LAST:]) for ours, plain in pairs
+            statistics.mean(ours["train"][-LAST:]) - statistics.mean(baseline["train"][-LAST:])
+            for ours, baseline in pairs
         )
         shown = ", ".join(f"{one['eval_loss']:.4f}" for one in runs)
         gaps = ("-", "-") if case == "bf16" else (f"{gap:+.4f}", f"{late:+.4f}")

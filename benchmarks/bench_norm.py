@@ -1,6 +1,6 @@
 """The gradient norm that a job reports under the FP8 wire, and the factor it clips with, beside fp32's.
 
-Two ranks over gloo, bf16, two micro-batches a step, ZeRO 0 to 3. The fp32 norm is computed by a plain torch model at the
+Two ranks over gloo, bf16, two micro-batches a step, ZeRO 0 to 3. The fp32 norm is computed by a torch model at the
 same weights (`tests/zero/norm_jobs.py`). The row `bf16` is DeepSpeed alone: what 16 bits cost without us. Goal: 3 %.
 
     python benchmarks/bench_norm.py --write

@@ -22,7 +22,7 @@ import torch
 from harness import Report, Timing, alternate
 
 from ds_fp8.formats import BLOCK_SIZE
-from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
+from ds_fp8.kernels.adam import AdamStep, QuantizedWeight, reference_step
 from ds_fp8.kernels.cpu.adam import adam_step
 from ds_fp8.numerics import masters, states
 
@@ -64,8 +64,8 @@ def make_step(numel: int, variant: str) -> AdamStep:
     )
     if fp8_weight:
         middle = numel // 2
-        step.weight_codes = WeightCodes(
-            codes=torch.zeros(numel, dtype=torch.uint8),
+        step.quantized_weight = QuantizedWeight(
+            quantized=torch.zeros(numel, dtype=torch.uint8),
             segments=((0, middle), (middle, numel)),
             scale=torch.tensor([4000.0, 4000.0]),
             amax=torch.zeros(2),
@@ -74,22 +74,24 @@ def make_step(numel: int, variant: str) -> AdamStep:
 
 
 def bytes_per_parameter(step: AdamStep) -> float:
-    """What one pass reads and writes: states, master and weight both ways, the gradient once, codes written."""
+    """What one pass reads and writes: states, master and weight both ways, the gradient once, quantized values
+    written.
+    """
     both_ways = [step.param, *step.exp_avg.tensors().values(), *step.exp_avg_sq.tensors().values()]
     both_ways += step.master.tensors().values()
     total = sum(2 * t.numel() * t.element_size() for t in both_ways) + step.grad.numel() * step.grad.element_size()
-    return (total + (step.weight_codes.codes.numel() if step.weight_codes else 0)) / step.param.numel()
+    return (total + (step.quantized_weight.quantized.numel() if step.quantized_weight else 0)) / step.param.numel()
 
 
 def assert_bits() -> None:
     """Correctness before speed: two steps of every variant against the reference."""
     for variant in VARIANTS:
         step = make_step(100 * BLOCK_SIZE + 7, variant)
-        twin = copy.deepcopy(step)
+        counterpart = copy.deepcopy(step)
         for _ in range(2):
             adam_step(step)
-            reference_step(twin)
-        for mine, expected in zip(step.tensors(), twin.tensors(), strict=True):
+            reference_step(counterpart)
+        for mine, expected in zip(step.tensors(), counterpart.tensors(), strict=True):
             assert torch.equal(mine, expected), f"{variant}: not equal to the reference"
 
 
@@ -122,8 +124,8 @@ def torchao_fp8(numel: int) -> Callable[[], object]:
     weight.grad = torch.empty_like(weight).normal_(std=1e-3)
     optimizer = AdamWFp8([weight], **HYPER)
     optimizer.step()
-    codes = getattr(optimizer.state[weight]["exp_avg"], "codes", None)
-    assert codes is not None and codes.dtype == torch.float8_e4m3fn, "torchao keeps its state in high precision"
+    quantized = getattr(optimizer.state[weight]["exp_avg"], "codes", None)
+    assert quantized is not None and quantized.dtype == torch.float8_e4m3fn, "torchao keeps its state in high precision"
     return optimizer.step
 
 

@@ -1,10 +1,10 @@
-"""What the door costs: Python's start, and the import of DeepSpeed, with and without the plugin's .pth.
+"""What the activation hook costs: Python's start, and the import of DeepSpeed, with and without the plugin's .pth.
 
     python benchmarks/bench_startup.py [--repeats 10]
 
 Two virtual environments see the same packages and differ in one line: `ds_fp8.pth`. So both Pythons start as a user's
-does, with site-packages read and every other .pth run, and the difference is the door's alone. (`python -S` with and
-without `import ds_fp8` overstates it: the first look into site-packages is then counted as the door's.) Runs alternate,
+does, with site-packages read and every other .pth run, and the difference is the hook's alone. (`python -S` with and
+without `import ds_fp8` overstates it: the first look into site-packages is then counted as the hook's.) Runs alternate,
 and the median of the differences, pair by pair, is taken: of wall time, and of the process' CPU time, which hardly depends
 on what else the machine does and is what the first goal goes by.
 
@@ -47,14 +47,14 @@ def environment(**more: str) -> dict[str, str]:
     return {"DS_ACCELERATOR": "cpu", **kept, **more}
 
 
-def make_python(folder: Path, *, door: bool) -> Path:
-    """A Python that has this one's packages and our checkout on its path; `door` adds the .pth."""
+def make_python(folder: Path, *, import_hook: bool) -> Path:
+    """A Python that has this one's packages and our checkout on its path; `import_hook` adds the .pth."""
     venv.create(folder, symlinks=True, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))
     # A .pth adds these to sys.path without running the .pth files in them.
     packages = [path for path in sys.path if path.endswith("-packages")]
     (site / "packages.pth").write_text("\n".join([*packages, str(ROOT)]) + "\n")
-    if door:
+    if import_hook:
         (site / "zz_ds_fp8.pth").write_text((ROOT / "ds_fp8.pth").read_text())
     return folder / "bin" / "python"
 
@@ -75,36 +75,36 @@ def output(python: Path, code: str) -> str:
 
 
 def measure(report: Report, what: str, pythons: tuple[Path, Path], code: str, repeats: int) -> tuple[Timing, Timing]:
-    """(without the door, what the door adds), CPU time both, after one untimed pair."""
+    """(without the activation hook, what the activation hook adds), CPU time both, after one untimed pair."""
     for python in pythons:
         seconds(python, code)
     pairs = [tuple(seconds(python, code) for python in pythons) for _ in range(repeats)]
-    plain = difference = None
+    baseline = difference = None
     for clock, name in ((0, "wall"), (1, "CPU")):
-        plain = Timing.of([without[clock] for without, _ in pairs])
-        difference = Timing.of([with_door[clock] - without[clock] for without, with_door in pairs])
-        report.timing(f"without the door, {name}", what, plain, value=plain.median_s * 1e3, unit="ms")
-        report.timing(f"the door adds, {name}", what, difference, value=difference.median_s * 1e3, unit="ms")
-    return plain, difference
+        baseline = Timing.of([without[clock] for without, _ in pairs])
+        difference = Timing.of([with_hook[clock] - without[clock] for without, with_hook in pairs])
+        report.timing(f"without the activation hook, {name}", what, baseline, value=baseline.median_s * 1e3, unit="ms")
+        report.timing(f"the activation hook adds, {name}", what, difference, value=difference.median_s * 1e3, unit="ms")
+    return baseline, difference
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10, help="pairs of imports; the start gets 20 times as many")
     repeats = parser.parse_args().repeats
-    report = Report("startup", "What does the door cost a Python that starts?")
+    report = Report("startup", "What does the activation hook cost a Python that starts?")
     with tempfile.TemporaryDirectory(prefix="bench_startup_") as folder:
-        plain = make_python(Path(folder) / "plain", door=False)
-        hooked = make_python(Path(folder) / "hooked", door=True)
+        baseline = make_python(Path(folder) / "unmodified", import_hook=False)
+        hooked = make_python(Path(folder) / "hooked", import_hook=True)
         asks = "import sys, json; print(json.dumps('ds_fp8' in sys.modules))"
-        assert [json.loads(output(python, asks)) for python in (plain, hooked)] == [False, True]
+        assert [json.loads(output(python, asks)) for python in (baseline, hooked)] == [False, True]
         assert "True" in output(hooked, "import deepspeed, ds_fp8; print(ds_fp8.is_active())")
-        start, added = measure(report, "python_start", (plain, hooked), "pass", 20 * repeats)
-        imported, _ = measure(report, "import_deepspeed", (plain, hooked), "import deepspeed", repeats)
-        hooking = Timing.of([float(output(plain, HOOKING).splitlines()[-1]) for _ in range(max(repeats // 2, 3))])
+        start, added = measure(report, "python_start", (baseline, hooked), "pass", 20 * repeats)
+        imported, _ = measure(report, "import_deepspeed", (baseline, hooked), "import deepspeed", repeats)
+        hooking = Timing.of([float(output(baseline, HOOKING).splitlines()[-1]) for _ in range(max(repeats // 2, 3))])
     report.timing("hooking alone", "import_deepspeed", hooking, value=hooking.median_s * 1e3, unit="ms")
     report.goal(
-        "the door at Python's start",
+        "the activation hook at Python's start",
         result=added.median_s * 1e3,
         goal=START_GOAL_MS,
         unit="ms",

@@ -123,11 +123,11 @@ def table(found: dict[Any, list[dict]]) -> list[str]:
     for (name, stage, gas), runs in found.items():
         losses = [each["eval_loss"] for each in runs]
         base = [each["eval_loss"] for each in found.get(("bf16", stage, gas), [])]
-        gaps = [loss - plain for loss, plain in zip(losses, base, strict=False)]
+        gaps = [loss - baseline for loss, baseline in zip(losses, base, strict=False)]
         gap = f"{statistics.mean(gaps):+.4f}" if gaps and name != "bf16" else "-"
         late = [
-            late_loss(each) - late_loss(plain)
-            for each, plain in zip(runs, found.get(("bf16", stage, gas), []), strict=False)
+            late_loss(each) - late_loss(baseline)
+            for each, baseline in zip(runs, found.get(("bf16", stage, gas), []), strict=False)
         ]
         drift = f"{statistics.mean(late):+.4f}" if late and name != "bf16" else "-"
         shown = ", ".join(f"{loss:.4f}" for loss in losses)
@@ -138,12 +138,15 @@ def table(found: dict[Any, list[dict]]) -> list[str]:
 
 def yardstick(found: dict[Any, list[dict]]) -> list[str]:
     """What bf16 does by itself: its spread over seeds, and over stages, where nothing but the order of sums differs."""
-    plain = [[run["eval_loss"] for run in runs] for (name, *_), runs in found.items() if name == "bf16"]
+    baseline = [[run["eval_loss"] for run in runs] for (name, *_), runs in found.items() if name == "bf16"]
     lines = []
-    if plain and len(plain[0]) > 1:
-        lines += ["", f"bf16 itself spreads by {statistics.stdev(plain[0]):.4f} (standard deviation) over its seeds."]
-    if len(plain) > 1:
-        apart = [max(losses) - min(losses) for losses in zip(*plain, strict=True)]
+    if baseline and len(baseline[0]) > 1:
+        lines += [
+            "",
+            f"bf16 itself spreads by {statistics.stdev(baseline[0]):.4f} (standard deviation) over its seeds.",
+        ]
+    if len(baseline) > 1:
+        apart = [max(losses) - min(losses) for losses in zip(*baseline, strict=True)]
         shown = ", ".join(f"{gap:.4f}" for gap in apart)
         lines += [
             "",

@@ -1,4 +1,4 @@
-"""All CPU benchmarks in one go, in under 15 minutes on two cores, and one table of goals at the end.
+"""All CPU benchmarks at once, in under 15 minutes on two cores, and one table of goals at the end.
 
     make bench        or        python benchmarks/run.py [--only codec wire] [--out runs/bench]
 

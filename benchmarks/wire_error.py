@@ -63,7 +63,9 @@ def on_ranks(rank: int, world_size: int, numel: int, wires: list[str]) -> list[d
 
 
 def simulated(world_size: int, numel: int, wires: list[str]) -> list[dict[str, Any]]:
-    """One owner of the whole tensor: its own contribution enters uncast, the others as codes, as in comm.reduce."""
+    """One owner of the whole tensor: its own contribution enters uncast, the others in quantized form, as in
+    comm.reduce.
+    """
     from ds_fp8 import kernels
     from ds_fp8.formats import FORMATS
 
@@ -75,12 +77,12 @@ def simulated(world_size: int, numel: int, wires: list[str]) -> list[dict[str, A
                 fmt = FORMATS[name]
                 total = contribution(0, numel, distribution, correlation)
                 for rank in range(1, world_size):
-                    codes, scale_inv = kernels.flat_encode(
-                        contribution(rank, numel, distribution, correlation), fmt, fitted=True
+                    quantized, scale_inv = kernels.flat_encode(
+                        contribution(rank, numel, distribution, correlation), fmt, best_of_two=True
                     )
-                    total += kernels.flat_decode(codes, scale_inv, fmt)
+                    total += kernels.flat_decode(quantized, scale_inv, fmt)
                 total /= world_size
-                again = kernels.flat_decode(*kernels.flat_encode(total, fmt, fitted=True), fmt)
+                again = kernels.flat_decode(*kernels.flat_encode(total, fmt, best_of_two=True), fmt)
                 rows.append(
                     {
                         "world_size": world_size,

@@ -3,13 +3,13 @@
     "fp8":   {"enabled": true, "recipe": "delayed", "fp8_format": "HYBRID"},
     "msamp": {"enabled": true, "opt_level": "O2"}
 
-Importing this package is one of the doors: it hooks DeepSpeed, at once where DeepSpeed is loaded already, else when it
+Importing this package hooks DeepSpeed, at once where DeepSpeed is loaded already, else when it
 is imported. It imports neither torch nor DeepSpeed itself. `docs/architecture.md` is the reading order.
 """
 
 from __future__ import annotations
 
-from .door import install as _open_door
+from .import_hook import install as _install_import_hook
 
 TYPE_CHECKING = (
     False  # mypy knows this name; importing `typing` for it would cost every start of Python ten milliseconds
@@ -28,13 +28,13 @@ def activate() -> None:
     from .engine import activate as _activate
 
     _activate()
-    _open_door()  # DeepSpeed's module may be run again later (importlib.reload)
+    _install_import_hook()  # DeepSpeed's module may be run again later (importlib.reload)
 
 
 def deactivate() -> None:
     """Give DeepSpeed's classes their own methods back, and forget the import hook. Engines made meanwhile stay as they are."""
-    from .door import remove
     from .engine import deactivate as _deactivate
+    from .import_hook import remove
 
     remove()
     _deactivate()
@@ -62,4 +62,4 @@ def checkpoint_on_signal(
     return _arm(engine, save_dir, signals=signals, client_state=client_state, leave=leave)
 
 
-_open_door()
+_install_import_hook()

@@ -1,7 +1,7 @@
 """The algorithms whose states `msamp` keeps, as far as it can be known without torch: their names and their states.
 
-An algorithm is two things: an entry here, which is what the JSON, the plan and the cost of memory know of it, and a class in
-`ds_fp8/optim` (`ALGORITHMS` there), which steps. Every other optimizer is refused by name.
+An algorithm is two things: an entry here, which is what the JSON, the plan and the cost of memory know of it, and a
+class in `ds_fp8/optim` (`ALGORITHMS` there), which steps. Every other optimizer is refused by name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ REFUSED_OPTIONS = {
 
 
 def moments_of(optimizer_type: str | None) -> tuple[str, ...]:
-    """The states of a DeepSpeed optimizer type; all of them where a client brings an optimizer that is not known yet."""
+    """The states of a DeepSpeed optimizer type; all of them where a client brings an optimizer that is not known
+    yet.
+    """
     known = ALGORITHMS.get((optimizer_type or "").lower())
     return MOMENTS if known is None else known.moments
 

@@ -1,4 +1,4 @@
-"""What this host can do, asked once and written down as facts.
+"""What this host can do, asked once and kept as facts.
 
 The plan decides from a `Host`, never from the machine itself, so a plan for another machine (`ds_fp8 explain` for an
 H100 written on a laptop) and the tests of every refusal need only another `Host`. torch and Transformer Engine are

@@ -1,4 +1,4 @@
-"""What can go wrong, in the words the user will read.
+"""The errors that a user may see.
 
 Every error of this package derives from `DsFp8Error`, so a launcher can catch one class. An error says where, what,
 why it matters and the way out; a file with several mistakes gives one error that lists them all (`ConfigError`).
@@ -58,8 +58,12 @@ class LayerError(BackendError, RuntimeError):
     """A forward or backward of an FP8 layer cannot do what it was called for; a RuntimeError, as nn.Linear's would be."""
 
 
-class SeamError(DsFp8Error):
+class PrivateNameError(DsFp8Error):
     """The installed DeepSpeed differs from the one whose private names we hook; training unquantised is not an option."""
+
+
+SeamError = PrivateNameError
+"""Its name until 0.1.0; scripts may catch it."""
 
 
 class NonFiniteError(DsFp8Error, RuntimeError):

@@ -32,8 +32,8 @@ class StateFormat:
     holds_exp_avg_sq  whether the second moment may lie in it
     keeps_root        the second moment in it is its square root
     keeps_ratio       the first moment in it is its ratio to the root of the second, where the algorithm has a second
-    cpp, triton       its number in kernels/cpu/states.h and kernels/triton/states.py; None: no kernel there knows it, and the
-                      step of a state in it is PyTorch's
+    cpp, triton       its number in kernels/cpu/states.h and kernels/triton/states.py; None: no kernel there knows it,
+                      and the step of a state in it is PyTorch's
     """
 
     bytes: float
@@ -52,7 +52,9 @@ STATES = {
     "e4m3_expanded": StateFormat(1.0 + 5 / BLOCK_SIZE, keeps_root=True, keeps_ratio=True, cpp=4, triton=4),
     "int8": StateFormat(1.0 + 4 / BLOCK_SIZE, holds_exp_avg_sq=False, keeps_ratio=True, cpp=5, triton=5),
 }
-"""Every format of a state by its name in the JSON. int8 holds exp_avg alone: it is evenly spaced, and a root spans decades."""
+"""Every format of a state by its name in the JSON. int8 holds exp_avg alone: it is evenly spaced, and a root spans
+decades.
+"""
 
 STATE_FORMATS = tuple(name for name, fmt in STATES.items() if fmt.holds_exp_avg_sq)
 EXP_AVG_FORMATS = tuple(STATES)
@@ -76,10 +78,11 @@ MASTER_EXTRA_BYTES = {"fp32": 4.0, "split32": 2.0, "split24": 1.0, "fp16": 2.0 +
 class Level:
     """The formats of one level, after overrides.
 
-    exp_avg                one of EXP_AVG_FORMATS; the 8-bit ones store its ratio to the root of exp_avg_sq, if there is one
+    exp_avg                one of EXP_AVG_FORMATS; the 8-bit ones store its ratio to the root of exp_avg_sq, if there is
+                           one
     exp_avg_sq             one of STATE_FORMATS; fp16 and the 8-bit ones store its root. ABSENT: the algorithm has none
     master                 one of MASTER_FORMATS
-    rounding               how codes of states and masters are rounded
+    rounding               how quantized values of states and masters are rounded
     gradient_wire          format in which gradients cross the network
     gradient_wire_scope    `inter_node`: high precision inside a node, FP8 between nodes; `auto`: by the machine
     weight_wire            format in which updated weights are gathered

@@ -1,10 +1,10 @@
 """The scaling recipe: how the factors that bring a tensor into FP8's range are found.
 
-    delayed   the scale comes from the amaxes of earlier steps, so one pass casts and measures
-    current   from this tensor's own amax, two passes, no history
-    block     one current scale for each 1x128 group of an activation and each 128x128 tile of a weight
-    rowwise   one current scale for each row of an operand, along the axis that a product sums over
-    mxfp8, nvfp4   Blackwell's, which live in Transformer Engine only
+    delayed       the scale comes from the amaxes of earlier steps, so one pass casts and measures
+    current       from this tensor's own amax, two passes, no history
+    block         one current scale for each 1x128 group of an activation and each 128x128 tile of a weight
+    rowwise       one current scale for each row of an operand, along the axis that a product sums over
+    mxfp8, nvfp4  Blackwell's, which live in Transformer Engine only
 
 The meanings are Transformer Engine's: scale = (format.max / amax) / 2**margin, and
 
@@ -12,8 +12,8 @@ The meanings are Transformer Engine's: scale = (format.max / amax) / 2**margin, 
     dgrad   grad_input  [M, K] = grad_output [M, N] @ weight   [N, K]     e5m2 x e4m3   (HYBRID; e4m3 x e4m3 with E4M3)
     wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input  [M, K]     e5m2 x e4m3   (HYBRID)
 
-A recipe is two things: an entry in `RECIPE_KINDS`, which is what the JSON, the plan and telemetry know of it, and a module of its
-name in `ds_fp8/layers/recipes`, which casts. Nothing else asks a recipe for its name.
+A recipe is two things: an entry in `RECIPE_KINDS`, which is what the JSON, the plan and telemetry know of it, and a
+module of its name in `ds_fp8/layers/recipes`, which casts. Nothing else asks a recipe for its name.
 Source: Transformer Engine's user guide, FP8 recipes; arXiv 2209.05433.
 """
 
@@ -110,8 +110,8 @@ class Recipe:
                                `ds_fp8`: its own amax; nothing. `transformer_engine`: scale 1; it stays in the history.
                                `auto`: ds_fp8 under an engine, transformer_engine for a layer by itself
     override_linear_precision  products kept in high precision
-    reduce_amax                amax is MAX-reduced over the data-parallel group (the same; recipes without a history scale
-                               each rank's own tensor, as Transformer Engine does)
+    reduce_amax                amax is MAX-reduced over the data-parallel group (the same; recipes without a history
+                               scale each rank's own tensor, as Transformer Engine does)
     """
 
     kind: str = "delayed"

@@ -1,11 +1,11 @@
-"""The explicit door: `deepspeed --module ds_fp8.run train.py ...`, for sites whose Python reads no .pth files.
+"""Explicit activation: `deepspeed --module ds_fp8.run train.py ...`, for sites whose Python reads no .pth files.
 
 The launcher starts `python -u -m ds_fp8.run --local_rank=0 train.py --deepspeed_config ds.json`: its own argument comes
 before the script. So the first argument that is no option is the script; what the launcher put before it moves behind
 it, where the script's parser expects it. Without a launcher (`python -m ds_fp8.run train.py`) it does the same.
 `-m package.module` runs a module instead of a file.
 
-`DS_FP8_DISABLE=1` shuts this door too: the script runs as if started by itself.
+`DS_FP8_DISABLE=1` turns this off too: the script runs as if started by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from . import activate
-from .door import is_disabled
+from .import_hook import is_disabled
 
 USAGE = "usage: python -m ds_fp8.run [-m] SCRIPT_OR_MODULE [arguments of the script]"
 

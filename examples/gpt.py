@@ -1,4 +1,4 @@
-"""A GPT in plain PyTorch, and text that is on every machine: nothing here knows about DeepSpeed or about FP8.
+"""A GPT in PyTorch, and text that is on every machine: nothing here knows about DeepSpeed or about FP8.
 
 The text is Python's own: the sources of the standard library and the topics of its help system, read as bytes. So the
 vocabulary is 256, no tokeniser is needed, and nothing is downloaded.

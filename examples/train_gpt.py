@@ -1,4 +1,4 @@
-"""Train a small GPT with DeepSpeed: an ordinary script, started by any launcher, steered by the JSON alone.
+"""Train a small GPT with DeepSpeed: an unmodified script, started by any launcher, steered by the JSON alone.
 
     deepspeed --num_accelerators 2 examples/train_gpt.py --deepspeed_config examples/ds_bf16.json --out runs/bf16
 

@@ -10,7 +10,7 @@
 #   RESUME_ARGS      arguments for the script when there is a checkpoint; {tag} and {dir} are put in
 #                                                                              (default: none, it finds it itself)
 #   KEEP_LATEST=1    never repair `latest`; stop where it names an incomplete checkpoint
-#   DOCTOR_ARGS      more for `ds_fp8 doctor`; "--other-door" if the script imports ds_fp8 itself   (default: none)
+#   DOCTOR_ARGS      more for `ds_fp8 doctor`; "--other-activation" if the script imports ds_fp8 itself   (default: none)
 #   DOCTOR_S         seconds that doctor and the health check of all nodes may take                 (default: 300)
 #   SKIP_CHECK=1     run neither `ds_fp8 check` nor `ds_fp8 doctor`
 # and what node_env.sh and supervise.sh list.
@@ -44,7 +44,7 @@ check_config() {
 }
 
 # A Python without the plugin trains on in 16 bits and says nothing, so it is asked for here, where the ranks will run:
-# the door, versions, DeepSpeed's private names. Arguments: a prefix that reaches the environment.
+# the activation hook, versions, DeepSpeed's private names. Arguments: a prefix that reaches the environment.
 check_machine() {
   [[ ${SKIP_CHECK:-0} == 1 ]] && return
   judge_doctor "$(hostname)" timeout -k 10 "$DOCTOR_S" "$@" "${DOCTOR[@]}"

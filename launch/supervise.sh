@@ -105,7 +105,7 @@ run_once() {
 # rank_env.sh, srun and torchrun, each in its words. Slurm's TERM to the others is not what went wrong.
 FAILURES='rank_env: rank [0-9]+ ended with exit code [0-9]+|tasks? [0-9][-0-9,]*: Exited with exit code [0-9]+|failed \(exitcode: [0-9]+\) local_rank: [0-9]+'
 
-# Prints the code and, where it is told, the rank of the first failure in a file of notes.
+# Prints the code and, where it is reported, the rank of the first failure in a file of notes.
 first_failure() {
   local line
   IFS= read -r line <"$1" || return 0

@@ -2,12 +2,13 @@
 
     python tests/deepspeed_units.py PATH [--limit-s 600] [FILE ...]
 
-PATH is a checkout of DeepSpeed (or an archive of its repository, unpacked) near the installed release; FILES are relative to its
-`tests/unit`, by default a selection that runs on two CPU ranks. Each is run twice in turn, with DS_FP8_DISABLE=1 and with the
-plugin's import hook open. No configuration in there has our sections: whatever differs is ours.
+PATH is a checkout of DeepSpeed (or an archive of its repository, unpacked) near the installed release; FILES are
+relative to its `tests/unit`, by default a selection that runs on two CPU ranks. Each is run twice in turn, with
+DS_FP8_DISABLE=1 and with the plugin's import hook open. No configuration in there has our sections: whatever differs is
+ours.
 
-Prints one line for each file and JSON at the end; exit code 1 where a test's outcome differs. Many of DeepSpeed's tests skip or
-fail on a CPU: that is its own business, as long as it is the same in both.
+Prints one line for each file and JSON at the end; exit code 1 where a test's outcome differs. Many of DeepSpeed's tests
+skip or fail on a CPU: that is its own business, as long as it is the same in both.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def main() -> int:
             name: (without.get(name), ours.get(name)) for name in without | ours if without.get(name) != ours.get(name)
         }
         differences |= differing
-        told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(Counter(ours.values()).items()))
-        print(f"{file}: {told}" + (f"; DIFFERENT: {differing}" if differing else "; the same without"), flush=True)
+        shown = ", ".join(f"{number} {outcome}" for outcome, number in sorted(Counter(ours.values()).items()))
+        print(f"{file}: {shown}" + (f"; DIFFERENT: {differing}" if differing else "; the same without"), flush=True)
     print(json.dumps({"counts": {key: dict(value) for key, value in counts.items()}, "differences": differences}))
     return int(bool(differences))
 

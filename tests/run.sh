@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests:   bash tests/run.sh [pytest arguments]      e.g. bash tests/run.sh -m "not dist"
 #
-# Makes its own virtual environment (.venv-test) unless VENV names one; installs ds_fp8 with its door, so that the tests
+# Makes its own virtual environment (.venv-test) unless VENV names one; installs ds_fp8 with its activation hook, so that the tests
 # meet what a user meets. Tests that start several processes run beside others: one thread for each process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -8,6 +8,10 @@ with nothing but the ones above its line. The second table says where foreign li
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +43,7 @@ FLOORS = {
     "zero": 5,
     "checkpoint": 5,
     "engine": 6,
-    "door": 7,
+    "import_hook": 7,
     "cli": 7,
     "run": 7,
     "compat": 7,
@@ -112,14 +116,14 @@ def test_imports_go_down_only(file):
     """Ours: from a lower floor, from the own package, or sideways where it is written down."""
     package = package_of(file)
     if not package:
-        pytest.skip("ds_fp8/__init__.py is the door itself")
+        pytest.skip("ds_fp8/__init__.py is the hook itself")
     for name, line in imports_of(file):
         parts = name.split(".")
         if parts[0] != "ds_fp8" or len(parts) < 2 or parts[1] not in FLOORS:
             continue
         other = parts[1]
         allowed = other == package or FLOORS[other] < FLOORS[package] or (package, other) in SIDEWAYS
-        # The door opens onto the engine, the people's floor may use itself.
+        # The import hook imports the engine, the people's floor may use itself.
         allowed = allowed or FLOORS[package] == FLOORS[other] == 7
         assert allowed, (
             f"{file.name}:{line}: {package} (floor {FLOORS[package]}) imports {other} (floor {FLOORS[other]})"
@@ -151,3 +155,29 @@ def test_files_stay_small_enough_to_be_one_idea():
     """About 200 lines is a good size; beyond 400 a file holds two ideas."""
     long = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
     assert {name: lines for name, lines in long.items() if lines > 400} == {}
+
+
+def test_names_in_the_architecture_document_exist():
+    """docs/architecture.md speaks of files and public names that are there."""
+    checkout = Path(__file__).resolve().parents[1]
+    text = (checkout / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`((?:\w+/)+\w+\.py)`", text))
+    missing = sorted(file for file in files if not ((ROOT / file).is_file() or (checkout / file).is_file()))
+    assert len(files) > 40 and missing == []
+    packages = "|".join(FLOORS)
+    names = set(re.findall(rf"(?<![\w.])((?:{packages})\.(?!py\b)[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)", text))
+    assert len(names) > 40 and sorted(name for name in names if not exists(f"ds_fp8.{name}")) == []
+
+
+def exists(name: str) -> bool:
+    """Whether the dotted `name` can be imported, or is an attribute or a dataclass field of what can."""
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec(name) is not None:
+            return True
+    holder, _, attribute = name.rpartition(".")
+    try:
+        found = importlib.import_module(holder)
+    except ModuleNotFoundError:
+        above, _, last = holder.rpartition(".")
+        found = getattr(importlib.import_module(above), last, None)
+    return hasattr(found, attribute) or attribute in getattr(found, "__dataclass_fields__", {})

@@ -1,4 +1,6 @@
-"""A plain GPT for the measurements: nn.Linear and nn.LayerNorm, SDPA attention, random tokens; not one line about FP8."""
+"""An unmodified GPT for the measurements: nn.Linear and nn.LayerNorm, SDPA attention, random tokens; not one line about
+FP8.
+"""
 
 from __future__ import annotations
 

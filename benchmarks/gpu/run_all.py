@@ -1,12 +1,13 @@
-"""Every measurement and every proof that needs a GPU, in resumable pieces of at most ten minutes.
+"""Every measurement that needs a GPU, in resumable measurements of at most ten minutes.
 
     python3 benchmarks/gpu/run_all.py --list
-    python3 benchmarks/gpu/run_all.py --pieces env,golden --budget 500
+    python3 benchmarks/gpu/run_all.py --measurements env,golden --budget 500
 
-Each piece is a script beside this one, run in its own process with a share of the budget. Results go to the folder
-`--out` (default: `$OUT`, else `benchmarks/results/gpu`): `results.json` and `results.md`, and what a piece keeps besides
-(golden vectors). A piece that is done there, or under `--resume FOLDER`, is not run again unless `--again` is given; a
-piece that ran out of time is. Without a CUDA device every piece says so and is marked skipped.
+Each measurement is a script beside this one, run in its own process with a share of the budget. Results go to the
+folder `--out` (default: `$OUT`, else `benchmarks/results/gpu`): `results.json` and `results.md`, and what a measurement
+keeps besides (golden vectors). A measurement that is done there, or under `--resume FOLDER`, is not run again unless
+`--again` is given; a measurement that ran out of time is. Without a CUDA device every measurement says so and is marked
+skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-PIECES = {
+MEASUREMENTS = {
     "env": "versions, FP8 support, torch._scaled_mm variants, cast behaviour, copy bandwidth",
     "golden": "more golden vectors of Transformer Engine",
     "tests": "pytest -m gpu",
@@ -42,7 +43,7 @@ PIECES = {
     "nccl": "several GPUs over NCCL: one exchange against NCCL's own, and the GPT in ZeRO-2 and ZeRO-3",
     "hooks": "time that our hooks add to a step without FP8 work",
 }
-"""Piece -> question. The script is `piece_<name>.py`; to add a piece, add the file and a line here."""
+"""Measurement -> question. The script is `measure_<name>.py`; to add a measurement, add the file and a line here."""
 
 
 def versions() -> dict[str, str]:
@@ -61,8 +62,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_piece(name: str, out: Path, seconds: float) -> dict[str, Any]:
-    """One piece in its own process; its ledger, also when it crashed or was cut off."""
+def run_measurement(name: str, out: Path, seconds: float) -> dict[str, Any]:
+    """One measurement in its own process; its ledger, also when it crashed or was cut off."""
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
     script = HERE / f"piece_{name}.py"
@@ -71,9 +72,9 @@ def run_piece(name: str, out: Path, seconds: float) -> dict[str, Any]:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(script), "--out", str(out), "--seconds", f"{seconds:.0f}"]
-    print(f"[run_all] {name}: {PIECES[name]} ({seconds:.0f} s)", flush=True)
+    print(f"[run_all] {name}: {MEASUREMENTS[name]} ({seconds:.0f} s)", flush=True)
     try:
-        # A quarter minute of grace: the piece stops by itself, this is for one that hangs.
+        # A quarter minute of grace: the measurement stops by itself, this is for one that hangs.
         status = subprocess.run(command, env=environment, cwd=ROOT, timeout=seconds + 15, check=False).returncode
     except subprocess.TimeoutExpired:
         status = 124
@@ -88,11 +89,16 @@ def run_piece(name: str, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The same results for people: a table per piece, tables of rows as tables."""
+    """The same results for people: a table per measurement, tables of rows as tables."""
     lines = ["# GPU results", "", ", ".join(f"{key} {value}" for key, value in results["versions"].items()), ""]
-    for name, piece in results["pieces"].items():
-        lines += [f"## {name}: {PIECES.get(name, '')}", "", f"{piece['state']}, {piece.get('seconds', '-')} s", ""]
-        for key, value in piece["entries"].items():
+    for name, measurement in results["pieces"].items():
+        lines += [
+            f"## {name}: {MEASUREMENTS.get(name, '')}",
+            "",
+            f"{measurement['state']}, {measurement.get('seconds', '-')} s",
+            "",
+        ]
+        for key, value in measurement["entries"].items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
                 columns = list(value[0])
                 lines += [f"### {key}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -102,7 +108,7 @@ def markdown(results: dict[str, Any]) -> str:
                 lines += [f"### {key}", "", *(f"- {entry}: {found}" for entry, found in value.items()), ""]
             else:
                 lines += [f"- {key}: {value}"]
-        lines += [f"- **not measured** {key}: {value}" for key, value in piece["problems"].items()] + [""]
+        lines += [f"- **not measured** {key}: {value}" for key, value in measurement["problems"].items()] + [""]
     return "\n".join(lines)
 
 
@@ -113,20 +119,20 @@ def load(folder: Path | None) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pieces", default=",".join(PIECES), help="comma-separated; default: all")
+    parser.add_argument("--measurements", default=",".join(MEASUREMENTS), help="comma-separated; default: all")
     parser.add_argument("--budget", type=float, default=540, help="seconds for the whole call")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu"))
     parser.add_argument("--resume", type=Path, help="folder with an earlier results.json")
-    parser.add_argument("--again", action="store_true", help="run pieces that are already done too")
+    parser.add_argument("--again", action="store_true", help="run measurements that are already done too")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     if options.list:
-        print("\n".join(f"{name:10} {question}" for name, question in PIECES.items()))
+        print("\n".join(f"{name:10} {question}" for name, question in MEASUREMENTS.items()))
         return 0
-    wanted = [name.strip() for name in options.pieces.split(",") if name.strip()]
-    unknown = sorted(set(wanted) - set(PIECES))
+    wanted = [name.strip() for name in options.measurements.split(",") if name.strip()]
+    unknown = sorted(set(wanted) - set(MEASUREMENTS))
     if unknown:
-        parser.error(f"unknown piece {', '.join(unknown)}; there are {', '.join(PIECES)}")
+        parser.error(f"unknown measurement {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
 
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.budget
@@ -139,13 +145,13 @@ def main() -> int:
             print(f"[run_all] {name}: already done", flush=True)
             continue
         share = (end - time.monotonic() - 15) / (len(wanted) - position)
-        # Pieces that come late may use what earlier ones left, but never more than ten minutes.
+        # Measurements that come late may use what earlier ones left, but never more than ten minutes.
         share = min(max(share, 0), 585)
         if share < 10:
             print(f"[run_all] {name}: no time left in the budget of {options.budget:.0f} s", flush=True)
             worst = max(worst, 2)
             continue
-        result = run_piece(name, options.out, share)
+        result = run_measurement(name, options.out, share)
         results["pieces"][name] = result
         worst = max(worst, {"done": 0, "skipped": 0}.get(result.get("state", "crashed"), 1))
         (options.out / "results.json").write_text(json.dumps(results, indent=1, default=str))

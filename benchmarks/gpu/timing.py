@@ -1,4 +1,4 @@
-"""Device and host times, the same way in every piece: warm up, then medians over alternated repeats."""
+"""Device and host times, the same way in every measurement: warm up, then medians over alternated repeats."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Checkpoints that outlive the plugin: DeepSpeed's own files, with the exact codes beside the plain numbers.
+"""Checkpoints that outlive the plugin: DeepSpeed's own files, with the exact quantized values beside the fp32 numbers.
 
 A ds_fp8 checkpoint *is* a DeepSpeed checkpoint. The optimizer shard holds fp32 flats under DeepSpeed's names, so
 `zero_to_fp32.py`, universal conversion and a job without the plugin read it; under the key `ds_fp8` it also holds the
-exact codes (`zero/states.py`), so that a resume with the same layout continues bit for bit. Amax histories and scales of
-the layers travel in the client state (`engine/keep.py`).
+exact quantized values (`zero/states.py`), so that a resume with the same layout continues bit for bit. Amax histories
+and scales of the layers travel in the client state (`engine/checkpointing.py`).
 
 Contract for `engine`: in place of DeepSpeedEngine.load_checkpoint call
 
@@ -11,7 +11,7 @@ Contract for `engine`: in place of DeepSpeedEngine.load_checkpoint call
 
 which reads everything that this rank will load *before* anything is changed, on all ranks; a truncated, foreign or newer
 file raises CheckpointError on every rank and leaves the engine as it was. `check_client_state(state, path)` may raise too.
-Saving needs no help: the optimizer's `state_dict()` brings its codes.
+Saving needs no help: the optimizer's `state_dict()` brings its quantized values.
 """
 
 from __future__ import annotations

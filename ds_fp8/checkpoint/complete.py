@@ -1,10 +1,11 @@
-"""Which of these checkpoints is whole? Asked before a job starts, without torch, without an engine, without running a pickle.
+"""Which checkpoints are complete: found before a job starts, without torch, without an engine, without running a
+pickle.
 
 DeepSpeed writes `latest` last, but each rank by itself: a rank killed in its shard leaves a tag that `latest` may name
 all the same, and a full disk leaves an empty `latest`. A job that then starts from it dies in an assertion, with good
 checkpoints beside it. A tag is complete when
 
-    nobody was at work on it when the job ended (`UNFINISHED`), and
+    no save of it was interrupted (`UNFINISHED`), and
     it has a manifest (`MANIFEST`): every file of it is there, and is the one of that save
     or it has none: a model file for every model-parallel rank (ZeRO 3: every rank), an optimizer shard for every rank that
     ought to have one, all of them readable to their end, all of one step

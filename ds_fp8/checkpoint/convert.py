@@ -1,8 +1,9 @@
-"""`ds_fp8 convert`: a checkpoint as plain safetensors, at another level, or without ds_fp8.
+"""`ds_fp8 convert`: a checkpoint as safetensors, at another level, or without ds_fp8.
 
     ds_fp8 convert CKPT OUT                      OUT/model.safetensors: fp32 weights under the model's own names
     ds_fp8 convert CKPT OUT --dtype bf16         the same in 16 bits, half the size
-    ds_fp8 convert CKPT OUT --level O3           a DeepSpeed checkpoint whose exact codes are those of level O3
+    ds_fp8 convert CKPT OUT --level O3           a DeepSpeed checkpoint whose exact quantized values are those of level
+                                                 O3
     ds_fp8 convert CKPT OUT --level plain        a DeepSpeed checkpoint without our entries, a quarter smaller
 
 CKPT is what `save_checkpoint` was given; the tag is `latest` unless `--tag` says otherwise. A job can load any level as it
@@ -23,9 +24,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..numerics.dtypes import BASE_DTYPES
 from ..optim import ScaledAdamW, ScaledLion
-from ..zero.states import KEY, check_codes
+from ..zero.states import KEY, check_quantized
 from .complete import look
-from .inspect import read_plain, read_safe
+from .inspect import read_safe, read_tensors
 from .manifest import MANIFEST, UNFINISHED
 from .records import check_records
 from .saving import finish_alone
@@ -91,7 +92,7 @@ def full_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{folder}: {len(files)} model files; model-parallel checkpoints are merged by ds_to_universal."
         )
-    state = read_plain(files[0])
+    state = read_tensors(files[0])
     weights = {
         name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state["module"].items()
     }
@@ -103,8 +104,8 @@ def full_weights(folder: Path) -> dict[str, Tensor]:
 def _stage0_masters(saved: dict[str, Any], weights: dict[str, Tensor], names: list[str]) -> list[Tensor]:
     if "fp32_groups_flat" in saved:
         whole = torch.cat([flat.reshape(-1) for flat in saved["fp32_groups_flat"]])
-        pieces = whole.split([weights[name].numel() for name in names])
-        return [piece.view(weights[name].shape) for piece, name in zip(pieces, names, strict=True)]
+        chunks = whole.split([weights[name].numel() for name in names])
+        return [chunk.view(weights[name].shape) for chunk, name in zip(chunks, names, strict=True)]
     if "fp32_groups" in saved:
         return [master for group in saved["fp32_groups"] for master in group]
     return [weights[name] for name in names]
@@ -120,13 +121,13 @@ def export_safetensors(folder: Path, out: Path, dtype: str, shard_gb: float) -> 
     size = 0
     for name, tensor in weights.items():
         # A copy: tied weights share memory, which safetensors refuses; each name keeps its tensor.
-        plain = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
-        plain = plain.clone().contiguous()
-        if files[-1] and size + plain.nbytes > shard_gb * 1e9:
+        converted = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+        converted = converted.clone().contiguous()
+        if files[-1] and size + converted.nbytes > shard_gb * 1e9:
             files.append({})
             size = 0
-        files[-1][name] = plain
-        size += plain.nbytes
+        files[-1][name] = converted
+        size += converted.nbytes
     names = ["model.safetensors"]
     if len(files) > 1:
         names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
@@ -140,24 +141,24 @@ def export_safetensors(folder: Path, out: Path, dtype: str, shard_gb: float) -> 
 
 
 def convert_level(folder: Path, out: Path, level: str) -> str:
-    """Copy the checkpoint with the codes of every optimizer shard encoded anew, or taken out (`plain`)."""
+    """Copy the checkpoint with the quantized values of every optimizer shard encoded anew, or taken out (`plain`)."""
     target = out / folder.name
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(MANIFEST))
     (target / UNFINISHED).touch()
     count = 0
     shards = sorted([*target.glob("*_optim_states.pt"), *target.glob("*_model_states.pt")])
     for path in _shown(shards, "converting"):
-        content = read_plain(path)
+        content = read_tensors(path)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: a {type(content).__name__}, no file of DeepSpeed.")
         shard = content.get("optimizer_state_dict") or content.get("optimizer")
         if path.name.endswith("_optim_states.pt") and (not isinstance(shard, dict) or shard.get(KEY) is None):
             raise CheckpointError(
-                f"{path}: no codes of ds_fp8 in it. A plain checkpoint loads into any level as it is."
+                f"{path}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as it is."
             )
         changed = level == "plain" and content.pop(KEY, None) is not None
         if isinstance(shard, dict) and shard.get(KEY) is not None:
-            check_codes(shard[KEY], str(path))
+            check_quantized(shard[KEY], str(path))
             if level == "plain":
                 del shard[KEY]
             else:
@@ -167,7 +168,9 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
             torch.save(content, path)
     if not count:
         shutil.rmtree(target)
-        raise CheckpointError(f"{folder}: no codes of ds_fp8 in it. A plain checkpoint loads into any level as it is.")
+        raise CheckpointError(
+            f"{folder}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as it is."
+        )
     finish_alone(target, look(folder).step)
     (out / "latest").write_text(folder.name)  # last: it names what is complete
     return f"{count} optimizer shard(s) at {level} in {target}"
@@ -186,7 +189,7 @@ def recode(state: dict[str, Any], level: str) -> dict[str, Any]:
     has_squares = "exp_avg_sq" in layout.get("formats", {"exp_avg_sq": ""})
     cls = ScaledAdamW if has_squares else ScaledLion
     optimizer = cls([{"params": params}], level=level, seed=state["seed"])
-    for param, codes in zip(params, state["codes"], strict=True):
-        optimizer.import_codes(param, codes)
-    codes = [optimizer.export_codes(param) for param in params]
-    return {**state, "layout": {**layout, "formats": optimizer.formats()}, "codes": codes}
+    for param, quantized in zip(params, state["codes"], strict=True):
+        optimizer.import_quantized(param, quantized)
+    quantized = [optimizer.export_quantized(param) for param in params]
+    return {**state, "layout": {**layout, "formats": optimizer.formats()}, "codes": quantized}

@@ -1,8 +1,9 @@
-"""Our entry of an optimizer shard, judged whole before any of it is used.
+"""Our entry of an optimizer shard is checked completely before any of it is used.
 
-`zero.states.check_codes` looks at the head; here every partition is checked as its load would (names, formats, sizes,
-dtypes, steps, scales), against the layout that the entry itself gives. And since the fp32 flats beside it were decoded
-from it, the masters are decoded again and compared: where only one of the two was changed, neither can be trusted.
+`zero.states.check_quantized` looks at the head; here every partition is checked as its load would (names, formats,
+sizes, dtypes, steps, scales), against the layout that the entry itself gives. And since the fp32 flats beside it were
+decoded from it, the masters are decoded again and compared: where only one of the two was changed, neither can be
+trusted.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 
 from ..errors import CheckpointError
 from ..optim import checkpointing, masters
-from ..zero.states import KEY, check_codes
+from ..zero.states import KEY, check_quantized
 
 
 def check_entry(entry: Any, where: str, *, rank: int, world_size: int) -> None:
     """Raise CheckpointError if `entry`, what stands under KEY in a shard, is damaged or another rank's."""
-    check_codes(entry, where)
+    check_quantized(entry, where)
     if entry is None:
         return
-    layout, codes = entry["layout"], entry["codes"]
+    layout, quantized = entry["layout"], entry["codes"]
     for key in ("rank", "world_size"):
         if not isinstance(layout.get(key, 0), int):
             raise CheckpointError(f"{where}: {KEY}/layout/{key} is {layout[key]!r}, a whole number is expected.")
@@ -31,7 +32,7 @@ def check_entry(entry: Any, where: str, *, rank: int, world_size: int) -> None:
             f"{where}: holds the states of rank {layout['rank']}, and this is rank {rank}: files were renamed into each"
             " other.\n  Give each shard its own name back, or use another tag."
         )
-    for number, (numel, one) in enumerate(zip(layout["numel"], codes, strict=True)):
+    for number, (numel, one) in enumerate(zip(layout["numel"], quantized, strict=True)):
         checkpointing.check_saved(one, numel, f"{where}: {KEY}, partition {number}")
 
 

@@ -1,11 +1,10 @@
-"""Look before you load: every file of this rank is read and judged while the engine is still untouched.
+"""Every file of this rank is read and checked before the engine is changed.
 
-DeepSpeed loads the module first, the optimizer afterwards, and learns only then that a shard is truncated, belongs to
-another world size or to another stage; by that time the weights are gone. A run that falls back to an older checkpoint,
-or asks its user, needs the engine as it was. So each rank reads its files first and judges everything that will be
-used (`records`, `entries`, the layers' scales, names and shapes of the module); the verdicts are exchanged, and either all
-ranks go on (with the files already in memory) or all raise. Whatever a damaged file makes this code stumble over is a
-verdict too.
+DeepSpeed loads the module first and the optimizer afterwards. If a shard is truncated, or belongs to another world size
+or stage, the weights are overwritten before it notices. A run that falls back to an older checkpoint needs the engine
+as it was. So each rank first reads its files and checks everything that will be used (`records`, `entries`, the layers'
+scales, names and shapes of the module). The results are exchanged, and either all ranks go on (with the files in
+memory) or all raise. An exception while a damaged file is read counts as a fault too.
 """
 
 from __future__ import annotations
@@ -287,7 +286,7 @@ def _read(engine: Any, path: str) -> Any:
         ) from error
 
 
-def read_plain(path: str | Path) -> Any:
+def read_tensors(path: str | Path) -> Any:
     """A file on the host, by torch, for tools that have no engine; CheckpointError if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
@@ -296,7 +295,7 @@ def read_plain(path: str | Path) -> Any:
 
 
 def read_safe(path: str | Path) -> Any:
-    """`read_plain` of a file that runs nothing: tensors, plain values and DeepSpeed's own small classes.
+    """`read_tensors` of a file that runs nothing: tensors, built-in values and DeepSpeed's own small classes.
 
     CheckpointError for any other object: a pickle may do whatever its writer liked.
     """

@@ -1,4 +1,5 @@
-"""Loading: nothing is touched before all ranks have judged their files; on demand the newest complete checkpoint is taken.
+"""Loading: nothing is touched before all ranks have judged their files; on demand the newest complete checkpoint is
+taken.
 
 `inspect` reads and judges on every rank while the engine is still untouched, and the ranks agree. So after a refusal
 another tag can be tried at once: with `checkpoint_fallback` a job that asks for "the latest" and cannot have it goes on
@@ -53,22 +54,24 @@ def load_checkpoint(
             check_client_state=check_client_state,
             strict=strict,
         )
-        told = None
+        shown = None
         if fallback and tag is None and load_dir and not engine.load_universal_checkpoint():
-            tag, files, told = _read_newest(engine, load_dir, look)
+            tag, files, shown = _read_newest(engine, load_dir, look)
         else:
             files = look(tag=tag)
         with _already_read(engine, files):
             result = original(load_dir, tag, *args, **kwargs)
-    if told is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(f"ds_fp8: {told}", flush=True)
+    if shown is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+        print(f"ds_fp8: {shown}", flush=True)
     return result
 
 
 def _read_newest(
     engine: Any, load_dir: Any, look: Callable[..., dict[str, Any]]
 ) -> tuple[str | None, dict[str, Any], str | None]:
-    """(tag, its files, what to tell) of `latest`, or of the newest complete checkpoint that all ranks can load. Collective."""
+    """(tag, its files, what to tell) of `latest`, or of the newest complete checkpoint that all ranks can load.
+    Collective.
+    """
     try:
         return None, look(tag=None, must_exist=True), None
     except CheckpointError as error:  # on all ranks
@@ -126,8 +129,8 @@ def _first_line(error: CheckpointError) -> str:
 def _model_files_of_any_stage(engine: Any) -> Iterator[None]:
     """Let a universal checkpoint load in another stage than it was converted from.
 
-    Stage 3 names its model files `zero_pp_rank_0_mp_rank_00...`, stages 1 and 2 `mp_rank_00...`, and each looks for its own
-    name only. For a universal checkpoint the file holds counters and schedulers, no weights: either will do.
+    Stage 3 names its model files `zero_pp_rank_0_mp_rank_00...`, stages 1 and 2 `mp_rank_00...`, and each looks for its
+    own name only. For a universal checkpoint the file holds counters and schedulers, no weights: either will do.
     """
     if not engine.load_universal_checkpoint():
         yield

@@ -9,7 +9,7 @@ DeepSpeed lets rank 0 write `latest` when *its* files are written. A rank that i
 
 The manifest says for each file its bytes and a digest of the archive's own directory, in which torch.save has noted a
 CRC-32 of every tensor: a file of another save has another one, and `ds_fp8 verify` needs nothing else to find a
-flipped bit. Nothing is read twice while training waits. Plain DeepSpeed reads all of it as ever.
+flipped bit. Nothing is read twice while training waits. Unmodified DeepSpeed reads all of it as ever.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One save, one stamp: files that were written together say so, and ranks compare what they are about to load.
+"""A stamp for each save: files that belong together carry the same one, and ranks compare it before they load.
 
     {"id": 16 hex digits, drawn by rank 0, "tag": the tag, "step": engine.global_steps}
 

@@ -84,7 +84,7 @@ def brief(settings: config.Settings | None) -> Any:
     if settings.msamp.level is not None:
         parts.append(f"msamp {settings.msamp.level.name}")
     if not parts:
-        parts.append("plain DeepSpeed, neither fp8 nor msamp is on")
+        parts.append("unmodified DeepSpeed, neither fp8 nor msamp is on")
     return ", ".join([*parts, f"ZeRO {settings.deepspeed.zero_stage}", settings.deepspeed.dtype])
 
 

@@ -20,7 +20,7 @@ PATIENCE_S = 600.0
 
 @dataclass(frozen=True)
 class Client:
-    """One road to `deepspeed.initialize`.
+    """One way to call `deepspeed.initialize`.
 
     needs    distributions that must be installed
     imports  what the client's scripts import, in its order; the last line is where it imports DeepSpeed

@@ -1,12 +1,14 @@
-"""`ds_fp8 doctor [FILE]`: does this machine fit, and if not, what exactly cures it.
+"""`ds_fp8 doctor [FILE]`: can this machine run the job, and if not, what to do.
 
-It looks, it changes nothing: versions, DeepSpeed's private names, the device, Transformer Engine, the kernels, the door that
-activates the plugin, and the `msamp` package if one is installed. Exit code 0: a job can run; 1: it cannot.
+It looks, it changes nothing: versions, DeepSpeed's private names, the device, Transformer Engine, the kernels, the
+activation hook that activates the plugin, and the `msamp` package if one is installed. Exit code 0: a job can run; 1:
+it cannot.
 
-With the job's DeepSpeed JSON a missing door is a failure, if the JSON has our sections: DeepSpeed ignores sections that
-it does not know, so without the plugin such a job trains in 16 bits and nobody tells. The job itself cannot: nothing of
-ours runs in it. Run it with the Python of the job: `python -m ds_fp8.cli.main doctor ds.json`. `--client trainer` proves
-it for a job that never writes `import deepspeed`: what that client imports is imported, and the engine class looked at.
+With the job's DeepSpeed JSON a missing activation hook is a failure, if the JSON has our sections: DeepSpeed ignores
+sections that it does not know, so without the plugin such a job trains in 16 bits without a message: no code
+of ours runs in it. Run it with the Python of the job: `python -m ds_fp8.cli.main doctor ds.json`.
+`--client trainer` proves it for a job that never writes `import deepspeed`: what that client imports is imported, and
+the engine class looked at.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ds_fp8 doctor", description=__doc__.split("\n")[0])
     parser.add_argument("file", nargs="?", metavar="FILE", help="the job's DeepSpeed JSON: does this machine fit *it*")
     parser.add_argument(
+        "--other-activation",
         "--other-door",
         action="store_true",
         help="the script imports ds_fp8, or is started by ds_fp8.run: it needs no ds_fp8.pth",
@@ -82,23 +85,23 @@ def _look(options: argparse.Namespace) -> list[Finding]:
     # DeepSpeed logs to stdout when it is imported; stdout is for the answer.
     with contextlib.redirect_stdout(sys.stderr):
         findings = [finding for probe in PROBES for finding in _run(probe)]
-    proof = list(client(options.client)) if options.client else []
+    client_findings = list(client(options.client)) if options.client else []
     if options.file is not None:
-        proven = bool(proof) and all(finding.status == "ok" for finding in proof)
-        findings = list(_fit(findings, options.file, options.other_door or proven))
-    return [*findings, *proof]
+        proven = bool(client_findings) and all(finding.status == "ok" for finding in client_findings)
+        findings = list(_fit(findings, options.file, options.other_activation or proven))
+    return [*findings, *client_findings]
 
 
-def _fit(findings: Sequence[Finding], file: str, other_door: bool) -> Iterator[Finding]:
+def _fit(findings: Sequence[Finding], file: str, other_hook: bool) -> Iterator[Finding]:
     """The same findings, as one job sees them, and what its file asks for.
 
-    other_door  the job is hooked without the .pth file: it says so, or its client's imports have shown it
+    other_hook  the job is hooked without the .pth file: it says so, or its client's imports have shown it
     """
     errors = [problem for problem in config.check(file) if problem.severity == "error"]
     settings = None if errors else config.load(file)
     for finding in findings:
         is_asked = settings is not None and finding.status == "note"
-        is_missed = is_asked and finding.what == "door" and settings.enabled and not other_door
+        is_missed = is_asked and finding.what == "activation hook" and settings.enabled and not other_hook
         is_refused = is_asked and finding.what == MSAMP_NAMES and settings.msamp.enabled
         yield replace(finding, status="fail") if is_missed or is_refused else finding
     if settings is None:

@@ -1,8 +1,9 @@
 """`ds_fp8 estimate FILE --params N --world-size W`: memory and wire of every level and ZeRO stage, side by side.
 
-For the choice of a level before there is a model to load. With `--model MODULE:FACTORY` instead of `--params` the model
-is counted, and the share of its matrix FLOPs that computes in FP8 is printed. Without a file it compares the levels for a
-bf16 job. Exit code 1 when the file has problems or the plan is refused, 2 when file or model cannot be read.
+It helps to choose a level before there is a model to load. With `--model MODULE:FACTORY` instead of `--params` the
+model is counted, and the share of its matrix FLOPs that computes in FP8 is printed. Without a file it compares the
+levels for a bf16 job. Exit code 1 when the file has problems or the plan is refused, 2 when file or model cannot be
+read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`ds_fp8 doctor FILE --every-rank`: the job's launcher starts this in place of the script, once for each rank.
 
-A job of many nodes fails with one sick one: the plugin shut out on node 2, a GPU that fell off the bus, a network that
-lets nobody through. So every rank looks (the first rank of a node at its machine, all of them at their GPU), all of
-them meet in a store, and if nobody found a fault they make one small all-reduce. Rank 0 prints one report; every rank
-returns the same exit code. All of it ends within a bound, and ranks that did not come are named.
+A job of many nodes fails when one of them has a fault: no plugin on node 2, a lost GPU, a blocked network. So every
+rank looks (the first rank of a node at its machine, all of them at their GPU), all of them meet in a store, and if
+nobody found a fault they make one small all-reduce. Rank 0 prints one report; every rank returns the same exit code.
+All of it ends within a bound, and ranks that did not come are named.
 """
 
 from __future__ import annotations

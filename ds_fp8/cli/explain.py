@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         return _print_settings(settings, options.json)
     try:
         model = build_model(options.model, options.no_meta)
-    except Exception as error:  # noqa: BLE001  # the factory is the user's code: whatever it raises is told
+    except Exception as error:  # noqa: BLE001  # the factory is the user's code: whatever it raises is reported
         print(f"--model {options.model}: {type(error).__name__}: {error}")
         return 2
     return _print_plan(model, settings, options)
@@ -115,18 +115,20 @@ def _print_settings(settings: config.Settings, as_json: bool) -> int:
         print_table(f"{settings.source}: effective settings", ["key", "value", "from", "unit"], rows)
     else:
         print(f"{settings.source}: neither fp8 nor msamp is on; training is DeepSpeed's own")
-    told = [
+    sections = [
         [key, "client's" if key == "optimizer" and value is None else "-" if value is None else str(value)]
         for key, value in facts.items()
     ]
-    print_table("DeepSpeed's own sections", ["fact", "value"], told)
+    print_table("DeepSpeed's own sections", ["fact", "value"], sections)
     for note in settings.notes:
         print(f"note: {note}")
     return 0
 
 
 def build_model(name: str, no_meta: bool) -> Any:
-    """Import `module:factory` and call the factory. Raises whatever the factory raises, TypeError for what is no model."""
+    """Import `module:factory` and call the factory. Raises whatever the factory raises, TypeError for what is no
+    model.
+    """
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError("write it as module:factory")

@@ -70,7 +70,9 @@ class History:
         return [at for at, _ in found], [value for _, value in found]
 
     def sent_bytes(self) -> Series:
-        """(steps, bytes for each step) that this rank sent, of all kinds; empty where no exchange of ours was counted."""
+        """(steps, bytes for each step) that this rank sent, of all kinds; empty where no exchange of ours was
+        counted.
+        """
         found = []
         for step in self.steps:
             kinds = [_value(step, name) for name in step["values"] if name.startswith("wire/") and "bytes" in name]

@@ -14,7 +14,7 @@ COMMANDS = {
     "estimate": ("ds_fp8.cli.estimate", "bytes per rank and on the wire, for every level and ZeRO stage"),
     "doctor": (
         "ds_fp8.cli.doctor",
-        "look at this machine: versions, hardware, DeepSpeed, Transformer Engine, the door",
+        "look at this machine: versions, hardware, DeepSpeed, Transformer Engine, the activation hook",
     ),
     "report": (
         "ds_fp8.cli.report",
@@ -23,7 +23,7 @@ COMMANDS = {
     "schema": ("ds_fp8.cli.schema", "where the JSON Schema lies, for editors and validators"),
     "verify": ("ds_fp8.cli.verify", "whether checkpoints are whole, to the last bit"),
     "latest": ("ds_fp8.cli.latest", "the newest complete checkpoint in a folder, and why newer ones are not"),
-    "convert": ("ds_fp8.cli.convert", "a checkpoint as plain safetensors, or for another level"),
+    "convert": ("ds_fp8.cli.convert", "a checkpoint as safetensors, or for another level"),
 }
 """Name -> module with `main(argv) -> int`, and one line of help."""
 

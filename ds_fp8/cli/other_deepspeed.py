@@ -10,7 +10,7 @@ import json
 import sys
 
 from .. import releases
-from ..errors import SeamError
+from ..errors import PrivateNameError
 from ..releases import numbers
 
 
@@ -22,7 +22,7 @@ def report(path: str, *, as_json: bool) -> int:
 
     try:
         source = DeepSpeedSource.at(path)
-    except SeamError as error:
+    except PrivateNameError as error:
         print(f"ds_fp8 doctor: {error}", file=sys.stderr)
         return 2
     version = source.version

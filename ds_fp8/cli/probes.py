@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .. import releases
 from ..config import contract
-from ..door import DISABLE_VARIABLE, is_disabled
+from ..import_hook import DISABLE_VARIABLE, is_disabled
 from ..recipe import RECIPE_KINDS
 from ..releases import numbers
 
@@ -104,8 +104,8 @@ def deepspeed_names() -> Iterator[Finding]:
         yield Finding(MSAMP_NAMES, f"{text}; a job with msamp is refused, fp8 alone is not concerned", "note", cure)
     if not of_fp8 and not of_msamp:
         is_tested = numbers(version) in {numbers(one) for one in releases.DEEPSPEED}
-        told = "all as expected" + ("" if is_tested else f"; {version} itself was not tested ({tested} were)")
-        yield Finding("deepspeed names", told, "ok" if is_tested else "note")
+        message = "all as expected" + ("" if is_tested else f"; {version} itself was not tested ({tested} were)")
+        yield Finding("deepspeed names", message, "ok" if is_tested else "note")
     schema_version = contract.schema("deepspeed")["x-deepspeed-version"]
     if schema_version != version:
         yield Finding("config schema", f"made from DeepSpeed {schema_version}, {version} is installed", "note",
@@ -169,7 +169,7 @@ def kernels() -> Iterator[Finding]:
             else ""
         )
         yield Finding(
-            f"kernels on {name}", f"{path}{' (plain PyTorch: slow)' if slow else ''}", "note" if slow else "ok", cure
+            f"kernels on {name}", f"{path}{' (PyTorch: slow)' if slow else ''}", "note" if slow else "ok", cure
         )
         if not slow:
             yield _bit_for_bit(name)
@@ -193,20 +193,23 @@ def _bit_for_bit(device: str) -> Finding:
     return Finding(what, f"differ from the PyTorch reference: {shown}", "fail", cure)
 
 
-def door() -> Iterator[Finding]:
+def activation_hook() -> Iterator[Finding]:
     """What makes JSON alone enough: the .pth file in a site directory."""
     # Only site directories count: Python reads no .pth file elsewhere, not even on sys.path.
     folders = {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
     found = [Path(folder) / "ds_fp8.pth" for folder in sorted(folders) if (Path(folder) / "ds_fp8.pth").is_file()]
     if is_disabled():
         cure = f"unset {DISABLE_VARIABLE}, also on the other nodes"
-        yield Finding("door", f"{DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}: shut", "fail", cure)
+        yield Finding("activation hook", f"{DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}: disabled", "fail", cure)
     elif found:
-        yield Finding("door", str(found[0]))
+        yield Finding("activation hook", str(found[0]))
     else:
         cure = "pip install ds-fp8 (or -e .) into this environment; or `import ds_fp8` in the script; or `deepspeed --module ds_fp8.run train.py`"
         yield Finding(
-            "door", "no ds_fp8.pth in the site directories: JSON alone does not activate the plugin", "note", cure
+            "activation hook",
+            "no ds_fp8.pth in the site directories: JSON alone does not activate the plugin",
+            "note",
+            cure,
         )
 
 
@@ -224,7 +227,7 @@ def msamp_package() -> Iterator[Finding]:
         "msamp package",
         f"{version} in {spec.origin}; in use for the msamp section of the JSON: ds_fp8",
         "note",
-        "scripts with `from msamp import deepspeed` get that package, not ds_fp8; plain `import deepspeed` gets ds_fp8",
+        "scripts with `from msamp import deepspeed` get that package, not ds_fp8; unmodified `import deepspeed` gets ds_fp8",
     )
 
 
@@ -234,6 +237,6 @@ PROBES: tuple[Callable[[], Iterator[Finding]], ...] = (
     device,
     transformer_engine,
     kernels,
-    door,
+    activation_hook,
     msamp_package,
 )

@@ -1,10 +1,10 @@
 """`ds_fp8 report RUN [RUN ...] -o report.html`: what telemetry wrote, as one page that needs no network.
 
-A RUN is a folder with the logs of all ranks (`telemetry_rank0.jsonl` ...), which are drawn over one another, or one log.
-Two or more runs stand side by side; one without telemetry (bf16) gives its loss, from trainer_state.json, DeepSpeed's CSV
-monitor, metrics.json of the example, or JSONL with step and loss. The page has the alarms, the plans, loss and bytes on the
-wire, and amax, scale and the share flushed to zero of every layer and operand. Needs plotly, the extra `report`. Exit code
-0: written; 1: nothing to draw yet; 2: a file cannot be read or written, or plotly is missing.
+A RUN is a folder with the logs of all ranks (`telemetry_rank0.jsonl` ...), which are drawn over one another, or one
+log. Two or more runs stand side by side; one without telemetry (bf16) gives its loss, from trainer_state.json,
+DeepSpeed's CSV monitor, metrics.json of the example, or JSONL with step and loss. The page has the alarms, the plans,
+loss and bytes on the wire, and amax, scale and the share flushed to zero of every layer and operand. Needs plotly, the
+extra `report`. Exit code 0: written; 1: nothing to draw yet; 2: a file cannot be read or written, or plotly is missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The runs that `ds_fp8 report` is asked for: a folder with the logs of all ranks, a log, or the losses of a plain job.
+"""The runs that `ds_fp8 report` is asked for: a folder with the logs of all ranks, a log, or the losses of an
+unmodified job.
 
-A job without our sections writes no telemetry. For the comparison of bf16 and FP8 its loss is read where it lies already:
-`trainer_state.json` (Hugging Face), DeepSpeed's CSV monitor, `metrics.json` (our example), or JSONL with `step` and `loss`.
+A job without our sections writes no telemetry. For the comparison of bf16 and FP8 its loss is read where it lies
+already: `trainer_state.json` (Hugging Face), DeepSpeed's CSV monitor, `metrics.json` (our example), or JSONL with
+`step` and `loss`.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def _losses_in(folder: Path) -> History:
         if series[0]:
             return _of_losses(series)
     raise NoRunError(
-        f"{folder} holds neither telemetry_rank*.jsonl nor losses of a plain job "
+        f"{folder} holds neither telemetry_rank*.jsonl nor losses of an unmodified job "
         "(trainer_state.json, the CSV monitor's train_loss, metrics.json)"
     )
 

@@ -1,8 +1,7 @@
-"""The station between ranks: gradients and weights as bytes, through `deepspeed.comm` and nothing else.
+"""Communication between ranks: gradients and weights as bytes, through `deepspeed.comm` only.
 
 Read in this order: `wire` (what a message holds), `reduce` (who sums what), `route` (nodes and groups), `gather`
-(weights as codes, O3), `meeting` (whether all ranks
-ask for the same thing), `counters` (what it saved).
+(weights in quantized form, O3), `meeting` (whether all ranks ask for the same thing), `counters` (bytes saved).
 """
 
 from .counters import WireCounters, counters

@@ -1,9 +1,10 @@
 """All-gather of unequal shares, in place: how updated weights reach every rank at O3.
 
-A flat partition holds codes (1 byte) where an FP8 layer owns the weight and 16-bit elements where none does, so ranks
-have different amounts of each. `all_gather_into_tensor` wants equal shares and padding to the largest could cost more
-than FP8 saves (an embedding fills one rank with 16-bit weights). So equal shares go by one all-gather, and unequal
-ones as one broadcast per owner, all in flight together; either way a byte crosses the network once per receiver.
+A flat partition holds quantized values (1 byte) where an FP8 layer owns the weight and 16-bit elements where none does,
+so ranks have different amounts of each. `all_gather_into_tensor` wants equal shares and padding to the largest could
+cost more than FP8 saves (an embedding fills one rank with 16-bit weights). So equal shares go by one all-gather, and
+unequal ones as one broadcast per owner, all in flight together; either way a byte crosses the network once per
+receiver.
 
 gloo's own all-gather was three to eight times slower than its broadcasts and all_to_all on the same bytes (torch 2.13,
 13 MB over a loopback; one microbenchmark on a busy machine, not repeated), so on the CPU those two do the work.
@@ -27,7 +28,7 @@ from .route import Route, group_ranks
 def all_gather_shares(store: Tensor, bounds: Sequence[int], group: Any, *, kind: str = "weight") -> None:
     """Fill `store` with every rank's share: rank r owns `store[bounds[r] : bounds[r + 1]]` and has it filled already.
 
-    store   flat, contiguous, any dtype that the backend carries (codes as uint8)
+    store   flat, contiguous, any dtype that the backend carries (quantized values as uint8)
     kind    under which the bytes are counted
     """
     world_size, rank = dist.get_world_size(group=group), dist.get_rank(group=group)

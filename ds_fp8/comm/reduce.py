@@ -3,7 +3,7 @@
 `reduce_slices` is ZeRO's half: slice d of every rank goes to owner d, which adds. One all_to_all of bytes,
 (W - 1) / W bytes per parameter and rank, where DeepSpeed's ZeRO 1 and 2 all-reduce whole buckets in 16 bits: four
 bytes. `all_reduce` (stage 0) adds one all-gather of the sum, cast again: twice the bytes, and each rank ends with the
-same bits, since all decode the same codes.
+same bits, since all decode the same quantized values.
 
 Large tensors go in rounds of bounded size, and while one round is on the network the next is being cast and the
 previous one summed. Waiting is left to the collective's handle, which on a GPU orders streams and never stops the
@@ -147,9 +147,9 @@ def _sum_received(exchange: Exchange | None, own: Tensor, wire: Wire, average: f
 
     The own one does not travel, so it enters the sum without a cast.
     """
-    codes = _wait_for_codes(exchange, own, wire)
-    if codes is not None:
-        total = kernels.flat_sum(*codes, wire.fmt, factor=average, out=out, own=own)  # type: ignore[arg-type]
+    quantized = _wait_for_quantized(exchange, own, wire)
+    if quantized is not None:
+        total = kernels.flat_sum(*quantized, wire.fmt, factor=average, out=out, own=own)  # type: ignore[arg-type]
         exchange.give_back()  # type: ignore[union-attr]
         return total
     if out is None:
@@ -166,8 +166,10 @@ def _sum_received(exchange: Exchange | None, own: Tensor, wire: Wire, average: f
     return out
 
 
-def _wait_for_codes(exchange: Exchange | None, own: Tensor, wire: Wire) -> tuple[Tensor, Tensor] | None:
-    """Wait; codes [W - 1, n] and scale_inv of the others. None where none were sent: one rank, no cast, an empty slice."""
+def _wait_for_quantized(exchange: Exchange | None, own: Tensor, wire: Wire) -> tuple[Tensor, Tensor] | None:
+    """Wait; quantized [W - 1, n] and scale_inv of the others. None where none were sent: one rank, no cast, an empty
+    slice.
+    """
     if exchange is None:
         return None
     if exchange.handle is not None:
@@ -226,13 +228,13 @@ def _start_gather(
 ) -> tuple[Any, list[Tensor], list[Tensor], list[Tensor]]:
     """Finish the sum of the own share, cast it again and send it to everyone."""
     own = parts[route.rank]
-    received = _wait_for_codes(exchange, own, wire)
+    received = _wait_for_quantized(exchange, own, wire)
     # Every rank sends as much as the largest share takes, so that messages are equal.
     size = message_bytes(parts[0].numel())
     message = scratch.take(size, own.device)
     if received is not None:
         target = message_views(message, own.numel())
-        kernels.flat_sum_encode(*received, wire.fmt, factor=average, own=own, fitted=True, out=target)  # type: ignore[arg-type]
+        kernels.flat_sum_encode(*received, wire.fmt, factor=average, own=own, best_of_two=True, out=target)  # type: ignore[arg-type]
     if exchange is not None:
         exchange.give_back()
     work, rows, buffers = gather_messages(message, route)
@@ -247,8 +249,8 @@ def _decode_gathered(work: Any, rows: list[Tensor], buffers: list[Tensor], parts
         work.wait()
     for row, part in zip(rows, parts, strict=True):
         if part.numel():
-            codes, scale_inv = message_views(row, part.numel())
-            kernels.flat_decode(codes, scale_inv, wire.fmt, out=part)
+            quantized, scale_inv = message_views(row, part.numel())
+            kernels.flat_decode(quantized, scale_inv, wire.fmt, out=part)
     scratch.give_back(*buffers)
 
 
@@ -264,8 +266,8 @@ def _reduce_two_level(
     """High precision inside the node, then the wire between ranks of equal place in their nodes."""
     inside = []
     for place in range(route.inner.world_size):
-        pieces = [slices[route.owner(node, place)] for node in range(route.outer.world_size)]
-        inside.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+        of_nodes = [slices[route.owner(node, place)] for node in range(route.outer.world_size)]
+        inside.append(torch.cat(of_nodes) if len(of_nodes) > 1 else of_nodes[0])
     own = reduce_slices(inside, route.inner, wire=Wire(None, wire.chunk_numel))
     sizes = [slices[route.owner(node, route.inner.rank)].numel() for node in range(route.outer.world_size)]
     reduce_slices(own.split(sizes), route.outer, wire=wire, average=average, out=out, deliver=deliver)

@@ -1,8 +1,8 @@
-"""One message of codes and scales: what travels when a gradient goes FP8.
+"""One message of quantized values and scales: what travels when a gradient goes FP8.
 
-    message to owner d   | codes of d's slice, 1 byte each | 0 to 3 bytes of padding | fp32 scale_inv per 128 elements |
+    message to owner d   | quantized values of d's slice, 1 byte each | 0 to 3 bytes of padding | fp32 scale_inv per 128 elements |
 
-Codes and scales travel together as plain uint8, so any backend carries them (none of them knows float8), one
+Quantized values and scales travel together as uint8, so any backend carries them (none of them knows float8), one
 collective suffices, and no rank has to learn another rank's amax: every rank casts with its own block scales.
 The sum is formed at the owner in fp32. Nothing can saturate there, and the error of the mean *falls* with the number
 of ranks, where adding in FP8 makes it grow (docs/numerics.md, the gradient wire).
@@ -65,7 +65,9 @@ class Wire:
 
 
 def scale_offset(numel: int) -> int:
-    """Where the scales begin in a message of `numel` codes: the next multiple of 4, so that fp32 views are legal."""
+    """Where the scales begin in a message of `numel` quantized values: the next multiple of 4, so that fp32 views are
+    legal.
+    """
     return -(-numel // 4) * 4
 
 
@@ -74,13 +76,15 @@ def message_bytes(numel: int) -> int:
 
 
 def message_views(message: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """The codes [..., numel] uint8 and scale_inv [..., blocks] fp32 inside `message` [..., message_bytes(numel)]."""
-    codes = message[..., :numel]
+    """The quantized values [..., numel] uint8 and scale_inv [..., blocks] fp32 inside `message` [...,
+    message_bytes(numel)].
+    """
+    quantized = message[..., :numel]
     scale_inv = message[..., scale_offset(numel) : message_bytes(numel)].view(torch.float32)
-    return codes, scale_inv
+    return quantized, scale_inv
 
 
 def write_message(x: Tensor, fmt: Format, message: Tensor) -> None:
     """Cast `x` [n] straight into `message` [message_bytes(n)] uint8, each block under the better of two scales."""
     if x.numel():
-        kernels.flat_encode(x, fmt, fitted=True, out=message_views(message, x.numel()))
+        kernels.flat_encode(x, fmt, best_of_two=True, out=message_views(message, x.numel()))

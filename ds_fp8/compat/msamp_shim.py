@@ -1,8 +1,8 @@
 """The contents of the shim: MS-AMP's public names, done by ds_fp8.
 
-    msamp.initialize(model, optimizer, opt_level, use_te)    FP8 layers and Adam states without DeepSpeed (plain torch, DDP)
+    msamp.initialize(model, optimizer, opt_level, use_te)    FP8 layers and Adam states without DeepSpeed (torch, DDP)
     msamp.deepspeed.*                                        DeepSpeed's own names; its `initialize` reads our sections
-    msamp.clip_grad_norm_                                    torch's: gradients are plain tensors here
+    msamp.clip_grad_norm_                                    torch's: gradients are tensors here
 
 What lies deeper (`msamp.optim.LBAdamW`, `msamp.nn.ScalingParameter`, FSDP, Megatron) has no counterpart and says so.
 """
@@ -56,11 +56,11 @@ def initialize(model: Any, optimizer: Any = None, opt_level: str = "O1", use_te:
     plan = make_plan(model, settings, device=next(model.parameters()).device, world_size=1)
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters())
-    ours = optim.take_over(optimizer, level=plan.optim.level, base_dtype=base_dtype, seed=0x5EED)
-    book = swap_layers(model, plan, managed=True)
-    if book is not None:
-        ours.register_step_pre_hook(lambda *_: book.update_scales())
-        ours.register_step_post_hook(lambda *_: book.weights_changed())
+    ours = optim.replace_client_optimizer(optimizer, level=plan.optim.level, base_dtype=base_dtype, seed=0x5EED)
+    fp8_state = swap_layers(model, plan, managed=True)
+    if fp8_state is not None:
+        ours.register_step_pre_hook(lambda *_: fp8_state.update_scales())
+        ours.register_step_post_hook(lambda *_: fp8_state.weights_changed())
     print(plan.banner(), flush=True)
     return model, ours
 
@@ -110,14 +110,14 @@ def _with_level(initialize: Callable, opt_level: str) -> Callable:
 
     @functools.wraps(initialize)
     def with_level(*args: Any, **kwargs: Any) -> Any:
+        from ..engine.printing import print_rank_0
         from ..engine.sections import sections_of
-        from ..engine.tell import tell
 
         config = kwargs.get("config_params")
         if isinstance(config, dict) and not sections_of(config):
             kwargs["config_params"] = {**config, "msamp": {"enabled": True, "opt_level": opt_level}}
         elif isinstance(config, dict) and "msamp" not in config:
-            tell(
+            print_rank_0(
                 f"the JSON has an fp8 section and no msamp section: opt_level {opt_level} of Accelerate's MSAMPRecipeKwargs is not used"
             )
         return initialize(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The JSON becomes settings: read as DeepSpeed reads it, validated against `schemas/`, all problems told at once.
+"""The JSON becomes settings: read as DeepSpeed reads it, validated against `schemas/`, all problems reported at once.
 
     load(source) -> Settings         for a job; raises ConfigError
     check(source) -> list[Problem]   for people; raises nothing

@@ -1,8 +1,8 @@
-"""What our sections cannot share a job with, by name and with the reason.
+"""Features that cannot be used together with our sections, by name and with the reason.
 
-The other party is always one of DeepSpeed's own features. `msamp` owns the optimizer, its states, the master weights
-and the wire, so whatever else owns one of them is refused; `fp8` alone owns only layers and gets along with nearly
-everything. Rules as in `rules.py`.
+The other party is always one of DeepSpeed's own features. `msamp` replaces the optimizer, its states, the master
+weights and the communication, so other features that replace one of them are refused. `fp8` alone replaces layers only
+and works with nearly everything. Rules as in `rules.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def nvme_states(data: dict[str, Any]) -> Found:
         yield (
             ("zero_optimization", "offload_optimizer", "device"),
             (
-                "nvme swaps states of the master's size and dtype, codes and scales have neither; use cpu, where msamp's "
+                "nvme swaps states of the master's size and dtype, quantized values and scales have neither; use cpu, where msamp's "
                 "states take a third of the memory"
             ),
         )
@@ -144,7 +144,7 @@ def quantized_weights(data: dict[str, Any]) -> Found:
         if level and level.weight_wire != "none" and _zero(data, key):
             yield (
                 ("zero_optimization", key),
-                ("sends weights in int8, msamp the layers' own e4m3 codes; set it to false, or weight_wire to none"),
+                ("sends weights in int8, msamp the layers' own e4m3 values; set it to false, or weight_wire to none"),
             )
 
 
@@ -156,13 +156,13 @@ def secondary_partition(data: dict[str, Any]) -> Found:
         yield (
             ("zero_optimization", "zero_hpz_partition_size"),
             (
-                f"{size} keeps a second 16-bit copy of weights that msamp gathers as e4m3 codes; set it to 1, or weight_wire to none"
+                f"{size} keeps a second 16-bit copy of weights that msamp gathers as e4m3 values; set it to 1, or weight_wire to none"
             ),
         )
 
 
 def communication_dtype(data: dict[str, Any]) -> Found:
-    """communication_data_type names the dtype of a reduction that FP8 codes replace."""
+    """communication_data_type names the dtype of a reduction that FP8 values replace."""
     level = level_of(data)
     name = data.get("communication_data_type")
     if (

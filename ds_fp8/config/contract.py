@@ -1,4 +1,4 @@
-"""The JSON Schemas, loaded once, and what they know about a key.
+"""The JSON Schemas, loaded once, and what they say about a key.
 
 `schemas/ds_fp8.schema.json` is the truth about our two sections: keys, types, ranges, defaults, units, descriptions.
 `schemas/deepspeed.schema.json` is generated from DeepSpeed's own models and serves `check` only; training relies on

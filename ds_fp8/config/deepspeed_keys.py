@@ -1,8 +1,8 @@
 """DeepSpeed's own keys, judged by the generated schema.
 
-DeepSpeed accepts any top-level key, and reads some sections key by key without minding the others; elsewhere its models
-refuse what they do not know, but one at a time and only after the processes have started. Here all findings come at
-once. What DeepSpeed would refuse is an error; what it would ignore, convert or has deprecated is a warning.
+DeepSpeed accepts any top-level key, and ignores unknown keys in some sections. In others its models refuse them, but
+one at a time and only after the processes have started. Here all findings come at once. What DeepSpeed would refuse is
+an error; what it would ignore, convert or has deprecated is a warning.
 """
 
 from __future__ import annotations

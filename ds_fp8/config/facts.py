@@ -1,7 +1,6 @@
 """The facts of DeepSpeed's own sections that our plan depends on.
 
-Read tolerantly: "auto" and nonsense count as absent, as DeepSpeed or the trainer above it will complain in its own
-words. Nothing is decided here.
+"auto" and invalid values count as absent: DeepSpeed or the trainer reports them. Nothing is decided here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`optimizer/params` and `scheduler/params`: what DeepSpeed hands to a constructor without a look.
+"""`optimizer/params` and `scheduler/params`: what DeepSpeed passes to a constructor unchecked.
 
 A misspelt name there ends the job in a TypeError after all ranks have started; a number in quotes may train on as text.
 `schemas/optimizers.json`, generated from DeepSpeed and torch, knows the constructors' parameters. Types of packages

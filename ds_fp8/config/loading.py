@@ -1,4 +1,4 @@
-"""The two doors: `load` for a job that is about to start, `check` for people who ask before.
+"""The two entry points: `load` for a job that is about to start, `check` for people who ask before.
 
 Both collect every problem of the file. `load` looks at our sections, their misspellings and what they conflict with,
 raises one `ConfigError` with all errors, and keeps warnings as `Settings.notes`. `check` judges DeepSpeed's own keys

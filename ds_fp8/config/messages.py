@@ -1,7 +1,7 @@
-"""A violated schema in the user's words: what is wrong, what is allowed, and the way out.
+"""Messages for violations of the schema: what is wrong, what is allowed, and what to do.
 
 One tiny function per JSON Schema keyword, all of one signature: they take jsonschema's error and yield a path and a
-message. The errors come as objects with paths and are worded here, late, so that all of a file can be told at once.
+message. The errors come as objects with paths and are worded here, late, so that all of a file can be reported at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CURES = {
     ("fp8_format", "E5M2"): "its two mantissa bits are too coarse for activations and "
     "weights. Use HYBRID, which takes E5M2 for gradients only",
     ("fp8_format", "FP8"): "FP8 is two formats; use HYBRID (E4M3 forward, E5M2 backward) or E4M3",
-    ("exp_avg_sq", "int8"): "its codes are evenly spaced, and the roots of a block span decades: small ones would be "
+    ("exp_avg_sq", "int8"): "its steps are evenly spaced, and the roots of a block span decades: small ones would be "
     "lost. Use fp16, or e4m3_expanded for 8 bits; int8 is for exp_avg",
 }
 """Values that people are known to try, each with the reason why not."""
@@ -49,7 +49,7 @@ MOVED = {
 def messages_of(error: Any, section: Path) -> Messages:
     """All messages of one jsonschema error; paths start at the top of the file."""
     path = (*section, *error.absolute_path)
-    yield from _WORDINGS.get(error.validator, _other)(error, path)
+    yield from _MESSAGES.get(error.validator, _other)(error, path)
 
 
 def show(value: Any) -> str:
@@ -177,7 +177,7 @@ def _other(error: Any, path: Path) -> Messages:
     yield path, error.message
 
 
-_WORDINGS: dict[str, Callable[[Any, Path], Messages]] = {
+_MESSAGES: dict[str, Callable[[Any, Path], Messages]] = {
     "additionalProperties": _additional_properties,
     "required": _required,
     "enum": _enum,

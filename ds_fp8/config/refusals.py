@@ -1,9 +1,10 @@
 """What is refused, decided once: rules over the settings, and over the machine where it is known.
 
-`check` and `load` ask them of a file, without a machine; the plan asks the same ones again of settings that no file made, with
-the machine that the model will run on. So a job is refused in the same words wherever it is first seen, on every rank before
-ranks have met. What needs the model is the plan's own (`plan/make.py`); what only makes sense of a file's text (a key that would be
-ignored, two sections that contradict) is in `rules.py`, what belongs to DeepSpeed's own features in `conflicts.py`.
+`check` and `load` ask them of a file, without a machine; the plan asks the same ones again of settings that no file
+made, with the machine that the model will run on. So a job is refused in the same words wherever it is first seen, on
+every rank before ranks have met. What needs the model is the plan's own (`plan/make.py`); what only makes sense of a
+file's text (a key that would be ignored, two sections that contradict) is in `rules.py`, what belongs to DeepSpeed's
+own features in `conflicts.py`.
 """
 
 from __future__ import annotations
@@ -165,7 +166,9 @@ def fp8_weights_are_made_and_used(settings: Settings, host: Host | None) -> Iter
 
 
 def masters_fit_the_base(settings: Settings, host: Host | None) -> Iterator[Refusal]:
-    """Split and fp16 masters complete a 16-bit weight; an fp32 parameter is its own master. A default is adapted instead."""
+    """Split and fp16 masters complete a 16-bit weight; an fp32 parameter is its own master. A default is adapted
+    instead.
+    """
     level = settings.msamp.level
     if not settings.msamp.enabled or level is None or settings.deepspeed.base_dtype != "fp32":
         return
@@ -175,7 +178,9 @@ def masters_fit_the_base(settings: Settings, host: Host | None) -> Iterator[Refu
 
 
 def unscaled_fp16(settings: Settings, host: Host | None) -> Iterator[Refusal]:
-    """DeepSpeed since 0.18.4: at stage 0 fp16 does not scale the loss, but unscales the gradients. msamp's optimizer does both."""
+    """DeepSpeed since 0.18.4: at stage 0 fp16 does not scale the loss, but unscales the gradients. msamp's optimizer
+    does both.
+    """
     facts = settings.deepspeed
     if not settings.trains or not settings.fp8.enabled or settings.msamp.enabled:
         return

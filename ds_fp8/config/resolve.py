@@ -70,24 +70,24 @@ def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = (), 
     msamp_given: Any = data.get("msamp")
     facts = read_facts(data)
     msamp = _msamp(msamp_given, moments_of(facts.optimizer)) if is_enabled(msamp_given) else MsampSettings()
-    told = list(notes)
+    all_notes = list(notes)
     if is_enabled(fp8_given):
         fp8 = _fp8(fp8_given, backend=_backend(fp8_given, msamp))
     elif msamp.enabled and fp8_given is None:
         fp8 = _fp8({}, backend=_backend({}, msamp), implied=True)
-        told.append(
+        all_notes.append(
             'msamp turns FP8 matrix products on as well, as MS-AMP does; "fp8": {"enabled": false} keeps them off'
         )
     else:
         fp8 = Fp8Settings()
         if msamp.enabled:
-            told.append(
+            all_notes.append(
                 "fp8.enabled is false: matrix products stay in high precision, msamp covers states and wire only"
             )
     if msamp.enabled and not trains:
-        told.append("this engine has no optimizer, so msamp has nothing to do here")
+        all_notes.append("this engine has no optimizer, so msamp has nothing to do here")
         msamp = MsampSettings()
-    return Settings(fp8=fp8, msamp=msamp, deepspeed=facts, source=source, notes=tuple(told), trains=trains)
+    return Settings(fp8=fp8, msamp=msamp, deepspeed=facts, source=source, notes=tuple(all_notes), trains=trains)
 
 
 def _backend(given: dict[str, Any], msamp: MsampSettings) -> str:

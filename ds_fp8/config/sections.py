@@ -79,8 +79,8 @@ def judge(
     asked  somebody asked (`check`): a job without our sections is judged too
     homes  key of one of DeepSpeed's sections -> that section, for keys that stand a level too high
 
-    Without a section of ours, and unless somebody has asked, only a misspelt section of ours is told: a plain DeepSpeed
-    job is none of our business.
+    Without a section of ours, and unless somebody has asked, only a misspelt section of ours is reported: an unmodified
+    DeepSpeed job is none of our business.
     """
     ours = asked or any(section in data for section in SECTIONS)
     for key in data:

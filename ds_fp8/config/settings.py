@@ -80,7 +80,7 @@ class Fp8Settings:
 class MsampSettings:
     """The `msamp` section: a level with its overrides, or `level is None` when it is absent or disabled.
 
-    explicit   keys that the user wrote himself; a default that the job cannot use is replaced and told, an explicit
+    explicit   keys that the user wrote himself; a default that the job cannot use is replaced and reported, an explicit
                value that it cannot use is refused
     weight_wire_exclude  globs over parameters that stay in 16 bits on every rank at O3
     """

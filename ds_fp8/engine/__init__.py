@@ -1,10 +1,10 @@
-"""Activation: where JSON, plan and stations meet inside DeepSpeed's engine.
+"""Activation: JSON, plan, layers, communication and optimizer put into DeepSpeed's engine.
 
 `activate()` wraps two methods of `DeepSpeedEngine` (`patches.py`); each wrapper asks at once whether this engine has
 an `fp8` or `msamp` section and, if not, calls the original and nothing else. The first wrapper that meets a section
 reads it, plans, swaps (`attach.py`), compares with all ranks (`agreement.py`), and leaves an `Attachment` on the engine.
 
-Everything heavy is imported only then: importing DeepSpeed with the plugin costs a few milliseconds more.
+Heavy packages are imported only then. The plugin makes the import of DeepSpeed a few milliseconds longer.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def is_active() -> bool:
 
 
 def of(deepspeed_engine: Any) -> Attachment | None:
-    """What ds_fp8 did to this engine: settings, plan, scale book; None for an engine without our sections."""
+    """What ds_fp8 did to this engine: settings, plan, FP8 state; None for an engine without our sections."""
     return deepspeed_engine.__dict__.get(ATTRIBUTE)

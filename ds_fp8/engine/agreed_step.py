@@ -1,4 +1,4 @@
-"""One step for all ranks: who is asked to stop, and when, is agreed on through the store of the process group.
+"""One step for all ranks: when to stop is agreed on through the process group's store.
 
 Ranks hear a signal at different moments, or not at all: one may be in step 41 while another finishes step 40. Ranks
 that save after different steps wait for each other for ever. A collective in every step would settle it and cost every
@@ -91,11 +91,11 @@ class AgreedStep:
                 self._posted = True  # before the step is read: from here on training waits at its next boundary
                 decision = self._decide_together(self._steps_done() + 1)
             except RuntimeError:  # a lost store
-                self._tell(Verdict(self._wish or NO_STEP, None))
+                self._publish(Verdict(self._wish or NO_STEP, None))
                 return
-            self._tell(Verdict(word, None if decision == NO_STEP else int(decision)))
+            self._publish(Verdict(word, None if decision == NO_STEP else int(decision)))
 
-    def _tell(self, verdict: Verdict) -> None:
+    def _publish(self, verdict: Verdict) -> None:
         with self._changed:
             self._verdict = verdict
             self._changed.notify_all()

@@ -1,8 +1,8 @@
-"""All ranks say yes, or all ranks stop: an error on one rank must not leave the others waiting in a collective.
+"""All ranks go on or all ranks stop: an error on one rank must not leave the others waiting in a collective.
 
-Every rank brings the digest of its plan, or the error it met. One gather, before training and before anything was
-changed on the network, shows everybody everything; so each rank raises, and the launcher sees exit codes other than 0.
-Before it the ranks are counted (`roll_call.py`): one that has no section would not come to the gather.
+Every rank brings the digest of its plan, or the error it met. One gather, before training and before the first
+broadcast, brings them to every rank. So every rank raises, and the launcher sees exit codes other than 0.
+Before it the ranks are counted (`startup_check.py`): one that has no section would not come to the gather.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import DsFp8Error, PlanError
 from .common_facts import is_own
-from .roll_call import gather_ranks, names
+from .startup_check import gather_ranks, names
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Finding:
 
     digest     of its plan; None when the sections are disabled, or after an error
     error      what stopped it, as text
-    part       the piece of the model that it holds, e.g. a pipeline stage: plans are compared within one part
-    partial    its model is only such a piece, so what counts is what all pieces convert together
+    part       the part of the model that it holds, e.g. a pipeline stage: plans are compared within one part
+    partial    its model is only such a part, so what counts is what all parts convert together
     converted  modules that it swaps
-    unmatched  patterns that match nothing in its piece, as `exclude: head`
-    layers     names of what patterns could match in its piece, if some match nothing
+    unmatched  patterns that match nothing in its part, as `exclude: head`
+    layers     names of what patterns could match in its part, if some match nothing
     facts      what must be equal on all ranks of its part (`common_facts.py`), and our own sections
     """
 
@@ -75,18 +75,18 @@ def judge(rank: int, findings: list[Finding]) -> None:
         digests = {other: str(found.digest) for other, found in here.items()}
         if len(set(digests.values())) > 1:
             raise PlanError(difference(digests, list(differing.values())))
-    pieces = [found for found in findings if found.partial]
-    if not pieces:
+    parts = [found for found in findings if found.partial]
+    if not parts:
         return
-    missing = set.intersection(*(set(found.unmatched) for found in pieces))
+    missing = set.intersection(*(set(found.unmatched) for found in parts))
     if missing:
-        raise _no_match(min(missing), pieces)
-    if all(found.converted == 0 for found in pieces):
+        raise _no_match(min(missing), parts)
+    if all(found.converted == 0 for found in parts):
         raise PlanError("fp8 is enabled, but no stage of the pipeline has a layer that would compute in FP8.")
 
 
-def _no_match(unmatched: str, pieces: list[Finding]) -> PlanError:
-    """The error of a model in one piece, for a pattern that matches in no piece of this one."""
+def _no_match(unmatched: str, parts: list[Finding]) -> PlanError:
+    """The error of a model in one piece, for a pattern that matches in no part of this one."""
     from ..plan import patterns
 
     key, _, pattern = unmatched.partition(": ")
@@ -94,7 +94,7 @@ def _no_match(unmatched: str, pieces: list[Finding]) -> PlanError:
         return PlanError(
             f"msamp/{key}: {pattern!r} matches no parameter in any stage of the pipeline, so it would do nothing."
         )
-    layers = dict.fromkeys(fqn for found in pieces for fqn in found.layers)
+    layers = dict.fromkeys(fqn for found in parts for fqn in found.layers)
     return patterns.no_match(key, pattern, [patterns.ModuleNames(fqn, ()) for fqn in layers], [])
 
 
@@ -137,6 +137,6 @@ def _gather(own: Finding) -> tuple[int, list[Finding]]:
     gather_ranks()
     found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, asdict(own))
-    # A rank with another ds_fp8 may send other fields; what differs is told by those that both know.
+    # A rank with another ds_fp8 may send other fields; what differs is reported by those that both know.
     known = {one.name for one in fields(Finding)}
     return dist.get_rank(), [Finding(**{key: values[key] for key in known & values.keys()}) for values in found]

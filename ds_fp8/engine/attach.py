@@ -1,4 +1,4 @@
-"""From JSON to stations, for one engine: read, plan, compare, swap; later step, save, load.
+"""What the plugin does to one engine: read the JSON, plan, compare ranks, swap layers; later step, save, load.
 
     config.load -> Settings -> make_plan -> Plan -+-> layers.swap_layers        now, before DeepSpeed looks at the model
                                                   +-> zero.configure_optimizer  around DeepSpeed's _configure_optimizer
@@ -21,13 +21,13 @@ from ..errors import DsFp8Error, PlanError
 from ..zero.touched import touched
 from . import ATTRIBUTE, life, of
 from .agreement import Finding, agree
+from .checkpointing import add_state, check_state, take_state
 from .common_facts import common_facts
-from .keep import add_state, check_state, take_state
 from .merging import follow_merges
 from .on_signal import check_can_arm, checkpoint_on_signal, disarm
 from .other_fp8 import refuse_other_fp8
+from .printing import print_rank_0
 from .source_file import source_name
-from .tell import tell
 
 TOUCHED = {
     "Engine": touched(
@@ -40,27 +40,27 @@ TOUCHED = {
 
 @dataclass(eq=False)
 class Attachment:
-    """What ds_fp8 is to one DeepSpeed engine.
+    """What ds_fp8 has attached to one DeepSpeed engine.
 
-    engine    the DeepSpeedEngine
-    model     the module that it wraps
-    settings  the validated JSON
-    plan      the decision, equal on all ranks
-    book      scales and amax histories of the FP8 layers; None when only `msamp`'s states were asked for
-    watch     telemetry; None when it is off
-    frozen    frozen weights that are kept as codes alone; None without any
-    proof     of the first step in FP8; None when it is over, or was not asked for
-    guard     stops a job whose loss is no number; None when it is off
+    engine      the DeepSpeedEngine
+    model       the module that it wraps
+    settings    the validated JSON
+    plan        the decision, equal on all ranks
+    fp8_state   scales and amax histories of the FP8 layers; None when only `msamp`'s states were asked for
+    watch       telemetry; None when it is off
+    frozen      frozen weights that are kept in quantized form alone; None without any
+    first_step  check of the first step in FP8; None when it is over, or was not asked for
+    guard       stops a job whose loss is no number; None when it is off
     """
 
     engine: Any
     model: Any
     settings: Any
     plan: Any
-    book: Any = None
+    fp8_state: Any = None
     watch: Any = None
     frozen: Any = None
-    proof: Any = None
+    first_step: Any = None
     guard: Any = None
 
     @property
@@ -69,15 +69,15 @@ class Attachment:
 
     @property
     def releases_weights(self) -> bool:
-        """O3 in ZeRO 1 and 2: between steps the weights exist as codes only."""
+        """O3 in ZeRO 1 and 2: between steps the weights exist in quantized form only."""
         return bool(getattr(self.engine.optimizer, "fp8_stores", None))
 
     def placed(self) -> None:
         """DeepSpeed has put the model on its device and knows its groups: whoever shares data shares scales."""
-        if self.book is not None:
-            self.book.group = self.engine.seq_data_parallel_group
+        if self.fp8_state is not None:
+            self.fp8_state.group = self.engine.seq_data_parallel_group
             # Now, not with the first forward: a rank that runs none in a step takes part in its collective all the same.
-            self.book.to(self.engine.device)
+            self.fp8_state.to(self.engine.device)
         if self.plan.fp8.frozen_weights:
             from ..zero.frozen_weights import FrozenWeights
 
@@ -85,8 +85,8 @@ class Attachment:
             self.frozen.freeze()
         if self.watch is not None:
             self.watch.begin()
-        if self.proof is not None:
-            self.proof.begin()
+        if self.first_step is not None:
+            self.first_step.begin()
         if self.guard is not None:
             self.guard.listen()
 
@@ -99,9 +99,9 @@ class Attachment:
         else:
             from ..zero import configure_optimizer
 
-            configure_optimizer(original, self.engine, client_optimizer, model_parameters, self.plan, self.book)
-        if self.book is not None:
-            self.book.optimized = optimized_parameters(self.engine)
+            configure_optimizer(original, self.engine, client_optimizer, model_parameters, self.plan, self.fp8_state)
+        if self.fp8_state is not None:
+            self.fp8_state.optimized = optimized_parameters(self.engine)
 
     def hook(self) -> None:
         """Hang step, checkpoints and the end on this engine; they outlive `deactivate()`, as the FP8 layers do."""
@@ -119,13 +119,13 @@ class Attachment:
         """Give the unmodified model back: layers, weights, hooks. Twice is once.
 
         communicate  whether O3 may gather 16-bit weights from all ranks. If not, layers whose weights are released stay
-                     FP8 layers and go on with their codes.
+                     FP8 layers and go on with their quantized values.
         """
         if not self.is_attached:
             return
         # Whatever fails below, nobody may count on this engine any more.
         del self.engine.__dict__[ATTRIBUTE]
-        for watcher in (self.watch, self.proof):
+        for watcher in (self.watch, self.first_step):
             if watcher is not None:
                 watcher.stop()
         disarm(self.engine)
@@ -141,8 +141,8 @@ class Attachment:
             give_back()
         if self.frozen is not None:
             self.frozen.thaw()
-        if self.book is not None:
-            restore_layers(self.model, self.book)
+        if self.fp8_state is not None:
+            restore_layers(self.model, self.fp8_state)
 
     def _destroy(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         # An exception may be one rank's alone; the others would not come to a collective.
@@ -151,17 +151,17 @@ class Attachment:
 
     def _take_model_step(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """All ranks come here at the boundary, with a step that is skipped for an overflow too."""
-        if self.book is not None:
-            self.book.update_scales()
+        if self.fp8_state is not None:
+            self.fp8_state.update_scales()
         result = original(*args, **kwargs)
         if not self.is_attached:
             return result
-        if self.book is not None:
-            self.book.weights_changed()
+        if self.fp8_state is not None:
+            self.fp8_state.weights_changed()
         if self.watch is not None:
             self.watch.after_step()
-        if self.proof is not None and self.proof.after_step():
-            self.proof = None
+        if self.first_step is not None and self.first_step.after_step():
+            self.first_step = None
         if self.guard is not None:
             self.guard.after_step()
         return result
@@ -241,7 +241,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
     agree(_finding(engine, model, settings, plan, error), error)
     if plan is None:
         for note in () if has_optimizer(engine) else settings.notes:
-            tell(note)
+            print_rank_0(note)
         return None
 
     attachment = Attachment(engine, model, settings, plan)
@@ -250,12 +250,12 @@ def attach(engine: Any, model: Any) -> Attachment | None:
         from ..zero.autocast import mark_comm_dtypes
 
         mark_comm_dtypes(engine, model)
-        attachment.book = swap_layers(model, plan, by_engine=True)
+        attachment.fp8_state = swap_layers(model, plan, by_engine=True)
         follow_merges(model)
     # Set past nn.Module's bookkeeping: an attachment is no submodule.
     engine.__dict__[ATTRIBUTE] = attachment
     attachment.hook()
-    tell(plan.banner())
+    print_rank_0(plan.banner())
     if settings.trains:
         _watch_steps(attachment)
     if settings.telemetry.enabled and settings.trains:
@@ -273,8 +273,8 @@ def _watch_steps(attachment: Attachment) -> None:
     from .nonfinite import NonFiniteGuard
 
     fp8 = attachment.settings.fp8
-    if attachment.book is not None and fp8.first_step_check != "off":
-        attachment.proof = FirstStep(attachment)
+    if attachment.fp8_state is not None and fp8.first_step_check != "off":
+        attachment.first_step = FirstStep(attachment)
     if fp8.max_nonfinite_steps:
         attachment.guard = NonFiniteGuard(attachment.engine, attachment.model, fp8.max_nonfinite_steps)
 
@@ -289,12 +289,14 @@ def _settings(engine: Any) -> Any:
 
         untested = private_names.verify(msamp=settings.msamp.enabled)
         if untested:
-            tell(untested)
+            print_rank_0(untested)
     return settings
 
 
 def _of_client(settings: Any, client: Any) -> Any:
-    """The settings with the algorithm of a client's optimizer, which the JSON cannot tell: the states that will be kept."""
+    """The settings with the algorithm of a client's optimizer, which the JSON cannot tell: the states that will be
+    kept.
+    """
     from ..optim import algorithm_of
 
     name = None if client is None or not settings.msamp.enabled else algorithm_of(client)

@@ -1,8 +1,8 @@
 """What must be the same on all ranks besides the plan: hyper-parameters, ZeRO's sections, versions of packages.
 
-DeepSpeed compares none of it. Ranks with another learning rate or clip keep replicas that drift apart in silence (ZeRO 0)
-or one model made of pieces that learnt differently; another bucket size or stage hangs in a collective; another torch or
-another ds_fp8 may round differently. `agreement.py` compares these facts before training and names what differs.
+DeepSpeed compares none of it. Another learning rate or clip on one rank makes replicas drift apart in silence (ZeRO 0),
+or trains parts of one model differently. Another bucket size or stage hangs in a collective. Another torch or ds_fp8
+may round differently. `agreement.py` compares these facts before training and names what differs.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def _client_optimizer(optimizer: Any) -> Iterator[tuple[str, str]]:
     yield "class of the script's optimizer", type(optimizer).__name__ if groups else getattr(optimizer, "__name__", "")
     for number, group in enumerate(groups or ()):
         for key, value in group.items():
-            plain = float(value) if hasattr(value, "item") and value.numel() == 1 else value
-            if isinstance(plain, (bool, int, float, str, tuple)):
-                yield f"optimizer group {number}, {key}", repr(plain)
+            number_or_text = float(value) if hasattr(value, "item") and value.numel() == 1 else value
+            if isinstance(number_or_text, (bool, int, float, str, tuple)):
+                yield f"optimizer group {number}, {key}", repr(number_or_text)
 
 
 def _version(package: str) -> str:

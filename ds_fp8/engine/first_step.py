@@ -1,16 +1,16 @@
-"""Proof after the first step: which of the planned layers really multiplied in FP8, forward and backward.
+"""Check after the first step: which of the planned layers really multiplied in FP8, forward and backward.
 
-The banner tells a plan. A layer may be in it and do nothing: it is never called, or a fused loss multiplies by its weight
-itself (TRL's and Liger Kernel's by `lm_head.weight`), or it is called in eval mode only. So in the first step the products
-of each layer leave a mark (`layers/ran.py`), weights of planned layers tell whether a gradient reached them, and after the
-step all ranks put together what they have seen: a layer that runs on some ranks only has run.
+The banner shows the plan. A planned layer may still do nothing: it is never called, or a fused loss multiplies by its
+weight itself (TRL's and Liger Kernel's by `lm_head.weight`), or it is called in eval mode only. So in the first step
+the products of each layer set a flag (`layers/ran.py`), and weights of planned layers say whether a gradient reached
+them. After the step all ranks are combined: a layer that runs on some ranks only has run.
 
     ds_fp8: FP8 in 62% of the model's FLOPs, all 224 planned layers ran in FP8 in step 1
     ds_fp8: WARNING: FP8 in 55% of the model's FLOPs, 223 of 224 planned layers ran in FP8 in step 1; not: lm_head (never
             called, and yet its weight got a gradient ...)
 
-`fp8/first_step_check` makes an error of the second line, or turns it all off. From the second step on nothing is left: no
-hook, no mark. Steps before `start_step` are passed over.
+`fp8/first_step_check` makes an error of the second line, or turns the check off. After that step no hook and
+no flag is left. Steps before `start_step` are passed over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..errors import PlanError
 from ..layers.ran import has, watch
 from ..plan import flops_share
 from ..zero.touched import touched
-from .tell import tell
+from .printing import print_rank_0
 
 TOUCHED = {"Engine": touched(reads="data_parallel_group global_steps"), "PipelineEngine": touched(reads="stage_id")}
 
@@ -74,7 +74,7 @@ class FirstStep:
         Collective over the world, as the step is. Raises PlanError on all ranks if that was asked for.
         """
         attachment = self.attachment
-        if attachment.book.steps <= attachment.plan.fp8.start_step:
+        if attachment.fp8_state.steps <= attachment.plan.fp8.start_step:
             self.ran = watch(self.modules, on=True)
             self.reached.clear()
             return False
@@ -84,7 +84,7 @@ class FirstStep:
         text, is_good = verdict(seen, attachment.engine.global_steps, attachment.plan)
         if not is_good and attachment.settings.fp8.first_step_check == "error":
             raise PlanError(f"{text}\n  {CURE}, or set fp8/first_step_check to warn.")
-        tell(text if is_good else f"WARNING: {text}\n  {CURE}.")
+        print_rank_0(text if is_good else f"WARNING: {text}\n  {CURE}.")
         return True
 
     def _bits(self) -> bytes:
@@ -119,9 +119,9 @@ def verdict(seen: dict[str, int], step: int, plan: Any) -> tuple[str, bool]:
     """What to say of a step in which the layers did `seen` (bits by name), and whether all of them did what was planned."""
     failed = {name: reason for name, bits in seen.items() if (reason := _failure(bits))}
     share = flops_share(plan, without=failed)
-    told = "" if share is None or plan.partial else f"FP8 in {share:.0%} of the model's FLOPs, "
+    share_text = "" if share is None or plan.partial else f"FP8 in {share:.0%} of the model's FLOPs, "
     if not failed:
-        return f"{told}all {len(seen)} planned layers ran in FP8 in step {step}", True
+        return f"{share_text}all {len(seen)} planned layers ran in FP8 in step {step}", True
     by_reason: dict[str, list[str]] = {}
     for name, reason in failed.items():
         by_reason.setdefault(reason, []).append(name or "the model itself")
@@ -130,7 +130,7 @@ def verdict(seen: dict[str, int], step: int, plan: Any) -> tuple[str, bool]:
         for reason, names in by_reason.items()
     ]
     ran = len(seen) - len(failed)
-    return f"{told}{ran} of {len(seen)} planned layers ran in FP8 in step {step}; not: {'; '.join(listed)}", False
+    return f"{share_text}{ran} of {len(seen)} planned layers ran in FP8 in step {step}; not: {'; '.join(listed)}", False
 
 
 def _failure(bits: int) -> str | None:

@@ -1,7 +1,7 @@
-"""Engines that were built before the plugin was there: they train without FP8, so the job is stopped.
+"""Engines that were built before the plugin was imported train without FP8, so the job is stopped.
 
-Asked only when DeepSpeed's engine class was found unhooked, i.e. imported past the activation hook: once in a process,
-and in nearly none. DeepSpeed keeps no list of its engines; Python's garbage collector knows them as instances of the class.
+Asked only when DeepSpeed's engine class was imported past the activation hook: at most once in a process. DeepSpeed
+keeps no list of its engines; Python's garbage collector knows them as instances of the class.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def refuse(engine: Any) -> None:
     """The same for one engine."""
     if not _is_asked_for(engine):
         return
-    told = (
+    message = (
         "a DeepSpeed engine whose JSON has our sections was built before ds_fp8 was activated: it would train without them.\n"
         "  Put `import ds_fp8` at the head of the script; `ds_fp8 doctor ds.json --client ...` tells why the installed hook was not met."
     )
     # This error leaves from an import that somebody else makes, perhaps in a `try`.
-    print(f"ds_fp8: error: {told}", file=sys.stderr, flush=True)
-    raise DsFp8Error(told)
+    print(f"ds_fp8: error: {message}", file=sys.stderr, flush=True)
+    raise DsFp8Error(message)
 
 
 def _is_asked_for(engine: Any) -> bool:

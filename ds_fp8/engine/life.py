@@ -1,4 +1,4 @@
-"""FP8 layers live as long as their engine: what happens to a model before it gets a new engine, and after its engine.
+"""FP8 layers live as long as their engine: what happens to a model before a new engine and after its engine.
 
     engine.destroy()         layers, weights, hooks and methods are the unmodified model's again (`Attachment.detach`)
     initialize(same model)   the earlier engine is detached first, whatever the new JSON says; then the plan starts anew
@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import PlanError
-from .tell import tell
+from .printing import print_rank_0
 
 CALLERS = 4
 """Frames between `__del__` and us at most."""
 
 _attachments: weakref.WeakSet[Any] = weakref.WeakSet()
 
-_plain_models: weakref.WeakSet[Any] = weakref.WeakSet()
+_unmodified_models: weakref.WeakSet[Any] = weakref.WeakSet()
 """Models of engines without our sections: they may share modules with engines that have them."""
 
 
@@ -40,7 +40,7 @@ def forget(attachment: Any) -> None:
     from ..layers.owners import owners_of, remove_turns
 
     _attachments.discard(attachment)
-    for model in _plain_models:
+    for model in _unmodified_models:
         if not any(owners_of(module) for module in model.modules()):
             remove_turns(model, None)
 
@@ -52,10 +52,10 @@ def unmodified(model: Any, *, plans: bool) -> Iterator[None]:
     plans  the engine has our sections
     Detaching an engine at O3 gathers weights: collective, as `initialize` is. Raises PlanError where layers cannot be shared.
     """
-    _plain_models.discard(model)
+    _unmodified_models.discard(model)
     if "ds_fp8.layers" not in sys.modules and not plans:  # nothing was ever swapped, or unpickled, in this process
         yield
-        _plain_models.add(model)
+        _unmodified_models.add(model)
         return
     from ..layers.sharing import lift, put_back
 
@@ -68,7 +68,7 @@ def unmodified(model: Any, *, plans: bool) -> Iterator[None]:
     finally:
         put_back(lifted)
     if not any(attachment.model is model for attachment in _attachments):
-        _plain_models.add(model)
+        _unmodified_models.add(model)
     _take_turns(model)
 
 
@@ -76,7 +76,7 @@ def _detach_earlier(model: Any) -> None:
     """Engines that were made for this very model and not destroyed."""
     for attachment in list(_attachments):
         if attachment.model is model:
-            tell("this model's earlier engine was not destroyed: it is detached from its FP8 layers now")
+            print_rank_0("this model's earlier engine was not destroyed: it is detached from its FP8 layers now")
             attachment.detach()
 
 
@@ -85,22 +85,22 @@ def _restore_leftovers(model: Any) -> None:
     from ..layers import restore_layers
     from ..layers.owners import owners_of
 
-    living = {id(attachment.book) for attachment in _attachments}
-    owners = {id(owner.book): owner for module in model.modules() for owner in owners_of(module)}
+    living = {id(attachment.fp8_state) for attachment in _attachments}
+    owners = {id(owner.fp8_state): owner for module in model.modules() for owner in owners_of(module)}
     for key, owner in owners.items():
         if owner.by_engine and key not in living:
-            restore_layers(model, owner.book)
+            restore_layers(model, owner.fp8_state)
 
 
 def _refuse_released(model: Any) -> None:
     """A weight that one engine has released cannot be in another's model."""
     from ..layers.owners import owners_of
 
-    books = {id(owner.book) for module in model.modules() for owner in owners_of(module)}
-    if any(attachment.releases_weights for attachment in _attachments if id(attachment.book) in books):
+    fp8_states = {id(owner.fp8_state) for module in model.modules() for owner in owners_of(module)}
+    if any(attachment.releases_weights for attachment in _attachments if id(attachment.fp8_state) in fp8_states):
         raise PlanError(
             "this model has layers of another engine that was not destroyed, whose opt_level O3 keeps their weights as"
-            " 8-bit codes.\n  Call that engine's destroy() first, or use opt_level O2 there."
+            " 8-bit values.\n  Call that engine's destroy() first, or use opt_level O2 there."
         )
 
 
@@ -109,22 +109,30 @@ def _take_turns(model: Any) -> None:
     from ..layers.owners import Turn, remove_turns
     from ..layers.sharing import share
 
-    books = {id(one.model): (one.model, one.book) for one in _attachments}
-    books.update({id(plain): (plain, None) for plain in _plain_models if id(plain) not in books})
+    fp8_states = {id(one.model): (one.model, one.fp8_state) for one in _attachments}
+    fp8_states.update(
+        {
+            id(unmodified_model): (unmodified_model, None)
+            for unmodified_model in _unmodified_models
+            if id(unmodified_model) not in fp8_states
+        }
+    )
     here = {id(module) for module in model.modules()}
     sharing = [
-        (other, book) for other, book in books.values() if other is model or any(id(m) in here for m in other.modules())
+        (other, fp8_state)
+        for other, fp8_state in fp8_states.values()
+        if other is model or any(id(m) in here for m in other.modules())
     ]
     shared = share([other for other, _ in sharing])
     if not shared:
         return
-    tell(
+    print_rank_0(
         f"{len(shared)} layers of this model belong to another engine too, which was not destroyed: each engine computes"
         " with its own form of them"
     )
-    for other, book in sharing:
-        remove_turns(other, book)
-        Turn(other, book, shared)
+    for other, fp8_state in sharing:
+        remove_turns(other, fp8_state)
+        Turn(other, fp8_state, shared)
 
 
 def is_collected() -> bool:

@@ -1,9 +1,8 @@
 """Adapters merged into a live model: the layers that PEFT leaves behind are unmodified again.
 
 `merge_and_unload()` and `unload()` take the adapters away and return the base model, for inference or to be saved. Its
-layers would still be those of the engine that trained the adapters, and nobody trains them any more. PEFT's methods are
-wrapped where an engine meets such a model first, and given back by `deactivate()`; models that have none of our layers
-pass through.
+layers would still be FP8 layers, although nobody trains them any more. PEFT's methods are wrapped when an engine first
+gets such a model, and restored by `deactivate()`; models without our layers are left alone.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ def _then_restore(method: Callable) -> Callable:
     def merged(*args: Any, **kwargs: Any) -> Any:
         from ..layers import restore_layers
         from ..layers.owners import owners_of
-        from .tell import tell
+        from .printing import print_rank_0
 
         model = method(*args, **kwargs)
         ours = sum(bool(owners_of(module)) for module in model.modules())
         if ours:
             restore_layers(model)
-            tell(f"adapters taken out: {ours} FP8 layers of this model are unmodified again")
+            print_rank_0(f"adapters taken out: {ours} FP8 layers of this model are unmodified again")
         return model
 
     return merged

@@ -4,7 +4,7 @@ DeepSpeed skips a step whose gradients overflow where it looks (fp16 always, bf1
 loss or a gradient norm that is not finite has destroyed the weights of all ranks, and nothing says so: Transformers'
 Trainer logs NaN as 0.0. So each step leaves one flag, and after `fp8/max_nonfinite_steps` bad steps in a row the job ends.
 
-    skipped steps    neither count nor break the row; in bf16 as many of them in a row are told once
+    skipped steps    neither count nor break the row; in bf16 as many of them in a row are reported once
     cost             one flag on the device for each step; on a GPU it is read a step later, so nothing waits
     all ranks alike  the norm is the same everywhere, and a loss that is no number makes it none; where DeepSpeed
                      computes no norm (fp32 without ZeRO and without clipping) ranks exchange the flag
@@ -19,7 +19,7 @@ import torch
 
 from ..errors import NonFiniteError
 from ..zero.touched import touched
-from .tell import tell
+from .printing import print_rank_0
 
 TOUCHED = {
     "Engine": touched(reads="backward device fp16_enabled global_steps optimizer", writes="backward"),
@@ -56,7 +56,7 @@ class NonFiniteGuard:
         """Raises NonFiniteError when the limit is reached."""
         losses, self._losses = self._losses, []
         if bool(getattr(self.engine.optimizer, "overflow", False)):
-            self._tell_of_skips()
+            self._report_skips()
             return
         self.skipped = 0
         flag = self._flag(losses)
@@ -72,11 +72,11 @@ class NonFiniteGuard:
         # On a host nothing has to be waited for: this step counts now.
         self._count(self._pending if event is None else before)
 
-    def _tell_of_skips(self) -> None:
+    def _report_skips(self) -> None:
         """In fp16 the loss scale falls until it fits; elsewhere nothing changes from one skipped step to the next."""
         self.skipped += 1
         if self.skipped == self.limit and not self.engine.fp16_enabled():
-            tell(
+            print_rank_0(
                 f"WARNING: step {self.engine.global_steps}: DeepSpeed has skipped {self.skipped} steps in a row, as the gradients"
                 " are not finite; without a loss scale nothing will cure that"
             )

@@ -1,4 +1,4 @@
-"""A signal becomes a checkpoint: TERM or USR1 to any rank, and all ranks save after the same optimizer step and leave.
+"""Checkpoint on a signal: after TERM or USR1 to any rank, all ranks save after the same optimizer step and leave.
 
 Schedulers warn before they kill: a time limit, a preemption, an eviction. A script that saves every thousand steps, or
 never, then loses at most the step it is in. Which step that is, all ranks agree on (`agreed_step.py`); until a signal
@@ -162,7 +162,7 @@ class SignalCheckpoint:
         if agreed:
             self._save(step, name)
         else:
-            _tell(
+            _print_rank_0(
                 f"ds_fp8: {name} after step {step}: not all ranks answered within {PATIENCE_S:.0f} s, nothing is saved."
                 " A rank died or hangs, or checkpoint_on_signal is missing there."
             )
@@ -172,12 +172,12 @@ class SignalCheckpoint:
     def _save(self, step: int, name: str) -> None:
         from deepspeed import comm as dist
 
-        _tell(f"ds_fp8: {name}: saving step {step} to {self.save_dir}")
+        _print_rank_0(f"ds_fp8: {name}: saving step {step} to {self.save_dir}")
         self.engine.save_checkpoint(self.save_dir, client_state=self.client_state() if self.client_state else {})
         if dist.is_initialized():
             dist.barrier()  # nobody leaves, and takes the launcher along, before `latest` names it
         self.saved = True
-        _tell(f"ds_fp8: {name}: saved step {step}" + ("; leaving" if self.leave else ""))
+        _print_rank_0(f"ds_fp8: {name}: saved step {step}" + ("; leaving" if self.leave else ""))
 
 
 def _step(original: Callable, engine: weakref.ref, armed: SignalCheckpoint, *args: Any, **kwargs: Any) -> Any:
@@ -226,7 +226,7 @@ def _in_forked_child() -> None:
 os.register_at_fork(after_in_child=_in_forked_child)
 
 
-def _tell(text: str) -> None:
+def _print_rank_0(text: str) -> None:
     from deepspeed import comm as dist
 
     if not dist.is_initialized() or dist.get_rank() == 0:

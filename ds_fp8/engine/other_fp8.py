@@ -1,8 +1,8 @@
-"""Layers that another library has made FP8 already: two recipes on one model are one too many.
+"""Layers that another library has converted to FP8 already are refused.
 
 Accelerate's `mixed_precision: fp8` with its backend AO replaces `nn.Linear` by torchao's Float8Linear before DeepSpeed
-sees the model, with its backend TE by Transformer Engine's. What it leaves (first and last layer, odd sizes) would then be
-ours, and the banner would speak of those few.
+sees the model, with its backend TE by Transformer Engine's. What it leaves (first and last layer, odd sizes) would then
+be ours, and the banner would speak of those few.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from ..errors import PlanError
 
 TORCHAO = "torchao.float8."
 TRANSFORMER_ENGINE = "transformer_engine."
-"""Where such classes are defined. Transformer Engine's count where Accelerate put them: a model may be written with them."""
+"""Where such classes are defined. Transformer Engine's count where Accelerate put them: a model may be written with
+them.
+"""
 
 
 def refuse_other_fp8(model: Any) -> None:

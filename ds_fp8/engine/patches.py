@@ -1,13 +1,13 @@
-"""The wrappers around DeepSpeedEngine's methods, and how they come and go.
+"""The wrappers around DeepSpeedEngine's methods: how they are installed and removed.
 
 Methods of the class are replaced, not names of modules: whoever imported `DeepSpeedEngine` or `deepspeed.initialize`
 before us (Accelerate, the HF Trainer) meets the wrapper all the same, and PipelineEngine and the hybrid engine inherit
 it. Both run while an engine is being built. What an attached engine needs later (step, checkpoints) hangs on that
-one engine (`Attachment.hook`), so `deactivate()` never leaves a running engine half plugged, and an engine without our
+one engine (`Attachment.hook`), so `deactivate()` leaves running engines complete, and an engine without our
 sections runs DeepSpeed's own code in every step.
 
-When DeepSpeed lacks one of the two there is nothing to hang on to, so the constructor is guarded instead: a job
-that asks for FP8 is refused, every other job runs.
+When DeepSpeed lacks one of the two, the constructor is wrapped instead: a job that asks for FP8 is refused, every other
+job runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _configure_distributed_model(original: Callable, engine: Any, model: Any) ->
 
             attachment = attach(engine, model)
         else:
-            from .roll_call import pass_by
+            from .startup_check import pass_by
 
             pass_by()
     original(engine, model)

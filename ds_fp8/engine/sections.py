@@ -1,8 +1,8 @@
-"""Does this configuration speak of us at all? Asked for every engine, so it must be cheap and must not guess wrong.
+"""Whether a configuration has our sections. Asked for every engine, so it must be cheap and right.
 
 Only when the answer is yes is `config` (and jsonschema with it) imported; it then decides about disabled sections,
-misspelt names and values. A misspelt section (`fp-8`, `FP8`, `ms_amp`) counts as speaking of us: DeepSpeed accepts any
-unknown key at the top in silence, which is how FP8 jobs come to train in bf16.
+misspelt names and values. A misspelt section (`fp-8`, `FP8`, `ms_amp`) counts as ours: DeepSpeed accepts any
+unknown key at the top level in silence, and the job would train in bf16.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which file is it? DeepSpeed hands its engine a dict that has forgotten it; messages should name what the user can open.
+"""The name of the JSON file, for messages: DeepSpeed gives its engine a dict without it.
 
 Asked in this order, and only for messages:
 

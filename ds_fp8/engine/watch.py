@@ -1,4 +1,4 @@
-"""Telemetry at work: every `interval` optimizer steps one step is looked at, all others pay nothing.
+"""Telemetry: one step in every `interval` optimizer steps is measured; the others cost nothing.
 
 For that one step hooks lie on the FP8 layers. They see each operand as the layer sees it, measure its amax and the
 share of elements that the cast flushes to zero, and keep the results on the device; after the step they are taken off
@@ -78,13 +78,13 @@ class Watch:
             return
         self._is_looking = True
         self._hear_losses()
-        book = self.attachment.book
+        fp8_state = self.attachment.fp8_state
         modules = dict(self.attachment.model.named_modules())
-        for page in () if book is None else book.pages:
-            module = modules.get(page.fqn)
+        for layer_state in () if fp8_state is None else fp8_state.layer_states:
+            module = modules.get(layer_state.fqn)
             if module is not None:
-                self._hooks.append(module.register_forward_pre_hook(self._operands(page)))
-                self._hooks.append(module.register_forward_hook(self._gradient(page)))
+                self._hooks.append(module.register_forward_pre_hook(self._operands(layer_state)))
+                self._hooks.append(module.register_forward_hook(self._gradient(layer_state)))
 
     def _look_away(self) -> None:
         for hook in self._hooks:
@@ -120,27 +120,29 @@ class Watch:
         loss = sum(losses) / len(losses) if losses else math.nan
         return loss if math.isfinite(loss) else None
 
-    def _operands(self, page: Any) -> Any:
+    def _operands(self, layer_state: Any) -> Any:
         def before(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             if not (module.training and torch.is_grad_enabled() and args) or in_backward():
                 return
-            self._measure(page, "input", args[0], page.input_column)
-            if module.weight.numel() and (page.fqn, "weight") not in self._seen:
-                self._measure(page, "weight", module.weight, page.weight_column)
+            self._measure(layer_state, "input", args[0], layer_state.input_column)
+            if module.weight.numel() and (layer_state.fqn, "weight") not in self._seen:
+                self._measure(layer_state, "weight", module.weight, layer_state.weight_column)
 
         return before
 
-    def _gradient(self, page: Any) -> Any:
+    def _gradient(self, layer_state: Any) -> Any:
         def after(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if isinstance(output, torch.Tensor) and output.requires_grad and not in_backward():
-                output.register_hook(lambda grad: self._measure(page, "grad_output", grad, page.grad_output_column))
+                output.register_hook(
+                    lambda grad: self._measure(layer_state, "grad_output", grad, layer_state.grad_output_column)
+                )
 
         return after
 
     @torch.no_grad()
-    def _measure(self, page: Any, role: str, tensor: torch.Tensor, column: int) -> None:
+    def _measure(self, layer_state: Any, role: str, tensor: torch.Tensor, column: int) -> None:
         """Amax, scale and share flushed to zero, as one small tensor on the device."""
-        recipe = page.book.recipe
+        recipe = layer_state.fp8_state.recipe
         self._margin = recipe.margin if recipe.keeps_history else 0
         fmt = recipe.backward_format if role == "grad_output" else recipe.forward_format
         values = tensor.detach().float().reshape(-1).abs()
@@ -148,7 +150,7 @@ class Watch:
             return
         amax = torch.nan_to_num(values.amax(), nan=math.inf, posinf=math.inf)
         if recipe.keeps_history:
-            scale = page.book.scales[column].to(values.device)
+            scale = layer_state.fp8_state.scales[column].to(values.device)
         else:
             scale = fmt.max / amax.clamp_min(2.0**-126)
         each = scale
@@ -166,7 +168,7 @@ class Watch:
 
         own = fmt.max / amax.clamp_min(2.0**-126) if recipe.keeps_history else each
         counts = [lost(each), lost(each * 2.0**recipe.margin), lost(own), nonzero.sum().float()]
-        key = (page.fqn, role)
+        key = (layer_state.fqn, role)
         self._formats[key] = fmt
         found = torch.stack([amax, scale.float(), *counts])
         self._seen.setdefault(key, []).append(found)
@@ -226,13 +228,13 @@ class Watch:
                 readings=[operand.to_json() for operand in statistics],
             )
             for alarm in alarms:
-                told = {
+                shown = {
                     "kind": alarm.kind,
                     "fqn": alarm.fqn,
                     "role": alarm.role,
                     "text": alarm.text,
                     "cure": alarm.cure,
                 }
-                self.log.write("alarm", step=engine.global_steps, **told)
+                self.log.write("alarm", step=engine.global_steps, **shown)
         for alarm in alarms if self.rank == 0 else ():
             print(f"ds_fp8: step {engine.global_steps}: {alarm.text}", flush=True)

@@ -1,16 +1,17 @@
-"""The fast paths and the one door to them: everyone above this floor calls `ds_fp8.kernels`, never `numerics`' casts.
+"""Fast kernels and their single entry point: packages above this floor call `ds_fp8.kernels`, never the casts of
+`numerics`.
 
     dispatch   the names; looks at the device and picks C++, Triton or the PyTorch reference
     adam       AdamStep, all that one pass of the optimizer reads and writes, and its reference
     cpu        C++ for AVX-512, AVX2 and everything else, compiled for this machine
     triton     Triton for NVIDIA GPUs
 
-Each fast path is a twin of `ds_fp8.numerics`: same inputs, same bits. Which one runs: `path(device)`.
+Each fast path gives the bits of its reference in `ds_fp8.numerics`. Which one runs: `path(device)`.
 """
 
 from __future__ import annotations
 
-from .adam import AdamStep, WeightCodes
+from .adam import AdamStep, QuantizedWeight
 from .dispatch import (
     adam_step,
     amax,
@@ -37,7 +38,7 @@ from .lion import LionStep
 __all__ = [
     "AdamStep",
     "LionStep",
-    "WeightCodes",
+    "QuantizedWeight",
     "adam_step",
     "amax",
     "amax_many",

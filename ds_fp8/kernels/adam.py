@@ -1,15 +1,16 @@
 """`AdamStep`: everything that one pass of Adam over a flat partition reads and writes.
 
-A pass reads codes, computes in fp32 (ds_fp8/numerics/adam.py has every operation) and writes codes back, 128 elements
-at a time, so no fp32 tensor of the partition's size exists. `reference_step` is that pass in PyTorch, in pieces of
-65,536 elements; the C++ and Triton passes are its twins, bit for bit with nearest and with stochastic rounding.
+A pass reads quantized values, computes in fp32 (ds_fp8/numerics/adam.py has every operation) and writes quantized
+values back, 128 elements at a time, so no fp32 tensor of the partition's size exists. `reference_step` is that pass in
+PyTorch, in chunks of 65,536 elements; the C++ and Triton passes are its counterparts, bit for bit with nearest and with
+stochastic rounding.
 
     for each block of 128 elements
         g = float(grad) * grad_scale            (a coded gradient: code * scale_inv first)
         w = master (numerics/masters.py);  m, v = states (numerics/states.py)
         update                             (numerics/adam.py);  r = sqrt(v) of the new v
         store v or r (a nonzero r never as code zero), then m or m over the r just stored, then master and param
-        weight16 = RNE(float32 of what the master now holds); weight_codes from param or weight16
+        weight16 = RNE(float32 of what the master now holds); quantized_weight from param or weight16
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from ..formats import BLOCK_SIZE, E4M3, Format
 from ..levels import STATE_FORMATS
 from ..numerics import cast, flat, masters, states
 from ..numerics.adam import AdamScalars, update
-from ..numerics.masters import MasterCodes
+from ..numerics.masters import MasterStorage
 from ..numerics.random_bits import ADAM_STREAM, EXP_AVG_SHIFT, EXP_AVG_SQ_SHIFT, MASTER_SHIFT, Stochastic
-from ..numerics.states import StateCodes
+from ..numerics.states import StateStorage
 
-PIECE_NUMEL = 512 * BLOCK_SIZE
+CHUNK_NUMEL = 512 * BLOCK_SIZE
 """Elements that the reference handles at once: 256 KiB for each fp32 temporary."""
 
 
 @dataclass
-class WeightCodes:
+class QuantizedWeight:
     """FP8 weights to make in the same pass, for parameters whose scale is known beforehand (delayed scaling).
 
-    codes     uint8 [n], as long as the partition; only the segments are written
-    segments  (start, stop) element ranges, one per parameter piece, ascending, not overlapping
-    scale     fp32 [segments]
-    amax      fp32 [segments], written: amax of the 16-bit weight of the segment (infinity if not finite)
-    fmt       format of the codes
+    quantized  uint8 [n], as long as the partition; only the segments are written
+    segments   (start, stop) element ranges, one per parameter fragment, ascending, not overlapping
+    scale      fp32 [segments]
+    amax       fp32 [segments], written: amax of the 16-bit weight of the segment (infinity if not finite)
+    fmt        format of the quantized values
     """
 
-    codes: torch.Tensor
+    quantized: torch.Tensor
     segments: tuple[tuple[int, int], ...]
     scale: torch.Tensor
     amax: torch.Tensor
@@ -52,32 +53,36 @@ class WeightCodes:
 class AdamStep:
     """One step of one flat partition of n elements; all tensors on one device, contiguous, one-dimensional.
 
-    param          [n] fp32, bf16 or fp16, updated in place: the 16-bit weight, or an fp32 parameter that is its own master
-    grad           [n] fp32, bf16 or fp16, read only; or uint8 codes of `grad_fmt` in blocks of 128 (numerics/flat.py)
-    grad_scale_inv  fp32 [ceil(n / 128)] if the gradient is coded, else None
-    exp_avg        StateCodes, updated in place; holds m over the root of exp_avg_sq if its format is in RATIO_FORMATS
-    exp_avg_sq     StateCodes, updated in place; holds sqrt(v) if its format is in ROOT_FORMATS
-    master         MasterCodes, updated in place
-    lr ... eps     Python numbers, as torch.optim.Adam means them
-    decoupled      True: AdamW's decay; False: Adam's L2 term
-    step           number of this step, 1 is the first
-    bias_correction  False leaves both corrections out (an option of DeepSpeed's Adam)
-    grad_scale     multiplies the gradient in fp32: unscale and clip; a float, or a 0-d fp32 tensor on the same device
-    rounding       `nearest` | `stochastic`, for the codes of states and master (never for fp32, split32 and weights)
-    seed           of the stochastic rounding, with `step` and the element's number its whole state
-    torch_sqrt     True: the very square root of torch.optim.Adam, see numerics/adam.py; on a CPU where it is not the rounded
-                   one, C++ calls it in torch's library (kernels/cpu/torch_sqrt.py), or PyTorch does the step
-    weight16       optional bf16 or fp16 [n], written: RNE of the new master (for an fp32 `param`)
-    weight_codes   optional WeightCodes, written from weight16 if given, else from param
+    param             [n] fp32, bf16 or fp16, updated in place: the 16-bit weight, or an fp32 parameter that is its own
+                      master
+    grad              [n] fp32, bf16 or fp16, read only; or uint8 values of `grad_fmt` in blocks of 128
+                      (numerics/flat.py)
+    grad_scale_inv    fp32 [ceil(n / 128)] if the gradient is coded, else None
+    exp_avg           StateStorage, updated in place; holds m over the root of exp_avg_sq if its format is in
+                      RATIO_FORMATS
+    exp_avg_sq        StateStorage, updated in place; holds sqrt(v) if its format is in ROOT_FORMATS
+    master            MasterStorage, updated in place
+    lr ... eps        Python numbers, as torch.optim.Adam means them
+    decoupled         True: AdamW's decay; False: Adam's L2 term
+    step              number of this step, 1 is the first
+    bias_correction   False leaves both corrections out (an option of DeepSpeed's Adam)
+    grad_scale        multiplies the gradient in fp32: unscale and clip; a float, or a 0-d fp32 tensor on the same
+                      device
+    rounding          `nearest` | `stochastic`, for the quantized values of states and master (never for fp32, split32 and weights)
+    seed              of the stochastic rounding, with `step` and the element's number its whole state
+    torch_sqrt        True: the very square root of torch.optim.Adam, see numerics/adam.py; on a CPU where it is not the
+                      rounded one, C++ calls it in torch's library (kernels/cpu/torch_sqrt.py), or PyTorch does the step
+    weight16          optional bf16 or fp16 [n], written: RNE of the new master (for an fp32 `param`)
+    quantized_weight  optional QuantizedWeight, written from weight16 if given, else from param
 
     Stochastic: stream 1, index = element number in the partition; shifts of the word in numerics/random_bits.py.
     """
 
     param: torch.Tensor
     grad: torch.Tensor
-    exp_avg: StateCodes
-    exp_avg_sq: StateCodes
-    master: MasterCodes
+    exp_avg: StateStorage
+    exp_avg_sq: StateStorage
+    master: MasterStorage
     lr: float
     beta1: float
     beta2: float
@@ -91,7 +96,7 @@ class AdamStep:
     seed: int = 0
     torch_sqrt: bool = False
     weight16: torch.Tensor | None = None
-    weight_codes: WeightCodes | None = None
+    quantized_weight: QuantizedWeight | None = None
     grad_scale_inv: torch.Tensor | None = None
     grad_fmt: Format = E4M3
 
@@ -130,25 +135,25 @@ class AdamStep:
         found = [self.param, self.grad, *self.exp_avg.tensors().values(), *self.exp_avg_sq.tensors().values()]
         found += self.master.tensors().values()
         found += [one for one in (self.weight16, self.grad_scale_inv) if one is not None]
-        if self.weight_codes is not None:
-            found += [self.weight_codes.codes, self.weight_codes.scale, self.weight_codes.amax]
+        if self.quantized_weight is not None:
+            found += [self.quantized_weight.quantized, self.quantized_weight.scale, self.quantized_weight.amax]
         return found
 
 
 @torch.no_grad()
 def reference_step(step: AdamStep) -> None:
-    """The whole pass in PyTorch, piece by piece."""
+    """The whole pass in PyTorch, chunk by chunk."""
     scalars = step.scalars
     numel = step.param.numel()
-    for start in range(0, numel, PIECE_NUMEL):
-        _step_piece(step, scalars, start, min(start + PIECE_NUMEL, numel))
-    if step.weight_codes is not None:
-        write_weight_codes(step)
+    for start in range(0, numel, CHUNK_NUMEL):
+        _step_chunk(step, scalars, start, min(start + CHUNK_NUMEL, numel))
+    if step.quantized_weight is not None:
+        write_quantized_weight(step)
 
 
-def _step_piece(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> None:
-    param, master = step.param[start:stop], step.master.piece(start, stop)
-    exp_avg, exp_avg_sq = step.exp_avg.piece(start, stop), step.exp_avg_sq.piece(start, stop)
+def _step_chunk(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> None:
+    param, master = step.param[start:stop], step.master.chunk(start, stop)
+    exp_avg, exp_avg_sq = step.exp_avg.chunk(start, stop), step.exp_avg_sq.chunk(start, stop)
 
     grad = step.gradient(start, stop) * step.grad_scale
     weight = masters.read(master, param)
@@ -163,13 +168,13 @@ def _step_piece(step: AdamStep, scalars: AdamScalars, start: int, stop: int) -> 
         step.weight16[start:stop].copy_(masters.read(master, param))
 
 
-def write_weight_codes(step: AdamStep) -> None:
-    """FP8 codes and amaxes of the new 16-bit weight, segment by segment, as an FP8 layer would make them."""
-    wanted = step.weight_codes
+def write_quantized_weight(step: AdamStep) -> None:
+    """FP8 values and amaxes of the new 16-bit weight, segment by segment, as an FP8 layer would make them."""
+    wanted = step.quantized_weight
     assert wanted is not None
     weight = step.param if step.weight16 is None else step.weight16
     for number, (start, stop) in enumerate(wanted.segments):
-        piece = weight[start:stop]
-        wanted.amax[number] = cast.amax(piece)
-        codes = cast.quantize(piece, wanted.scale[number], wanted.fmt)
-        wanted.codes[start:stop].copy_(codes.view(torch.uint8))
+        chunk = weight[start:stop]
+        wanted.amax[number] = cast.amax(chunk)
+        quantized = cast.quantize(chunk, wanted.scale[number], wanted.fmt)
+        wanted.quantized[start:stop].copy_(quantized.view(torch.uint8))

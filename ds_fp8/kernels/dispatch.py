@@ -4,19 +4,19 @@ The names and arguments are those of `ds_fp8.numerics`, which is also what runs 
 is what `kernels.cpu.library()` or `kernels.triton.library()` gives: None when it cannot run here (after one warning), or
 an object with a string `path` and (some of) these functions, which compute the same bits as numerics:
 
-    quantize(x, scale, fmt)   dequantize(codes, scale_inv, dtype)   amax(x)
-    amax_many(tensors)   quantize_many(tensors, scales, fmt, codes)
-    quantize_with_amax(x, scale, fmt)   dequantize_1x128(codes, scale_inv, dtype)   dequantize_128x128(...)
+    quantize(x, scale, fmt)   dequantize(quantized, scale_inv, dtype)   amax(x)
+    amax_many(tensors)   quantize_many(tensors, scales, fmt, quantized values)
+    quantize_with_amax(x, scale, fmt)   dequantize_1x128(quantized, scale_inv, dtype)   dequantize_128x128(...)
     quantize_1x128(x, fmt, power_of_two)   quantize_128x128(x, fmt, power_of_two)
-    flat_encode(x, fmt, rounding, fitted, out)   flat_decode(codes, scale_inv, fmt, out, dtype)
-    flat_sum(codes, scale_inv, fmt, factor, out, own)
-    flat_sum_encode(codes, scale_inv, fmt, factor, out_fmt, own, fitted, out)
+    flat_encode(x, fmt, rounding, best_of_two, out)   flat_decode(quantized, scale_inv, fmt, out, dtype)
+    flat_sum(quantized, scale_inv, fmt, factor, out, own)
+    flat_sum_encode(quantized, scale_inv, fmt, factor, out_fmt, own, best_of_two, out)
     adam_step(step)   lion_step(step)
 
 A function that it lacks, or that returns NotImplemented for these dtypes or strides, is done by PyTorch: same bits.
-Arguments are passed by position, with no default left out. On the CPU tensors must be contiguous (rows of `codes` and
-`scale_inv` in the sums may be strided); otherwise PyTorch takes them. An Adam step with `torch_sqrt` on a CPU whose torch has
-a square root of its own goes to PyTorch, unless the fast path says `has_torch_sqrt`.
+Arguments are passed by position, with no default left out. On the CPU tensors must be contiguous (rows of `quantized`
+and `scale_inv` in the sums may be strided); otherwise PyTorch takes them. An Adam step with `torch_sqrt` on a CPU whose
+torch has a square root of its own goes to PyTorch, unless the fast path says `has_torch_sqrt`.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ def _call(name: str, device: torch.device, *arguments: Any) -> Any:
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> torch.Tensor:
-    """See numerics.cast.quantize: codes of `x` under one scale."""
+    """See numerics.cast.quantize: quantized values of `x` under one scale."""
     result = _fast("quantize", x, x, scale, fmt)
     return numerics.quantize(x, scale, fmt) if result is NotImplemented else result
 
 
 def dequantize(
-    codes: torch.Tensor, scale_inv: torch.Tensor | float, dtype: torch.dtype = torch.float32
+    quantized: torch.Tensor, scale_inv: torch.Tensor | float, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """See numerics.cast.dequantize: float8 codes times one scale_inv."""
-    result = _fast("dequantize", codes, codes, scale_inv, dtype)
-    return numerics.dequantize(codes, scale_inv, dtype) if result is NotImplemented else result
+    """See numerics.cast.dequantize: float8 values times one scale_inv."""
+    result = _fast("dequantize", quantized, quantized, scale_inv, dtype)
+    return numerics.dequantize(quantized, scale_inv, dtype) if result is NotImplemented else result
 
 
 def amax(x: torch.Tensor) -> torch.Tensor:
@@ -104,20 +104,24 @@ def amax_many(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def quantize_many(
-    tensors: Sequence[torch.Tensor], scales: torch.Tensor, fmt: Format, codes: Sequence[torch.Tensor]
+    tensors: Sequence[torch.Tensor], scales: torch.Tensor, fmt: Format, quantized: Sequence[torch.Tensor]
 ) -> None:
-    """`quantize` of each under its own scale (fp32 [tensors]) into `codes` (uint8, contiguous); one launch on a GPU."""
-    if _call("quantize_many", tensors[0].device, tensors, scales, fmt, codes) is NotImplemented:
-        for one, scale, out in zip(tensors, scales, codes, strict=True):
+    """`quantize` of each under its own scale (fp32 [tensors]) into `quantized` (uint8, contiguous); one launch on a
+    GPU.
+    """
+    if _call("quantize_many", tensors[0].device, tensors, scales, fmt, quantized) is NotImplemented:
+        for one, scale, out in zip(tensors, scales, quantized, strict=True):
             out.copy_(quantize(one, scale, fmt).view(torch.uint8))
 
 
-def dense(codes: torch.Tensor) -> torch.Tensor:
-    """FP8 codes [R, C] dense by rows: themselves, or a copy of a transposed view, which is what dgrad and wgrad want."""
-    if codes.is_contiguous():
-        return codes
-    result = _call("dense", codes.device, codes)
-    return codes.contiguous() if result is NotImplemented else result
+def dense(quantized: torch.Tensor) -> torch.Tensor:
+    """FP8 values [R, C] dense by rows: themselves, or a copy of a transposed view, which is what dgrad and wgrad
+    want.
+    """
+    if quantized.is_contiguous():
+        return quantized
+    result = _call("dense", quantized.device, quantized)
+    return quantized.contiguous() if result is NotImplemented else result
 
 
 def quantize_1x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,18 +136,20 @@ def quantize_128x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True)
     return numerics.quantize_128x128(x, fmt, power_of_two=power_of_two) if result is NotImplemented else result
 
 
-def dequantize_1x128(codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize_1x128(
+    quantized: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """See numerics.gemm_blocks: the way back of quantize_1x128."""
-    result = _fast("dequantize_1x128", codes, codes, scale_inv, dtype)
-    return numerics.dequantize_1x128(codes, scale_inv, dtype) if result is NotImplemented else result
+    result = _fast("dequantize_1x128", quantized, quantized, scale_inv, dtype)
+    return numerics.dequantize_1x128(quantized, scale_inv, dtype) if result is NotImplemented else result
 
 
 def dequantize_128x128(
-    codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32
+    quantized: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """See numerics.gemm_blocks: the way back of quantize_128x128."""
-    result = _fast("dequantize_128x128", codes, codes, scale_inv, dtype)
-    return numerics.dequantize_128x128(codes, scale_inv, dtype) if result is NotImplemented else result
+    result = _fast("dequantize_128x128", quantized, quantized, scale_inv, dtype)
+    return numerics.dequantize_128x128(quantized, scale_inv, dtype) if result is NotImplemented else result
 
 
 def flat_encode(
@@ -151,19 +157,19 @@ def flat_encode(
     fmt: Format,
     *,
     rounding: Stochastic | None = None,
-    fitted: bool = False,
+    best_of_two: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See numerics.flat.encode: codes (uint8 [n]) and scale_inv (fp32 [blocks])."""
+    """See numerics.flat.encode: quantized (uint8 [n]) and scale_inv (fp32 [blocks])."""
     if _rows_contiguous(*(out or ())):
-        result = _fast("flat_encode", x, x, fmt, rounding, fitted, out)
+        result = _fast("flat_encode", x, x, fmt, rounding, best_of_two, out)
         if result is not NotImplemented:
             return result
-    return flat.encode(x, fmt, rounding=rounding, fitted=fitted, out=out)
+    return flat.encode(x, fmt, rounding=rounding, best_of_two=best_of_two, out=out)
 
 
 def flat_decode(
-    codes: torch.Tensor,
+    quantized: torch.Tensor,
     scale_inv: torch.Tensor,
     fmt: Format,
     *,
@@ -172,14 +178,14 @@ def flat_decode(
 ) -> torch.Tensor:
     """See numerics.flat.decode."""
     if out is None or out.is_contiguous():
-        result = _fast("flat_decode", codes, codes, scale_inv, fmt, out, dtype)
+        result = _fast("flat_decode", quantized, quantized, scale_inv, fmt, out, dtype)
         if result is not NotImplemented:
             return result
-    return flat.decode(codes, scale_inv, fmt, out=out, dtype=dtype)
+    return flat.decode(quantized, scale_inv, fmt, out=out, dtype=dtype)
 
 
 def flat_sum(
-    codes: torch.Tensor,
+    quantized: torch.Tensor,
     scale_inv: torch.Tensor,
     fmt: Format,
     *,
@@ -188,30 +194,43 @@ def flat_sum(
     own: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See numerics.flat.sum_contributions: fp32 sum over ranks in rank order, times `factor`."""
-    if _rows_contiguous(codes, scale_inv) and all(t is None or t.is_contiguous() for t in (out, own)):
-        result = _call("flat_sum", codes.device, codes, scale_inv, fmt, factor, out, own)
+    if _rows_contiguous(quantized, scale_inv) and all(t is None or t.is_contiguous() for t in (out, own)):
+        result = _call("flat_sum", quantized.device, quantized, scale_inv, fmt, factor, out, own)
         if result is not NotImplemented:
             return result
-    return flat.sum_contributions(codes, scale_inv, fmt, factor=factor, out=out, own=own)
+    return flat.sum_contributions(quantized, scale_inv, fmt, factor=factor, out=out, own=own)
 
 
 def flat_sum_encode(
-    codes: torch.Tensor,
+    quantized: torch.Tensor,
     scale_inv: torch.Tensor,
     fmt: Format,
     *,
     factor: float = 1.0,
     out_fmt: Format | None = None,
     own: torch.Tensor | None = None,
-    fitted: bool = False,
+    best_of_two: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See numerics.flat.sum_and_encode: the sum, requantised."""
-    if _rows_contiguous(codes, scale_inv, *(out or ())) and (own is None or own.is_contiguous()):
-        result = _call("flat_sum_encode", codes.device, codes, scale_inv, fmt, factor, out_fmt or fmt, own, fitted, out)
+    if _rows_contiguous(quantized, scale_inv, *(out or ())) and (own is None or own.is_contiguous()):
+        result = _call(
+            "flat_sum_encode",
+            quantized.device,
+            quantized,
+            scale_inv,
+            fmt,
+            factor,
+            out_fmt or fmt,
+            own,
+            best_of_two,
+            out,
+        )
         if result is not NotImplemented:
             return result
-    return flat.sum_and_encode(codes, scale_inv, fmt, factor=factor, out_fmt=out_fmt, own=own, fitted=fitted, out=out)
+    return flat.sum_and_encode(
+        quantized, scale_inv, fmt, factor=factor, out_fmt=out_fmt, own=own, best_of_two=best_of_two, out=out
+    )
 
 
 def adam_step(step: AdamStep) -> None:
@@ -219,7 +238,7 @@ def adam_step(step: AdamStep) -> None:
     if step.param.numel() == 0:
         return
     if step.grad_scale_inv is not None and step.param.device.type == "cpu":
-        # The C++ step reads floats; on a GPU codes are read as they are.
+        # The C++ step reads floats; on a GPU quantized values are read as they are.
         grad = flat_decode(step.grad, step.grad_scale_inv, step.grad_fmt)
         step = replace(step, grad=grad, grad_scale_inv=None)
     formats = step.exp_avg.format, step.exp_avg_sq.format

@@ -7,7 +7,7 @@ As `AdamStep`, with one state: for each block of 128 elements
     update (numerics/lion.py)
     store m, then master and param
 
-There is no C++ and no Triton kernel of it yet: `reference_lion_step` is what runs, in pieces of 65,536 elements, and
+There is no C++ and no Triton kernel of it yet: `reference_lion_step` is what runs, in chunks of 65,536 elements, and
 `dispatch` says so once.
 """
 
@@ -19,10 +19,10 @@ import torch
 
 from ..numerics import masters, states
 from ..numerics.lion import LionScalars, update
-from ..numerics.masters import MasterCodes
+from ..numerics.masters import MasterStorage
 from ..numerics.random_bits import ADAM_STREAM, EXP_AVG_SHIFT, MASTER_SHIFT, Stochastic
-from ..numerics.states import StateCodes
-from .adam import PIECE_NUMEL
+from ..numerics.states import StateStorage
+from .adam import CHUNK_NUMEL
 
 
 @dataclass
@@ -31,16 +31,16 @@ class LionStep:
 
     param       [n] fp32, bf16 or fp16, updated in place
     grad        [n] fp32, bf16 or fp16, read only
-    exp_avg     StateCodes, updated in place; holds m itself in every format
-    master      MasterCodes, updated in place
+    exp_avg     StateStorage, updated in place; holds m itself in every format
+    master      MasterStorage, updated in place
     grad_scale  multiplies the gradient in fp32; a float, or a 0-d fp32 tensor on the same device
     rounding    `nearest` | `stochastic`, of state and master; `seed` and `step` decide its bits, as in AdamStep
     """
 
     param: torch.Tensor
     grad: torch.Tensor
-    exp_avg: StateCodes
-    master: MasterCodes
+    exp_avg: StateStorage
+    master: MasterStorage
     lr: float
     beta1: float
     beta2: float
@@ -59,13 +59,13 @@ class LionStep:
 
 @torch.no_grad()
 def reference_lion_step(step: LionStep) -> None:
-    """The whole pass in PyTorch, piece by piece."""
+    """The whole pass in PyTorch, chunk by chunk."""
     scalars = LionScalars.at(lr=step.lr, beta1=step.beta1, beta2=step.beta2, weight_decay=step.weight_decay)
     numel = step.param.numel()
-    for start in range(0, numel, PIECE_NUMEL):
-        stop = min(start + PIECE_NUMEL, numel)
-        param, master = step.param[start:stop], step.master.piece(start, stop)
-        exp_avg = step.exp_avg.piece(start, stop)
+    for start in range(0, numel, CHUNK_NUMEL):
+        stop = min(start + CHUNK_NUMEL, numel)
+        param, master = step.param[start:stop], step.master.chunk(start, stop)
+        exp_avg = step.exp_avg.chunk(start, stop)
         weight, m = masters.read(master, param), states.read_exp_avg(exp_avg, None)
         update(weight, step.grad[start:stop].float() * step.grad_scale, m, scalars)
         states.write_exp_avg(exp_avg, None, m, step.source(EXP_AVG_SHIFT, start))

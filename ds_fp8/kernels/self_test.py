@@ -43,7 +43,9 @@ def disagreements(device: torch.device | str) -> list[str]:
 
 
 def _equal(found: Tensor, wanted: Tensor) -> bool:
-    """Codes byte for byte, every NaN of ours has the same; numbers by value: zero has two signs, NaN many faces."""
+    """Quantized values byte for byte, every NaN of ours has the same; numbers by value: zero has two signs, NaN many
+    faces.
+    """
     if wanted.element_size() == 1:
         return torch.equal(found.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))
     return torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.nan_to_num(), wanted.nan_to_num())
@@ -84,24 +86,24 @@ def _wire(device: torch.device, fmt: Format, dtype: torch.dtype, label: str) -> 
     x = numbers(2).to(dtype)
     x[-3] = float("inf")
     here = x.to(device)
-    ways: dict[str, dict[str, Any]] = {"nearest": {}, "better of two scales": {"fitted": True}}
+    ways: dict[str, dict[str, Any]] = {"nearest": {}, "better of two scales": {"best_of_two": True}}
     for name, how in (ways | {"stochastic": {"rounding": Stochastic(5, 2, 1)}}).items():
         yield (f"flat_encode, {name}, {label}",
                partial(dispatch.flat_encode, here, fmt, **how), partial(flat.encode, x, fmt, **how))  # fmt: skip
     many = [flat.encode(numbers(seed), fmt) for seed in range(RANKS)]
-    codes, scale_inv = torch.stack([one for one, _ in many]), torch.stack([one for _, one in many])
-    there = codes.to(device), scale_inv.to(device)
+    quantized, scale_inv = torch.stack([one for one, _ in many]), torch.stack([one for _, one in many])
+    there = quantized.to(device), scale_inv.to(device)
     yield (f"flat_decode, {label}",
            lambda: (dispatch.flat_decode(there[0][0], there[1][0], fmt, dtype=dtype),),
-           lambda: (flat.decode(codes[0], scale_inv[0], fmt, dtype=dtype),))  # fmt: skip
+           lambda: (flat.decode(quantized[0], scale_inv[0], fmt, dtype=dtype),))  # fmt: skip
     own = numbers(9).to(dtype)
     own_here = own.to(device)
     yield (f"flat_sum, {label}",
            lambda: (dispatch.flat_sum(*there, fmt, factor=1 / 3, own=own_here),),
-           lambda: (flat.sum_contributions(codes, scale_inv, fmt, factor=1 / 3, own=own),))  # fmt: skip
+           lambda: (flat.sum_contributions(quantized, scale_inv, fmt, factor=1 / 3, own=own),))  # fmt: skip
     yield (f"flat_sum_encode, {label}",
-           lambda: dispatch.flat_sum_encode(*there, fmt, factor=1 / 3, own=own_here, fitted=True),
-           lambda: flat.sum_and_encode(codes, scale_inv, fmt, factor=1 / 3, own=own, fitted=True))  # fmt: skip
+           lambda: dispatch.flat_sum_encode(*there, fmt, factor=1 / 3, own=own_here, best_of_two=True),
+           lambda: flat.sum_and_encode(quantized, scale_inv, fmt, factor=1 / 3, own=own, best_of_two=True))  # fmt: skip
 
 
 def _step(device: torch.device, state: str, root: str, master: str, rounding: str) -> Compared:
@@ -112,9 +114,9 @@ def _step(device: torch.device, state: str, root: str, master: str, rounding: st
         exp_avg_sq=states.new_state(root, NUMEL, "cpu"), master=masters.new_master(master, param), lr=1e-3, beta1=0.9,
         beta2=0.95, eps=1e-8, weight_decay=0.1, decoupled=True, step=1, grad_scale=0.7, seed=11, rounding=rounding,
     )  # fmt: skip
-    twin = copy.deepcopy(step)
-    twin.param, twin.grad = twin.param.to(device), twin.grad.to(device)
-    for holder in (twin.exp_avg, twin.exp_avg_sq, twin.master):
+    on_device = copy.deepcopy(step)
+    on_device.param, on_device.grad = on_device.param.to(device), on_device.grad.to(device)
+    for holder in (on_device.exp_avg, on_device.exp_avg_sq, on_device.master):
         for name, tensor in holder.tensors().items():
             setattr(holder, name, tensor.to(device))
 
@@ -125,4 +127,4 @@ def _step(device: torch.device, state: str, root: str, master: str, rounding: st
         return tuple(one.tensors())
 
     return (f"adam_step, {state}, {root}, {master}, {rounding}",
-            lambda: two_steps(twin, dispatch.adam_step), lambda: two_steps(step, reference_step))  # fmt: skip
+            lambda: two_steps(on_device, dispatch.adam_step), lambda: two_steps(step, reference_step))  # fmt: skip

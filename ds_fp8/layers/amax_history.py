@@ -3,7 +3,7 @@
 Why: measuring a tensor and casting it in one pass needs the scale beforehand. Neighbouring steps look alike, so the
 largest amax of the last `amax_history_len` steps is a good guess, and what exceeds it saturates for one step.
 
-One `fold` per step, in Transformer Engine's order and layout (its golden vectors hold this file bit for bit):
+One `update` per step, in Transformer Engine's order and layout (its golden vectors hold this file bit for bit):
 
     slot 0 of the history  <- the amax of the step
     amax                    = max over the history, or slot 0 (`most_recent`)
@@ -31,7 +31,7 @@ class AmaxHistory:
 
     history  [amax_history_len, columns] fp32
     scale    [columns] fp32, a view into the scales of all columns: updated in place, so its address never changes
-    folds    steps folded so far
+    updates  updates so far
     """
 
     def __init__(self, recipe: Recipe, fmt: Format, scale: torch.Tensor, *, keeps_non_finite: bool = False):
@@ -41,30 +41,30 @@ class AmaxHistory:
         self.keeps_non_finite = keeps_non_finite
         length = recipe.amax_history_len if recipe.keeps_history else 1
         self.history = torch.zeros(length, scale.numel(), dtype=torch.float32, device=scale.device)
-        self.folds = 0
+        self.updates = 0
         self._spare: torch.Tensor | None = None
 
-    def fold(self, amax: torch.Tensor) -> None:
-        """Take the amaxes [columns] of one step; every `interval` folds (the first one too) renew the scales."""
+    def update(self, amax: torch.Tensor) -> None:
+        """Take the amaxes [columns] of one step; every `interval` updates (the first one too) renew the scales."""
         seen = amax > 0 if self.keeps_non_finite else counts(amax)
         history = torch.cat([amax.unsqueeze(0), self.history[1:]])
         if self.renews:
             found = amax if self.recipe.amax_compute_algo == "most_recent" else history.amax(dim=0)
             scale = scale_from_amax(found, self.format, margin=self.recipe.margin, previous=self.scale)
             self.scale.copy_(torch.where(seen, scale, self.scale))
-        self.folds += 1
+        self.updates += 1
         rolled = torch.roll(history, -1, 0)
         rolled[0].zero_()
         self.history.copy_(torch.where(seen, rolled, self.history))
 
     @property
     def renews(self) -> bool:
-        """Whether the next fold renews the scales."""
-        return self.folds % self.recipe.interval == 0
+        """Whether the next update renews the scales."""
+        return self.updates % self.recipe.interval == 0
 
     @property
     def spare(self) -> torch.Tensor:
-        """A buffer of the history's shape, for a kernel that folds: rows move while others are read."""
+        """A buffer of the history's shape, for a kernel that updates it: rows move while others are read."""
         if self._spare is None:
             with torch.inference_mode(False):  # it will be the history, and is written in training too
                 self._spare = torch.empty_like(self.history)
@@ -73,7 +73,7 @@ class AmaxHistory:
     def take_spare(self) -> None:
         """What the kernel left in `spare` is the history now."""
         self.history, self._spare = self.spare, self.history
-        self.folds += 1
+        self.updates += 1
 
 
 def counts(amax: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Anchors: how a compiled graph names a layer without a Python object that a guard would watch.
+"""Anchors: a compiled graph names a layer by a tensor, because a Python object would be guarded.
 
 torch.compile turns attributes of modules into constants of the graph, and compiles anew for each layer and whenever one
 changes. Tensors are inputs instead. So each layer owns one small tensor: its address is the layer's name at run time, looked
@@ -20,33 +20,35 @@ import torch
 from ..errors import LayerError
 
 if TYPE_CHECKING:
-    from .page import Page
+    from .layer_state import LayerFp8State
 
-_by_address: weakref.WeakValueDictionary[int, Page] = weakref.WeakValueDictionary()
-_by_number: weakref.WeakValueDictionary[int, Page] = weakref.WeakValueDictionary()
+_by_address: weakref.WeakValueDictionary[int, LayerFp8State] = weakref.WeakValueDictionary()
+_by_number: weakref.WeakValueDictionary[int, LayerFp8State] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def make_anchor(page: Page, device: torch.device) -> torch.Tensor:
-    """A new name for `page`: int64 [1] on `device`. The caller keeps it, and all earlier ones, for as long as `page` lives."""
+def make_anchor(layer_state: LayerFp8State, device: torch.device) -> torch.Tensor:
+    """A new name for `layer_state`: int64 [1] on `device`. The caller keeps it, and all earlier ones, for as long as
+    `layer_state` lives.
+    """
     number = next(_numbers)
     with torch.inference_mode(False):
         anchor = torch.full((1,), number, dtype=torch.int64, device=device)
     if device.type != "meta":
         torch._dynamo.mark_static_address(anchor)
-        _by_address[anchor.data_ptr()] = page
-        _by_number[number] = page
+        _by_address[anchor.data_ptr()] = layer_state
+        _by_number[number] = layer_state
     return anchor
 
 
-def page_of(anchor: torch.Tensor) -> Page:
-    """The page that `anchor` names. Raises LayerError when its model is gone."""
-    page = _by_address.get(anchor.data_ptr())
-    if page is None and not (anchor.is_cuda and torch.cuda.is_current_stream_capturing()):
-        page = _by_number.get(int(anchor))  # waits for the device
-    if page is None:
+def layer_state_of(anchor: torch.Tensor) -> LayerFp8State:
+    """The layer state that `anchor` names. Raises LayerError when its model is gone."""
+    layer_state = _by_address.get(anchor.data_ptr())
+    if layer_state is None and not (anchor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        layer_state = _by_number.get(int(anchor))  # waits for the device
+    if layer_state is None:
         raise LayerError(
             "a compiled FP8 layer was run after its model was gone, or in a CUDA graph with a copy of its anchor.\n"
             "  Compile the model again after moving, copying or exporting it."
         )
-    return page
+    return layer_state

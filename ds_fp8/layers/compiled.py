@@ -3,21 +3,21 @@
     ds_fp8::linear_forward    casts input and weight, fprop
     ds_fp8::linear_backward   casts grad_output, dgrad, wgrad
 
-An eager layer reads Python state in each call: whether `start_step` is reached, scales of this step, codes set from outside.
-A compiler would make constants of it, and compile anew when it changes. So a traced layer is an operator that the compiler
-does not look into: shapes and dtypes are known beforehand, and the state is found when the operator runs, by an anchor
-(`anchors`). The graph is whole, norms and activations around the layer are fused, attention keeps its fast kernels, and the
-layer's numbers are those of the eager layer.
+An eager layer reads Python state in each call: whether `start_step` is reached, scales of this step, quantized values
+set from outside. A compiler would make constants of it, and compile anew when it changes. So a traced layer is an
+operator that the compiler does not look into: shapes and dtypes are known beforehand, and the state is found when the
+operator runs, by an anchor (`anchors`). The graph is whole, norms and activations around the layer are fused, attention
+keeps its fast kernels, and the layer's numbers are those of the eager layer.
 
-Amaxes are raised to a running maximum behind the operators' back. That is no hazard: it does not matter how often or in what
-order a maximum is taken, so a compiler may repeat or move a call (activation checkpointing); nothing in a graph reads them,
-and scales stand still within a step.
+Amaxes are raised to a running maximum, which the operators' schemas do not declare. That is safe. A maximum may be
+taken any number of times and in any order, so a compiler may repeat or move a call (activation checkpointing). Nothing
+in a graph reads the amaxes, and scales are constant within a step.
 
 Casts inside the operators, not before them: an H100 showed that a cast which Inductor fuses into the norm or SwiGLU before
-it gains less than 1 % of a Llama block, because the transposed codes and the amax then are launches of their own.
+it gains less than 1 % of a Llama block, because the transposed data and the amax then are launches of their own.
 
-What the host pays for a call counts (a compiled model of small layers waits for it): so the operators are defined by
-`torch.library.Library`, whose calls cost a fifth of `custom_op`'s, take few arguments, and are differentiated by an
+The host's time for a call counts, because a compiled model of small layers waits for it. So the operators are defined
+by `torch.library.Library`, whose calls cost a fifth of `custom_op`'s, take few arguments, and are differentiated by an
 autograd.Function around them, which exists only while the model is traced.
 """
 
@@ -32,9 +32,9 @@ from ..errors import LayerError
 from ..formats import E4M3
 from ..numerics.dtypes import torch_dtype
 from ..recipe import RECIPES
-from .anchors import page_of
-from .compiled_products import Carried, carries_rows, multiplies_turned, run_backward, run_forward
-from .page import Page
+from .anchors import layer_state_of
+from .compiled_products import Carried, carries_rows, multiplies_transposed, run_backward, run_forward
+from .layer_state import LayerFp8State
 from .recipes import scaling_of
 
 TRAINING, GRAD = 1, 2
@@ -49,8 +49,8 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? bias, Tensor input_codes, "
-    "Tensor input_scale_inv, Tensor weight_codes, Tensor weight_scale_inv, Tensor anchor, int k, int flags) "
+    "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? bias, Tensor quantized_input, "
+    "Tensor input_scale_inv, Tensor quantized_weight, Tensor weight_scale_inv, Tensor anchor, int k, int flags) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -59,25 +59,25 @@ def linear(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    page: Page,
+    layer_state: LayerFp8State,
     shape: tuple[int, int],
     training: bool,
 ) -> torch.Tensor:
     """The forward of an Fp8Linear while it is traced; `shape` (N, K) of the weight.
 
-    Reads of `page` only what never changes: all else would be guarded, or differ between equal layers.
+    Reads of `layer_state` only what never changes: all else would be guarded, or differ between equal layers.
     """
-    if not (training or page.runs_in_eval):
+    if not (training or layer_state.runs_in_eval):
         return F.linear(input, weight, bias)
     with torch._C.DisableTorchFunctionSubclass():  # a weight that is released (O3) is passed on, not decoded
-        return _operator(input, weight, bias, page, shape, training)
+        return _operator(input, weight, bias, layer_state, shape, training)
 
 
 def _operator(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    page: Page,
+    layer_state: LayerFp8State,
     shape: tuple[int, int],
     training: bool,
 ) -> torch.Tensor:
@@ -85,28 +85,28 @@ def _operator(
     if torch.is_autocast_enabled(device) and input.is_floating_point():
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
-        _refuse(page, f"input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.")
+        _refuse(layer_state, f"input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.")
     if input.dim() == 0 or input.shape[-1] != shape[1]:
-        _refuse(page, f"input has shape {tuple(input.shape)}, its last axis must be {shape[1]}.")
+        _refuse(layer_state, f"input has shape {tuple(input.shape)}, its last axis must be {shape[1]}.")
     x = input.to(dtype).contiguous()
-    flags = training * TRAINING | page.recipe_number * RECIPE
+    flags = training * TRAINING | layer_state.recipe_number * RECIPE
     if not torch.is_grad_enabled():
-        return torch.ops.ds_fp8.linear_forward(x, weight, bias, page.anchor, shape[0], flags)[0]
+        return torch.ops.ds_fp8.linear_forward(x, weight, bias, layer_state.anchor, shape[0], flags)[0]
     flags |= GRAD
     if weight.requires_grad:
-        flags |= WGRAD | page.carries_input * CARRIES_INPUT
+        flags |= WGRAD | layer_state.carries_input * CARRIES_INPUT
     if x.requires_grad:
         is_whole = not hasattr(weight, "ds_id")
-        flags |= DGRAD | (page.carries_weight and multiplies_turned(x) and is_whole) * CARRIES_WEIGHT
+        flags |= DGRAD | (layer_state.carries_weight and multiplies_transposed(x) and is_whole) * CARRIES_WEIGHT
     if bias is not None and bias.requires_grad:
         flags |= BGRAD
-    return _Linear.apply(x, weight, bias, page.anchor, shape[0], flags)
+    return _Linear.apply(x, weight, bias, layer_state.anchor, shape[0], flags)
 
 
 @torch.compiler.disable
-def _refuse(page: Page, problem: str) -> NoReturn:
+def _refuse(layer_state: LayerFp8State, problem: str) -> NoReturn:
     """Outside of the graph: an error that Dynamo meets while it traces makes it trace on in what is called instead."""
-    raise LayerError(f"{page.fqn}: {problem}")
+    raise LayerError(f"{layer_state.fqn}: {problem}")
 
 
 class _Linear(torch.autograd.Function):
@@ -151,7 +151,7 @@ def _forward(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) ->
         x,
         weight,
         bias,
-        page_of(anchor),
+        layer_state_of(anchor),
         training=bool(flags & TRAINING),
         grad=bool(flags & GRAD),
         carries_input=bool(flags & CARRIES_INPUT),
@@ -182,7 +182,7 @@ def _(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) -> tuple[
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_output: Any, x: Any, weight: Any, bias: Any, input_codes: Any, input_scale_inv: Any, weight_codes: Any,
+    grad_output: Any, x: Any, weight: Any, bias: Any, quantized_input: Any, input_scale_inv: Any, quantized_weight: Any,
     weight_scale_inv: Any, anchor: Any, k: int, flags: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     found = run_backward(
@@ -190,8 +190,8 @@ def _backward(
         x,
         weight,
         bias,
-        Carried(input_codes, input_scale_inv, weight_codes, weight_scale_inv),
-        page_of(anchor),
+        Carried(quantized_input, input_scale_inv, quantized_weight, weight_scale_inv),
+        layer_state_of(anchor),
         training=bool(flags & TRAINING),
         needs=(bool(flags & DGRAD), bool(flags & WGRAD), bool(flags & BGRAD)),
     )
@@ -200,7 +200,7 @@ def _backward(
 
 @torch.library.register_fake("ds_fp8::linear_backward", lib=_library)
 def _(
-    grad_output: Any, x: Any, weight: Any, bias: Any, input_codes: Any, input_scale_inv: Any, weight_codes: Any,
+    grad_output: Any, x: Any, weight: Any, bias: Any, quantized_input: Any, input_scale_inv: Any, quantized_weight: Any,
     weight_scale_inv: Any, anchor: Any, k: int, flags: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     n = grad_output.shape[-1]

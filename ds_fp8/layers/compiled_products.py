@@ -1,9 +1,10 @@
 """What the operators of `compiled` do when they run: the casts and products of an eager layer, between fixed forms.
 
 An eager layer keeps for its backward whatever its products made. A compiled graph must know shapes, dtypes and strides of
-what it carries from forward to backward before anything runs, whatever the layer then decides (`start_step`, codes set from
-outside, rows that no fast path takes). So everything carried has one form (`Carried`), and is made of, and into, what the
-products know. Weights are cast in each forward: a replayed CUDA graph cannot ask whether one has changed.
+what it carries from forward to backward before anything runs, whatever the layer then decides (`start_step`, quantized
+values set from outside, rows that no fast path takes). So everything carried has one form (`Carried`), and is made of,
+and into, what the products know. Weights are cast in each forward: a replayed CUDA graph cannot ask whether one has
+changed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ..formats import E4M3
 from ..kernels import dense
 from ..numerics.dtypes import torch_dtype
 from .cuda_products import backward_on_cuda, cast_input_transposed, forward_on_cuda, ready_weight, takes
+from .layer_state import Call, LayerFp8State
 from .operands import cast_transposed, cast_weight
-from .page import Call, Page
 from .products import as_shape, backward_products, forward_products
 from .recipes import Scaling
 
@@ -30,10 +31,11 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 class Carried(NamedTuple):
     """From forward to backward, each dense and nobody else's; empty where it is not carried.
 
-    input             codes: [K, M]; or [M, K] on a CPU where a scale is that of a tensor, which serves both ways round
+    input             quantized values: [K, M]; or [M, K] on a CPU where a scale is that of a tensor, which serves both
+                      ways round
     input_scale_inv   fp32 [1], or [K, ceil(M / 128)] under the block recipe; under delayed scaling [2, 4], whose rows begin
                       with that of the input and that of the weight, where cuBLASLt can read them
-    weight            codes [K, N]
+    weight            quantized [K, N]
     weight_scale_inv  fp32 [1]; empty under delayed scaling
     """
 
@@ -44,12 +46,12 @@ class Carried(NamedTuple):
 
 
 def carries_rows(x: torch.Tensor, scaling: Scaling) -> bool:
-    """Whether codes of an input are carried as [M, K] and not transposed."""
-    return scaling.transposes and not multiplies_turned(x)
+    """Whether quantized values of an input are carried as [M, K] and not transposed."""
+    return scaling.transposes and not multiplies_transposed(x)
 
 
-def multiplies_turned(x: torch.Tensor) -> bool:
-    """Whether products on the device of `x` read dense transposed codes, of input and weight."""
+def multiplies_transposed(x: torch.Tensor) -> bool:
+    """Whether products on the device of `x` read dense transposed data, of input and weight."""
     return x.is_cuda
 
 
@@ -57,7 +59,7 @@ def run_forward(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    page: Page,
+    layer_state: LayerFp8State,
     *,
     training: bool,
     grad: bool,
@@ -65,14 +67,14 @@ def run_forward(
     carries_weight: bool,
 ) -> tuple[torch.Tensor, Carried]:
     """(output [..., N], what is carried) for contiguous `input` [..., K] in the compute dtype."""
-    call = _call(page, training=training, grad=grad, x=input)
+    call = _call(layer_state, training=training, grad=grad, x=input)
     kept_input = kept_weight = (None, None)
     with _no_autocast(input.device.type):
         if takes(input, weight, call):
-            output, ready, turned = forward_on_cuda(
+            output, ready, transposed = forward_on_cuda(
                 input, weight, bias, call, dgrad=carries_weight, wgrad=carries_input
             )
-            kept_input = turned
+            kept_input = transposed
             if carries_weight:
                 kept_weight = ready.dgrad.t(), ready.dgrad_scale_inv  # type: ignore[union-attr]
         else:
@@ -80,8 +82,8 @@ def run_forward(
             output, kept = forward_products(rows, weight, bias, call, dgrad=carries_weight, wgrad=carries_input)
             output = as_shape(output, (*input.shape[:-1], output.shape[1]))
             if carries_input:
-                codes = kept["input_data"].t() if carries_rows(input, call.scaling) else kept["input_data"]
-                kept_input = codes, kept["input_scale_inv"]
+                quantized = kept["input_data"].t() if carries_rows(input, call.scaling) else kept["input_data"]
+                kept_input = quantized, kept["input_scale_inv"]
             if carries_weight:
                 kept_weight = kept["weight_data"].t(), kept["weight_scale_inv"]
     return output, _carried(kept_input, kept_weight, call)
@@ -93,16 +95,16 @@ def run_backward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     carried: Carried,
-    page: Page,
+    layer_state: LayerFp8State,
     *,
     training: bool,
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """Gradients of input, weight and bias; None where not in `needs`.
 
-    input  [..., K] in high precision, where it is not carried as codes
+    input  [..., K] in high precision, where it is not carried in quantized form
     """
-    call = _call(page, training=training, grad=True, x=grad_output)
+    call = _call(layer_state, training=training, grad=True, x=grad_output)
     grad_output = grad_output.contiguous()
     dtypes: dict[str, Any] = {"weight_dtype": weight.dtype, "bias_dtype": None if bias is None else bias.dtype}
     with _no_autocast(grad_output.device.type):
@@ -124,29 +126,29 @@ def run_backward(
     return grad_input, grad_weight, grad_bias
 
 
-def _call(page: Page, *, training: bool, grad: bool, x: torch.Tensor) -> Call:
+def _call(layer_state: LayerFp8State, *, training: bool, grad: bool, x: torch.Tensor) -> Call:
     """The call of a layer; one that computes in high precision where an eager layer would not be asked at all."""
-    call = page.book.call(page, training=training, device=x.device, grad=grad)
+    call = layer_state.fp8_state.call(layer_state, training=training, device=x.device, grad=grad)
     if call is None:
-        return Call(page, warming=True)
+        return Call(layer_state, warming=True)
     if call.scope is not None:
-        page.book.scopes.hold(call.scope)
+        layer_state.fp8_state.scopes.hold(call.scope)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        _refuse_graph(page)
+        _refuse_graph(layer_state)
         if call.scales is not None:
-            call = replace(call, scales=page.book.tensors.standing)
+            call = replace(call, scales=layer_state.fp8_state.tensors.standing)
     return call
 
 
-def _refuse_graph(page: Page) -> None:
-    if page.book.scopes is not None and page.book.keeps_history:
+def _refuse_graph(layer_state: LayerFp8State) -> None:
+    if layer_state.fp8_state.scopes is not None and layer_state.fp8_state.keeps_history:
         raise LayerError(
-            f"{page.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed engine steps: "
+            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed engine steps: "
             "nothing would renew the scales of delayed scaling.\n  Train it in an engine, or set fp8/recipe to current."
         )
-    if page.weight_codes is not None:
+    if layer_state.quantized_weight is not None:
         raise LayerError(
-            f"{page.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), but at O3 weights arrive as codes in new "
+            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), but at O3 weights arrive in quantized form in new "
             "memory at each step.\n  Compile without CUDA graphs, or use msamp/opt_level O2."
         )
 
@@ -160,14 +162,14 @@ Kept = tuple[torch.Tensor | None, torch.Tensor | None]
 
 def _carried(input: Kept, weight: Kept, call: Call) -> Carried:
     """What the products kept, as `Carried` has it. The graph owns that, and may write into it: no state of ours."""
-    page, codes = call.page, [None if one is None else dense(one) for one in (input[0], weight[0])]
+    layer_state, quantized = call.layer_state, [None if one is None else dense(one) for one in (input[0], weight[0])]
     given = [None if one is None else one.contiguous() for one in (input[1], weight[1])]
     if call.scaling.carries_both_scales and (given[0] is not None or given[1] is not None):
         given = [_both_scales(given, call), None]
     elif call.scaling.transposes:
         given = [None if one is None else one.reshape(1) for one in given]
-    found = (codes[0], given[0], codes[1], given[1])
-    device = page.anchor.device  # type: ignore[union-attr]
+    found = (quantized[0], given[0], quantized[1], given[1])
+    device = layer_state.anchor.device  # type: ignore[union-attr]
     dtypes = (torch_dtype(E4M3), torch.float32) * 2
     return Carried(
         *(
@@ -179,27 +181,27 @@ def _carried(input: Kept, weight: Kept, call: Call) -> Carried:
 
 def _both_scales(given: list[torch.Tensor | None], call: Call) -> torch.Tensor:
     """fp32 [2, 4], fresh: scale_inv of input and weight at the head of a row each."""
-    page, scales = call.page, call.scales
-    if scales is not None and call.knows(page.input_column) and call.knows(page.weight_column):
-        return scales.frozen[page.input_column : page.weight_column + 1].clone()
-    both = page.anchor.new_ones(2, 4, dtype=torch.float32)  # type: ignore[union-attr]
+    layer_state, scales = call.layer_state, call.scales
+    if scales is not None and call.knows(layer_state.input_column) and call.knows(layer_state.weight_column):
+        return scales.frozen[layer_state.input_column : layer_state.weight_column + 1].clone()
+    both = layer_state.anchor.new_ones(2, 4, dtype=torch.float32)  # type: ignore[union-attr]
     for row, one in enumerate(given):
         if one is not None:
             both[row, 0] = one
     return both
 
 
-def _scale_inv(carried: Carried, row: int, page: Page) -> torch.Tensor:
+def _scale_inv(carried: Carried, row: int, layer_state: LayerFp8State) -> torch.Tensor:
     """fp32 [1]: that of the input (0) or the weight (1)."""
-    if page.book.scaling.carries_both_scales:
+    if layer_state.fp8_state.scaling.carries_both_scales:
         return carried.input_scale_inv[row, :1]
     return carried.weight_scale_inv if row else carried.input_scale_inv
 
 
 def _weight_on_cuda(weight: torch.Tensor, carried: Carried, call: Call) -> tuple[Any, Any]:
     if carried.weight.numel():
-        return carried.weight.t(), _scale_inv(carried, 1, call.page)
-    ready = ready_weight(weight, call, turned=True)
+        return carried.weight.t(), _scale_inv(carried, 1, call.layer_state)
+    ready = ready_weight(weight, call, transposed=True)
     return ready.dgrad, ready.dgrad_scale_inv
 
 
@@ -208,27 +210,30 @@ def _input_on_cuda(input: torch.Tensor | None, carried: Carried, call: Call) -> 
         return cast_input_transposed(input, call)
     if not call.scaling.transposes:
         return carried.input, carried.input_scale_inv.t().contiguous().t()
-    return carried.input, _scale_inv(carried, 0, call.page)
+    return carried.input, _scale_inv(carried, 0, call.layer_state)
 
 
 def _kept_weight(weight: torch.Tensor, carried: Carried, call: Call) -> dict[str, torch.Tensor]:
     if call.high.dgrad or not call.scaling.weight_transposes:
         return {"weight": weight}
     if carried.weight.numel():
-        return {"weight_data": carried.weight.t(), "weight_scale_inv": _scale_inv(carried, 1, call.page).reshape(())}
+        return {
+            "weight_data": carried.weight.t(),
+            "weight_scale_inv": _scale_inv(carried, 1, call.layer_state).reshape(()),
+        }
     operand = cast_weight(weight, call)
     return {"weight_data": operand.data, "weight_scale_inv": operand.scale_inv}
 
 
 def _kept_input(input: torch.Tensor | None, carried: Carried, call: Call) -> dict[str, torch.Tensor]:
-    page, scaling = call.page, call.scaling
+    layer_state, scaling = call.layer_state, call.scaling
     if input is not None:
         rows = input.view(-1, input.shape[-1])
         if call.high.wgrad:
             return {"input": rows}
-        codes = scaling.quantize(rows, call, page.input_column) if scaling.transposes else None
-        operand = cast_transposed(rows, codes, call, page.input_column)
+        quantized = scaling.quantize(rows, call, layer_state.input_column) if scaling.transposes else None
+        operand = cast_transposed(rows, quantized, call, layer_state.input_column)
         return {"input_data": operand.data, "input_scale_inv": operand.scale_inv}
-    turned = carried.input.t() if carries_rows(carried.input, scaling) else carried.input
-    scale_inv = _scale_inv(carried, 0, page).reshape(()) if scaling.transposes else carried.input_scale_inv
-    return {"input_data": turned, "input_scale_inv": scale_inv}
+    transposed = carried.input.t() if carries_rows(carried.input, scaling) else carried.input
+    scale_inv = _scale_inv(carried, 0, layer_state).reshape(()) if scaling.transposes else carried.input_scale_inv
+    return {"input_data": transposed, "input_scale_inv": scale_inv}

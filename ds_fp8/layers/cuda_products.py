@@ -1,15 +1,16 @@
-"""The three products on a GPU with FP8 tensor cores: the fast road of `products.LinearProducts`, to the same result.
+"""The three products on a GPU with FP8 tensor cores: the fast path of `products.LinearProducts`, to the same result.
 
     fprop   output      [M, N] = input       [M, K] @ weight.T [K, N]     e4m3 x e4m3
     dgrad   grad_input  [M, K] = grad_output [M, N] @ weight   [N, K]     e5m2 x e4m3   (HYBRID; e4m3 x e4m3 with E4M3)
     wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input  [M, K]     e5m2 x e4m3   (HYBRID)
 
-Why a road of its own: below some thousand tokens a linear layer costs what the host needs to start it. So a pass makes
-three casts (one launch each: codes, transposed codes, amax into the book's slot) and three `torch._scaled_mm`, and nothing
-else; nothing waits for the device. The weight's codes, both ways round, live from a forward to its backward, or for the rest of
-the optimizer step (`weight_cache`). A weight of ZeRO-3 and codes set from outside (O3) are there again before the backward: what
-dgrad reads is made then, of the same weight with the same scale, by one launch, and nothing is kept meanwhile.
-Codes and scales are those of `products`; what this road does not take (`takes`) goes there.
+Why: below some thousand tokens a linear layer takes as long as the host needs to start its kernels. So a pass makes
+three casts (one launch each: quantized values, transposed data, amax into the FP8 state's slot) and three
+`torch._scaled_mm`, and nothing else; nothing waits for the device. The quantized weight, both ways round, lives from a
+forward to its backward, or for the rest of the optimizer step (`weight_cache`). A weight of ZeRO-3 and quantized values
+set from outside (O3) are there again before the backward: what dgrad reads is made then, of the same weight with the
+same scale, by one launch, and nothing is kept meanwhile. Quantized values and scales are those of `products`; what this
+path does not take (`takes`) goes there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from ..capabilities import FP8_SINCE
 from ..kernels import dense, library_for
 from .gemm import aligned
+from .layer_state import Call, LayerFp8State
 from .operands import CachedWeight, Operand, Quantized, QuantizedPair, cast_weight, given_weight, is_given, is_sharded
-from .page import Call, Page
 from .products import refuse_second_derivative
 
 COMPUTE = (torch.bfloat16, torch.float16)
@@ -32,23 +33,23 @@ def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
     """Whether `CudaProducts` can do this call; contiguous `input` [..., K] in the compute dtype."""
     if not input.is_cuda or call.warming or input.dtype not in COMPUTE:
         return False
-    page = call.page
-    if is_given(weight, page) or not call.knows_operands():  # their scales come from the tensors themselves
+    layer_state = call.layer_state
+    if is_given(weight, layer_state) or not call.knows_operands():  # their scales come from the tensors themselves
         return False
-    if page.fast_step is None:
-        page.fast_step = _fast_step(page, weight)
-    step, rows = page.fast_step, input.numel() // input.shape[-1]
-    return step > 0 and rows > 0 and rows % step == 0 and (call.weight_codes is not None or weight.is_contiguous())
+    if layer_state.fast_step is None:
+        layer_state.fast_step = _fast_step(layer_state, weight)
+    step, rows = layer_state.fast_step, input.numel() // input.shape[-1]
+    return step > 0 and rows > 0 and rows % step == 0 and (call.quantized_weight is not None or weight.is_contiguous())
 
 
-def _fast_step(page: Page, weight: torch.Tensor) -> int:
-    """What the number of rows must be a multiple of; 0 when this layer never takes the fast road."""
-    high = page.book.recipe.override_linear_precision
+def _fast_step(layer_state: LayerFp8State, weight: torch.Tensor) -> int:
+    """What the number of rows must be a multiple of; 0 when this layer never takes the fast path."""
+    high = layer_state.fp8_state.recipe.override_linear_precision
     if high.fprop or high.dgrad or high.wgrad:
         return 0
     if torch.cuda.get_device_capability(weight.device) < FP8_SINCE or library_for(weight.device) is None:
         return 0
-    return page.book.scaling.fast_rows(weight)
+    return layer_state.fp8_state.scaling.fast_rows(weight)
 
 
 class CudaProducts(torch.autograd.Function):
@@ -63,13 +64,13 @@ class CudaProducts(torch.autograd.Function):
     ) -> torch.Tensor:
         needs = ctx.needs_input_grad
         late = comes_again(weight, call)
-        output, ready, turned = forward_on_cuda(
+        output, ready, transposed = forward_on_cuda(
             input, weight, bias, call, dgrad=grad and needs[0] and not late, wgrad=grad and needs[1]
         )
         if late and grad and needs[0]:
-            ctx.save_for_backward(weight, None, *turned)
+            ctx.save_for_backward(weight, None, *transposed)
         else:
-            ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *turned)
+            ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *transposed)
         ctx.late = late
         ctx.call, ctx.dtype, ctx.weight_dtype = call, input.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -97,14 +98,14 @@ def forward_on_cuda(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
 ) -> tuple[torch.Tensor, ReadyWeight, Quantized]:
     """(output [..., N], the weight, the transposed input [K, M] for wgrad) for `input` [..., K]; see `takes`."""
-    page, dtype, shape = call.page, input.dtype, input.shape
-    plain, turned = _cast(input, call, page.input_column, True, wgrad)
-    ready = ready_weight(weight, call, turned=dgrad)
+    layer_state, dtype, shape = call.layer_state, input.dtype, input.shape
+    straight, transposed = _cast(input, call, layer_state.input_column, True, wgrad)
+    ready = ready_weight(weight, call, transposed=dgrad)
     # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
     output = torch._scaled_mm(
-        plain[0],
+        straight[0],
         ready.fprop,
-        scale_a=plain[1],
+        scale_a=straight[1],
         scale_b=ready.fprop_scale_inv,
         bias=bias if bias is None or bias.dtype == dtype else bias.to(dtype),
         out_dtype=dtype,
@@ -112,8 +113,8 @@ def forward_on_cuda(
     )
     if len(shape) != 2:
         output.resize_(*shape[:-1], output.shape[1])  # no view: nobody may write into a view that was made in here
-    page.note_forward(call.high, dgrad=dgrad, wgrad=wgrad)
-    return output, ready, turned
+    layer_state.note_forward(call.high, dgrad=dgrad, wgrad=wgrad)
+    return output, ready, transposed
 
 
 def backward_on_cuda(
@@ -128,8 +129,8 @@ def backward_on_cuda(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of input, weight and bias, None where not in `needs`, for `grad_output` [..., N] in the compute dtype.
 
-    weight  codes [N, K] dense by columns, and scale_inv (`ReadyWeight.dgrad`)
-    input   transposed codes [K, M], and scale_inv, as `forward_on_cuda` gave them
+    weight  quantized [N, K] dense by columns, and scale_inv (`ReadyWeight.dgrad`)
+    input   transposed data [K, M], and scale_inv, as `forward_on_cuda` gave them
     """
     call.in_backward()
     dtype = grad_output.dtype
@@ -138,45 +139,49 @@ def backward_on_cuda(
         grad_output = grad_output.contiguous()
     grad_input = grad_weight = grad_bias = None
     if needs_dgrad or needs_wgrad:
-        column = call.page.grad_output_column
-        plain, turned = _cast(grad_output, call, column, needs_dgrad, needs_wgrad, guarded=not needs_bias)
+        column = call.layer_state.grad_output_column
+        straight, transposed = _cast(grad_output, call, column, needs_dgrad, needs_wgrad, guarded=not needs_bias)
         # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
         if needs_dgrad:
-            grad_input = torch._scaled_mm(plain[0], weight[0], scale_a=plain[1], scale_b=weight[1], out_dtype=dtype)
+            grad_input = torch._scaled_mm(
+                straight[0], weight[0], scale_a=straight[1], scale_b=weight[1], out_dtype=dtype
+            )
             if grad_output.dim() != 2:
                 grad_input.resize_(*grad_output.shape[:-1], grad_input.shape[1])
         # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
         if needs_wgrad:
             grad_weight = torch._scaled_mm(
-                turned[0], input[0].t(), scale_a=turned[1], scale_b=_t(input[1]), out_dtype=weight_dtype
+                transposed[0], input[0].t(), scale_a=transposed[1], scale_b=_t(input[1]), out_dtype=weight_dtype
             )
     if needs_bias:
         rows = grad_output if grad_output.dim() == 2 else grad_output.view(-1, grad_output.shape[-1])
         exact = None if dtype == bias_dtype else torch.float32  # as in `products`
         grad_bias = rows.sum(0, dtype=exact).to(bias_dtype)
-    call.page.note_backward(call.high, dgrad=needs_dgrad, wgrad=needs_wgrad)
+    call.layer_state.note_backward(call.high, dgrad=needs_dgrad, wgrad=needs_wgrad)
     return grad_input, grad_weight, grad_bias
 
 
 def _cast(
-    x: torch.Tensor, call: Call, column: int, plain: bool, turned: bool, *, guarded: bool = False
+    x: torch.Tensor, call: Call, column: int, straight: bool, transposed: bool, *, guarded: bool = False
 ) -> QuantizedPair:
     """See `Scaling.quantize_on_cuda`."""
     library = library_for(x.device)
-    return call.scaling.quantize_on_cuda(library, x, call, column, straight=plain, transposed=turned, guarded=guarded)
+    return call.scaling.quantize_on_cuda(
+        library, x, call, column, straight=straight, transposed=transposed, guarded=guarded
+    )
 
 
 def cast_input_transposed(input: torch.Tensor, call: Call) -> Quantized:
     """The transposed input [K, M] for wgrad, cast for it alone."""
-    return _cast(input, call, call.page.input_column, False, True)[1]
+    return _cast(input, call, call.layer_state.input_column, False, True)[1]
 
 
 class ReadyWeight(NamedTuple):
     """A weight as its two products read it, with scales where cuBLASLt can read them.
 
-    fprop   codes [K, N] dense by columns, and scale_inv
-    dgrad   codes [N, K] dense by columns, and scale_inv; None where no backward was expected
-    source  what they were made of: while the page caches that, these are good too
+    fprop   quantized [K, N] dense by columns, and scale_inv
+    dgrad   quantized [N, K] dense by columns, and scale_inv; None where no backward was expected
+    source  what they were made of: while the layer state caches that, these are good too
     """
 
     fprop: torch.Tensor
@@ -186,50 +191,56 @@ class ReadyWeight(NamedTuple):
     source: Operand
 
 
-def ready_weight(weight: torch.Tensor, call: Call, *, turned: bool) -> ReadyWeight:
-    """The weight [N, K] for fprop, and for dgrad if `turned`: set from outside (O3), cached, or cast now; see `cast_weight`."""
-    page = call.page
-    if call.weight_codes is not None:
-        return _ready(cast_weight(weight, call), turned=turned)
+def ready_weight(weight: torch.Tensor, call: Call, *, transposed: bool) -> ReadyWeight:
+    """The weight [N, K] for fprop, and for dgrad if `transposed`: set from outside (O3), cached, or cast now; see
+    `cast_weight`.
+    """
+    layer_state = call.layer_state
+    if call.quantized_weight is not None:
+        return _ready(cast_weight(weight, call), transposed=transposed)
     if not call.may_cache(weight):
-        return _ready(_cast_weight_now(weight, call, turned=turned), turned=turned)
-    cached, ready = page.cached, page.ready
+        return _ready(_cast_weight_now(weight, call, transposed=transposed), transposed=transposed)
+    cached, ready = layer_state.cached, layer_state.ready
     if cached is None or not cached.is_of(weight):
-        operand = _cast_weight_now(weight, call, turned=turned)
-        page.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
-    elif ready is not None and ready.source is cached.operand and (ready.dgrad is not None or not turned):
+        operand = _cast_weight_now(weight, call, transposed=transposed)
+        layer_state.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
+    elif ready is not None and ready.source is cached.operand and (ready.dgrad is not None or not transposed):
         return ready
-    page.ready = _ready(page.cached.operand, turned=turned)
-    return page.ready
+    layer_state.ready = _ready(layer_state.cached.operand, transposed=transposed)
+    return layer_state.ready
 
 
 def comes_again(weight: torch.Tensor, call: Call) -> bool:
-    """Whether the weight, or its codes, will be there in the backward without being kept: gathered again, or a store's own."""
-    return is_sharded(weight) or call.weight_codes is not None
+    """Whether the weight, or its quantized values, will be there in the backward without being kept: gathered again, or
+    a store's own.
+    """
+    return is_sharded(weight) or call.quantized_weight is not None
 
 
 def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Quantized:
     """`ReadyWeight.dgrad` made in the backward, to the bits that the forward's cast had: the scale stands still in a step."""
-    if call.weight_codes is not None:
-        ready = _ready(given_weight(call.weight_codes, call), turned=True)
+    if call.quantized_weight is not None:
+        ready = _ready(given_weight(call.quantized_weight, call), transposed=True)
         return ready.dgrad, ready.dgrad_scale_inv
-    back = _cast_weight_now(weight, call, turned=True, plain=False).turned
+    back = _cast_weight_now(weight, call, transposed=True, straight=False).transposed
     assert back is not None
     return back.data.t(), _t(_fit(back.scale_inv))
 
 
-def _ready(operand: Operand, *, turned: bool) -> ReadyWeight:
+def _ready(operand: Operand, *, transposed: bool) -> ReadyWeight:
     back = back_scale_inv = None
-    if turned:  # a cached forward without gradients, and codes from outside, have none yet
-        other = operand.turned or Operand(dense(operand.data.t()), _t(operand.scale_inv), operand.extent)
+    if transposed:  # a cached forward without gradients, and quantized values from outside, have none yet
+        other = operand.transposed or Operand(dense(operand.data.t()), _t(operand.scale_inv), operand.extent)
         back, back_scale_inv = other.data.t(), _t(_fit(other.scale_inv))
     return ReadyWeight(operand.data.t(), _t(_fit(operand.scale_inv)), back, back_scale_inv, operand)
 
 
-def _cast_weight_now(weight: torch.Tensor, call: Call, *, turned: bool, plain: bool = True) -> Operand:
+def _cast_weight_now(weight: torch.Tensor, call: Call, *, transposed: bool, straight: bool = True) -> Operand:
     """See `Scaling.quantize_weight_on_cuda`."""
     library = library_for(weight.device)
-    return call.scaling.quantize_weight_on_cuda(library, weight.detach(), call, straight=plain, transposed=turned)
+    return call.scaling.quantize_weight_on_cuda(
+        library, weight.detach(), call, straight=straight, transposed=transposed
+    )
 
 
 def _t(scale_inv: torch.Tensor) -> torch.Tensor:

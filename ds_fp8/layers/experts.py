@@ -27,7 +27,7 @@ from .opaque import opaque
 from .ran import Ran, note_by_hook
 
 if TYPE_CHECKING:
-    from .scale_book import ScaleBook
+    from .fp8_state import ModelFp8State
 
 STATE = "_ds_fp8_experts"
 """Attribute that holds the state of converted experts."""
@@ -36,23 +36,23 @@ STATE = "_ds_fp8_experts"
 class ExpertsState:
     """What converted experts know: the FP8 state of their model, and how they compute.
 
-    book       whose plan and step say whether FP8 is on
+    fp8_state  whose plan and step say whether FP8 is on
     rule       names and layout of the parameters
     ran        what the products did in the first step, while that lasts (`ran.py`)
-    is_shared  several engines step these weights; no codes of theirs are kept anyway
+    is_shared  several engines step these weights; no quantized values of theirs are kept anyway
     """
 
     is_shared = False
     ran: Ran | None = None
 
-    def __init__(self, book: ScaleBook, fqn: str, rule: ExpertRule, original: type[nn.Module]):
-        self.book, self.fqn, self.rule, self.original = book, fqn, rule, original
+    def __init__(self, fp8_state: ModelFp8State, fqn: str, rule: ExpertRule, original: type[nn.Module]):
+        self.fp8_state, self.fqn, self.rule, self.original = fp8_state, fqn, rule, original
 
     def forget_weight(self) -> None:
         """Nothing is kept between a forward and the next."""
 
     def is_active(self, module: nn.Module) -> bool:
-        return (module.training or self.book.plan.eval) and not self.book.warming
+        return (module.training or self.fp8_state.plan.eval) and not self.fp8_state.warming
 
 
 class Fp8Experts:
@@ -68,7 +68,7 @@ class Fp8Experts:
         return _forward_of(state)(self, _Linear(self, state), *args, **named)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        recipe = self.__dict__[STATE].book.recipe
+        recipe = self.__dict__[STATE].fp8_state.recipe
         return f"{super().extra_repr()} {recipe.of_experts}".strip()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -77,12 +77,12 @@ class Fp8Experts:
         return _rebuilt, (self.__dict__[STATE].original, self.__dict__[STATE], attributes)
 
 
-def adopt(module: nn.Module, fqn: str, book: ScaleBook) -> ExpertsState:
+def convert(module: nn.Module, fqn: str, fp8_state: ModelFp8State) -> ExpertsState:
     """Turn `module` into FP8 experts, in place; its state. Raises BackendError if it is none of a known kind."""
     rule = rule_of(module)
     if rule is None:
         raise BackendError(f"{fqn}: {type(module).__name__} holds no experts of a known kind; plan again.")
-    state = ExpertsState(book, fqn, rule, type(module))
+    state = ExpertsState(fp8_state, fqn, rule, type(module))
     take_state(module, state)
     return state
 
@@ -96,8 +96,8 @@ def take_state(module: nn.Module, state: ExpertsState | None) -> None:
     module.__dict__[STATE] = state
 
 
-def release(module: nn.Module) -> nn.Module:
-    """The plain module again, in place."""
+def restore(module: nn.Module) -> nn.Module:
+    """The unmodified module again, in place."""
     module.__class__ = module.__dict__.pop(STATE).original
     module.__dict__.pop(ORIGINAL, None)
     return module
@@ -105,7 +105,7 @@ def release(module: nn.Module) -> nn.Module:
 
 @functools.cache
 def fp8_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The FP8 twin of a class of experts."""
+    """The FP8 version of a class of experts."""
     return type(f"Fp8{original.__name__}", (Fp8Experts, original), {"__module__": __name__})
 
 
@@ -137,7 +137,7 @@ class _Linear:
         if self.groups is None or self.groups.counts is not counts or self.groups.rows != x.shape[0]:
             self.groups = Groups(counts, x.shape[0])
         x = x.to(dtype).contiguous()
-        recipe, grad = self.state.book.recipe, torch.is_grad_enabled()
+        recipe, grad = self.state.fp8_state.recipe, torch.is_grad_enabled()
         with torch.autocast(device, enabled=False):
             output = GroupedProducts.apply(x, weight, self.groups, recipe, name in rule.transposed, grad)
         if self.state.ran is not None:
@@ -147,10 +147,10 @@ class _Linear:
 
 def _forward_of(state: ExpertsState) -> Callable[..., Any]:
     if state.rule.kind == "registered":
-        told = experts.registration(state.original)
-        if told is None:
+        found = experts.registration(state.original)
+        if found is None:
             raise LayerError(f"{state.fqn}: {state.original.__name__} was unregistered after it had been converted.")
-        return told.forward
+        return found.forward
     return _transformers if state.rule.kind == "transformers" else _deepspeed
 
 

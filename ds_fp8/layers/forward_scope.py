@@ -1,8 +1,8 @@
-"""Layers without an engine: when one pass ends and the next begins, so that their scales follow their tensors.
+"""Layers without an engine: their scales are updated between one forward pass and the next.
 
-Under a DeepSpeed engine none of this runs: the engine's step, where all ranks meet, brings the amaxes of the step into the
-histories (`ScaleBook.update_scales`), and scales stand still in between. A model that has FP8 layers and no engine has no
-such moment. There the histories are updated, by this rank alone and without a collective, before the next forward:
+Under a DeepSpeed engine none of this runs: the engine's step takes the amaxes into the histories
+(`ModelFp8State.update_scales`), and scales are constant in between. A model without an engine has no such step. Its
+histories are updated before the next forward, by this rank alone and without a collective:
 
     a forward of the root module           everything called in it is one pass
     a layer called while no root runs      one pass lasts until a layer is called again, or a backward has run

@@ -1,9 +1,9 @@
-"""`Fp8Linear`: nn.Linear that multiplies in FP8, in plain PyTorch, on any device.
+"""`Fp8Linear`: nn.Linear that multiplies in FP8, on any device.
 
-It *is* the old module: `adopt` changes the class of an nn.Linear in place, so its Parameters, hooks, buffers, flags
+It *is* the old module: `convert` changes the class of an nn.Linear in place, so its Parameters, hooks, buffers, flags
 and every reference to it (optimizers, PipelineModule.forward_funcs, tied modules) stay what they were, and
-`isinstance(m, nn.Linear)` holds. What FP8 needs besides lies in one `Page` of the scale book, outside parameters and
-buffers.
+`isinstance(m, nn.Linear)` holds. Its FP8 state is a `LayerFp8State`, which is neither parameter nor
+buffer.
 """
 
 from __future__ import annotations
@@ -20,54 +20,58 @@ from ..errors import LayerError
 from . import compiled
 from .as_original import HOME, ORIGINAL, refuse_script
 from .cuda_products import CudaProducts, takes
+from .layer_state import Call, LayerFp8State, QuantizedWeight
 from .opaque import opaque
-from .page import Call, Page, WeightCodes
 from .products import LinearProducts
 
 
 class Fp8Linear(nn.Linear):
     """y = x @ weight.T + bias with FP8 operands; shapes, dtypes and autocast as nn.Linear."""
 
-    page: Page
+    layer_state: LayerFp8State
 
     @property
-    def weight_codes(self) -> WeightCodes | None:
-        """Codes set from outside (O3). While set and FP8 is active, the layer never reads `weight`."""
-        return self.page.weight_codes
+    def quantized_weight(self) -> QuantizedWeight | None:
+        """Quantized values set from outside (O3). While set and FP8 is active, the layer never reads `weight`."""
+        return self.layer_state.quantized_weight
 
-    @weight_codes.setter
-    def weight_codes(self, codes: WeightCodes | None) -> None:
-        self.page.weight_codes = codes
-        self.page.weight_codes_of = None if codes is None else self.weight
-        self.page.forget_weight()
+    @quantized_weight.setter
+    def quantized_weight(self, quantized: QuantizedWeight | None) -> None:
+        self.layer_state.quantized_weight = quantized
+        self.layer_state.quantized_weight_of = None if quantized is None else self.weight
+        self.layer_state.forget_weight()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             shape = (self.out_features, self.in_features)
-            return compiled.linear(input, self.weight, self.bias, self.page, shape, self.training)
-        page = self.page
-        call = page.book.call(page, training=self.training, device=input.device)
+            return compiled.linear(input, self.weight, self.bias, self.layer_state, shape, self.training)
+        layer_state = self.layer_state
+        call = layer_state.fp8_state.call(layer_state, training=self.training, device=input.device)
         weight = self.weight
         if call is None:
-            page.note_call()
+            layer_state.note_call()
             return F.linear(input, as_read(weight), self.bias)
-        if page.weight_codes is None or weight is not page.weight_codes_of or not is_ordinary(input):
-            call.foreign = weight is not page.weight_codes_of
+        if (
+            layer_state.quantized_weight is None
+            or weight is not layer_state.quantized_weight_of
+            or not is_ordinary(input)
+        ):
+            call.foreign = weight is not layer_state.quantized_weight_of
             return multiply(input, as_read(weight), self.bias, call)
         # Of a released weight only shape and dtype are looked at in there: as it is, not as it reads.
         with torch._C.DisableTorchFunctionSubclass():
             return multiply(input, weight, self.bias, call)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Linear:
-        """`to`, `cuda`, `to_empty` and their like: the layer's page follows."""
+        """`to`, `cuda`, `to_empty` and their like: the layer's FP8 state follows."""
         super()._apply(fn, recurse)
-        self.page.settle(self.weight.device)
+        self.layer_state.settle(self.weight.device)
         return self
 
     __prepare_scriptable__ = refuse_script
 
     def extra_repr(self) -> str:
-        recipe = self.page.book.recipe
+        recipe = self.layer_state.fp8_state.recipe
         numerics = f"{recipe.kind}, {recipe.forward_format.name} x {recipe.forward_format.name}, "
         numerics += f"{recipe.backward_format.name} x {recipe.forward_format.name}"
         return f"{super().extra_repr()}, {numerics}"
@@ -87,12 +91,14 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
         raise LayerError(
-            f"{call.page.fqn}: input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.\n"
+            f"{call.layer_state.fqn}: input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.\n"
             "  Cast the input, or run the model under torch.autocast."
         )
     columns = weight_shape(weight)[1]
     if input.dim() == 0 or input.shape[-1] != columns:
-        raise LayerError(f"{call.page.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}.")
+        raise LayerError(
+            f"{call.layer_state.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}."
+        )
     # Asked first: on a GPU each call that finds nothing to do is a part of what the host costs.
     x = input if input.dtype == dtype else input.to(dtype)
     x = x if x.is_contiguous() else x.contiguous()
@@ -106,7 +112,7 @@ def is_ordinary(input: torch.Tensor) -> bool:
     """Whether FP8 casts can take a call with this input.
 
     Not inside transforms of torch.func (vmap, grad, jvp, jacrev) and forward-mode derivatives, which ask an operator for
-    rules of its own, nor under torch.jit.trace, nor for tensors that are no plain memory: nested (jagged and strided),
+    rules of its own, nor under torch.jit.trace, nor for tensors that are no dense memory: nested (jagged and strided),
     sparse, subclasses.
     """
     if type(input) is not torch.Tensor and type(input) is not nn.Parameter:
@@ -128,18 +134,18 @@ def weight_shape(weight: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
-def adopt(module: nn.Linear, page: Page) -> Fp8Linear:
+def convert(module: nn.Linear, layer_state: LayerFp8State) -> Fp8Linear:
     """Turn `module` into an Fp8Linear, in place."""
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = Fp8Linear
-    module.__dict__["page"] = page
-    page.settle(module.weight.device)
+    module.__dict__["layer_state"] = layer_state
+    layer_state.settle(module.weight.device)
     return module  # type: ignore[return-value]
 
 
-def release(module: Fp8Linear) -> nn.Linear:
-    """The plain layer again, in place."""
+def restore(module: Fp8Linear) -> nn.Linear:
+    """The unmodified layer again, in place."""
     module.__class__ = module.__dict__.pop(ORIGINAL)
-    del module.__dict__["page"]
+    del module.__dict__["layer_state"]
     module.__dict__.pop(HOME, None)
     return module

@@ -6,8 +6,9 @@ if the norm is called once, its result goes into one linear layer and nowhere el
 nothing else. A forward that cannot be traced, a norm with hooks, products in high precision: kept as they are, with the
 reason. A te.LayerNormMLP would need the activation too, and is left out: its first layer is fused, its second is FP8.
 
-Names and checkpoints stay the plain model's: the norm's Parameters stay registered in the norm, which now passes its input
-on; the fused layer only refers to them. That is why ZeRO-3 is refused: it gathers the Parameters of the module that runs.
+Names and checkpoints stay the unmodified model's: the norm's Parameters stay registered in the norm, which now passes
+its input on; the fused layer only refers to them. That is why ZeRO-3 is refused: it gathers the Parameters of the
+module that runs.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def find_pairs(fqn: str, parent: nn.Module, plan: Plan, reasons: list[str]) -> l
             calls.setdefault(node.target, []).append(node)
     found = []
     for name in sorted(norms):
-        reason = _obstacle(parent, name, calls, linears)
+        reason = _conversion_check(parent, name, calls, linears)
         if reason is None:
             found.append(Pair(fqn, name, str(next(iter(calls[name][0].users)).target)))
         else:
@@ -84,7 +85,7 @@ def find_pairs(fqn: str, parent: nn.Module, plan: Plan, reasons: list[str]) -> l
     return found
 
 
-def _obstacle(parent: nn.Module, norm: str, calls: dict[Any, list[fx.Node]], linears: set[str]) -> str | None:
+def _conversion_check(parent: nn.Module, norm: str, calls: dict[Any, list[fx.Node]], linears: set[str]) -> str | None:
     """Why the norm cannot be fused with its reader, or None."""
     if len(calls.get(norm, [])) != 1:
         return f"called {len(calls.get(norm, []))} times"
@@ -101,7 +102,7 @@ def _obstacle(parent: nn.Module, norm: str, calls: dict[Any, list[fx.Node]], lin
         module = parent.get_submodule(name)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f"{name} has hooks, which would see other tensors"
-    shape = getattr(parent.get_submodule(norm), "plain_arguments", ((0, 0), None))[0]
+    shape = getattr(parent.get_submodule(norm), "norm_arguments", ((0, 0), None))[0]
     if len(shape) != 1:
         return "it normalises over several dimensions"
     return None

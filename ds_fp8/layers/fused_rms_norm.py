@@ -47,12 +47,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, rule: RmsNorm) -> torch.Tens
 
 @functools.cache
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The fused twin of a class of norms."""
+    """The fused version of a class of norms."""
     return type(f"Fp8{original.__name__}", (FusedRmsNorm, original), {"__module__": __name__})
 
 
-def adopt(module: nn.Module) -> nn.Module:
-    """Make a norm that `rms_norm_of` knows its fused twin, in place."""
+def convert(module: nn.Module) -> nn.Module:
+    """Make a norm that `rms_norm_of` knows its fused version, in place."""
     rule = rms_norm_of(module)
     assert rule is not None, "the plan swaps only norms that it knows"
     return _take(module, rule)

@@ -1,9 +1,9 @@
 """The product of two FP8 operands: `a [P, Q] @ b [R, Q].T -> [P, R]`, both summed over their last axis.
 
-On a GPU with FP8 products one scale per tensor goes to `torch._scaled_mm`. Everywhere else the codes are decoded and
-multiplied: every e4m3 and e5m2 value is exact in bf16, so with fp32 accumulation such a product is exact in its operands,
-and the scales are applied once to the sum, in fp32 where rows have their own. Block scales are applied on decoding; as powers of two they are exact in
-bf16 as well, up to bf16's range.
+With one scale per tensor, a GPU with FP8 products runs `torch._scaled_mm`. Everywhere else the quantized values are
+decoded and multiplied: every e4m3 and e5m2 value is exact in bf16, so with fp32 accumulation such a product is exact in
+its operands, and the scales are applied once to the sum, in fp32 where rows have their own. Block scales are applied on
+decoding; as powers of two they are exact in bf16 as well, up to bf16's range.
 
     output dtype    decoded to    why
     bf16            bf16          exact operands, and the product of bf16 is the fastest a CPU has
@@ -64,7 +64,9 @@ def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | N
 
 
 def _scaled(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None, fast: bool) -> torch.Tensor:
-    """cuBLASLt's layout: `a` by rows, `b` by columns, so the codes [R, Q] of `b` lie by rows and go in transposed."""
+    """cuBLASLt's layout: `a` by rows, `b` by columns, so the quantized [R, Q] of `b` lie by rows and go in
+    transposed.
+    """
     rows, columns = a.data.shape[0], b.data.shape[0]
     left, right = _padded(a.data, 1), _padded(b.data, STEP)
     fused = bias.to(dtype) if bias is not None and dtype != torch.float32 and right.shape[0] == columns else None
@@ -100,17 +102,21 @@ def _by_rows(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | No
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of it: cuBLASLt reads scales and data only from addresses that are multiples of 16 bytes."""
+    """The tensor, or a copy of it: cuBLASLt reads scales and data only from addresses that are multiples of 16
+    bytes.
+    """
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _padded(codes: torch.Tensor, row_step: int) -> torch.Tensor:
-    """Contiguous codes with zeros up to the next multiple of 16 along the summed axis: a zero adds nothing."""
-    down, right = -codes.shape[0] % row_step, -codes.shape[1] % STEP
+def _padded(quantized: torch.Tensor, row_step: int) -> torch.Tensor:
+    """Contiguous quantized values with zeros up to the next multiple of 16 along the summed axis: a zero adds
+    nothing.
+    """
+    down, right = -quantized.shape[0] % row_step, -quantized.shape[1] % STEP
     if not down and not right:
-        return dense(codes)
-    padded = codes.new_zeros((codes.shape[0] + down, codes.shape[1] + right))
-    padded[: codes.shape[0], : codes.shape[1]] = codes
+        return dense(quantized)
+    padded = quantized.new_zeros((quantized.shape[0] + down, quantized.shape[1] + right))
+    padded[: quantized.shape[0], : quantized.shape[1]] = quantized
     return padded
 
 

@@ -37,12 +37,12 @@ def dgrad(
 
 
 def keep_for_wgrad(x: torch.Tensor, groups: Groups, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [K, S] and scale_inv [K, sum of ceil(rows / 128)], expert after expert."""
+    """Quantized values [K, S] and scale_inv [K, sum of ceil(rows / 128)], expert after expert."""
     made = [quantize_1x128(x[first:last].t().contiguous(), fmt) for first, last in groups.bounds if last > first]
     if not made:
         return x.new_zeros((x.shape[1], 0)), x.new_zeros((x.shape[1], 0))
-    codes, scales = zip(*made, strict=True)
-    return torch.cat([c.view(torch.uint8) for c in codes], 1).view(codes[0].dtype), torch.cat(scales, 1)
+    quantized, scales = zip(*made, strict=True)
+    return torch.cat([c.view(torch.uint8) for c in quantized], 1).view(quantized[0].dtype), torch.cat(scales, 1)
 
 
 def wgrad(
@@ -53,22 +53,22 @@ def wgrad(
     backward: Format,
 ) -> torch.Tensor:
     """grad_output [S, N] with the kept input -> [E, N, K]; zeros for experts without rows."""
-    codes, scales = kept
-    out = grad_output.new_zeros((groups.experts, grad_output.shape[1], codes.shape[0]), dtype=dtype)
+    quantized, scales = kept
+    out = grad_output.new_zeros((groups.experts, grad_output.shape[1], quantized.shape[0]), dtype=dtype)
     place = 0
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
             width = scales[:, place : place + -(-(last - first) // 128)].contiguous()
             place += width.shape[1]
-            right = Operand(codes[:, first:last].contiguous(), width, GROUPS)
+            right = Operand(quantized[:, first:last].contiguous(), width, GROUPS)
             out[expert] = matmul(_rows(grad_output[first:last].t().contiguous(), backward), right, dtype)
     return out
 
 
 def _rows(x: torch.Tensor, fmt: Format) -> Operand:
-    codes, scale_inv = quantize_1x128(x.contiguous(), fmt)
+    quantized, scale_inv = quantize_1x128(x.contiguous(), fmt)
     finite = torch.isfinite(x.detach().abs().amax())
-    return Operand(codes, torch.where(finite, scale_inv, torch.full_like(scale_inv, torch.nan)), GROUPS)
+    return Operand(quantized, torch.where(finite, scale_inv, torch.full_like(scale_inv, torch.nan)), GROUPS)
 
 
 def _tiles(weight: torch.Tensor, fmt: Format) -> Operand:

@@ -24,7 +24,9 @@ from ..numerics.row_scales import quantize_columns, quantize_rows
 from .groups import Groups
 
 Coded = tuple[torch.Tensor, torch.Tensor]
-"""Codes [.., rows, columns] and scale_inv [.., rows]; for an operand of wgrad codes [S, columns], scale_inv [E, columns]."""
+"""Quantized values [.., rows, columns] and scale_inv [.., rows]; for an operand of wgrad quantized [S, columns],
+scale_inv [E, columns].
+"""
 
 
 def fprop(x: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
@@ -40,7 +42,7 @@ def dgrad(
 
 
 def keep_for_wgrad(x: torch.Tensor, groups: Groups, *_: Format) -> Coded:
-    """An operand of wgrad as codes: one byte for each element until the backward."""
+    """An operand of wgrad in quantized form: one byte for each element until the backward."""
     return quantize_columns(x, groups.owner, groups.experts, E4M3)
 
 
@@ -101,16 +103,16 @@ def _product(a: Coded, b: Coded, dtype: torch.dtype) -> torch.Tensor:
     return ((a[0].float() @ b[0].float().t()) * a[1].unsqueeze(1) * b[1].unsqueeze(0)).to(dtype)
 
 
-def _dense(codes: torch.Tensor) -> torch.Tensor:
-    """Codes [rows, columns] transposed, dense in memory."""
-    return codes.t().contiguous()
+def _dense(quantized: torch.Tensor) -> torch.Tensor:
+    """Quantized values [rows, columns] transposed, dense in memory."""
+    return quantized.t().contiguous()
 
 
-def _transposed(codes: torch.Tensor, places: torch.Tensor, room: int) -> torch.Tensor:
-    """Codes [S, columns] as [columns, room], each row at its place; a zero adds nothing to a sum."""
-    wide = codes.new_zeros((room, codes.shape[1]), dtype=torch.uint8)
-    wide.index_copy_(0, places, codes.view(torch.uint8))
-    return wide.t().contiguous().view(codes.dtype)
+def _transposed(quantized: torch.Tensor, places: torch.Tensor, room: int) -> torch.Tensor:
+    """Quantized values [S, columns] as [columns, room], each row at its place; a zero adds nothing to a sum."""
+    wide = quantized.new_zeros((room, quantized.shape[1]), dtype=torch.uint8)
+    wide.index_copy_(0, places, quantized.view(torch.uint8))
+    return wide.t().contiguous().view(quantized.dtype)
 
 
 def groups_in_one_launch(device: torch.device) -> bool:

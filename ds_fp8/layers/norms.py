@@ -1,6 +1,6 @@
-"""Norms stay in high precision: statistics in fp32, the result in the dtype of the input.
+"""Norms compute in high precision: statistics in fp32, the result in the dtype of the input.
 
-That is what Transformer Engine's te.LayerNorm and te.RMSNorm do, and where they differ from plain torch: under autocast
+That is what Transformer Engine's te.LayerNorm and te.RMSNorm do, and where they differ from torch: under autocast
 nn.LayerNorm returns fp32, which the next linear layer casts down again; and a 16-bit input with fp32 weights is refused
 by some devices. Without autocast, and with one dtype, an Fp8LayerNorm computes exactly what nn.LayerNorm does.
 """
@@ -46,17 +46,17 @@ class Fp8RMSNorm(nn.RMSNorm):
 CLASSES: dict[str, type[nn.Module]] = {"LayerNorm": Fp8LayerNorm, "RMSNorm": Fp8RMSNorm}
 
 
-def adopt(module: nn.Module, kind: str) -> nn.Module:
+def convert(module: nn.Module, kind: str) -> nn.Module:
     """Turn a norm into ours, in place."""
     if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return fused_rms_norm.adopt(module)
+        return fused_rms_norm.convert(module)
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = CLASSES[kind]
     return module
 
 
-def release(module: nn.Module) -> nn.Module:
-    """The plain norm again, in place."""
+def restore(module: nn.Module) -> nn.Module:
+    """The unmodified norm again, in place."""
     module.__class__ = module.__dict__.pop(ORIGINAL)
     module.__dict__.pop(fused_rms_norm.RULE, None)
     module.__dict__.pop(HOME, None)

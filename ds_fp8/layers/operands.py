@@ -1,7 +1,8 @@
-"""One operand of a product: FP8 codes with their scales; the recipe that is in force makes them (`recipes`).
+"""One operand of a product: FP8 data with its scales; the recipe that is in force makes them (`recipes`).
 
-With one scale per tensor, codes serve both orientations. Scales that lie along the axis which the product sums over do not:
-an operand that is used both ways (input in fprop and wgrad) is cast twice then, each time from high precision.
+With one scale per tensor, quantized values serve both orientations. Scales that lie along the axis which the product
+sums over do not: an operand that is used both ways (input in fprop and wgrad) is cast twice then, each time from high
+precision.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..kernels import dequantize
 from ..numerics.gemm_blocks import dequantize_1x128, dequantize_128x128
 
 if TYPE_CHECKING:
-    from .page import Call, Page, WeightCodes
+    from .layer_state import Call, LayerFp8State, QuantizedWeight
 
 TENSOR, ROWS, GROUPS, TILES = "tensor", "row", "1x128", "128x128"
 """Extent of one scale."""
@@ -28,11 +29,12 @@ TENSOR, ROWS, GROUPS, TILES = "tensor", "row", "1x128", "128x128"
 class Operand:
     """`data` [rows, columns] float8; what it stands for is data * scale_inv.
 
-    scale_inv  0-d fp32 (TENSOR), [rows] (ROWS), [rows, columns / 128] (GROUPS) or [rows / 128, columns / 128] (TILES), rounded up
-    scale      what was multiplied on the way in, where it was known beforehand (delayed)
-    amax       0-d fp32, where it was measured
-    turned     the transposed operand, dense in memory, where both were made at once (on a GPU)
-    values     the bare codes decoded already, where an emulated operand serves two products; see `decoded`
+    scale_inv   0-d fp32 (TENSOR), [rows] (ROWS), [rows, columns / 128] (GROUPS) or [rows / 128, columns / 128] (TILES),
+                rounded up
+    scale       what was multiplied on the way in, where it was known beforehand (delayed)
+    amax        0-d fp32, where it was measured
+    transposed  the transposed operand, dense in memory, where both were made at once (on a GPU)
+    values      the bare quantized values decoded already, where an emulated operand serves two products; see `decoded`
     """
 
     data: torch.Tensor
@@ -40,7 +42,7 @@ class Operand:
     extent: str = TENSOR
     scale: torch.Tensor | None = None
     amax: torch.Tensor | None = None
-    turned: Operand | None = None
+    transposed: Operand | None = None
     values: torch.Tensor | None = None
 
     def t(self) -> Operand:
@@ -51,11 +53,15 @@ class Operand:
         return replace(self, data=self.data.t(), scale_inv=scale_inv, values=values)
 
     def decoded(self, dtype: torch.dtype) -> Operand:
-        """The same operand, which carries its codes in `dtype`, so that two products decode them once (TENSOR only)."""
+        """The same operand, which carries its quantized values in `dtype`, so that two products decode them once
+        (TENSOR only).
+        """
         return replace(self, values=self.decode(dtype))
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        """The bare codes in `dtype` for TENSOR and ROWS (exact in bf16 and fp32), else codes times their block's scale_inv."""
+        """The bare quantized values in `dtype` for TENSOR and ROWS (exact in bf16 and fp32), else quantized values
+        times their block's scale_inv.
+        """
         if self.values is not None and self.values.dtype == dtype:
             return self.values
         if self.extent in (TENSOR, ROWS):
@@ -80,7 +86,7 @@ class Operand:
         return values
 
     def _inflate(self, factor: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
-        """Transposed views are decoded as they lie in memory, and transposed again: fast paths want dense codes."""
+        """Transposed views are decoded as they lie in memory, and transposed again: fast paths want dense data."""
         if self.data.is_contiguous():
             return dequantize(self.data, factor, dtype)
         return dequantize(self.data.t().contiguous(), factor, dtype).t()
@@ -94,11 +100,11 @@ QuantizedPair = tuple[Quantized, Quantized]
 
 
 class CachedWeight(NamedTuple):
-    """Codes of a weight, and what they are codes of.
+    """A quantized weight, and what it was made of.
 
     weight   the Parameter itself: a tensor that another one replaces may lie at the same address
     version  how often it had been written, and `address` where its data lay: `weight.data = other` keeps the Parameter
-    operand  None where somebody else keeps the codes (Transformer Engine)
+    operand  None where somebody else keeps the quantized values (Transformer Engine)
     """
 
     weight: torch.Tensor
@@ -110,44 +116,46 @@ class CachedWeight(NamedTuple):
         return self.weight is weight and self.version == weight._version and self.address == weight.data_ptr()
 
 
-def cast_transposed(x: torch.Tensor, codes: Operand | None, call: Call, column: int) -> Operand:
-    """The operand for a product that sums over the rows of `x`: `codes` transposed, or a cast of its own.
+def cast_transposed(x: torch.Tensor, quantized: Operand | None, call: Call, column: int) -> Operand:
+    """The operand for a product that sums over the rows of `x`: `quantized` transposed, or a cast of its own.
 
-    The amax that a cast of `codes` recorded is not recorded again.
+    The amax that a cast of `quantized` recorded is not recorded again.
     """
-    if codes is not None and call.scaling.transposes:
-        return codes.t()
+    if quantized is not None and call.scaling.transposes:
+        return quantized.t()
     return call.scaling.quantize_transposed(x, call, column)
 
 
 def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
-    """The weight [N, K] as codes: set from outside (O3), cached in this optimizer step, or cast now.
+    """The weight [N, K] in quantized form: set from outside (O3), cached in this optimizer step, or cast now.
 
     Cast as often as the layer runs, since a weight can change in ways that leave no trace (`weight.data.copy_(...)`): within
-    a step the scale stands still, so an unchanged weight gives the same codes, and its amax counts once.
+    a step the scale stands still, so an unchanged weight gives the same quantized values, and its amax counts once.
     """
-    page = call.page
-    if call.weight_codes is not None:
-        if call.records and page.staged_weight_amax is not None:
-            call.record(page.weight_column, page.staged_weight_amax)
-            page.staged_weight_amax = None
-        return given_weight(call.weight_codes, call)
+    layer_state = call.layer_state
+    if call.quantized_weight is not None:
+        if call.records and layer_state.staged_weight_amax is not None:
+            call.record(layer_state.weight_column, layer_state.staged_weight_amax)
+            layer_state.staged_weight_amax = None
+        return given_weight(call.quantized_weight, call)
     if not call.may_cache(weight):
         return call.scaling.quantize_weight(weight, call)
-    if page.cached is None or not page.cached.is_of(weight):
+    if layer_state.cached is None or not layer_state.cached.is_of(weight):
         operand = call.scaling.quantize_weight(weight, call)
-        page.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
-    return page.cached.operand
+        layer_state.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
+    return layer_state.cached.operand
 
 
 def scale_of(operand: Operand) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(scale, scale_inv) with which the same codes can be made again; None where they follow from the tensor itself."""
+    """(scale, scale_inv) with which the same quantized values can be made again; None where they follow from the tensor
+    itself.
+    """
     return None if operand.scale is None else (operand.scale, operand.scale_inv)
 
 
-def given_weight(codes: WeightCodes, call: Call) -> Operand:
-    """Codes of a weight that were set from outside (O3), as an operand."""
-    return Operand(*codes, call.scaling.weight_extent)
+def given_weight(quantized: QuantizedWeight, call: Call) -> Operand:
+    """A quantized weight that were set from outside (O3), as an operand."""
+    return Operand(*quantized, call.scaling.weight_extent)
 
 
 def is_sharded(weight: torch.Tensor) -> bool:
@@ -160,20 +168,20 @@ def measure(x: torch.Tensor, operand: Operand | None) -> torch.Tensor:
     return amax_of(x) if operand is None or operand.amax is None else operand.amax
 
 
-def is_given(weight: torch.Tensor, page: Page) -> bool:
-    """Not the Parameter, nor a view of it, that the layer's history is about: what `torch.func.functional_call` puts in its
-    place for one call, or a script for good (`layer.weight = other.weight`), has another range.
+def is_given(weight: torch.Tensor, layer_state: LayerFp8State) -> bool:
+    """Not the Parameter, nor a view of it, that the layer's history is about: what `torch.func.functional_call` puts in
+    its place for one call, or a script for good (`layer.weight = other.weight`), has another range.
     """
     parameter = weight if weight._base is None else weight._base
-    if page.history_of is None and isinstance(parameter, torch.nn.Parameter):
-        page.history_of = weakref.ref(parameter)
-    return page.history_of is None or page.history_of() is not parameter
+    if layer_state.history_of is None and isinstance(parameter, torch.nn.Parameter):
+        layer_state.history_of = weakref.ref(parameter)
+    return layer_state.history_of is None or layer_state.history_of() is not parameter
 
 
 def with_overflow_shown(scale_inv: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """`scale_inv`, as NaN if `amax` is not finite; no host sync.
 
-    A cast saturates infinities, so an overflow would vanish in the codes, and with it the loss scaler's reason to skip
-    the step. Needed only where no product in high precision, and no gradient of a bias, shows it.
+    A cast saturates infinities, so an overflow would vanish in the quantized values, and with it the loss scaler's
+    reason to skip the step. Needed only where no product in high precision, and no gradient of a bias, shows it.
     """
     return torch.add(scale_inv, amax, alpha=0.0)

@@ -5,7 +5,7 @@ engine holds too: actor and critic share a trunk, a student wraps its teacher. T
 alone: with the FP8 state, scales and recipe of its own JSON, or unmodified if it has no section of ours. Whose turn it is
 tell hooks on the models of engines that share (`Turn`; others have none): the one's whose model runs, or is differentiated.
 
-Owners lie in the layer's `__dict__`, so copies and pickles of a model carry them, with scale books of their own.
+Owners lie in the layer's `__dict__`, so copies and pickles of a model carry them, with FP8 states of their own.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .conv1d import fp8_class
 from .experts import STATE, ExpertsState, take_state
 from .forward_scope import tensors_of
 from .fp8_linear import Fp8Linear
+from .layer_state import LayerFp8State
 from .opaque import opaque
-from .page import Page
 
 if TYPE_CHECKING:
-    from .scale_book import ScaleBook
+    from .fp8_state import ModelFp8State
 
 OWNERS = "_ds_fp8_owners"
 """Attribute of an FP8 layer: its owners, in the order in which they came."""
@@ -35,13 +35,13 @@ OWNERS = "_ds_fp8_owners"
 class Owner(NamedTuple):
     """Who swapped a layer.
 
-    book       its scale book
-    page       the layer's FP8 state there; experts have one of their own kind; None for a norm, which has none
-    by_engine  swapped for a DeepSpeed engine, by its JSON; else by a script that called `swap_layers` itself
+    fp8_state    its FP8 state
+    layer_state  the layer's FP8 state there; experts have one of their own kind; None for a norm, which has none
+    by_engine    swapped for a DeepSpeed engine, by its JSON; else by a script that called `swap_layers` itself
     """
 
-    book: ScaleBook
-    page: Page | ExpertsState | None
+    fp8_state: ModelFp8State
+    layer_state: LayerFp8State | ExpertsState | None
     by_engine: bool
 
 
@@ -52,20 +52,20 @@ def owners_of(module: nn.Module) -> list[Owner]:
 
 def take_form(module: nn.Module, owner: Owner | None) -> None:
     """Make a layer of the torch backend what `owner` made of it; None: what it was before anybody swapped it."""
-    if owner is not None and isinstance(owner.page, ExpertsState):
-        take_state(module, owner.page)
+    if owner is not None and isinstance(owner.layer_state, ExpertsState):
+        take_state(module, owner.layer_state)
     elif STATE in vars(module):
         take_state(module, None)
     elif owner is None:
         module.__class__ = module.__dict__[ORIGINAL]
     elif is_conv1d(module):
         module.__class__ = fp8_class(module.__dict__[ORIGINAL])
-        module.__dict__["page"] = owner.page
-        owner.page.settle(module.weight.device)
-    elif owner.page is not None:
+        module.__dict__["layer_state"] = owner.layer_state
+        owner.layer_state.settle(module.weight.device)
+    elif owner.layer_state is not None:
         module.__class__ = Fp8Linear
-        module.__dict__["page"] = owner.page
-        owner.page.settle(module.weight.device)
+        module.__dict__["layer_state"] = owner.layer_state
+        owner.layer_state.settle(module.weight.device)
     else:
         module.__class__ = norms.form_of(module.__dict__[ORIGINAL])
 
@@ -73,16 +73,16 @@ def take_form(module: nn.Module, owner: Owner | None) -> None:
 class Turn:
     """Gives shared layers the form that one engine computes with, whenever its model runs.
 
-    root     the engine's model
-    book     its scale book; None for an engine without our sections
-    modules  layers that other engines hold too
+    root       the engine's model
+    fp8_state  its FP8 state; None for an engine without our sections
+    modules    layers that other engines hold too
     """
 
     _running: Turn | None = None
     """Whose model runs: the outermost one's, where one engine's model holds another's."""
 
-    def __init__(self, root: nn.Module, book: ScaleBook | None, modules: Sequence[nn.Module]):
-        self.book = book
+    def __init__(self, root: nn.Module, fp8_state: ModelFp8State | None, modules: Sequence[nn.Module]):
+        self.fp8_state = fp8_state
         self.modules = list(modules)
         root.register_forward_pre_hook(self._before, prepend=True)
         root.register_forward_hook(self._after, always_call=True)
@@ -107,13 +107,13 @@ class Turn:
         for module in self.modules:
             owners = owners_of(module)
             if owners:
-                take_form(module, next((owner for owner in owners if owner.book is self.book), None))
+                take_form(module, next((owner for owner in owners if owner.fp8_state is self.fp8_state), None))
 
 
-def remove_turns(root: nn.Module, book: ScaleBook | None) -> None:
+def remove_turns(root: nn.Module, fp8_state: ModelFp8State | None) -> None:
     """Take the hooks of `Turn` off, by owner and not by handle: a copied model has hooks without handles."""
     for hooks in (root._forward_pre_hooks, root._forward_hooks):
         for key, hook in list(hooks.items()):
             turn = getattr(hook, "__self__", None)
-            if isinstance(turn, Turn) and turn.book is book:
+            if isinstance(turn, Turn) and turn.fp8_state is fp8_state:
                 del hooks[key]

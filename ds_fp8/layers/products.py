@@ -4,9 +4,9 @@
     dgrad   grad_input  [M, K] = grad_output [M, N] @ weight   [N, K]     e5m2 x e4m3   (HYBRID; e4m3 x e4m3 with E4M3)
     wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input  [M, K]     e5m2 x e4m3   (HYBRID)
 
-What is kept for the backward is the codes: one byte per element of the input instead of two or four. A product that is
-overridden to high precision keeps, and uses, the operands as they came. The gradient of the bias is the sum of
-grad_output in high precision.
+What is kept for the backward is the quantized values: one byte per element of the input instead of two or four. A
+product that is overridden to high precision keeps, and uses, the operands as they came. The gradient of the bias is the
+sum of grad_output in high precision.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ..errors import LayerError
 from .gemm import inside, matmul, multiplies_fp8
+from .layer_state import Call
 from .operands import (
     TENSOR,
     Operand,
@@ -30,14 +31,13 @@ from .operands import (
     measure,
     with_overflow_shown,
 )
-from .page import Call
 
 
 class LinearProducts(torch.autograd.Function):
     """output = input @ weight.T + bias with FP8 operands.
 
     input   [..., K] in the compute dtype, contiguous
-    weight  [N, K] in its own dtype: codes are made from it directly
+    weight  [N, K] in its own dtype: quantized values are made from it directly
     bias    [N] or None
     call    scales, and what to do with them
     grad    whether a backward may follow (inside `forward` autograd is always off)
@@ -86,7 +86,7 @@ def as_shape(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def refuse_second_derivative(call: Call) -> None:
     if torch.is_grad_enabled():
         raise LayerError(
-            f"{call.page.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
+            f"{call.layer_state.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
             "  Exclude this layer in fp8/layers/exclude, or differentiate once."
         )
 
@@ -95,39 +95,40 @@ def forward_products(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(output [M, N], what `backward_products` needs) for `input` [M, K]; `dgrad`, `wgrad`: products that will be asked for."""
-    high, page, scaling, dtype = call.high, call.page, call.scaling, input.dtype
+    high, layer_state, scaling, dtype = call.high, call.layer_state, call.scaling, input.dtype
     if call.warming and call.records:
-        call.record(page.input_column, amax_of(input))
-        call.record(page.weight_column, amax_of(weight.detach()))
+        call.record(layer_state.input_column, amax_of(input))
+        call.record(layer_state.weight_column, amax_of(weight.detach()))
 
-    input_codes = weight_codes = None
+    quantized_input = quantized_weight = None
     if not high.fprop or (wgrad and not high.wgrad and scaling.transposes):
-        input_codes = scaling.quantize(input, call, page.input_column)
+        quantized_input = scaling.quantize(input, call, layer_state.input_column)
     if not (high.fprop and high.dgrad):
-        weight_codes = cast_weight(weight, call)
+        quantized_weight = cast_weight(weight, call)
 
     # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
     if high.fprop:
         output = F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
-        output = matmul(input_codes, weight_codes, dtype, bias=bias, fast=True)
+        output = matmul(quantized_input, quantized_weight, dtype, bias=bias, fast=True)
 
     kept: dict[str, torch.Tensor] = {}
     if dgrad:
         if high.dgrad or is_sharded(weight) or not scaling.weight_transposes:
-            # Sharded: gathered again before the backward, as codes at O3; holding codes would hold the whole model.
+            # Sharded: gathered again before the backward, in quantized form at O3; holding quantized values would hold
+            # the whole model.
             kept["weight"] = weight
-            if weight_codes is not None and weight_codes.scale is not None:
-                kept["weight_scale"], kept["weight_scale_inv"] = weight_codes.scale, weight_codes.scale_inv
+            if quantized_weight is not None and quantized_weight.scale is not None:
+                kept["weight_scale"], kept["weight_scale_inv"] = quantized_weight.scale, quantized_weight.scale_inv
         else:
-            kept["weight_data"], kept["weight_scale_inv"] = weight_codes.data, weight_codes.scale_inv
+            kept["weight_data"], kept["weight_scale_inv"] = quantized_weight.data, quantized_weight.scale_inv
     if wgrad:
         if high.wgrad:
             kept["input"] = input
         else:
-            codes = cast_transposed(input, input_codes, call, page.input_column)
-            kept["input_data"], kept["input_scale_inv"] = codes.data, codes.scale_inv
-    page.note_forward(high, dgrad=dgrad, wgrad=wgrad)
+            quantized = cast_transposed(input, quantized_input, call, layer_state.input_column)
+            kept["input_data"], kept["input_scale_inv"] = quantized.data, quantized.scale_inv
+    layer_state.note_forward(high, dgrad=dgrad, wgrad=wgrad)
     return output, kept
 
 
@@ -142,31 +143,31 @@ def backward_products(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of input [M, K], weight [N, K] and bias [N], None where not in `needs`, for `grad_output` [M, N]."""
     call.in_backward()
-    high, page, scaling, dtype = call.high, call.page, call.scaling, grad_output.dtype
+    high, layer_state, scaling, dtype = call.high, call.layer_state, call.scaling, grad_output.dtype
     needs_dgrad, needs_wgrad, needs_bias = needs
     grad_input = grad_weight = grad_bias = None
     if call.warming and call.records:
-        call.record(page.grad_output_column, amax_of(grad_output))
-    codes = None
+        call.record(layer_state.grad_output_column, amax_of(grad_output))
+    quantized = None
     if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and scaling.transposes):
-        codes = scaling.quantize(grad_output, call, page.grad_output_column)
+        quantized = scaling.quantize(grad_output, call, layer_state.grad_output_column)
         if needs_dgrad and needs_wgrad and not high.dgrad and not high.wgrad:
-            codes = _shared(codes, dtype, weight_dtype)
+            quantized = _shared(quantized, dtype, weight_dtype)
     hidden = not needs_bias and not (needs_dgrad and high.dgrad) and not (needs_wgrad and high.wgrad)
 
     # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
     if needs_dgrad and high.dgrad:
         grad_input = grad_output @ kept["weight"].to(dtype)
     elif needs_dgrad:
-        codes = _poison(codes, grad_output) if hidden and not needs_wgrad else codes
-        grad_input = matmul(codes, _transposed_weight(kept, call), dtype)
+        quantized = _propagate_nan(quantized, grad_output) if hidden and not needs_wgrad else quantized
+        grad_input = matmul(quantized, _transposed_weight(kept, call), dtype)
 
     # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
     if needs_wgrad and high.wgrad:
         grad_weight = (grad_output.t() @ kept["input"]).to(weight_dtype)
     elif needs_wgrad:
-        left = cast_transposed(grad_output, codes, call, page.grad_output_column)
-        left = _poison(left, grad_output) if hidden else left
+        left = cast_transposed(grad_output, quantized, call, layer_state.grad_output_column)
+        left = _propagate_nan(left, grad_output) if hidden else left
         right = Operand(kept["input_data"], kept["input_scale_inv"], scaling.input_extent)
         grad_weight = matmul(left, right, weight_dtype)
 
@@ -174,18 +175,22 @@ def backward_products(
         # In one dtype torch's own sum, as nn.Linear takes it: accumulated in fp32 and rounded once, without a copy.
         exact = None if dtype == bias_dtype else torch.float32
         grad_bias = grad_output.sum(0, dtype=exact).to(bias_dtype)
-    page.note_backward(high, dgrad=needs_dgrad, wgrad=needs_wgrad)
+    layer_state.note_backward(high, dgrad=needs_dgrad, wgrad=needs_wgrad)
     return grad_input, grad_weight, grad_bias
 
 
-def _shared(codes: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dtype) -> Operand:
+def _shared(quantized: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dtype) -> Operand:
     """grad_output for both products: where they are emulated in one dtype it is decoded once, for both."""
-    if codes.extent != TENSOR or multiplies_fp8(codes.data.device) or inside(dgrad_dtype) != inside(wgrad_dtype):
-        return codes
-    return codes.decoded(inside(dgrad_dtype))
+    if (
+        quantized.extent != TENSOR
+        or multiplies_fp8(quantized.data.device)
+        or inside(dgrad_dtype) != inside(wgrad_dtype)
+    ):
+        return quantized
+    return quantized.decoded(inside(dgrad_dtype))
 
 
-def _poison(operand: Operand, x: torch.Tensor) -> Operand:
+def _propagate_nan(operand: Operand, x: torch.Tensor) -> Operand:
     """NaN as scale_inv if `x` is not finite, else the operand as it is; see `with_overflow_shown`."""
     return replace(operand, scale_inv=with_overflow_shown(operand.scale_inv, measure(x, operand)))
 
@@ -198,8 +203,8 @@ def _transposed_weight(kept: dict[str, torch.Tensor], call: Call) -> Operand:
 
 
 def _weight_operand(kept: dict[str, torch.Tensor], call: Call) -> Operand:
-    if call.weight_codes is not None and "weight" in kept:
-        return given_weight(call.weight_codes, call)
+    if call.quantized_weight is not None and "weight" in kept:
+        return given_weight(call.quantized_weight, call)
     if "weight_data" in kept:
         return Operand(kept["weight_data"], kept["weight_scale_inv"], call.scaling.weight_extent)
     scale = (kept["weight_scale"], kept["weight_scale_inv"]) if "weight_scale" in kept else None

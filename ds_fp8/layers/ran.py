@@ -68,7 +68,7 @@ def note_by_hook(
 
 def state_of(module: nn.Module) -> Any:
     """The object whose `ran` the products of a layer write to; None for a module that multiplies nothing in FP8."""
-    return vars(module).get("page") or vars(module).get("_ds_fp8_experts")
+    return vars(module).get("layer_state") or vars(module).get("_ds_fp8_experts")
 
 
 def watch(modules: Iterable[nn.Module], *, on: bool) -> list[Ran]:

@@ -99,9 +99,9 @@ class ScaleTensors:
         """Follow the model to its device; addresses change."""
         if device == self.device or device.type == "meta":
             return
-        kept, pending, folds = self.tensors(), self.pending, (self.forward.folds, self.backward.folds)
+        kept, pending, updates = self.tensors(), self.pending, (self.forward.updates, self.backward.updates)
         self._allocate(device)
-        self.fill(kept, *folds)
+        self.fill(kept, *updates)
         self.pending.copy_(pending)
 
     @property
@@ -116,8 +116,8 @@ class ScaleTensors:
         self._learn_known()
         if self.kernels is None:
             split = 2 * self.layers
-            self.forward.fold(self.pending[:split])
-            self.backward.fold(self.pending[split:])
+            self.forward.update(self.pending[:split])
+            self.backward.update(self.pending[split:])
             self.pending.zero_()
             self._take_snapshot(None)
             return
@@ -187,11 +187,11 @@ class ScaleTensors:
             "backward_history": self.backward.history,
         }
 
-    def fill(self, tensors: dict[str, torch.Tensor], forward_folds: int, backward_folds: int) -> None:
+    def fill(self, tensors: dict[str, torch.Tensor], forward_updates: int, backward_updates: int) -> None:
         """Take over `tensors()` of the same layout; nothing is pending then."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-        self.forward.folds, self.backward.folds = forward_folds, backward_folds
+        self.forward.updates, self.backward.updates = forward_updates, backward_updates
         self.pending.zero_()
         self._report = None
         if not self.exact:

@@ -41,7 +41,7 @@ def lift(model: nn.Module) -> list[Lifted]:
         )
     lifted = [Lifted(module, owners_of(module)) for module in found]
     for one in lifted:
-        swap.release(model, one.module)
+        swap.restore(model, one.module)
     return lifted
 
 
@@ -62,7 +62,7 @@ def share(models: Sequence[nn.Module]) -> list[nn.Module]:
                 holders.setdefault(id(module), []).append(module)
     shared = [found[0] for found in holders.values() if len(found) > 1]
     for owner in (owner for module in shared for owner in owners_of(module)):
-        if owner.page is not None:
-            owner.page.forget_weight()
-            owner.page.is_shared = True
+        if owner.layer_state is not None:
+            owner.layer_state.forget_weight()
+            owner.layer_state.is_shared = True
     return shared

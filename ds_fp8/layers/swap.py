@@ -16,12 +16,12 @@ from ..plan import ModuleDecision, Plan
 from . import conv1d, experts, fp8_linear, norms
 from .as_original import ORIGINAL, show_home
 from .blocks import compile_blocks, release_blocks
+from .fp8_state import ModelFp8State
 from .fused import fuse_layers
 from .owners import OWNERS, Owner, remove_turns, take_form
-from .scale_book import ScaleBook
 
-BOOK = "_ds_fp8_book"
-"""Attribute of the root that holds its book."""
+ROOT_STATE = "_ds_fp8_state"
+"""Attribute of the root that holds its FP8 state."""
 
 OWN = "_ds_fp8_own"
 """Attribute of a replacement that names the attributes it was built with."""
@@ -48,23 +48,23 @@ callers hold (`handle.remove()`) go on working."""
 
 def swap_layers(
     model: nn.Module, plan: Plan, *, group: Any = None, by_engine: bool = False, managed: bool | None = None
-) -> ScaleBook:
-    """Make the layers that `plan` names FP8 layers, with the same Parameter objects. Returns their scale book.
+) -> ModelFp8State:
+    """Make the layers that `plan` names FP8 layers, with the same Parameter objects. Returns their FP8 state.
 
     group      process group whose ranks share one amax history (`reduce_amax`); None is the whole world
     by_engine  a DeepSpeed engine does it by its JSON: the next engine of this model may undo it (see `owners.py`)
-    managed    the caller will call the book's `update_scales` once per optimizer step, as an engine does; otherwise the
-               scales are updated before each forward of `model`, by this rank alone. None: as `by_engine`
+    managed    the caller will call the FP8 state's `update_scales` once per optimizer step, as an engine does;
+               otherwise the scales are updated before each forward of `model`, by this rank alone. None: as `by_engine`
     Raises BackendError when the model is not the one that was planned, or a backend refuses a layer; the model is then
     as it was.
     """
-    if BOOK in vars(model):
+    if ROOT_STATE in vars(model):
         raise BackendError("this model has FP8 layers already; call restore_layers(model) first.")
     names = [decision.fqn for decision in plan.swaps if decision.kind in ("Linear", "Conv1D")]
-    book = ScaleBook(names, plan.fp8, group=group, managed=by_engine if managed is None else managed)
+    fp8_state = ModelFp8State(names, plan.fp8, group=group, managed=by_engine if managed is None else managed)
     try:
         for decision in plan.swaps:
-            _swap(model, decision, plan, book, by_engine)
+            _swap(model, decision, plan, fp8_state, by_engine)
         if plan.fp8.fuse:
             fuse_layers(model, plan)
         if plan.fp8.compile is not None:
@@ -73,43 +73,43 @@ def swap_layers(
         restore_layers(model)
         release_blocks(model)
         raise
-    model.__dict__[BOOK] = book
-    book.watch(model)
-    return book
+    model.__dict__[ROOT_STATE] = fp8_state
+    fp8_state.watch(model)
+    return fp8_state
 
 
-def restore_layers(model: nn.Module, book: ScaleBook | None = None) -> nn.Module:
+def restore_layers(model: nn.Module, fp8_state: ModelFp8State | None = None) -> nn.Module:
     """Give `model` its unmodified layers back, in place: the same Parameters, the same names. Returns `model`.
 
-    book  only what belongs to this one; a layer that another engine shares stays with that one. None: everything
+    fp8_state  only what belongs to this one; a layer that another engine shares stays with that one. None: everything
     """
     for module in list(model.modules()):
         owners = vars(module).get(OWNERS, [])
-        left = [owner for owner in owners if book is not None and owner.book is not book]
+        left = [owner for owner in owners if fp8_state is not None and owner.fp8_state is not fp8_state]
         if owners and not left:
-            release(model, module)
+            restore(model, module)
         elif len(left) < len(owners):
             give(module, left)
     for root in list(model.modules()):
-        own = vars(root).get(BOOK)
-        if own is not None and (book is None or own is book):
-            del root.__dict__[BOOK]
+        own = vars(root).get(ROOT_STATE)
+        if own is not None and (fp8_state is None or own is fp8_state):
+            del root.__dict__[ROOT_STATE]
             own.unwatch(root)
             remove_turns(root, own)
             release_blocks(root)
     return model
 
 
-def release(model: nn.Module, module: nn.Module) -> None:
+def restore(model: nn.Module, module: nn.Module) -> None:
     """One layer unmodified again, whoever owns it."""
     if OWN in vars(module):
         _replace(model, module, _restore_foreign(module))
     elif experts.STATE in vars(module):
-        experts.release(module)
-    elif "page" in vars(module):
-        fp8_linear.release(module)  # type: ignore[arg-type]
+        experts.restore(module)
+    elif "layer_state" in vars(module):
+        fp8_linear.restore(module)  # type: ignore[arg-type]
     else:
-        norms.release(module)
+        norms.restore(module)
     module.__dict__.pop(OWNERS, None)
 
 
@@ -120,25 +120,25 @@ def give(module: nn.Module, owners: list[Owner]) -> None:
     take_form(module, owners[-1])
 
 
-def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, book: ScaleBook, by_engine: bool) -> None:
+def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, fp8_state: ModelFp8State, by_engine: bool) -> None:
     try:
         module = model.get_submodule(decision.fqn)
     except AttributeError as error:
         raise BackendError(f"the plan swaps {decision.fqn}, which this model does not have; plan again.") from error
-    page = book.page(decision.fqn) if decision.kind in ("Linear", "Conv1D") else None
+    layer_state = fp8_state.layer_state(decision.fqn) if decision.kind in ("Linear", "Conv1D") else None
     if decision.kind == "Experts":
-        module.__dict__[OWNERS] = [Owner(book, experts.adopt(module, decision.fqn, book), by_engine)]
+        module.__dict__[OWNERS] = [Owner(fp8_state, experts.convert(module, decision.fqn, fp8_state), by_engine)]
         return
-    owners = [Owner(book, page, by_engine)]
+    owners = [Owner(fp8_state, layer_state, by_engine)]
     if decision.kind == "Conv1D":
-        conv1d.adopt(module, book.page(decision.fqn))
+        conv1d.convert(module, fp8_state.layer_state(decision.fqn))
         module.__dict__[OWNERS] = owners
         return
     if plan.fp8.backend == "torch":
-        if page is not None:
-            fp8_linear.adopt(module, page)  # type: ignore[arg-type]
+        if layer_state is not None:
+            fp8_linear.convert(module, layer_state)  # type: ignore[arg-type]
         else:
-            norms.adopt(module, decision.kind)
+            norms.convert(module, decision.kind)
         module.__dict__[OWNERS] = owners
         show_home(module)
         return
@@ -146,11 +146,13 @@ def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, book: ScaleBoo
         raise BackendError(
             "the model itself is one layer, which cannot be replaced by Transformer Engine's; use backend torch."
         )
-    _replace(model, module, _make_foreign(module, decision, book, owners))
+    _replace(model, module, _make_foreign(module, decision, fp8_state, owners))
 
 
-def _make_foreign(module: nn.Module, decision: ModuleDecision, book: ScaleBook, owners: list[Owner]) -> nn.Module:
-    from .page_state import PageState
+def _make_foreign(
+    module: nn.Module, decision: ModuleDecision, fp8_state: ModelFp8State, owners: list[Owner]
+) -> nn.Module:
+    from .slot_state import SlotState
     from .transformer_engine.linear import make_linear
     from .transformer_engine.names import load
     from .transformer_engine.norms import make_norm
@@ -159,9 +161,9 @@ def _make_foreign(module: nn.Module, decision: ModuleDecision, book: ScaleBook, 
     if decision.kind != "Linear":
         new = make_norm(module)
     else:
-        scaling = make_recipe(load(), book.recipe)
-        new = make_linear(module, PageState(book.page(decision.fqn), module.weight, scaling))  # type: ignore[arg-type]
-        new.__dict__["page"] = book.page(decision.fqn)
+        scaling = make_recipe(load(), fp8_state.recipe)
+        new = make_linear(module, SlotState(fp8_state.layer_state(decision.fqn), module.weight, scaling))  # type: ignore[arg-type]
+        new.__dict__["layer_state"] = fp8_state.layer_state(decision.fqn)
     new.__dict__[ORIGINAL] = type(module)
     new.__dict__[OWNERS] = owners
     new.__dict__[OWN] = frozenset(vars(new)) | {OWN}
@@ -172,7 +174,7 @@ def _restore_foreign(module: nn.Module) -> nn.Module:
     from .transformer_engine.linear import restore_linear
     from .transformer_engine.norms import restore_norm
 
-    return restore_linear(module) if "page" in vars(module) else restore_norm(module)
+    return restore_linear(module) if "layer_state" in vars(module) else restore_norm(module)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

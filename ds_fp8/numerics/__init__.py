@@ -1,4 +1,4 @@
-"""The arithmetic of FP8 in plain PyTorch: the reference that every fast path is a bit-for-bit twin of.
+"""The arithmetic of FP8 in PyTorch: the reference, whose bits every fast path gives.
 
     dtypes        the one place where a `Format` becomes a torch dtype
     cast          quantize, dequantize, amax: one scale for a tensor
@@ -8,14 +8,14 @@
     random_bits   counter-based random numbers and stochastic rounding
     blocks8       int8 in scaled blocks of 128
     blocks16      fp16 in scaled blocks of 128
-    expansion     e4m3 codes that stretch to the range of their block
+    expansion     e4m3 values that stretch to the range of their block
     states        how exp_avg and exp_avg_sq lie in memory
     masters       the 16-bit weight plus a remainder
     adam          the update of Adam and AdamW, in torch's order of operations
 
 Words: `amax` is the largest absolute value; `scale` multiplies on the way into a narrow format, `scale_inv` on the way
 out. Everything is computed in fp32 with IEEE division and product; where a fused multiply-add is meant, the docstring
-says `fma`, and nowhere else may a compiler form one. docs/numerics.md tells the story and the sources.
+says `fma`; elsewhere a compiler must not form one. docs/numerics.md has reasons and sources.
 """
 
 from __future__ import annotations

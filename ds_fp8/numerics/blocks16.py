@@ -1,12 +1,13 @@
 """fp16 in scaled blocks of 128: a 16-bit code that does not underflow.
 
-Plain fp16 ends at 6e-8, and the gradients of large models lie below that. Each block of 128 elements therefore carries
-an fp32 scale_inv that brings its amax to 2^15, half of fp16's range, which leaves 39 powers of two below it:
+Unscaled fp16 ends at 6e-8, and the gradients of large models lie below that. Each block of 128 elements therefore
+carries an fp32 scale_inv that brings its amax to 2^15, half of fp16's range, which leaves 39 powers of two below it:
 
     scale_inv = max(amax_b / 2^15, 2^-126);  scale = 1 / scale_inv;  code = RNE_fp16(x * scale);  decoded = code * scale_inv
 
-all in fp32, no fma. A block that is not finite gets scale_inv = NaN and NaN codes (0x7e00).
-Used for sqrt(exp_avg_sq), exp_avg and the fp16 master. Codes are kept as torch.float16, which says what they are.
+all in fp32, no fma. A block that is not finite gets scale_inv = NaN and NaN quantized values (0x7e00).
+Used for sqrt(exp_avg_sq), exp_avg and the fp16 master. Quantized values are kept as torch.float16, which says what they
+are.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ _MIN_EXPONENT = -14
 
 
 def encode(x: torch.Tensor, *, rounding: Stochastic | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp16 codes [n] and scale_inv fp32 [ceil(n / 128)] of `x` [n] fp32."""
+    """fp16 values [n] and scale_inv fp32 [ceil(n / 128)] of `x` [n] fp32."""
     scale_inv = block_scale_inv(x, TOP)
     scaled = x * spread(torch.reciprocal(scale_inv), x.numel())
     if rounding is not None:
         bits = rounding.bits(x.numel(), x.device)
         scaled = torch.where(scaled.isnan(), scaled, round_to_grid(scaled, FP16.mantissa_bits, _MIN_EXPONENT, bits))
-    codes = scaled.to(torch.float16)
-    return torch.where(codes.isnan(), torch.full_like(codes, torch.nan), codes), scale_inv
+    quantized = scaled.to(torch.float16)
+    return torch.where(quantized.isnan(), torch.full_like(quantized, torch.nan), quantized), scale_inv
 
 
-def decode(codes: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
+def decode(quantized: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
     """fp32 values [n]."""
-    return codes.float() * spread(scale_inv, codes.numel())
+    return quantized.float() * spread(scale_inv, quantized.numel())

@@ -1,7 +1,7 @@
-"""One scale for a tensor: the plain FP8 cast, there and back, and the amax that decides it.
+"""One scale for a tensor: the FP8 cast, there and back, and the amax that decides it.
 
-    codes  = RNE(clamp(float32(x) * scale, -format.max, format.max))
-    x back = float32(codes) * scale_inv, then rounded to the wanted dtype
+    quantized  = RNE(clamp(float32(x) * scale, -format.max, format.max))
+    x back = float32(quantized) * scale_inv, then rounded to the wanted dtype
 
 RNE is round to nearest, ties to even. A cast must not decide whether a tensor is finite: torch 2.13 on CPU turns an
 infinity into 448 in e4m3, an H200 turns it into NaN (tests/numerics/test_cast.py holds all 256 codes of both formats).
@@ -18,7 +18,9 @@ from .dtypes import torch_dtype
 
 
 def saturate(x: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """`x` (fp32, any shape) rounded to codes of `fmt`: infinities become the largest finite value, NaN stays NaN."""
+    """`x` (fp32, any shape) rounded to quantized values of `fmt`: infinities become the largest finite value, NaN stays
+    NaN.
+    """
     return x.clamp(-fmt.max, fmt.max).to(torch_dtype(fmt))
 
 
@@ -28,7 +30,7 @@ def divide(x: torch.Tensor, by: float) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> torch.Tensor:
-    """Codes of `x` (any float dtype and shape) under one fp32 scale; same shape, float8.
+    """Quantized values of `x` (any float dtype and shape) under one fp32 scale; same shape, float8.
 
     Operations, each rounded to fp32: product, clamp, cast. `scale` is a 0-d or 1-element fp32 tensor, or a float.
     """
@@ -36,10 +38,10 @@ def quantize(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> torch
 
 
 def dequantize(
-    codes: torch.Tensor, scale_inv: torch.Tensor | float, dtype: torch.dtype = torch.float32
+    quantized: torch.Tensor, scale_inv: torch.Tensor | float, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """`codes` (float8, any shape) times one fp32 `scale_inv`, rounded to fp32 and then to `dtype`."""
-    return (codes.float() * scale_inv).to(dtype)
+    """`quantized` (float8, any shape) times one fp32 `scale_inv`, rounded to fp32 and then to `dtype`."""
+    return (quantized.float() * scale_inv).to(dtype)
 
 
 def amax(x: torch.Tensor) -> torch.Tensor:

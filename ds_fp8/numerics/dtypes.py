@@ -1,8 +1,8 @@
 """The one place where a `Format` becomes a torch dtype.
 
 The floors below do not import torch, so a `Format` carries only the dtype's name. An e4m3 or e5m2 code travels as
-`uint8` wherever a library cannot carry float8 (gloo, checkpoints): `as_bytes` and `as_codes` change the view, never a
-bit, and the `Format` always stands beside the bytes.
+`uint8` wherever a library cannot carry float8 (gloo, checkpoints): `as_bytes` and `as_quantized` change the view, never
+a bit, and the `Format` always stands beside the bytes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def format_of(dtype: torch.dtype) -> Format:
     raise ValueError(f"{dtype} is none of {', '.join(FORMATS)}")
 
 
-def as_bytes(codes: torch.Tensor) -> torch.Tensor:
+def as_bytes(quantized: torch.Tensor) -> torch.Tensor:
     """The same storage as uint8."""
-    return codes.view(torch.uint8)
+    return quantized.view(torch.uint8)
 
 
-def as_codes(data: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """The same storage as float8 codes of `fmt`."""
+def as_quantized(data: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The same storage as float8 values of `fmt`."""
     return data.view(torch_dtype(fmt))

@@ -1,13 +1,14 @@
-"""e4m3 codes that stretch to the range of their block.
+"""e4m3 values that stretch to the range of their block.
 
-e4m3 spans 17.8 powers of two, but 128 neighbouring moments mostly span fewer: the codes for the rest lie idle. Raising
-magnitudes to a power k >= 1 before the cast spreads the block over all codes. With u = |x| / amax_b in (0, 1]:
+e4m3 spans 17.8 powers of two, but 128 neighbouring moments mostly span fewer: the FP8 values for the rest are unused.
+Raising magnitudes to a power k >= 1 before the cast spreads the block over all quantized values. With u = |x| / amax_b in (0, 1]:
 
     code = RNE_e4m3(448 * u^k)                       so amax itself is always code 448
     |x|  = scale_inv * 448 * (code / 448)^(1/k)      scale_inv = amax_b / 448, as in `flat`
 
 k is kept as uint8 in sixteenths (`expansion`, 16 to 255): the largest k for which the block's smallest nonzero |x|
-still has a code. At k = 1 this is plain e4m3, so it is never worse. Metadata: 5 bytes for each 128 elements.
+still has a code. At k = 1 this is e4m3 without expansion, so it is never worse. Metadata: 5 bytes for each 128
+elements.
 
 Bit for bit the same everywhere, hence spelled out; fp32, each operation rounded, no fma:
 
@@ -22,7 +23,7 @@ Bit for bit the same everywhere, hence spelled out; fp32, each operation rounded
     decode: value = TABLE[expansion][code & 0x7f] * scale_inv, with the code's sign
             TABLE[e][c] = 448 * exp2(log2(value(c) / 448) * (16 / e))   (1st product: quotient 16/e rounded first)
 
-A block that is not finite gets scale_inv = NaN, expansion 16 and codes 0x7f.
+A block that is not finite gets scale_inv = NaN, expansion 16 and quantized values 0x7f.
 Source: COAT (arXiv 2410.19313), dynamic range expansion. COAT anchors a block at sqrt(max * min) and keeps a scale
 besides; anchored at the maximum one number is enough, it is exact, and the largest element is exact too.
 """
@@ -106,7 +107,7 @@ def table(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def encode(x: torch.Tensor, *, rounding: Stochastic | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes uint8 [n], scale_inv fp32 [blocks] and expansion uint8 [blocks] of `x` [n] fp32."""
+    """Quantized values uint8 [n], scale_inv fp32 [blocks] and expansion uint8 [blocks] of `x` [n] fp32."""
     scale_inv = block_scale_inv(x, E4M3.max)
     ratio = (x.abs() * spread(torch.reciprocal(scale_inv), x.numel())).clamp(max=E4M3.max)
     ratio = divide(ratio, E4M3.max)
@@ -129,9 +130,9 @@ def _block_expansion(logs: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tenso
     return wanted.clamp(MIN_EXPANSION, MAX_EXPANSION).floor().to(torch.uint8)
 
 
-def decode(codes: torch.Tensor, scale_inv: torch.Tensor, expansion: torch.Tensor) -> torch.Tensor:
+def decode(quantized: torch.Tensor, scale_inv: torch.Tensor, expansion: torch.Tensor) -> torch.Tensor:
     """fp32 values [n]."""
-    row = spread(expansion, codes.numel()).to(torch.int64)
-    magnitude = table(codes.device).view(-1)[row * BLOCK_SIZE + (codes & 0x7F).to(torch.int64)]
-    value = magnitude * spread(scale_inv, codes.numel())
-    return torch.where(codes >= 0x80, -value, value)
+    row = spread(expansion, quantized.numel()).to(torch.int64)
+    magnitude = table(quantized.device).view(-1)[row * BLOCK_SIZE + (quantized & 0x7F).to(torch.int64)]
+    value = magnitude * spread(scale_inv, quantized.numel())
+    return torch.where(quantized >= 0x80, -value, value)

@@ -9,11 +9,12 @@ vector, not to a tensor, make one code serve all ZeRO stages and offload. For a 
     decoded   = code * scale_inv                      in fp32, then rounded to the wanted dtype
 
 The scale is exact, not a power of two: with powers of two an 8-bit state freezes (docs/numerics.md). No fma anywhere.
-`fitted` blocks, as gradients travel, take the better of two scales: amax at format.max, which is 1.75 * 2^n, or at 2^n. The
-spacing of codes doubles at each power of two, so no one place of amax suits all blocks; both are exact codes, so amax
-itself survives. Better is the smaller squared error of the block (summed by halves: i + 64 onto i, i + 32 onto i, ...).
-A block that holds infinity or NaN gets scale_inv = NaN and the code 0x7f everywhere, so all of it decodes to NaN and
-an overflow on one rank is seen by every rank. Signs are kept, that of zero too. The last block may be short.
+`best_of_two` blocks, as gradients travel, take the better of two scales: amax at format.max, which is 1.75 * 2^n, or at
+2^n. The spacing of FP8 values doubles at each power of two, so no one place of amax suits all blocks; both are exact
+FP8 values, so amax itself survives. Better is the smaller squared error of the block (summed by halves: i + 64 onto i,
+i + 32 onto i, ...). A block that holds infinity or NaN gets scale_inv = NaN and the code 0x7f everywhere, so all of it
+decodes to NaN and an overflow on one rank is seen by every rank. Signs are kept, that of zero too. The last block may
+be short.
 Source: block-wise 8-bit optimizers (arXiv 2110.02861) for the idea of blocks; the rule is ours.
 """
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 
 from ..formats import BLOCK_SIZE, E4M3, Format
 from .cast import divide, saturate
-from .dtypes import as_codes
+from .dtypes import as_quantized
 from .random_bits import Stochastic, round_to_grid
 
 SMALLEST_SCALE_INV = 2.0**-126
@@ -56,13 +57,13 @@ def block_scale_inv(x: torch.Tensor, top: float) -> torch.Tensor:
 
 
 def round_fp8(x: torch.Tensor, fmt: Format, rounding: Stochastic | None) -> torch.Tensor:
-    """`x` [n] fp32, scaled already, as codes (uint8): clamp, then RNE or stochastic; NaN becomes 0x7f."""
+    """`x` [n] fp32, scaled already, in quantized form (uint8): clamp, then RNE or stochastic; NaN becomes 0x7f."""
     if rounding is not None:
         min_exponent = -6 if fmt == E4M3 else -14
         bits = rounding.bits(x.numel(), x.device)
         x = torch.where(x.isnan(), x, round_to_grid(x.clamp(-fmt.max, fmt.max), fmt.mantissa_bits, min_exponent, bits))
-    codes = saturate(x, fmt).view(torch.uint8)
-    return torch.where(x.isnan(), torch.full_like(codes, NAN_CODE), codes)
+    quantized = saturate(x, fmt).view(torch.uint8)
+    return torch.where(x.isnan(), torch.full_like(quantized, NAN_CODE), quantized)
 
 
 def encode(
@@ -70,23 +71,23 @@ def encode(
     fmt: Format,
     *,
     rounding: Stochastic | None = None,
-    fitted: bool = False,
+    best_of_two: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (uint8 [n]) and scale_inv (fp32 [ceil(n / 128)]) of `x` [n], fp32, bf16 or fp16.
+    """Quantized values (uint8 [n]) and scale_inv (fp32 [ceil(n / 128)]) of `x` [n], fp32, bf16 or fp16.
 
-    fitted  each block takes the better of two scales; with rounding to nearest only
-    out     where the two go, and what is returned
+    best_of_two  each block takes the better of two scales; with rounding to nearest only
+    out          where the two go, and what is returned
     """
     values = x.detach().float()
-    if fitted:
+    if best_of_two:
         assert rounding is None, "the better scale is chosen for rounding to nearest"
-        codes, scale_inv = encode_fitted(values, fmt)
+        quantized, scale_inv = encode_fitted(values, fmt)
     else:
         scale_inv = block_scale_inv(values, fmt.max)
         scaled = values * spread(torch.reciprocal(scale_inv), values.numel())
-        codes = round_fp8(scaled, fmt, rounding)
-    return (codes, scale_inv) if out is None else (out[0].copy_(codes), out[1].copy_(scale_inv))
+        quantized = round_fp8(scaled, fmt, rounding)
+    return (quantized, scale_inv) if out is None else (out[0].copy_(quantized), out[1].copy_(scale_inv))
 
 
 def encode_fitted(values: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,11 +96,12 @@ def encode_fitted(values: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torc
     for top in (fmt.max, lower_top(fmt)):
         scale_inv = block_scale_inv(values, top)
         scaled = values * spread(torch.reciprocal(scale_inv), values.numel())
-        codes = round_fp8(scaled, fmt, None)
-        missed = as_codes(codes, fmt).float() - scaled
-        made.append((codes, scale_inv, fold(as_blocks(missed * missed))))
+        quantized = round_fp8(scaled, fmt, None)
+        missed = as_quantized(quantized, fmt).float() - scaled
+        made.append((quantized, scale_inv, sum_by_halves(as_blocks(missed * missed))))
     (upper, upper_inv, upper_error), (lower, lower_inv, lower_error) = made
-    # Errors are in units of the codes; (top / lower_top)^2 = 49 / 16 is exact. A block of NaN takes the first.
+    # Errors are in units of the quantized values; (top / lower_top)^2 = 49 / 16 is exact. A block of NaN takes the
+    # first.
     is_lower = lower_error * (49 / 16) < upper_error
     return torch.where(spread(is_lower, values.numel()), lower, upper), torch.where(is_lower, lower_inv, upper_inv)
 
@@ -109,7 +111,7 @@ def lower_top(fmt: Format) -> float:
     return fmt.max * 4 / 7
 
 
-def fold(blocks: torch.Tensor) -> torch.Tensor:
+def sum_by_halves(blocks: torch.Tensor) -> torch.Tensor:
     """Sums of [blocks, 128] by halves: one order of additions, which vectors of any width can follow."""
     width = blocks.shape[1]
     while width > 1:
@@ -119,20 +121,20 @@ def fold(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def decode(
-    codes: torch.Tensor,
+    quantized: torch.Tensor,
     scale_inv: torch.Tensor,
     fmt: Format,
     *,
     out: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The values of `codes` [n]; written into `out` (its dtype decides) or returned in `dtype`."""
-    values = as_codes(codes, fmt).float() * spread(scale_inv, codes.numel())
+    """The values of `quantized` [n]; written into `out` (its dtype decides) or returned in `dtype`."""
+    values = as_quantized(quantized, fmt).float() * spread(scale_inv, quantized.numel())
     return values.to(dtype) if out is None else out.copy_(values)
 
 
 def sum_contributions(
-    codes: torch.Tensor,
+    quantized: torch.Tensor,
     scale_inv: torch.Tensor,
     fmt: Format,
     *,
@@ -143,28 +145,28 @@ def sum_contributions(
     """Sum of the ranks' contributions, times `factor`: what the owner of a slice does with the bytes it received.
 
     own   [n], fp32, bf16 or fp16: the owner's contribution, never cast, with which the sum begins
-    codes [W, n] uint8, scale_inv [W, ceil(n / 128)] fp32; rows may be strided views of one message
+    quantized [W, n] uint8, scale_inv [W, ceil(n / 128)] fp32; rows may be strided views of one message
     returns `out`, or fp32 [n]. In fp32 and in rank order: total = d_0; total = total + d_w; total = total * factor;
     each operation rounded (no fma), then once to out's dtype.
     """
-    total = decode(codes[0], scale_inv[0], fmt) if own is None else own.detach().float().clone()
-    for rank in range(1 if own is None else 0, codes.shape[0]):
-        total.add_(decode(codes[rank], scale_inv[rank], fmt))
+    total = decode(quantized[0], scale_inv[0], fmt) if own is None else own.detach().float().clone()
+    for rank in range(1 if own is None else 0, quantized.shape[0]):
+        total.add_(decode(quantized[rank], scale_inv[rank], fmt))
     total.mul_(factor)
     return total if out is None else out.copy_(total)
 
 
 def sum_and_encode(
-    codes: torch.Tensor,
+    quantized: torch.Tensor,
     scale_inv: torch.Tensor,
     fmt: Format,
     *,
     factor: float = 1.0,
     out_fmt: Format | None = None,
     own: torch.Tensor | None = None,
-    fitted: bool = False,
+    best_of_two: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode(sum_contributions(...), out_fmt or fmt)`: the requantised sum that stage 0 gathers."""
-    total = sum_contributions(codes, scale_inv, fmt, factor=factor, own=own)
-    return encode(total, out_fmt or fmt, fitted=fitted, out=out)
+    total = sum_contributions(quantized, scale_inv, fmt, factor=factor, own=own)
+    return encode(total, out_fmt or fmt, best_of_two=best_of_two, out=out)

@@ -25,25 +25,27 @@ _EXPONENT_ONLY = -0x00800000  # 0xff800000 as a signed 32-bit pattern: sign and 
 
 
 def quantize_1x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of `x` [..., K] (any float dtype) and scale_inv [..., ceil(K / 128)] fp32."""
+    """Quantized values of `x` [..., K] (any float dtype) and scale_inv [..., ceil(K / 128)] fp32."""
     return _quantize_tiles(x, fmt, 1, power_of_two)
 
 
 def quantize_128x128(x: torch.Tensor, fmt: Format, *, power_of_two: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of `x` [N, K] (any float dtype) and scale_inv [ceil(N / 128), ceil(K / 128)] fp32."""
+    """Quantized values of `x` [N, K] (any float dtype) and scale_inv [ceil(N / 128), ceil(K / 128)] fp32."""
     return _quantize_tiles(x, fmt, BLOCK_SIZE, power_of_two)
 
 
-def dequantize_1x128(codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Codes [..., K] times the scale_inv of their group, rounded to fp32 and then to `dtype`."""
-    return (codes.float() * _spread(scale_inv, 1, codes)).to(dtype)
+def dequantize_1x128(
+    quantized: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Quantized values [..., K] times the scale_inv of their group, rounded to fp32 and then to `dtype`."""
+    return (quantized.float() * _spread(scale_inv, 1, quantized)).to(dtype)
 
 
 def dequantize_128x128(
-    codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32
+    quantized: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Codes [N, K] times the scale_inv of their tile, rounded to fp32 and then to `dtype`."""
-    return (codes.float() * _spread(scale_inv, BLOCK_SIZE, codes)).to(dtype)
+    """Quantized values [N, K] times the scale_inv of their tile, rounded to fp32 and then to `dtype`."""
+    return (quantized.float() * _spread(scale_inv, BLOCK_SIZE, quantized)).to(dtype)
 
 
 def block_scale(amax: torch.Tensor, fmt: Format, *, power_of_two: bool) -> torch.Tensor:

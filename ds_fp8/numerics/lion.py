@@ -1,7 +1,7 @@
 """The update of Lion on fp32 tensors, operation by operation.
 
-Scalars are Python doubles, rounded to fp32 once, when they meet a tensor. Elements, all fp32, each operation rounded by itself
-but `fma(a, b, c)`, a * b + c rounded once:
+Scalars are Python doubles, rounded to fp32 once, when they meet a tensor. Elements, all fp32, each operation rounded by
+itself but `fma(a, b, c)`, a * b + c rounded once:
 
     g = float(grad) * grad_scale
     w = w * (1 - lr * weight_decay)                 only if weight_decay != 0
@@ -9,9 +9,9 @@ but `fma(a, b, c)`, a * b + c rounded once:
     w = w - lr * sign(c)                            sign(0) = 0, sign(NaN) = NaN
     m = fma(1 - beta2, g, m * beta2)
 
-Weight decay is decoupled, as in AdamW; there is no bias correction and no eps. Source: Lion (arXiv 2302.06675), program 1.
-DeepSpeed's kernels take copysign(lr, c) instead of lr * sign(c): there a weight whose gradients were all zero, a word that never
-came up say, moves by lr in every step.
+Weight decay is decoupled, as in AdamW; there is no bias correction and no eps. Source: Lion (arXiv 2302.06675), program
+1. DeepSpeed's kernels take copysign(lr, c) instead of lr * sign(c): there a weight whose gradients were all zero, a
+word that never came up say, moves by lr in every step.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ _CANONICAL_NAN = 0x7FC00000
 
 
 @dataclass
-class MasterCodes:
-    """What is kept beside the parameter of a flat partition, or a piece of it.
+class MasterStorage:
+    """What is kept beside the parameter of a flat partition, or a chunk of it.
 
     format     `own` or one of MASTER_FORMATS
     data       [n] as in the table above; None for `own`
@@ -64,30 +64,30 @@ class MasterCodes:
         fields = {"data": self.data, "scale_inv": self.scale_inv}
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
-    def piece(self, start: int, stop: int) -> MasterCodes:
+    def chunk(self, start: int, stop: int) -> MasterStorage:
         """Views of elements [start, stop); `start` is a multiple of 128."""
         blocks = slice(start // BLOCK_SIZE, flat.blocks_of(stop))
-        return MasterCodes(
+        return MasterStorage(
             self.format,
             None if self.data is None else self.data[start:stop],
             None if self.scale_inv is None else self.scale_inv[blocks],
         )
 
 
-def new_master(format: str, param: torch.Tensor) -> MasterCodes:  # noqa: A002 (the field's name)
+def new_master(format: str, param: torch.Tensor) -> MasterStorage:  # noqa: A002 (the field's name)
     """The master of a flat `param` [n], equal to it: a fresh remainder is zero."""
     if format not in MASTER_FORMATS:
         raise ValueError(f"master format {format!r} is not one of {', '.join(MASTER_FORMATS)}")
     if param.dtype == torch.float32:
-        return MasterCodes(OWN)
+        return MasterStorage(OWN)
     if format == "fp32":
-        return MasterCodes(format, param.detach().float())
+        return MasterStorage(format, param.detach().float())
     if format == "fp16":
-        return MasterCodes(format, *blocks16.encode(param.detach().float()))
-    return MasterCodes(format, torch.zeros(param.numel(), dtype=_REMAINDERS[format], device=param.device))
+        return MasterStorage(format, *blocks16.encode(param.detach().float()))
+    return MasterStorage(format, torch.zeros(param.numel(), dtype=_REMAINDERS[format], device=param.device))
 
 
-def read(master: MasterCodes, param: torch.Tensor) -> torch.Tensor:
+def read(master: MasterStorage, param: torch.Tensor) -> torch.Tensor:
     """The master as fp32 [n]; the parameter's or master's own storage for `own` and `fp32`, else fresh."""
     if master.format == OWN:
         return param.detach()
@@ -100,7 +100,7 @@ def read(master: MasterCodes, param: torch.Tensor) -> torch.Tensor:
     return join(param.detach(), master.data)
 
 
-def write(master: MasterCodes, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
+def write(master: MasterStorage, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
     """Store fp32 `values` [n] in place: the master and, from what it now holds, the parameter."""
     param = param.detach()
     if master.format == OWN:
@@ -111,10 +111,10 @@ def write(master: MasterCodes, param: torch.Tensor, values: torch.Tensor, roundi
         param.copy_(values)
     elif master.format == "fp16":
         assert master.data is not None and master.scale_inv is not None
-        codes, scale_inv = blocks16.encode(values, rounding=rounding)
-        master.data.copy_(codes)
+        quantized, scale_inv = blocks16.encode(values, rounding=rounding)
+        master.data.copy_(quantized)
         master.scale_inv.copy_(scale_inv)
-        param.copy_(blocks16.decode(codes, scale_inv))
+        param.copy_(blocks16.decode(quantized, scale_inv))
     else:
         assert master.data is not None
         weight, remainder = split(values, param.dtype, master.data.dtype, rounding)

@@ -63,7 +63,7 @@ def mix_tensor(h: torch.Tensor) -> torch.Tensor:
 class Stochastic:
     """Asks for stochastic rounding; three integers are its whole state.
 
-    first  index of the first element, when a call sees only a piece of the partition
+    first  index of the first element, when a call sees only a chunk of the partition
     shift  the words are shifted left by this much: roundings of the same element share a word
     """
 
@@ -79,7 +79,7 @@ class Stochastic:
         return mix(self.seed ^ mix(self.step ^ mix(self.stream)))
 
     def at(self, first: int) -> Stochastic:
-        """The same source for a piece that starts at element `first`."""
+        """The same source for a chunk that starts at element `first`."""
         return Stochastic(self.seed, self.step, self.stream, self.first + first, self.shift)
 
     def bits(self, numel: int, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .scaling import scale_from_amax
 
 
 def quantize_rows(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of `x` [..., rows, columns] (any float dtype), contiguous, and scale_inv [..., rows] fp32."""
+    """Quantized values of `x` [..., rows, columns] (any float dtype), contiguous, and scale_inv [..., rows] fp32."""
     values = x.detach().float()
     amax = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
     scale, scale_inv = _scales(amax, fmt)
@@ -28,9 +28,10 @@ def quantize_rows(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Ten
 def quantize_columns(
     x: torch.Tensor, owner: torch.Tensor, groups: int, fmt: Format
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale for each column of each group of rows: codes [rows, columns] and scale_inv [groups, columns] fp32.
+    """One scale for each column of each group of rows: quantized [rows, columns] and scale_inv [groups, columns] fp32.
 
-    owner  [rows] int64, the group of a row; rows of group `groups` belong to none, and their codes mean nothing
+    owner  [rows] int64, the group of a row; rows of group `groups` belong to none, and their quantized values mean
+           nothing
     """
     values = x.detach().float()
     places = owner.unsqueeze(1).expand_as(values)

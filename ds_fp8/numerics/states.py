@@ -1,4 +1,4 @@
-"""How exp_avg and exp_avg_sq lie in memory: one `StateCodes` holds either, in one of six formats.
+"""How exp_avg and exp_avg_sq lie in memory: one `StateStorage` holds either, in one of six formats.
 
     format         data            scale_inv  expansion  exp_avg    exp_avg_sq    bytes per parameter
     fp32           fp32 [n]        -          -          m          v             4
@@ -22,10 +22,11 @@ m / sqrt(v) is, everywhere: it is the update. So exp_avg in 8 bits is kept as a 
 
 The divisor is what the next step reads, to the bit, so an error of sqrt(v) does not reach m. Where v is zero (a new
 state, a v below fp32) m stands there itself and is not lost; NaN stays NaN. What exp_avg means depends on exp_avg_sq:
-whoever writes the latter writes the former again, after it. int8 suits the ratio alone: a root spans more than its codes.
+whoever writes the latter writes the former again, after it. int8 suits the ratio alone: a root spans more than its
+values.
 
-The functions are elementwise over blocks; a piece that starts at a multiple of 128 gives the same codes as the whole.
-Rounding: RNE, or `Stochastic` for every format but fp32.
+The functions are elementwise over blocks; a chunk that starts at a multiple of 128 gives the same quantized values as
+the whole. Rounding: RNE, or `Stochastic` for every format but fp32.
 Source: MS-AMP keeps v in tensor-scaled fp16; docs/numerics.md shows what that costs, why we keep the root and the ratio.
 """
 
@@ -52,8 +53,8 @@ RATIO_FORMATS = frozenset(name for name, fmt in STATES.items() if fmt.keeps_rati
 
 
 @dataclass
-class StateCodes:
-    """One optimizer state of a flat partition, or a piece of it; the tensors belong to whoever made them.
+class StateStorage:
+    """One optimizer state of a flat partition, or a chunk of it; the tensors belong to whoever made them.
 
     format      one of EXP_AVG_FORMATS
     data        [n], dtype as in the table above
@@ -71,10 +72,10 @@ class StateCodes:
         fields = {"data": self.data, "scale_inv": self.scale_inv, "expansion": self.expansion}
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
-    def piece(self, start: int, stop: int) -> StateCodes:
+    def chunk(self, start: int, stop: int) -> StateStorage:
         """Views of elements [start, stop); `start` is a multiple of 128."""
         blocks = slice(start // BLOCK_SIZE, flat.blocks_of(stop))
-        return StateCodes(
+        return StateStorage(
             self.format,
             self.data[start:stop],
             None if self.scale_inv is None else self.scale_inv[blocks],
@@ -87,23 +88,23 @@ class Codec:
     """How one format lies in memory, and its way to fp32 and back.
 
     dtype   of `data`
-    fields  the tensors of StateCodes that it has
+    fields  the tensors of StateStorage that it has
     read    storage -> what is stored, fp32 [n]; the caller may overwrite the result unless it is in fp32
     write   (storage, fp32 values [n], rounding or None): store them in place as they are
     """
 
     dtype: torch.dtype
     fields: tuple[str, ...]
-    read: Callable[[StateCodes], torch.Tensor]
-    write: Callable[[StateCodes, torch.Tensor, Stochastic | None], None]
+    read: Callable[[StateStorage], torch.Tensor]
+    write: Callable[[StateStorage, torch.Tensor, Stochastic | None], None]
 
 
-def new_state(format: str, numel: int, device: torch.device | str) -> StateCodes:  # noqa: A002 (the field's name)
+def new_state(format: str, numel: int, device: torch.device | str) -> StateStorage:  # noqa: A002 (the field's name)
     """Buffers of a state that decodes to zeros."""
     if format not in CODECS:
         raise ValueError(f"state format {format!r} is not one of {', '.join(CODECS)}")
     codec, blocks = CODECS[format], flat.blocks_of(numel)
-    return StateCodes(
+    return StateStorage(
         format,
         torch.zeros(numel, dtype=codec.dtype, device=device),
         torch.full((blocks,), flat.SMALLEST_SCALE_INV, device=device) if "scale_inv" in codec.fields else None,
@@ -113,23 +114,23 @@ def new_state(format: str, numel: int, device: torch.device | str) -> StateCodes
     )
 
 
-def read(state: StateCodes) -> torch.Tensor:
+def read(state: StateStorage) -> torch.Tensor:
     """What is stored, as fp32 [n]: m or m / d, v or sqrt(v). The caller may overwrite the result unless in fp32."""
     return CODECS[state.format].read(state)
 
 
-def write(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
+def write(state: StateStorage, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
     """Store fp32 `values` [n] in place as they are. Zeros of nonzero values stay zero; see `write_root`."""
     CODECS[state.format].write(state, values, rounding)
 
 
-def read_root(exp_avg_sq: StateCodes) -> torch.Tensor:
+def read_root(exp_avg_sq: StateStorage) -> torch.Tensor:
     """r, fp32 [n]: the sqrt(v) that is stored, or the root of the v that is."""
     stored = read(exp_avg_sq)
     return stored if exp_avg_sq.format in ROOT_FORMATS else ieee_sqrt(stored)
 
 
-def read_exp_avg(exp_avg: StateCodes, exp_avg_sq: StateCodes | None) -> torch.Tensor:
+def read_exp_avg(exp_avg: StateStorage, exp_avg_sq: StateStorage | None) -> torch.Tensor:
     """m as fp32 [n]; `exp_avg_sq` is read only where exp_avg is a ratio."""
     stored = read(exp_avg)
     if exp_avg_sq is None or exp_avg.format not in RATIO_FORMATS:
@@ -137,7 +138,7 @@ def read_exp_avg(exp_avg: StateCodes, exp_avg_sq: StateCodes | None) -> torch.Te
     return stored * _divisor(read_root(exp_avg_sq))
 
 
-def read_exp_avg_sq(exp_avg_sq: StateCodes) -> torch.Tensor:
+def read_exp_avg_sq(exp_avg_sq: StateStorage) -> torch.Tensor:
     """v as fp32 [n]: r * r where the root is stored."""
     stored = read(exp_avg_sq)
     return stored * stored if exp_avg_sq.format in ROOT_FORMATS else stored
@@ -148,7 +149,7 @@ def _divisor(root: torch.Tensor) -> torch.Tensor:
     return torch.where(root == 0, torch.ones_like(root), root)
 
 
-def write_root(state: StateCodes, root: torch.Tensor, rounding: Stochastic | None = None) -> None:
+def write_root(state: StateStorage, root: torch.Tensor, rounding: Stochastic | None = None) -> None:
     """Store sqrt(v) >= 0, fp32 [n], in place; a zero code of a nonzero root becomes the smallest code."""
     write(state, root, rounding)
     bits = state.data.view(torch.int16) if state.data.dtype == torch.float16 else state.data
@@ -156,7 +157,7 @@ def write_root(state: StateCodes, root: torch.Tensor, rounding: Stochastic | Non
 
 
 def write_exp_avg_sq(
-    exp_avg_sq: StateCodes, v: torch.Tensor, root: torch.Tensor, rounding: Stochastic | None = None
+    exp_avg_sq: StateStorage, v: torch.Tensor, root: torch.Tensor, rounding: Stochastic | None = None
 ) -> None:
     """Store v [n] fp32 in place; `root` is its square root, which some formats store instead."""
     assert STATES[exp_avg_sq.format].holds_exp_avg_sq, f"{exp_avg_sq.format} holds exp_avg alone"
@@ -167,7 +168,7 @@ def write_exp_avg_sq(
 
 
 def write_exp_avg(
-    exp_avg: StateCodes, exp_avg_sq: StateCodes | None, m: torch.Tensor, rounding: Stochastic | None = None
+    exp_avg: StateStorage, exp_avg_sq: StateStorage | None, m: torch.Tensor, rounding: Stochastic | None = None
 ) -> None:
     """Store m [n] fp32 in place; `exp_avg_sq`, if there is one, holds what belongs to it already."""
     if exp_avg_sq is not None and exp_avg.format in RATIO_FORMATS:
@@ -183,28 +184,28 @@ def round_bf16(x: torch.Tensor, rounding: Stochastic) -> torch.Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-def _store(state: StateCodes, codes: torch.Tensor, scale_inv: torch.Tensor) -> None:
+def _store(state: StateStorage, quantized: torch.Tensor, scale_inv: torch.Tensor) -> None:
     assert state.scale_inv is not None
-    state.data.copy_(codes)
+    state.data.copy_(quantized)
     state.scale_inv.copy_(scale_inv)
 
 
-def _write_fp32(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
+def _write_fp32(state: StateStorage, values: torch.Tensor, rounding: Stochastic | None) -> None:
     state.data.copy_(values)
 
 
-def _write_bf16(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
+def _write_bf16(state: StateStorage, values: torch.Tensor, rounding: Stochastic | None) -> None:
     state.data.copy_(values if rounding is None else round_bf16(values, rounding))
 
 
-def _write_expanded(state: StateCodes, values: torch.Tensor, rounding: Stochastic | None) -> None:
-    codes, scale_inv, exponents = expansion.encode(values, rounding=rounding)
+def _write_expanded(state: StateStorage, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    quantized, scale_inv, exponents = expansion.encode(values, rounding=rounding)
     assert state.expansion is not None
     state.expansion.copy_(exponents)
-    _store(state, codes, scale_inv)
+    _store(state, quantized, scale_inv)
 
 
-def _read_expanded(state: StateCodes) -> torch.Tensor:
+def _read_expanded(state: StateStorage) -> torch.Tensor:
     assert state.scale_inv is not None and state.expansion is not None
     return expansion.decode(state.data, state.scale_inv, state.expansion)
 

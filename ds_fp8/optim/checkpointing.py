@@ -1,15 +1,15 @@
-"""Exact codes in a checkpoint, and a load that either happens whole or not at all.
+"""Exact quantized values in a checkpoint, and a load that either happens whole or not at all.
 
-Two containers, both of plain types and tensors, safe under `torch.load(weights_only=True)`:
+Two containers, both of built-in types and tensors, safe under `torch.load(weights_only=True)`:
 
-`export_codes(optimizer, param)`    one parameter, self-contained
+`export_quantized(optimizer, param)`    one parameter, self-contained
     version, formats {exp_avg, exp_avg_sq, master, rounding}, dtype, step, partition, tensors {key: [..]}, weight [n]
 
 `state_dict(optimizer)`             all of them in torch's layout, the parameters themselves saved elsewhere
     state {index: {step, partition, key: tensor}}, param_groups, ds_fp8 {version, algorithm, formats, seed, dtypes}
 
 Equal formats: the bits are copied. Other formats of ours: decoded and encoded anew, which is how a job changes its
-level. A plain Adam's state_dict (exp_avg, exp_avg_sq, step): encoded. Everything else is a CheckpointError, raised
+level. A torch Adam's state_dict (exp_avg, exp_avg_sq, step): encoded. Everything else is a CheckpointError, raised
 after a look at every entry and before the first one is touched.
 """
 
@@ -40,7 +40,7 @@ _NOT_OURS = {*REFUSED_OPTIONS, "foreach", "fused", "decoupled_weight_decay", "pa
 
 @dataclass
 class Saved:
-    """One parameter's state as found in a checkpoint, ours or a plain Adam's."""
+    """One parameter's state as found in a checkpoint, ours or a torch Adam's."""
 
     formats: dict[str, str]
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Saved:
 
 
 @torch.no_grad()
-def export_codes(optimizer: ScaledOptimizer, param: torch.Tensor) -> dict[str, Any]:
+def export_quantized(optimizer: ScaledOptimizer, param: torch.Tensor) -> dict[str, Any]:
     """The exact state of one parameter; CPU copies that later steps do not change."""
     state = optimizer.state_of(param)
     return {
@@ -67,27 +67,29 @@ def export_codes(optimizer: ScaledOptimizer, param: torch.Tensor) -> dict[str, A
 
 
 @torch.no_grad()
-def import_codes(optimizer: ScaledOptimizer, param: torch.Tensor, codes: dict[str, Any]) -> None:
+def import_quantized(optimizer: ScaledOptimizer, param: torch.Tensor, quantized: dict[str, Any]) -> None:
     """The way back; raises CheckpointError with everything unchanged."""
-    _apply(optimizer, param, check_saved(codes, param.numel(), "codes of a partition"))
+    _apply(optimizer, param, check_saved(quantized, param.numel(), "quantized values of a partition"))
 
 
-def check_saved(codes: Any, numel: int, where: str) -> Saved:
-    """What `export_codes` wrote of a partition of `numel` elements; CheckpointError, by `where`, if it is damaged."""
-    _check_header(codes, where, ("formats", "dtype", "step", "partition", "tensors", "weight"))
+def check_saved(quantized: Any, numel: int, where: str) -> Saved:
+    """What `export_quantized` wrote of a partition of `numel` elements; CheckpointError, by `where`, if it is
+    damaged.
+    """
+    _check_header(quantized, where, ("formats", "dtype", "step", "partition", "tensors", "weight"))
     for key, kind in (("formats", dict), ("dtype", str), ("tensors", dict), ("weight", torch.Tensor)):
-        if not isinstance(codes[key], kind):
-            raise CheckpointError(f"{where}: {key} is a {type(codes[key]).__name__}, expected {kind.__name__}.")
+        if not isinstance(quantized[key], kind):
+            raise CheckpointError(f"{where}: {key} is a {type(quantized[key]).__name__}, expected {kind.__name__}.")
     for key in ("step", "partition"):
-        if not isinstance(codes[key], int) or codes[key] < 0:
-            raise CheckpointError(f"{where}: {key} is {codes[key]!r}, expected a whole number of at least 0.")
+        if not isinstance(quantized[key], int) or quantized[key] < 0:
+            raise CheckpointError(f"{where}: {key} is {quantized[key]!r}, expected a whole number of at least 0.")
     saved = Saved(
-        _checked_formats(codes["formats"], where),
-        _checked_dtype(codes["dtype"], where),
-        codes["step"],
-        codes["partition"],
-        codes["tensors"],
-        codes["weight"],
+        _checked_formats(quantized["formats"], where),
+        _checked_dtype(quantized["dtype"], where),
+        quantized["step"],
+        quantized["partition"],
+        quantized["tensors"],
+        quantized["weight"],
     )
     _check_tensors(saved, numel, where)
     for key, tensor in saved.tensors.items():
@@ -96,16 +98,16 @@ def check_saved(codes: Any, numel: int, where: str) -> Saved:
     return saved
 
 
-def state_dict(optimizer: ScaledOptimizer, plain: dict[str, Any]) -> dict[str, Any]:
-    """`plain`, torch's own state_dict of `optimizer`, with what a load needs to know."""
-    plain[KEY] = {
+def state_dict(optimizer: ScaledOptimizer, torch_state: dict[str, Any]) -> dict[str, Any]:
+    """`torch_state`, torch's own state_dict of `optimizer`, with what a load needs to know."""
+    torch_state[KEY] = {
         "version": VERSION,
         "algorithm": optimizer.algorithm,
         "formats": optimizer.formats(),
         "seed": optimizer.seed,
         "dtypes": [_dtype_name(param.dtype) for param in optimizer.parameters()],
     }
-    return plain
+    return torch_state
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def load_state_dict(optimizer: ScaledOptimizer, loaded: dict[str, Any]) -> None:
             continue
         where = f"optimizer state of parameter {number}"
         saved = (
-            _plain_entry(entry, optimizer.moments, where)
+            _torch_entry(entry, optimizer.moments, where)
             if header is None
             else _own_entry(entry, header, number, where)
         )
@@ -161,7 +163,7 @@ def _own_entry(entry: dict[str, Any], header: dict[str, Any], number: int, where
     )
 
 
-def _plain_entry(entry: dict[str, Any], moments: tuple[str, ...], where: str) -> Saved:
+def _torch_entry(entry: dict[str, Any], moments: tuple[str, ...], where: str) -> Saved:
     """What torch's and DeepSpeed's own optimizers keep: moments of the parameter's shape."""
     missing, foreign = {"step", *moments} - entry.keys(), set(MOMENTS) & entry.keys() - set(moments)
     if missing or foreign:
@@ -285,7 +287,7 @@ def _moments_of(formats: dict[str, str]) -> tuple[str, ...]:
 
 
 def _exact(moment: str, saved: dict[str, str], own: dict[str, str]) -> bool:
-    """Whether the codes of `moment` mean here what they meant there."""
+    """Whether the quantized values of `moment` mean here what they meant there."""
     if saved[moment] != own[moment]:
         return False
     return not codecs.depends_on_squares(moment, own) or saved["exp_avg_sq"] == own["exp_avg_sq"]

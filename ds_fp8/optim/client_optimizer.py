@@ -10,8 +10,8 @@ Recognised by class, because two optimizers that share a name of a base class ma
 The parameter groups stay the client's own dicts, so a scheduler built on them goes on working. Anything else is
 refused by name.
 
-DeepSpeed's FusedAdam and FusedLion (0.19.8) count the steps of a group in the state of the group's last parameter alone; the
-others stay at 0. So for optimizers of these names the step of a group is the largest found in it.
+DeepSpeed's FusedAdam and FusedLion (0.19.8) count the steps of a group in the state of the group's last parameter
+alone; the others stay at 0. So for optimizers of these names the step of a group is the largest found in it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _COUNT_IN_ONE = ("FusedAdam", "FusedLion")
 _NUMBERS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
 
 
-def take_over(
+def replace_client_optimizer(
     client: torch.optim.Optimizer,
     *,
     level: Level | str = "O2",
@@ -53,7 +53,8 @@ def take_over(
     seed: int = 0,
     with_state: bool = True,
 ) -> ScaledOptimizer:
-    """ScaledAdam, ScaledAdamW or ScaledLion in place of `client`; PlanError, naming the class, if it is none of the three.
+    """ScaledAdam, ScaledAdamW or ScaledLion in place of `client`; PlanError, naming the class, if it is none of the
+    three.
 
     with_state  False where ours will step other tensors than the client's (ZeRO's partitions): `client_states` then
                 gives the caller what is to be cut
@@ -75,7 +76,9 @@ def take_over(
 
 
 def algorithm_of(client: Any) -> str | None:
-    """The name in `ALGORITHMS` of what `client` computes; None for a callable that makes it, and for one that is refused."""
+    """The name in `ALGORITHMS` of what `client` computes; None for a callable that makes it, and for one that is
+    refused.
+    """
     if isinstance(client, ScaledOptimizer):
         return client.algorithm
     if not isinstance(client, torch.optim.Optimizer):

@@ -1,8 +1,8 @@
 """How the master lies in `optimizer.state[p]`, and its way to fp32 and back.
 
 Keys: none when the parameter is its own master (fp32); `master` for an fp32 master, which is the value itself;
-`master.data` (a remainder, or fp16 codes) and `master.scale_inv` otherwise. The parameter is always the other half: whoever writes
-it from outside must import the master again, or the remainder of the old weight is added to the new one.
+`master.data` (a remainder, or fp16 values) and `master.scale_inv` otherwise. The parameter is always the other half:
+whoever writes it from outside must import the master again, or the remainder of the old weight is added to the new one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..numerics import masters
-from ..numerics.masters import OWN, MasterCodes
-from .codecs import pieces
+from ..numerics.masters import OWN, MasterStorage
+from .codecs import chunks
 
 EXACT_FORMATS = frozenset({OWN, "fp32", "split32"})
 """Masters that are fp32 (with an fp16 parameter split32 is, from 2^-16 up)."""
@@ -25,7 +25,7 @@ def format_for(fmt: str, param: torch.Tensor) -> str:
 
 
 def keys_of(fmt: str) -> dict[str, str]:
-    """Field of MasterCodes -> key in `optimizer.state[p]`."""
+    """Field of MasterStorage -> key in `optimizer.state[p]`."""
     if fmt == OWN:
         return {}
     if fmt == "fp32":
@@ -40,42 +40,42 @@ def new_master(fmt: str, param: torch.Tensor) -> dict[str, torch.Tensor]:
     return {keys[field]: tensor for field, tensor in masters.new_master(fmt, param).tensors().items()}
 
 
-def master_codes(state: dict[str, Any], fmt: str, param: torch.Tensor) -> MasterCodes:
+def master_storage(state: dict[str, Any], fmt: str, param: torch.Tensor) -> MasterStorage:
     """The master as the kernels take it: the same tensors."""
     real = format_for(fmt, param)
-    return MasterCodes(real, **{field: state[key] for field, key in keys_of(real).items()})
+    return MasterStorage(real, **{field: state[key] for field, key in keys_of(real).items()})
 
 
 def export_master(
     state: dict[str, Any], fmt: str, param: torch.Tensor, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
     """Elements [start, stop) of the master of the flat `param` as a fresh fp32 tensor."""
-    codes = master_codes(state, fmt, param)
+    quantized = master_storage(state, fmt, param)
     stop = param.numel() if stop is None else stop
     out = torch.empty(stop - start, dtype=torch.float32, device=param.device)
-    for first, last in pieces(start, stop):
+    for first, last in chunks(start, stop):
         skipped = max(start - first, 0)
-        values = masters.read(codes.piece(first, last), param[first:last])
+        values = masters.read(quantized.chunk(first, last), param[first:last])
         out[first + skipped - start : last - start].copy_(values[skipped:])
     return out
 
 
 def import_master(state: dict[str, Any], fmt: str, param: torch.Tensor, values: torch.Tensor) -> None:
     """Encode fp32 `values` [n] in place, to nearest: the master, and the flat `param` with it."""
-    codes = master_codes(state, fmt, param)
-    for first, last in pieces(0, param.numel()):
-        piece = values[first:last].detach().to(param.device, torch.float32)
-        masters.write(codes.piece(first, last), param[first:last], piece)
+    quantized = master_storage(state, fmt, param)
+    for first, last in chunks(0, param.numel()):
+        chunk = values[first:last].detach().to(param.device, torch.float32)
+        masters.write(quantized.chunk(first, last), param[first:last], chunk)
 
 
 def upper_half(fmt: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The parameter that `import_master` of flat fp32 `values` leaves, for ranks that have no master of it.
 
-    A remainder is rounded half up and a cast half to even, so at ties a plain cast is not what the owner has.
+    A remainder is rounded half up and a cast half to even, so at ties a cast is not what the owner has.
     """
     param = values.to(dtype)
     real = format_for(fmt, param)
-    for first, last in pieces(0, param.numel()):
-        piece = param[first:last]
-        masters.write(masters.new_master(real, piece), piece, values[first:last].float())
+    for first, last in chunks(0, param.numel()):
+        chunk = param[first:last]
+        masters.write(masters.new_master(real, chunk), chunk, values[first:last].float())
     return param

@@ -68,7 +68,7 @@ class ScaledAdam(ScaledOptimizer):
                 grad=grad,
                 exp_avg=exp_avg,
                 exp_avg_sq=exp_avg_sq,
-                master=masters.master_codes(state, self.level.master, flat),
+                master=masters.master_storage(state, self.level.master, flat),
                 decoupled=self.decoupled,
                 step=state["step"],
                 grad_scale=self.grad_scale,

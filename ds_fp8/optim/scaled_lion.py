@@ -1,7 +1,8 @@
 """ScaledLion: Lion with its one state, and the master, in 8 and 16 bits.
 
-exp_avg in eight bits is kept as it is, not as a ratio: there is no second moment to divide by. Its blocks of 128 elements share a
-scale, so an element below 1/254 of the block's largest reads as zero; then the sign of the update is the gradient's.
+exp_avg in eight bits is kept as it is, not as a ratio: there is no second moment to divide by. Its blocks of 128
+elements share a scale, so an element below 1/254 of the block's largest reads as zero; then the sign of the update is
+the gradient's.
 
 Example:
 
@@ -23,7 +24,9 @@ from .scaled_optimizer import ScaledOptimizer
 
 
 class ScaledLion(ScaledOptimizer):
-    """Lion (numerics/lion.py), with the names and defaults of DeepSpeed's FusedLion. For the rest see ScaledOptimizer."""
+    """Lion (numerics/lion.py), with the names and defaults of DeepSpeed's FusedLion. For the rest see
+    ScaledOptimizer.
+    """
 
     algorithm = "lion"
     moments = ALGORITHMS["lion"].moments
@@ -58,7 +61,7 @@ class ScaledLion(ScaledOptimizer):
                 param=flat,
                 grad=grad,
                 exp_avg=exp_avg,
-                master=masters.master_codes(state, self.level.master, flat),
+                master=masters.master_storage(state, self.level.master, flat),
                 step=state["step"],
                 grad_scale=self.grad_scale,
                 **self.rounding_of(state),

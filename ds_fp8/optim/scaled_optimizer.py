@@ -1,13 +1,13 @@
 """ScaledOptimizer: what every optimizer with states and masters in 8 and 16 bits shares; an algorithm is a subclass.
 
-A parameter is a flat ZeRO partition or an ordinary tensor, in bf16 or fp16 (the 16-bit weight itself, half of its
+A parameter is a flat ZeRO partition or a regular tensor, in bf16 or fp16 (the 16-bit weight itself, half of its
 master) or fp32 (its own master). The gradient is `param.grad`, or `optimizer.gradients[param]` when it must have
 another dtype than the parameter: torch refuses an fp32 `.grad` on a bf16 tensor. `grad_scale` multiplies every gradient
 inside the pass: unscaling and clipping cost nothing.
 
 `state[param]`, all tensors flat, updated in place and never rebound:
 
-    step        int, a plain counter
+    step        int, a counter
     partition   int, this parameter's number: with `seed` and `step` it decides the random bits of stochastic rounding
     exp_avg...  exp_avg_sq...  master...      tensors, see codecs.py and masters.py; those in `moments` alone
 """
@@ -140,7 +140,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
             yield from group["params"]
 
     def formats(self) -> dict[str, str]:
-        """What must be equal for codes values to be exchanged as they are."""
+        """What must be equal for quantized values values to be exchanged as they are."""
         return {name: getattr(self.level, name) for name in (*self.moments, "master", "rounding")}
 
     @torch.no_grad()
@@ -174,8 +174,8 @@ class ScaledOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Encode fp32 flats [n] into the state of `param`, in place, to nearest; what is None stays as it is.
 
-        Beside the master the moments, by name. Where exp_avg is a ratio it is encoded beside exp_avg_sq: give both at once, or
-        the one that is set first is rounded twice.
+        Beside the master the moments, by name. Where exp_avg is a ratio it is encoded beside exp_avg_sq: give both at
+        once, or the one that is set first is rounded twice.
         A new master writes the parameter too. Raises CheckpointError, before anything is changed, for a wrong size.
         """
         if foreign := [name for name, values in given.items() if values is not None and name not in self.moments]:
@@ -197,22 +197,29 @@ class ScaledOptimizer(torch.optim.Optimizer):
         if step is not None:
             state["step"] = int(step)
 
-    def export_codes(self, param: torch.Tensor) -> dict[str, Any]:
-        """The exact state of `param`, the 16-bit weight included, as built-in types and CPU tensors; see checkpointing.py."""
-        return checkpointing.export_codes(self, param)
+    def export_quantized(self, param: torch.Tensor) -> dict[str, Any]:
+        """The exact state of `param`, the 16-bit weight included, as built-in types and CPU tensors; see
+        checkpointing.py.
+        """
+        return checkpointing.export_quantized(self, param)
 
-    def import_codes(self, param: torch.Tensor, codes: dict[str, Any]) -> None:
-        """Take what `export_codes` gave, bit for bit, or encoded anew if the formats differ; CheckpointError if foreign."""
-        checkpointing.import_codes(self, param, codes)
+    def import_quantized(self, param: torch.Tensor, quantized: dict[str, Any]) -> None:
+        """Take what `export_quantized` gave, bit for bit, or encoded anew if the formats differ; CheckpointError if
+        foreign.
+        """
+        checkpointing.import_quantized(self, param, quantized)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's layout with our codes values as states, plus `ds_fp8` (version, formats, seed); see checkpointing.py."""
+        """torch's layout with our quantized values values as states, plus `ds_fp8` (version, formats, seed); see
+        checkpointing.py.
+        """
         return checkpointing.state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state_dict of ours (any level) or of torch's Adam; on CheckpointError the optimizer is as before.
 
-        Tensors are twin in place and never cast to the parameter's dtype, which is what torch's own method would do.
+        Tensors are counterpart in place and never cast to the parameter's dtype, which is what torch's own method would
+        do.
         """
         checkpointing.load_state_dict(self, state_dict)
 

@@ -1,4 +1,4 @@
-"""The decision: settings and the model become one frozen, printable `Plan`; the stations obey it."""
+"""Settings and the model become one frozen, printable `Plan`; layers, communication and optimizer follow it."""
 
 from __future__ import annotations
 

@@ -45,17 +45,17 @@ def _numerics(kind: str, plan: Plan) -> str:
 
 
 def _kept(kept: Sequence[ModuleDecision]) -> str:
-    """`; kept 2: lm_head (not a multiple of 16: 50257), router (excluded ...)`; equal reasons are told once."""
+    """`; kept 2: lm_head (not a multiple of 16: 50257), router (excluded ...)`; equal reasons are reported once."""
     if not kept:
         return ""
     groups: dict[str, list[str]] = {}
     for decision in kept:
         groups.setdefault(decision.reason, []).append(decision.fqn or "the model itself")
-    told = []
+    reasons = []
     for reason, names in groups.items():
         shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        told.append(f"{shown} ({reason})")
-    return f"; kept {len(kept)}: {', '.join(told)}"
+        reasons.append(f"{shown} ({reason})")
+    return f"; kept {len(kept)}: {', '.join(reasons)}"
 
 
 def _setting_lines(plan: Plan) -> list[str]:

@@ -2,8 +2,8 @@
 
 Each takes a `CandidateModule` and returns the reason as the user will read it, or None. Where a `HARD` check fails, a
 conversion would be wrong or impossible: asking for such a module by its full name is an error. `SOFT` ones are good
-defaults, and naming the module overrules them. Each of these was a silent failure somewhere: subclasses whose forward is
-never called, tied heads quietly untied, a conversion that stopped at the first unaligned layer.
+defaults, and naming the module overrules them. Each check stands for a silent failure that has happened: subclasses
+whose forward was never called, tied heads that were untied, a conversion that stopped at the first unaligned layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .shapes import is_conv1d, shape_of
 if TYPE_CHECKING:
     from .roles import Role
 
-PLAIN: tuple[tuple[str, type[nn.Module]], ...] = (
+KNOWN: tuple[tuple[str, type[nn.Module]], ...] = (
     ("Linear", nn.Linear),
     ("LayerNorm", nn.LayerNorm),
     ("RMSNorm", nn.RMSNorm),
@@ -75,7 +75,7 @@ ConversionCheck = Callable[[CandidateModule], "str | None"]
 
 
 def kind_of(module: nn.Module, *, library_norms: bool = False) -> str | None:
-    found = next((kind for kind, cls in PLAIN if isinstance(module, cls)), None)
+    found = next((kind for kind, cls in KNOWN if isinstance(module, cls)), None)
     if found is None and is_conv1d(module):
         return "Conv1D"
     if found is None and library_norms and rms_norm_of(module) is not None:
@@ -84,7 +84,7 @@ def kind_of(module: nn.Module, *, library_norms: bool = False) -> str | None:
 
 
 def computed_weight(candidate: CandidateModule) -> str | None:
-    """weight_norm, spectral_norm and parametrizations compute the weight anew in each forward: nothing to adopt."""
+    """weight_norm, spectral_norm and parametrizations compute the weight anew in each forward: nothing to convert."""
     if hasattr(candidate.module, "parametrizations"):
         return "its weight is parametrized"
     if candidate.kind in MATRICES and candidate.weight is None:
@@ -93,7 +93,7 @@ def computed_weight(candidate: CandidateModule) -> str | None:
 
 
 def foreign_weight(candidate: CandidateModule) -> str | None:
-    """A weight that is no plain dense floating Parameter belongs to somebody else's scheme."""
+    """A weight that is no dense floating Parameter belongs to somebody else's scheme."""
     weight = candidate.weight
     if weight is None:
         return None
@@ -119,9 +119,9 @@ def replaced_forward(candidate: CandidateModule) -> str | None:
 def subclass(candidate: CandidateModule) -> str | None:
     """A subclass has its own forward, or none that is ever called."""
     cls = type(candidate.module)
-    if candidate.kind in ("Conv1D", "Experts") or any(cls is plain for _, plain in PLAIN):
+    if candidate.kind in ("Conv1D", "Experts") or any(cls is known for _, known in KNOWN):
         return None
-    if not isinstance(candidate.module, tuple(plain for _, plain in PLAIN)):
+    if not isinstance(candidate.module, tuple(known for _, known in KNOWN)):
         return None  # known by what it computes
     if cls.__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention never calls its out_proj"

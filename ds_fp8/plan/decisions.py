@@ -2,7 +2,7 @@
 
 Nothing here decides; `make.py` fills these classes and the stations read them. A station gets its own part only:
 layers read `Fp8Plan` and the module decisions, optim reads `OptimPlan`, comm and zero read `CommPlan`.
-Everything is a plain value, so a plan survives JSON (`Plan.to_json`, `plan_from_json`) and hashes to one digest.
+Everything is a built-in value, so a plan survives JSON (`Plan.to_json`, `plan_from_json`) and hashes to one digest.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ModuleDecision:
 class ParameterDecision:
     """In which format everything that belongs to one parameter is kept and sent; `none` where nothing is.
 
-    owner  fqn of the FP8 layer whose codes stand for this weight (O3); empty for all others
+    owner  fqn of the FP8 layer whose quantized values stand for this weight (O3); empty for all others
     """
 
     fqn: str
@@ -84,7 +84,7 @@ class ProductDecision:
 class Fp8Plan:
     """The part of the layers: settings with every `auto` decided.
 
-    frozen_weights  names of the FP8 layers whose frozen weight is kept as its codes alone
+    frozen_weights  names of the FP8 layers whose frozen weight is kept in quantized form alone
     """
 
     enabled: bool = False
@@ -119,7 +119,8 @@ class OptimPlan:
 class CommPlan:
     """The part of the wire.
 
-    fp8_weights  names of the parameters that travel as the codes of their FP8 layer (O3); all others in 16 bits
+    fp8_weights  names of the parameters that travel as the quantized values of their FP8 layer (O3); all others in 16
+                 bits
     """
 
     gradient_wire: str

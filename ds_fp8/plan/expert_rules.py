@@ -41,14 +41,14 @@ class ExpertRule:
 
 def rule_of(module: nn.Module) -> ExpertRule | None:
     """The rule for a module, None for everything else. Raises PlanError if a registration does not fit its class."""
-    if (told := experts.registration(type(module))) is not None:
-        missing = [name for name in told.weights if not _is_stack(module, name)]
+    if (registration := experts.registration(type(module))) is not None:
+        missing = [name for name in registration.weights if not _is_stack(module, name)]
         if missing:
             raise PlanError(
                 f"ds_fp8.experts.register({type(module).__name__}): {', '.join(missing)} is no parameter [experts, ., .]."
             )
-        transposed = frozenset(name for name, layout in told.weights.items() if layout == "in_out")
-        return ExpertRule("registered", tuple(told.weights), transposed)
+        transposed = frozenset(name for name, layout in registration.weights.items() if layout == "in_out")
+        return ExpertRule("registered", tuple(registration.weights), transposed)
     if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
         names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
         if all(_is_stack(module, name) for name in names):

@@ -2,12 +2,12 @@
 
 Every model of transformers brings a class of its own, written out in some six operations. A module is one of them if it has
 one Parameter `weight` of one dimension and nothing else, a small number for eps, and if its forward gives what RMS norm
-gives, on ordinary rows and on rows so small that eps decides:
+gives, on typical rows and on rows so small that eps decides:
 
     y = x / sqrt(mean(x * x) + eps) * weight           Llama, Qwen, Mistral, T5
     y = x / sqrt(mean(x * x) + eps) * (1 + weight)     Gemma
 
-The forward that is asked is the class's, on a twin of the module with another weight: no hook runs, nothing is changed.
+The forward that is asked is the class's, on a copy of the module with another weight: no hook runs, nothing is changed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _computes(module: nn.Module, rule: RmsNorm, size: int) -> bool:
 
 
 def _forward(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    twin: Any = copy.copy(module)
-    twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    probe: Any = copy.copy(module)
+    probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return type(module).forward(twin, x)
+        return type(module).forward(probe, x)

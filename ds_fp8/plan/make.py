@@ -1,4 +1,4 @@
-"""`make_plan`: the one place where settings, model, device and world meet.
+"""`make_plan`: from settings, model, device and world size to a `Plan`.
 
 Settings that need no model are decided first (`effective.py`), then modules (`modules.py`), then parameters
 (`parameters.py`). The plan depends on nothing that differs between ranks of a data-parallel group, so all of them make
@@ -166,14 +166,14 @@ def _notes(
     settings: Settings,
     host: capabilities.Host,
 ) -> tuple[str, ...]:
-    """What `msamp` brings by default and this model cannot use: told, where an explicit wish would be refused; and which
-    layers may lose."""
+    """What `msamp` brings by default and this model cannot use: reported, where an explicit wish would be refused; and
+    which layers may lose."""
     notes = []
     if settings.fp8.implied and not any(decision.is_swap for decision in modules):
         notes.append("no layer computes in FP8 (see the kept ones): msamp works on states and gradients alone")
     level = effective.level
     if level is not None and level.weight_wire == "e4m3" and not any(p.weight_wire == "e4m3" for p in parameters):
-        notes.append(f"{level.name}: no weight travels as FP8 codes, none belongs to an FP8 layer; all go in 16 bits")
+        notes.append(f"{level.name}: no weight travels as FP8 values, none belongs to an FP8 layer; all go in 16 bits")
     apart = [decision for decision in modules if decision.is_swap and decision.kind in ("Conv1D", "Experts")]
     if level is not None and level.weight_wire == "e4m3" and apart:
         kinds = " and ".join(dict.fromkeys(decision.kind for decision in apart))
@@ -193,7 +193,7 @@ def _comm(
     fp8_weights = tuple(parameter.fqn for parameter in parameters if parameter.weight_wire == "e4m3")
     if level.weight_wire == "e4m3" and not fp8_weights and not partial and not _brought_along(settings):
         raise PlanError(
-            f"{level.name} sends the weights of FP8 layers as their codes, but no weight qualifies: "
+            f"{level.name} sends the weights of FP8 layers in quantized form, but no weight qualifies: "
             "each is frozen, shared with another module, used in high precision (override_linear_precision), or belongs to "
             "a Conv1D or to experts, whose weights travel in 16 bits.\n"
             "  Use opt_level O2."

@@ -1,8 +1,9 @@
 """For each parameter: how its states, master, gradient and weight are kept and sent.
 
 States and gradients follow the level whatever the parameter is, by blocks of the flat partition: nothing is skipped
-because it is small, a bias or a norm. Only the wire of weights (O3) asks who uses them: the codes of an FP8 layer are
-usable by that layer alone, so a weight travels as codes if every module that holds it is an FP8 Linear.
+because it is small, a bias or a norm. Only the wire of weights (O3) asks who uses them: the quantized values of an FP8
+layer are usable by that layer alone, so a weight travels in quantized form if every module that holds it is an FP8
+Linear.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def unmatched_exclusions(model: nn.Module, patterns: Sequence[str]) -> list[str]
 
 
 def frozen_layers(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe) -> tuple[str, ...]:
-    """FP8 Linears whose weight is frozen and theirs alone: its codes can be all that is kept of it."""
+    """FP8 Linears whose weight is frozen and theirs alone: its quantized values can be all that is kept of it."""
     owners = _owners(model, modules, recipe)
     return tuple(
         owners[id(parameter)]
@@ -81,7 +82,7 @@ def _plain(frozen: bool) -> str:
 
 
 def _owners(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe | None) -> dict[int, str]:
-    """id of a weight -> the FP8 Linear that can use its codes for all that it computes."""
+    """id of a weight -> the FP8 Linear that can use its quantized values for all that it computes."""
     if recipe is None or recipe.override_linear_precision.fprop or recipe.override_linear_precision.dgrad:
         # A product in high precision reads the 16-bit weight.
         return {}

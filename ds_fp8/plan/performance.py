@@ -1,10 +1,11 @@
-"""Which layers lose in FP8 on this GPU, and which backend is the faster one: measured, not believed.
+"""Which layers are slower in FP8 than in bf16 on this GPU, and which backend is faster, by measurements.
 
-Below some size a linear layer costs what the host needs to start it, and FP8 starts more. Measured is one layer alone,
-forward and backward, so the host's time counts in full; inside a deep model the host runs ahead of the device, and
-layers win that lose alone (GPT of width 2048, 16K tokens: 1.2x). So the figures choose a backend and say who may lose,
-and `min_features` stays 0: no width was seen to lose in a model.
-Source: benchmarks/results/gpu_h200_202611.md, piece `linear` of 2026-11-24 (torch 2.11, Transformer Engine 2.20.2).
+A small linear layer takes as long as the host needs to start its kernels, and FP8 starts more of them. The figures are
+of one layer alone, forward and backward, so the host's time counts in full. In a deep model the host runs ahead of the
+device, and FP8 wins for layers where it loses alone (GPT of width 2048, 16K tokens: 1.2x). So the figures choose a
+backend and name layers that may lose. `min_features` stays 0, because no width was seen to lose in a model.
+Source: benchmarks/results/gpu_h200_202611.md, measurement `linear` of 2026-11-24 (torch 2.11, Transformer Engine
+2.20.2).
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def slower_note(host: Host, backend: str, recipe: str, modules: Sequence[ModuleD
     groups: dict[int | None, list[str]] = {}
     for layer in layers:
         groups.setdefault(wins_from(backend, recipe, min(layer.shape)), []).append(layer.fqn or "the model itself")
-    told = [
+    parts = [
         f"{len(groups[tokens])} of {len(layers)} below {tokens} tokens per micro-batch"
         for tokens in TOKENS
         if tokens in groups and tokens > TOKENS[0]
@@ -106,10 +107,10 @@ def slower_note(host: Host, backend: str, recipe: str, modules: Sequence[ModuleD
     if None in groups:
         names = groups[None]
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        told.append(f"{len(names)} of {len(layers)} up to {TOKENS[-1]} ({', '.join(names[:SHOWN])}{more})")
-    if not told:
+        parts.append(f"{len(names)} of {len(layers)} up to {TOKENS[-1]} ({', '.join(names[:SHOWN])}{more})")
+    if not parts:
         return None
     return (
         f"likely slower in FP8 than in bf16 where the host sets the pace (one layer alone on an {DEVICE}): "
-        f"{', '.join(told)}; fp8/layers/min_features keeps narrow ones in bf16 ({SOURCE})"
+        f"{', '.join(parts)}; fp8/layers/min_features keeps narrow ones in bf16 ({SOURCE})"
     )

@@ -54,13 +54,13 @@ def share_line(plan: Plan) -> str:
             rest[label] = rest.get(label, 0.0) + missing
             reasons.setdefault(label, product.reason if label in ("experts", "convolution") else "")
     ordered = sorted(rest, key=lambda label: -rest[label])
-    told = [
+    parts = [
         f"{label} {_percent(rest[label] / total)}" + (f" ({reasons[label]})" if reasons[label] else "")
         for label in ordered[:SHOWN]
     ]
     if len(ordered) > SHOWN:
-        told.append(f"{len(ordered) - SHOWN} others {_percent(sum(rest[label] for label in ordered[SHOWN:]) / total)}")
-    return text + (f"; not: {', '.join(told)}" if told else "")
+        parts.append(f"{len(ordered) - SHOWN} others {_percent(sum(rest[label] for label in ordered[SHOWN:]) / total)}")
+    return text + (f"; not: {', '.join(parts)}" if parts else "")
 
 
 def share_warning(plan: Plan) -> str | None:

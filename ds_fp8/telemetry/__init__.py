@@ -1,4 +1,4 @@
-"""What a job in FP8 should be able to say about itself: ranges used, overflow, flush to zero, bytes on the wire.
+"""What a job in FP8 reports about itself: ranges used, overflow, flush to zero, bytes on the wire.
 
 A `TensorStatistics` describes one operand of one layer at one step. Aggregates of all of them (about twenty numbers) go to DeepSpeed's
 own monitor, so TensorBoard, W&B, CSV and Comet show them; each one goes to a JSONL log; and alarms

@@ -1,8 +1,8 @@
-"""About twenty numbers for all layers together: what a dashboard can hold.
+"""About twenty numbers for all layers together, for a dashboard.
 
 For each role (input, weight, grad_output): the largest and the median amax, the least headroom, how many operands were
-clamped, and the mean share of elements flushed to zero where it was measured. Besides: operands with inf or NaN, and how
-many alarms hold.
+clamped, and the mean share of elements flushed to zero where it was measured. Besides: operands with inf or NaN, and
+how many alarms hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ PREFIX = "Train/Samples/ds_fp8"
 
 
 def aggregate(statistics: Iterable[TensorStatistics], alarms: Sequence[Alarm] = ()) -> dict[str, float]:
-    """Name -> value; `alarms` are counted. A role that was not measured is left out, so that no plot shows an invented zero."""
+    """Name -> value; `alarms` are counted. A role that was not measured is left out, so that no plot shows an invented
+    zero.
+    """
     statistics = list(statistics)
     result: dict[str, float] = {}
     for role in ROLES:

@@ -1,6 +1,6 @@
-"""From a number to a sentence that helps: which layer, what happens to it, which key to change.
+"""Alarms: which layer, what happens to it, which key of the JSON to change.
 
-An alarm is raised when it first appears, and again only after it had gone: a log that repeats itself is not read.
+An alarm is raised when it first appears, and again only after it was gone for a step.
 """
 
 from __future__ import annotations

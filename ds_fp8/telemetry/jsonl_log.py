@@ -16,8 +16,8 @@ from typing import Any
 class JsonlLog:
     """A JSONL file. Only one process writes it; who that is, is not decided here.
 
-    Watching must not end what it watches: a folder that cannot be made, a full disk, a quota is told once on stderr, then
-    nothing more is written.
+    Watching must not end what it watches: a folder that cannot be made, a full disk, a quota is reported once on
+    stderr, then nothing more is written.
     """
 
     def __init__(self, path: str | Path):

@@ -1,11 +1,10 @@
-"""One operand of one FP8 layer, looked at: how much of its format's range it uses.
+"""Statistics of one operand of one FP8 layer: how much of its format's range it uses.
 
     used = amax * scale / format.max        1 fills the range; above 1 the largest values are clamped
     headroom = -log2(used)                  bits between the largest value and the end of the range
 
 With a scale from this very amax `used` is 1 (or 2^-margin). With delayed scaling the scale is older than the amax, so
-`used` tells how well the past predicts the present: far above 1 clips, far below 1 pushes small values under the
-smallest code, where they become zero.
+`used` shows how well earlier steps predict this one: far above 1 clips, far below 1 flushes small values to zero.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ ROLES = ("input", "weight", "grad_output")
 class TensorStatistics:
     """One operand at one step.
 
-    fqn        the layer
-    role       one of ROLES
-    amax       largest absolute value; inf when the tensor held inf or NaN
-    scale      factor on the way into FP8
-    format     the format it was cast to
-    underflow  share of nonzero elements that became zero; None where it was not measured (only the amax is known, or no
-               element is nonzero)
-    margin     `fp8/margin`, powers of two by which the scale stays below the range
-    underflow_without_margin   that share, had margin been 0
-    underflow_of_own_amax      that share, had the scale been made from this very amax without a margin
+    fqn                       the layer
+    role                      one of ROLES
+    amax                      largest absolute value; inf when the tensor held inf or NaN
+    scale                     factor on the way into FP8
+    format                    the format it was cast to
+    underflow                 share of nonzero elements that became zero; None where it was not measured (only the amax
+                              is known, or no element is nonzero)
+    margin                    `fp8/margin`, powers of two by which the scale stays below the range
+    underflow_without_margin  that share, had margin been 0
+    underflow_of_own_amax     that share, had the scale been made from this very amax without a margin
     """
 
     fqn: str
@@ -62,7 +61,7 @@ class TensorStatistics:
         return math.inf if self.amax == 0 else -math.log2(self.used) if self.is_finite else -math.inf
 
     def to_json(self) -> dict[str, object]:
-        """Plain values; what JSON cannot say (inf, NaN) as strings."""
+        """Built-in values; what JSON cannot say (inf, NaN) as strings."""
         return {
             "fqn": self.fqn,
             "role": self.role,

@@ -34,7 +34,7 @@ class _BeforeSwap:
 
 
 def mark_comm_dtypes(engine: Any, model: Any) -> None:
-    """Mark the parameters of `model`, whose layers are still plain; nothing without `torch_autocast`."""
+    """Mark the parameters of `model`, whose layers are still unmodified; nothing without `torch_autocast`."""
     if engine.torch_autocast_enabled():
         torch_autocast.init_autocast_params(
             _BeforeSwap(engine, model),

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from ..errors import SeamError
+from ..errors import PrivateNameError
 
 
 class DeepSpeedSource:
@@ -35,12 +35,14 @@ class DeepSpeedSource:
         """The package that `import deepspeed` would take."""
         spec = importlib.util.find_spec("deepspeed")
         if spec is None or not spec.submodule_search_locations:
-            raise SeamError("DeepSpeed is not installed.")
+            raise PrivateNameError("DeepSpeed is not installed.")
         return cls.at(Path(spec.submodule_search_locations[0]).parent)
 
     @classmethod
     def at(cls, path: str | Path) -> DeepSpeedSource:
-        """A source tree (or a folder of packages), an sdist (.tar.gz, .zip) or a wheel; SeamError for anything else."""
+        """A source tree (or a folder of packages), an sdist (.tar.gz, .zip) or a wheel; PrivateNameError for anything
+        else.
+        """
         path = Path(path)
         if path.is_dir():
             root = path if (path / "deepspeed").is_dir() else path.parent
@@ -57,12 +59,12 @@ class DeepSpeedSource:
                     if content is not None:
                         files[_inner(member.name)] = content.read().decode()
             return cls._checked(files.get, str(path))
-        raise SeamError(f"{path}: no DeepSpeed here; give a source tree, an sdist (.tar.gz) or a wheel (.whl).")
+        raise PrivateNameError(f"{path}: no DeepSpeed here; give a source tree, an sdist (.tar.gz) or a wheel (.whl).")
 
     @classmethod
     def _checked(cls, read: Callable[[str], str | None], where: str) -> DeepSpeedSource:
         if read("deepspeed/runtime/engine.py") is None:
-            raise SeamError(f"{where}: has no deepspeed/runtime/engine.py, so it is no DeepSpeed.")
+            raise PrivateNameError(f"{where}: has no deepspeed/runtime/engine.py, so it is no DeepSpeed.")
         return cls(read, where)
 
     @functools.cached_property

@@ -1,10 +1,10 @@
 """`fp8.frozen_weights: "fp8"`: of a weight that is never stepped, the FP8 data is all that is kept.
 
-LoRA's base is read in every product and written by nobody. Its codes are made once, when DeepSpeed has put the model on its
-device, and the 16 bits are given up: 1 byte per parameter instead of 2, and no cast in any step. The Parameter stays where it
-is, as a `ReleasedWeight` (`weights_released.py`): whoever reads it (a norm for DoRA, a checkpoint, an evaluation in high
-precision) gets the values that the layer multiplies with. Unlike at O3 this rank has all of the weight, so whoever writes
-(`merge_and_unload`, a load) is not refused: the 16 bits come back first, for good.
+LoRA's base is read in every product and written by nobody. Its quantized values are made once, when DeepSpeed has put
+the model on its device, and the 16 bits are given up: 1 byte per parameter instead of 2, and no cast in any step. The
+Parameter stays where it is, as a `ReleasedWeight` (`weights_released.py`): whoever reads it (a norm for DoRA, a
+checkpoint, an evaluation in high precision) gets the values that the layer multiplies with. Unlike at O3 this rank has
+all of the weight, so whoever writes (`merge_and_unload`, a load) is not refused: the 16 bits come back first, for good.
 
 One scale for the tensor, or one for each tile under recipe `block`, and powers of two: e4m3 has 3 mantissa bits, so decoded
 values are exact in bf16, and casting them again gives the same values. A merged or a resumed model is the one that was
@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import WeightCodes
+from ..layers import QuantizedWeight
 from ..layers.recipes import scaling_of
 from ..plan import Plan
 from . import weights_released, weights_wrapped
 
 
 class FrozenSource(weights_released.Source):
-    """The codes of one frozen weight, and the way back to 16 bits."""
+    """The quantized frozen weight, and the way back to 16 bits."""
 
     __slots__ = ("layer", "thawed")
 
-    def __init__(self, name: str, codes: WeightCodes, layer: Any):
-        super().__init__(name, codes)
+    def __init__(self, name: str, quantized: QuantizedWeight, layer: Any):
+        super().__init__(name, quantized)
         self.layer, self.thawed = layer, False
 
     def thaw(self, memory: Tensor | None = None) -> None:
@@ -41,15 +41,15 @@ class FrozenSource(weights_released.Source):
         values = self.values(param.dtype) if memory is None else memory
         weights_released.take_back(param)
         param.data = values
-        self.layer.weight_codes = None
+        self.layer.quantized_weight = None
         self.thawed = True
 
 
 class FrozenWeights:
     """The frozen weights of one engine's model.
 
-    freeze  16 bits -> codes, of all that are not kept so already
-    thaw    codes -> 16 bits
+    freeze  16 bits -> quantized values, of all that are not kept so already
+    thaw    quantized values -> 16 bits
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
@@ -65,9 +65,9 @@ class FrozenWeights:
             weight = layer.weight
             if weights_released.is_released(weight):
                 continue
-            codes = scaling_of(self.recipe.kind).quantize_frozen(weight.detach(), self.recipe.forward_format)
-            source = FrozenSource(f"{fqn}.weight", codes, layer)
-            layer.weight_codes = codes
+            quantized = scaling_of(self.recipe.kind).quantize_frozen(weight.detach(), self.recipe.forward_format)
+            source = FrozenSource(f"{fqn}.weight", quantized, layer)
+            layer.quantized_weight = quantized
             weights_released.release(weight, weight.dtype, weight.device, tuple(weight.shape), source)
             self.sources[fqn] = source
 

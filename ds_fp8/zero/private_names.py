@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .. import releases
-from ..errors import SeamError
+from ..errors import PrivateNameError
 from ..releases import numbers
 from .deepspeed_source import DeepSpeedSource
 from .touched import FP8, MSAMP, OWNERS, declared, imports
@@ -84,7 +84,7 @@ METHODS: tuple[Method, ...] = (
         feature=FP8),
     *_of("TorchAutocast", "it marks parameters for the 16-bit wire by the class of their module, so it looks before the swap too",
         "init_autocast_params(engine dtype torch_autocast_lower_precision_safe_modules)", feature=FP8),
-    *_of("Engine", "weights have changed: cached codes are stale, telemetry is due",
+    *_of("Engine", "weights have changed: cached quantized values are stale, telemetry is due",
         ("_take_model_step(self lr_kwargs)", ("0.19.7", "self lr_kwargs block_eigenvalue")),
         "backward(self loss retain_graph scale_wrt_gas)",
         feature=FP8),
@@ -96,7 +96,7 @@ METHODS: tuple[Method, ...] = (
         "_get_zero_ckpt_name(self checkpoints_path tag)",
         feature=FP8),
     *_of("CheckpointEngine", "a file that was looked at is not read twice", "load(self path map_location)", feature=FP8),
-    *_of("Engine", "16-bit weights are brought back before they are saved, and codes forgotten after a load",
+    *_of("Engine", "16-bit weights are brought back before they are saved, and quantized values forgotten after a load",
         "save_16bit_model(self save_dir save_filename exclude_frozen_parameters)",
         "load_module_state_dict()"),
     *_of("Engine", "stage 0 and BF16 have wrappers of ours", "_configure_fp16_optimizer(self optimizer low_precision_dtype)",
@@ -116,7 +116,7 @@ METHODS: tuple[Method, ...] = (
         ("_get_compact_grad_partition_slice(self group_idx partition_id param_id num_elements)", "0.19.8"),
         ("_add_to_grad_partition_buffer(output source)", "0.19.8"),
         "_clear_previous_reduced_grads(self)"),
-    *_of("ZeroStage12", "weights are gathered as codes",
+    *_of("ZeroStage12", "weights are gathered in quantized form",
         "reduce_ready_partitions_and_remove_grads(self param i)",
         "_update_model_bit16_weights(self group_index)", "update_lp_params(self)", "_restore_from_bit16_weights(self)"),
     *_of("ZeroStage3", "gradients go to their owners in FP8",
@@ -129,11 +129,11 @@ METHODS: tuple[Method, ...] = (
         "get_param_id(self param)", "reduce_ready_partitions_and_remove_grads(self param)"),
     *_of("GatheredParameters", "released weights are whole inside it",
         "__init__(self params modifier_rank fwd_module enabled)", "__enter__(self)", "__exit__(self exc)"),
-    *_of("ZeroOptimizer", "masters have the base dtype; universal checkpoints load into codes",
+    *_of("ZeroOptimizer", "masters have the base dtype; universal checkpoints load into quantized values",
         (f"_configure_master_weights(self {_MASTERS} offload_enabled fp16_offload_validator bf16_offload_validator)",
          "0.18.3", ("0.19.0", f"self {_MASTERS} fp16_offload_validator bf16_fp32_offload_validator")),
         "load_hp_checkpoint_state_from_checkpoint_dir(self lp_groups_name checkpoint_dir)"),
-    *_of("ZeroStage12", "states and masters are codes; clip and unscale are folded into the step",
+    *_of("ZeroStage12", "states and masters are quantized; clip and unscale are folded into the step",
         "step(self closure)", "state_dict(self)",
         "load_state_dict(self state_dict_list load_optimizer_states load_from_fp32_weights checkpoint_folder load_serial "
         "param_shapes)",
@@ -142,7 +142,7 @@ METHODS: tuple[Method, ...] = (
         "unscale_and_clip_grads(self grad_groups_flat total_norm)", "_optimizer_step(self group_no)",
         "refresh_fp32_params(self)", "has_overflow_partitioned_grads_serial(self)",
         "get_grad_norm_direct(self gradients params norm_type)"),
-    *_of("ZeroStage3", "states and masters are codes; clip and unscale are folded into the step",
+    *_of("ZeroStage3", "states and masters are quantized; clip and unscale are folded into the step",
         "step(self closure)", "state_dict(self)",
         "load_state_dict(self state_dict_list load_optimizer_states load_from_fp32_weights checkpoint_folder load_serial "
         "param_shapes)",
@@ -154,7 +154,7 @@ METHODS: tuple[Method, ...] = (
         "set_full_hp_param(self value param optim_state_key)", "set_local_hp_param(self value param optim_state_key)",
         "get_hp_param_device(self param optim_state_key)", "_restore_from_bit16_weights(self)", "refresh_fp32_params(self)",
         "offload_states(self include device pin_memory non_blocking)"),
-    *_of("Bf16", "states and masters are codes",
+    *_of("Bf16", "states and masters are quantized",
         "get_grads_for_norm(self for_clipping)", "_link_all_hp_params(self)", "_lazy_init_hp_params_optimizer_state(self)",
         "update_lp_params(self)", "step(self closure)", "state_dict(self)",
         "load_state_dict(self state_dict_list checkpoint_folder load_optimizer_states load_from_fp32_weights load_serial "
@@ -253,7 +253,7 @@ def _has(source: DeepSpeedSource, owner: str, name: str) -> bool:
 
 
 def verify(*, msamp: bool = True) -> str:
-    """Raise SeamError with every difference of the installed DeepSpeed; returns a line to print, mostly empty.
+    """Raise PrivateNameError with every difference of the installed DeepSpeed; returns a line to print, mostly empty.
 
     A release newer than the newest tested one is compared in everything that its source tells.
     """
@@ -270,5 +270,5 @@ def verify(*, msamp: bool = True) -> str:
         oldest, newest = releases.DEEPSPEED[0], releases.DEEPSPEED[-1]
         head = f"DeepSpeed {version} differs from the releases that ds_fp8 knows ({oldest} to {newest}):"
         cure = f"  Install DeepSpeed {newest}, or a newer ds_fp8; or set msamp (and, where that does not help, fp8) to"
-        raise SeamError("\n".join([head, *(f"  {text}" for text in found), f"{cure} enabled: false."]))
+        raise PrivateNameError("\n".join([head, *(f"  {text}" for text in found), f"{cure} enabled: false."]))
     return f"DeepSpeed {version} was not tested with this ds_fp8; its private names are as expected" if untested else ""

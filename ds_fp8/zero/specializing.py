@@ -28,7 +28,7 @@ from .adapters import adapters
 from .states import ScaledStates
 from .states_bf16 import StatesBF16
 from .states_client import ClientStates
-from .states_optimizer import build_optimizer, take_over
+from .states_optimizer import build_optimizer, replace_client_optimizer
 from .states_stage0 import Stage0Optimizer
 from .states_stage0_scale import LossScale
 from .states_stage3 import StatesStage3
@@ -57,7 +57,7 @@ class Served:
     kind       what adapters and declarations call it
     states     the mixin for states in 8 bits
     gradients  the mixin for the gradient wire; None where the engine's all-reduce is the place (`wire_engine`)
-    weights    the mixin for weights gathered as codes; None where no weights are gathered
+    weights    the mixin for weights gathered in quantized form; None where no weights are gathered
     """
 
     wrapper: type
@@ -97,20 +97,20 @@ def compose(zero_optimizer: Any, mixins: Sequence[type], kind: str | None = None
 
 
 def configure_optimizer(
-    original: Callable, engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any, book: Any = None
+    original: Callable, engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any, fp8_state: Any = None
 ) -> None:
     """DeepSpeed's `_configure_optimizer` with our Adam, states and wire. `engine.optimizer` is set afterwards."""
     plan = wire.settle_scope(plan)
     client, given = None, ClientStates({})
     if client_optimizer is not None:
-        client, given = take_over(engine, client_optimizer, model_parameters, plan)
-    layout = plain_layout(engine, client_optimizer)
+        client, given = replace_client_optimizer(engine, client_optimizer, model_parameters, plan)
+    layout = fp32_layout(engine, client_optimizer)
 
     def basic(parameters: Any) -> Any:
         return build_optimizer(engine, parameters, plan) if client is None else client
 
     def partitioned(configure: Callable) -> Callable:
-        return lambda optimizer: specialize(engine, configure(optimizer), plan, book, layout=layout, given=given)
+        return lambda optimizer: specialize(engine, configure(optimizer), plan, fp8_state, layout=layout, given=given)
 
     def fp16(optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         return _stage0(engine, optimizer, low_precision_dtype, layout)
@@ -128,21 +128,21 @@ def configure_optimizer(
     if engine.optimizer is engine.basic_optimizer:
         engine.optimizer = _stage0(engine, engine.basic_optimizer, torch.float32, "bare")
     if isinstance(engine.optimizer, Stage0Optimizer):
-        _attach_wire(engine, engine.optimizer, plan, book)
+        _attach_wire(engine, engine.optimizer, plan, fp8_state)
 
 
 def specialize(
     engine: Any,
     zero_optimizer: Any,
     plan: Any,
-    book: Any = None,
+    fp8_state: Any = None,
     *,
     layout: str = "fused",
     given: ClientStates | None = None,
 ) -> Any:
     """Graft states and wire onto an optimizer wrapper of DeepSpeed; the same object comes back. Twice is once.
 
-    layout  of checkpoints, as `plain_layout` tells it
+    layout  of checkpoints, as `fp32_layout` tells it
     given   states of a client's optimizer, cut to the partitions here
     """
     if isinstance(zero_optimizer, (ScaledStates, Stage0Optimizer)):
@@ -153,14 +153,14 @@ def specialize(
             f"msamp knows DeepSpeed's {row.wrapper.__name__}, and {type(zero_optimizer).__name__} changes it in ways that"
             " it does not know.\n  Remove the msamp section, or what brings this wrapper."
         )
-    zero_optimizer.fp8_engine, zero_optimizer.fp8_plan, zero_optimizer.fp8_book = engine, plan, book
+    zero_optimizer.fp8_engine, zero_optimizer.fp8_plan, zero_optimizer.fp8_layers_state = engine, plan, fp8_state
     zero_optimizer.fp8_torch_step = layout == "unfused"
     compose(zero_optimizer, (*wire_mixins(row, plan), row.states))
     zero_optimizer.fp8_shrink_masters()
-    zero_optimizer.fp8_adopt_masters()
+    zero_optimizer.fp8_alias_masters()
     if given is not None:
-        given.adopt(zero_optimizer)
-    _attach_wire(engine, zero_optimizer, plan, book)
+        given.import_states(zero_optimizer)
+    _attach_wire(engine, zero_optimizer, plan, fp8_state)
     return zero_optimizer
 
 
@@ -171,7 +171,7 @@ def wire_mixins(row: Served, plan: Any) -> tuple[type, ...]:
         if row.weights is None:
             raise PlanError(
                 f"msamp/weight_wire is {plan.comm.weight_wire}, but {row.wrapper.__name__} is not one of ZeRO's optimizers for"
-                " stages 1, 2 and 3, so no gathered weights travel as codes.\n  Set weight_wire to none (or opt_level to O2),"
+                " stages 1, 2 and 3, so no gathered weights travel in quantized form.\n  Set weight_wire to none (or opt_level to O2),"
                 " or remove data_types/grad_accum_dtype so that DeepSpeed uses its ZeRO optimizer."
             )
         found.append(row.weights)
@@ -180,8 +180,8 @@ def wire_mixins(row: Served, plan: Any) -> tuple[type, ...]:
     return tuple(mixin for mixin in found if mixin is not None)
 
 
-def _attach_wire(engine: Any, optimizer: Any, plan: Any, book: Any) -> None:
-    wire.attach(engine, optimizer, plan, book)
+def _attach_wire(engine: Any, optimizer: Any, plan: Any, fp8_state: Any) -> None:
+    wire.attach(engine, optimizer, plan, fp8_state)
 
 
 def register_optimizers() -> None:
@@ -191,7 +191,7 @@ def register_optimizers() -> None:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
 
 
-def plain_layout(engine: Any, client_optimizer: Any) -> str:
+def fp32_layout(engine: Any, client_optimizer: Any) -> str:
     """Whose form a checkpoint would have without us: `unfused` with torch's Adam, `fused` with DeepSpeed's own."""
     if client_optimizer is not None:
         return "fused" if type(client_optimizer).__name__ in ("FusedAdam", "FusedLion") else "unfused"

@@ -1,16 +1,17 @@
-"""What the states mixins of all stages share: alias the master, fold the clip, keep the codes.
+"""What the mixins for states share in all stages: masters are aliased, the clip is applied in the step, states are
+quantized.
 
 *Master by aliasing.* DeepSpeed keeps two copies of a rank's own weights: its slice of the 16-bit weights, and a master
-partition in fp32. Our master is that 16-bit slice plus a remainder (`split32`, `split24`) or plus codes of its own, so
-DeepSpeed is told that masters have the base dtype, and each master partition is pointed at the slice. Its copy back
-after the step becomes a copy of a tensor onto itself, which torch skips.
+partition in fp32. Our master is that 16-bit slice plus a remainder (`split32`, `split24`) or plus quantized values of
+its own, so DeepSpeed is told that masters have the base dtype, and each master partition is pointed at the slice. Its
+copy back after the step becomes a copy of a tensor onto itself, which torch skips.
 
-*Clip and unscale folded.* DeepSpeed multiplies every gradient by 1 / (loss scale x clip) in a pass of its own. The step
-reads the gradients anyway, so it gets the factor as `ScaledOptimizer.grad_scale`: one pass less, and no second rounding to
-16 bits. Norm, overflow check and loss scale stay DeepSpeed's, number for number.
+*Clip and unscale in the step.* DeepSpeed multiplies every gradient by 1 / (loss scale x clip) in a pass of its own. The
+step reads the gradients anyway, so it gets the factor as `ScaledOptimizer.grad_scale`: one pass less, and no second
+rounding to 16 bits. Norm, overflow check and loss scale stay DeepSpeed's, number for number.
 
-*Codes in the checkpoint.* `state_dict()` is DeepSpeed's own on plain fp32 flats (`states_view.py`), plus the exact codes
-under `ds_fp8`; a load with the same layout takes the codes, any other takes the flats.
+*Quantized values in the checkpoint.* `state_dict()` is DeepSpeed's own on fp32 flats (`states_view.py`), plus the exact
+quantized values under `ds_fp8`; a load with the same layout takes the quantized values, any other takes the flats.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, ZER
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .states_client import Piece
-from .states_view import PlainAdam, PlainView
+from .states_client import Fragment
+from .states_view import Fp32Adam, Fp32View
 from .touched import touched
 
 TOUCHED = {
@@ -44,12 +45,12 @@ KEY = "ds_fp8"
 VERSION = 1
 
 
-class ScaledStates(PlainView):
+class ScaledStates(Fp32View):
     """Mixin over one of DeepSpeed's optimizer wrappers; `fp8_*` attributes are set by `specialize`."""
 
     fp8_engine: Any
     fp8_plan: Any
-    fp8_book: Any
+    fp8_layers_state: Any
 
     def fp8_slices(self: Any) -> list[Tensor]:
         """This rank's own slice of the 16-bit weights, one per master."""
@@ -59,7 +60,7 @@ class ScaledStates(PlainView):
         """Whether masters may be the slices themselves: not under offload (another device)."""
         return True
 
-    def fp8_adopt_masters(self: Any) -> None:
+    def fp8_alias_masters(self: Any) -> None:
         """Point every master at its 16-bit slice; DeepSpeed's clone of it is freed."""
         if self.fp8_shares_storage():
             for master, own in zip(self.fp8_masters, self.fp8_slices(), strict=True):
@@ -71,17 +72,17 @@ class ScaledStates(PlainView):
         """The 16-bit parameters that master `index` belongs to, those of other ranks' partitions too."""
         raise TypeError(f"{type(self).__name__} has no list of parameters")
 
-    def fp8_pieces(self: Any, index: int) -> list[Piece]:
+    def fp8_fragments(self: Any, index: int) -> list[Fragment]:
         """Which parts of which parameters lie in master `index`: by default, DeepSpeed's fragments."""
-        pieces = []
+        fragments = []
         for param in self.fp8_params(index):
             if param._hp_mapping is not None:
                 of_param, of_flat = param._hp_mapping.lp_fragment_address, param._hp_mapping.hp_fragment_address
-                pieces.append(Piece(param, of_param.start, of_flat.start, of_flat.numel))
-        return pieces
+                fragments.append(Fragment(param, of_param.start, of_flat.start, of_flat.numel))
+        return fragments
 
     def fp8_weights_changed(self: Any) -> None:
-        """Weights were written outside of a step. Nothing to do here: O3 gathers its codes again."""
+        """Weights were written outside of a step. Nothing to do here: O3 gathers its quantized values again."""
 
     def fp8_set_weight(self: Any, param: Any, value: Tensor) -> None:
         """Write a whole 16-bit parameter on this rank (its upper half of the new master)."""
@@ -101,7 +102,9 @@ class ScaledStates(PlainView):
         self._hp_optimizer_states_linked = True
 
     def fp8_layout(self: Any) -> dict[str, Any]:
-        """What must be equal for codes to be taken as they are: formats, sizes, and which part of the whole this is."""
+        """What must be equal for quantized values to be taken as they are: formats, sizes, and which part of the whole
+        this is.
+        """
         masters = self.fp8_masters
         return {
             "stage": int(self.fp8_engine.zero_optimization_stage()),
@@ -113,14 +116,14 @@ class ScaledStates(PlainView):
         }
 
     def state_dict(self: Any) -> dict[str, Any]:
-        """DeepSpeed's own, in fp32, plus our codes. Views of a plain copy: later steps do not change it."""
-        with self.fp8_plain_view(export=True) as (plain, _):
+        """DeepSpeed's own, in fp32, plus our quantized values. Views of a copy: later steps do not change it."""
+        with self.fp8_fp32_view(export=True) as (fp32_adam, _):
             state = super().state_dict()
-            self._fp8_serve_other_stages(state, plain)
-        state[KEY] = codes_state(self.optimizer, self.fp8_masters, self.fp8_layout())
+            self._fp8_serve_other_stages(state, fp32_adam)
+        state[KEY] = quantized_state(self.optimizer, self.fp8_masters, self.fp8_layout())
         return state
 
-    def _fp8_serve_other_stages(self: Any, state: dict[str, Any], plain: PlainAdam) -> None:
+    def _fp8_serve_other_stages(self: Any, state: dict[str, Any], fp32_adam: Fp32Adam) -> None:
         """What universal conversion passes on unread, and what a job in another stage looks for in it.
 
         Stages 1 and 2 ask for DeepSpeed's version, which stage 3 does not write; stage 3 asks for a step where stages 1
@@ -130,19 +133,23 @@ class ScaledStates(PlainView):
         # BF16_Optimizer partitions like stage 1 but does not say so; zero_to_fp32.py asks.
         state.setdefault(ZERO_STAGE, 1)
         if OPTIMIZER_STATE_DICT not in state:
-            groups = [{key: value for key, value in group.items() if key != "params"} for group in plain.param_groups]
-            step = next((int(entry["step"]) for entry in plain.state.values()), 0)
+            groups = [
+                {key: value for key, value in group.items() if key != "params"} for group in fp32_adam.param_groups
+            ]
+            step = next((int(entry["step"]) for entry in fp32_adam.state.values()), 0)
             state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, "param_groups": groups}
 
     def load_state_dict(self: Any, state_dict_list: Any, *args: Any, **kwargs: Any) -> None:
-        """Any layout that DeepSpeed reads; exact codes if this rank's shard has them for this very layout."""
+        """Any layout that DeepSpeed reads; exact quantized values if this rank's shard has them for this very
+        layout.
+        """
         own = own_shard(state_dict_list, dist.get_rank(group=self.dp_process_group))
-        with self.fp8_plain_view(export=False) as (plain, flats):
+        with self.fp8_fp32_view(export=False) as (fp32_adam, flats):
             super().load_state_dict(state_dict_list, *args, **kwargs)
-        self.fp8_import(plain, flats)
-        with_moments = any(plain.state.get(flat) for flat in flats)
+        self.fp8_import(fp32_adam, flats)
+        with_moments = any(fp32_adam.state.get(flat) for flat in flats)
         if own is not None and with_moments and self._fp8_took_fp32(args, kwargs):
-            load_codes(self.optimizer, self.fp8_masters, own.get(KEY), self.fp8_layout())
+            load_quantized(self.optimizer, self.fp8_masters, own.get(KEY), self.fp8_layout())
         self.fp8_gather_weights()
 
     def _fp8_took_fp32(self: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -165,8 +172,8 @@ class ScaledStates(PlainView):
         self._restore_from_bit16_weights()
 
 
-def codes_state(optimizer: Any, masters: list[Tensor], layout: dict[str, Any]) -> dict[str, Any]:
-    """The exact state, as plain types and CPU tensors: safe under `torch.load(weights_only=True)`.
+def quantized_state(optimizer: Any, masters: list[Tensor], layout: dict[str, Any]) -> dict[str, Any]:
+    """The exact state, as built-in types and CPU tensors: safe under `torch.load(weights_only=True)`.
 
     `save` is the stamp of the save that is under way (`checkpoint/stamp.py`); none outside of one.
     """
@@ -175,7 +182,7 @@ def codes_state(optimizer: Any, masters: list[Tensor], layout: dict[str, Any]) -
         "version": VERSION,
         "layout": layout,
         "seed": int(optimizer.seed),
-        "codes": [optimizer.export_codes(master) for master in masters],
+        "codes": [optimizer.export_quantized(master) for master in masters],
         **({} if stamp is None else {"save": stamp}),
     }
 
@@ -188,7 +195,7 @@ def own_shard(state_dict_list: Any, rank: int) -> dict[str, Any] | None:
     return shard if isinstance(shard, dict) else None
 
 
-def check_codes(state: Any, where: str) -> None:
+def check_quantized(state: Any, where: str) -> None:
     """Raise CheckpointError if `state`, the entry `ds_fp8` of a shard, is not one that this version can read."""
     if state is None:
         return
@@ -207,18 +214,20 @@ def check_codes(state: Any, where: str) -> None:
     if state["version"] > VERSION:
         raise CheckpointError(
             f"{where}: optimizer state of version {state['version']}, this ds_fp8 reads up to {VERSION}."
-            " Upgrade ds_fp8, or load without the plugin: the fp32 flats beside it are plain DeepSpeed."
+            " Upgrade ds_fp8, or load without the plugin: the fp32 flats beside it are unmodified DeepSpeed."
         )
     if len(state["codes"]) != len(numels):
-        raise CheckpointError(f"{where}: codes of {len(state['codes'])} partitions for a layout of {len(numels)}.")
+        raise CheckpointError(
+            f"{where}: quantized values of {len(state['codes'])} partitions for a layout of {len(numels)}."
+        )
 
 
-def load_codes(optimizer: Any, masters: list[Tensor], state: Any, layout: dict[str, Any]) -> bool:
-    """Take exact codes if they were written for this very layout; False if the fp32 flats have to do."""
-    check_codes(state, "checkpoint")
+def load_quantized(optimizer: Any, masters: list[Tensor], state: Any, layout: dict[str, Any]) -> bool:
+    """Take exact quantized values if they were written for this very layout; False if the fp32 flats have to do."""
+    check_quantized(state, "checkpoint")
     if state is None or state["layout"] != layout:
         return False
-    for master, codes in zip(masters, state["codes"], strict=True):
-        optimizer.import_codes(master, codes)
+    for master, quantized in zip(masters, state["codes"], strict=True):
+        optimizer.import_quantized(master, quantized)
     optimizer.seed = state["seed"]
     return True

@@ -1,4 +1,4 @@
-"""BF16_Optimizer: states in codes where DeepSpeed accumulates gradients in fp32 (ZeRO 1) or pipelines (stage 0).
+"""BF16_Optimizer: quantized states where DeepSpeed accumulates gradients in fp32 (ZeRO 1) or pipelines (stage 0).
 
 DeepSpeed chooses this wrapper for bf16 with `data_types.grad_accum_dtype` fp32 in stage 1, and for bf16 under a pipeline
 without ZeRO. It partitions like ZeRO 1: `fp32_groups_flat_partition[i]` is this rank's master, a slice of
@@ -50,7 +50,7 @@ class StatesBF16(ScaledStates):
     def fp8_shares_storage(self: Any) -> bool:
         return self.fp8_plan.comm.weight_wire == "none" or not self.fp8_plan.comm.fp8_weights
 
-    def fp8_adopt_masters(self: Any) -> None:
+    def fp8_alias_masters(self: Any) -> None:
         # This wrapper knows no base-dtype master: its fp32 clone shrinks to the base dtype here, once.
         for index, (master, own) in enumerate(zip(self.fp8_masters, self.fp8_slices(), strict=True)):
             share = own.data if self.fp8_shares_storage() else own.detach().clone()
@@ -60,7 +60,7 @@ class StatesBF16(ScaledStates):
             self.optimizer.param_groups[index]["params"] = [replacement]
         self._fp8_relink()
         if isinstance(self.fp8_engine, PipelineEngine):
-            tell_pipeline(self.fp8_engine)
+            print_pipeline(self.fp8_engine)
 
     def _fp8_relink(self: Any) -> None:
         self._link_all_hp_params()
@@ -81,15 +81,15 @@ class StatesBF16(ScaledStates):
     def step(self: Any, closure: Any = None) -> None:
         self.optimizer.grad_scale = 1.0
         grads = self.fp32_groups_gradient_flat_partition
-        stand_ins = []
+        placeholders = []
         for master, grad in zip(self.fp8_masters, grads, strict=True):
             same = grad.dtype == master.dtype
             if not same:
                 self.optimizer.gradients[master] = grad
-            stand_ins.append(
+            placeholders.append(
                 grad if same else torch.zeros((), dtype=master.dtype, device=grad.device).expand(grad.numel())
             )
-        self.fp32_groups_gradient_flat_partition = stand_ins
+        self.fp32_groups_gradient_flat_partition = placeholders
         try:
             super().step(closure)
         finally:
@@ -103,11 +103,11 @@ class StatesBF16(ScaledStates):
         self.fp8_weights_changed()
 
 
-def tell_pipeline(engine: Any) -> None:
+def print_pipeline(engine: Any) -> None:
     """Before the first forward, which is after its constructor, `engine` learns that it has a BF16_Optimizer."""
 
-    def tell(*_: Any) -> None:
+    def print_rank_0(*_: Any) -> None:
         engine.using_bf16_optimizer = True
         handle.remove()
 
-    handle = engine.module.register_forward_pre_hook(tell)
+    handle = engine.module.register_forward_pre_hook(print_rank_0)

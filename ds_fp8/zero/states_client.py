@@ -49,26 +49,26 @@ class ClientStates:
         _check_ranks([param for group in groups for param in group], states, names, engine)
         return cls(states)
 
-    def adopt(self, wrapper: Any) -> None:
+    def import_states(self, wrapper: Any) -> None:
         """Encode this rank's part into the partitions of `wrapper`, one flat at a time."""
         if not self.states:
             return
         for index, master in enumerate(wrapper.fp8_masters):
-            pieces = [piece for piece in wrapper.fp8_pieces(index) if piece.param in self.states]
+            fragments = [fragment for fragment in wrapper.fp8_fragments(index) if fragment.param in self.states]
             steps = [self.states[param]["step"] for param in wrapper.fp8_params(index) if param in self.states]
             if not steps:
                 continue
             flats = {moment: torch.zeros(master.numel(), device=master.device) for moment in wrapper.optimizer.moments}
-            for piece in pieces:
+            for fragment in fragments:
                 for moment, flat in flats.items():
-                    whole = self.states[piece.param][moment].reshape(-1)
-                    part = whole.narrow(0, piece.start_in_param, piece.numel)
-                    flat.narrow(0, piece.start_in_flat, piece.numel).copy_(part)
+                    whole = self.states[fragment.param][moment].reshape(-1)
+                    part = whole.narrow(0, fragment.start_in_param, fragment.numel)
+                    flat.narrow(0, fragment.start_in_flat, fragment.numel).copy_(part)
             wrapper.optimizer.import_fp32(master, step=steps[0], **flats)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """Where a part of a parameter lies in one of this rank's flats; elements."""
 
     param: Tensor

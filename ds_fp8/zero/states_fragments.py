@@ -1,9 +1,9 @@
-"""Tensor fragments that tell the truth: `safe_get_full_fp32_param` and its kin on codes.
+"""Tensor fragments: `safe_get_full_fp32_param` and related functions on quantized states.
 
 DeepSpeed gives each 16-bit parameter of ZeRO 1, 2 and BF16_Optimizer a `tensor_fragment`: views into this rank's master
-flat and into each state. With codes there is no such view: a uint8 state of the flat's shape would be handed out raw,
-and a view of the master would show its upper 16 bits only. So the fragment decodes when it is asked, and the setter
-encodes. Reading costs one decode of the blocks that the fragment touches; nothing fp32 is kept.
+flat and into each state. With quantized values there is no such view: a uint8 state of the flat's shape would be handed
+out raw, and a view of the master would show its upper 16 bits only. So the fragment decodes when it is asked, and the
+setter encodes. Reading costs one decode of the blocks that the fragment touches; nothing fp32 is kept.
 
 In 8 bits exp_avg is a ratio to the root of exp_avg_sq: who sets both sets exp_avg_sq first. In the other order exp_avg is
 rounded twice, the first time beside roots that it has nothing to do with.
@@ -38,7 +38,7 @@ TOUCHED = {
 
 
 class CodedFragment(tensor_fragment):
-    """A fragment of a partition that is kept in codes; `fp8_wrapper` and `fp8_master` say whose."""
+    """A fragment of a partition that is kept in quantized form; `fp8_wrapper` and `fp8_master` say whose."""
 
     fp8_wrapper: Any
     fp8_master: Tensor

@@ -39,7 +39,7 @@ def _counts_apart(param: Any) -> bool:
     )
 
 
-class NormInOneGo:
+class FusedGradNorm:
     """Mixin over DeepSpeed's ZeRO optimizers of every stage; on other devices the norm stays DeepSpeed's."""
 
     def get_grad_norm_direct(self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
@@ -50,7 +50,7 @@ class NormInOneGo:
         return super().get_grad_norm_direct([norms_of(kept[: len(params)])], params[:1], norm_type)
 
 
-class FewLaunches(NormInOneGo):
+class FusedGradNormAndOverflow(FusedGradNorm):
     """Mixin over `DeepSpeedZeroOptimizer`: its overflow check as well. Stage 3 checks its one flat buffer by itself."""
 
     def has_overflow_partitioned_grads_serial(self: Any) -> Tensor:

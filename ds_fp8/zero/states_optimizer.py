@@ -33,7 +33,9 @@ SEED = 0x5EED
 
 
 def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Any) -> Any:
-    """ScaledAdam, ScaledAdamW or ScaledLion from DeepSpeed's `optimizer` section; PlanError for any other type or key."""
+    """ScaledAdam, ScaledAdamW or ScaledLion from DeepSpeed's `optimizer` section; PlanError for any other type or
+    key.
+    """
     name = (engine.optimizer_name() or "").lower()
     if name not in optim.ALGORITHMS:
         raise PlanError(
@@ -68,7 +70,9 @@ def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Any) -> 
     return cls(model_parameters, **arguments, **_ours(engine, plan))
 
 
-def take_over(engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any) -> tuple[Any, ClientStates]:
+def replace_client_optimizer(
+    engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any
+) -> tuple[Any, ClientStates]:
     """Our Adam with a client's parameters and hyper-parameters, and the states to cut to ZeRO's partitions.
 
     client_optimizer  an optimizer, or a callable that makes one of `model_parameters`
@@ -78,7 +82,7 @@ def take_over(engine: Any, client_optimizer: Any, model_parameters: Any, plan: A
     client = client_optimizer
     if not isinstance(client, torch.optim.Optimizer) and callable(client):
         client = client(model_parameters)
-    ours = optim.take_over(client, **_ours(engine, plan), with_state=False)
+    ours = optim.replace_client_optimizer(client, **_ours(engine, plan), with_state=False)
     if ours is client and ours.formats() != _formats(plan, ours.formats()):
         raise PlanError(
             f"optimizer {type(client).__name__} was built with {ours.formats()}, the msamp section says {_formats(plan, ours.formats())}.\n"

@@ -4,12 +4,12 @@ Without ZeRO DeepSpeed wraps a bf16 or fp16 job's optimizer into one that clones
 parameters *are* the model's: its 16-bit value is the upper half of its master, the rest lies in the state. What DeepSpeed
 does around the step (overflow, norm, clip, loss scale) is inherited or repeated number for number.
 
-fp16 in stage 0 needs one repair. Since 0.18.4 `engine.backward` scales the loss only for ZeRO's optimizers, while this
-wrapper still divides the gradients by the loss scale: updates come out 2^16 too small. The engine has one door left, the
-GradScaler that it keeps for torch.autocast; `LossScaleDoor` stands there and scales the loss as DeepSpeed once did. (Older
+fp16 in stage 0 needs a repair. Since 0.18.4 `engine.backward` scales the loss for ZeRO's optimizers only, but this
+wrapper still divides the gradients by the loss scale, so updates come out 2^16 too small. `LossScaleAdapter` takes the
+place of the GradScaler that the engine keeps for torch.autocast, and scales the loss as DeepSpeed did before. (Older
 releases call the optimizer's `backward`, which does the same.) The loss scale is our own, with DeepSpeed's arithmetic.
 
-Rounding draws the same bits on all ranks, as replicas must not drift apart.
+Rounding draws the same bits on all ranks, because replicas must stay equal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deepspeed.moe.utils import split_params_grads_into_shared_and_expert_params
 from deepspeed.runtime.utils import CheckOverflow, get_global_norm, get_weight_norm
 from torch import Tensor
 
-from .states import KEY, codes_state, load_codes
+from .states import KEY, load_quantized, quantized_state
 from .states_stage0_formats import Loaded, read_state, write_state
 from .states_stage0_scale import LossScale, is_invalid_norm
 from .touched import touched
@@ -36,7 +36,7 @@ TOUCHED = {
 }
 
 
-class LossScaleDoor:
+class LossScaleAdapter:
     """What the engine takes for torch's GradScaler: scales the loss, leaves everything else to the optimizer."""
 
     def __init__(self, optimizer: Stage0Optimizer):
@@ -91,7 +91,7 @@ class Stage0Optimizer:
             self._global_grad_norm = None  # clipped by the engine, which reports no norm for it
         self.overflow_checker = CheckOverflow(self.fp16_groups, mpu=mpu, deepspeed=engine)
         if self.low_precision_dtype == torch.float16:
-            self.fp8_scale_losses(LossScaleDoor(self))
+            self.fp8_scale_losses(LossScaleAdapter(self))
 
     @property
     def fp8_masters(self) -> list[Tensor]:
@@ -170,12 +170,12 @@ class Stage0Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         state = write_state(self)
-        state[KEY] = codes_state(self.optimizer, self.fp8_masters, self.fp8_layout())
+        state[KEY] = quantized_state(self.optimizer, self.fp8_masters, self.fp8_layout())
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
-        """Any of DeepSpeed's stage 0 forms; exact codes where they fit."""
+        """Any of DeepSpeed's stage 0 forms; exact quantized values where they fit."""
         loaded: Loaded = read_state(self, state_dict)
         loaded.apply(self, load_optimizer_states)
         if load_optimizer_states and loaded.has_moments:
-            load_codes(self.optimizer, self.fp8_masters, state_dict.get(KEY), self.fp8_layout())
+            load_quantized(self.optimizer, self.fp8_masters, state_dict.get(KEY), self.fp8_layout())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..algorithms import MOMENTS
 from ..errors import CheckpointError
-from .states_view import PlainAdam, adopt_groups, check_moments, plain_groups, plain_state
+from .states_view import Fp32Adam, check_moments, copy_groups, fp32_groups, fp32_state
 from .touched import touched
 
 TOUCHED = {
@@ -52,7 +52,7 @@ class Loaded:
         for key, value in self.loss_scale.items():
             setattr(wrapper.loss_scale_config, key, value)
         if load_optimizer_states:
-            adopt_groups(wrapper.optimizer, PlainAdam(self.groups))
+            copy_groups(wrapper.optimizer, Fp32Adam(self.groups))
         for index, param in enumerate(wrapper.fp8_masters):
             state = self.states[index] if load_optimizer_states else {}
             moments = {key: state[key].reshape(-1) for key in MOMENTS if key in state}
@@ -76,22 +76,22 @@ def write_state(wrapper: Any) -> dict[str, Any]:
             for group, of_group in zip(groups, shapes, strict=True)
         ]
         states = [
-            [_shaped(plain_state(each, torch_step=True), shape) for each, shape in zip(group, of_group, strict=True)]
+            [_shaped(fp32_state(each, torch_step=True), shape) for each, shape in zip(group, of_group, strict=True)]
             for group, of_group in zip(groups, shapes, strict=True)
         ]
-    plain = PlainAdam(plain_groups(optimizer, masters))
+    fp32_adam = Fp32Adam(fp32_groups(optimizer, masters))
     for tensors, of_group in zip(masters, states, strict=True):
         for tensor, state in zip(tensors, of_group, strict=True):
             if state:
-                plain.state[tensor] = state
+                fp32_adam.state[tensor] = state
     if wrapper.layout == "bare":
-        return plain.state_dict()
+        return fp32_adam.state_dict()
     config = wrapper.loss_scale_config
     result: dict[str, Any] = {"dynamic_loss_scale": config.dynamic_loss_scale}
     result |= {"cur_scale": config.cur_scale, "cur_iter": config.cur_iter}
     if config.dynamic_loss_scale:
         result |= {key: getattr(config, key) for key in LOSS_SCALE_KEYS[3:]}
-    result[OPTIMIZER_STATE_DICT] = plain.state_dict()
+    result[OPTIMIZER_STATE_DICT] = fp32_adam.state_dict()
     if wrapper.layout == "fused":
         result["fp32_groups_flat"] = [tensors[0] for tensors in masters]
         result[CLIP_GRAD] = wrapper.clip_grad
@@ -170,6 +170,6 @@ def _cut_state(state: dict[str, Any], params: list[Tensor]) -> list[dict[str, An
         return [{} for _ in params]
     cut = {key: _cut(state[key].reshape(-1), params) for key in MOMENTS if key in state}
     return [
-        {"step": state.get("step", 0), **{key: pieces[index] for key, pieces in cut.items()}}
+        {"step": state.get("step", 0), **{key: chunks[index] for key, chunks in cut.items()}}
         for index in range(len(params))
     ]

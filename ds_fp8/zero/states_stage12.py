@@ -1,4 +1,4 @@
-"""ZeRO 1 and 2: states in codes over DeepSpeedZeroOptimizer.
+"""ZeRO 1 and 2: quantized states over DeepSpeedZeroOptimizer.
 
 One flat per parameter group: `single_partition_of_fp32_groups[i]`, this rank's partition. It is the optimizer's
 parameter and, by aliasing, the rank's slice of the group's 16-bit weights; the all-gather after the step sends it out.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .states import ScaledStates
 from .states_fragments import link_coded_fragments
-from .states_norm import FewLaunches
+from .states_norm import FusedGradNormAndOverflow
 from .touched import touched
 
 TOUCHED = {
@@ -27,7 +27,7 @@ TOUCHED = {
 }
 
 
-class StatesStage12(FewLaunches, ScaledStates):
+class StatesStage12(FusedGradNormAndOverflow, ScaledStates):
     """Mixin over `DeepSpeedZeroOptimizer`."""
 
     FP8_MASTERS = "single_partition_of_fp32_groups"
@@ -62,7 +62,7 @@ class StatesStage12(FewLaunches, ScaledStates):
             link_coded_fragments(self, self.bit16_groups, self.fp8_masters)
 
     def _get_offload_gradient_dict(self: Any) -> None:
-        # Host gradients hang on the masters; the flats of a plain view have none.
+        # Host gradients hang on the masters; the flats of an fp32 view have none.
         if not self._fp8_viewing:
             super()._get_offload_gradient_dict()
 
@@ -72,7 +72,7 @@ class StatesStage12(FewLaunches, ScaledStates):
     def _get_preflattened_grad_partition(self: Any, group_idx: int) -> Tensor | None:
         """Keep fp32 gradients fp32: DeepSpeed would round them to the master's dtype to fit `.grad`.
 
-        It gets a stand-in of the right shape and dtype and no memory; the step reads the real ones.
+        It gets a placeholder of the right shape and dtype and no memory; the step reads the real ones.
         """
         grads = self.averaged_gradients[group_idx]
         master = self.fp8_masters[group_idx]
@@ -93,6 +93,6 @@ class StatesStage12(FewLaunches, ScaledStates):
         self.fp8_weights_changed()
 
     def load_hp_checkpoint_state_from_checkpoint_dir(self: Any, lp_groups_name: str, checkpoint_dir: str) -> None:
-        # Fragments are relinked to the plain view's flats before DeepSpeed fills them (`_fp8_relink`).
+        # Fragments are relinked to the fp32 view's flats before DeepSpeed fills them (`_fp8_relink`).
         assert self._fp8_viewing, "universal checkpoints are loaded through load_state_dict"
         super().load_hp_checkpoint_state_from_checkpoint_dir(lp_groups_name, checkpoint_dir)

@@ -1,4 +1,4 @@
-"""ZeRO 3: states in codes over DeepSpeedZeroOptimizer_Stage3.
+"""ZeRO 3: quantized states over DeepSpeedZeroOptimizer_Stage3.
 
 One flat per *sub-group* of parameters: `fp32_partitioned_groups_flat[i]`, this rank's shares of its parameters, one
 after the other. It is the optimizer's parameter and, by aliasing, the 16-bit flat that the all-gathers of the next
@@ -14,12 +14,12 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from .persistent_parameters import gather_together
 from .states import ScaledStates
-from .states_client import Piece
+from .states_client import Fragment
 from .states_fragments import read_slice, write_slice
-from .states_norm import NormInOneGo
+from .states_norm import FusedGradNorm
 from .touched import touched
-from .whole_parameters import gather_together
 from .wire import join
 
 TOUCHED = {
@@ -32,7 +32,7 @@ TOUCHED = {
 }
 
 
-class StatesStage3(NormInOneGo, ScaledStates):
+class StatesStage3(FusedGradNorm, ScaledStates):
     """Mixin over `DeepSpeedZeroOptimizer_Stage3`."""
 
     FP8_MASTERS = "fp32_partitioned_groups_flat"
@@ -43,16 +43,16 @@ class StatesStage3(NormInOneGo, ScaledStates):
     def fp8_params(self: Any, index: int) -> list[Any]:
         return self.fp16_groups[index]
 
-    def fp8_pieces(self: Any, index: int) -> list[Piece]:
+    def fp8_fragments(self: Any, index: int) -> list[Fragment]:
         """This rank's shares; the last rank's ends in padding."""
-        pieces = []
+        fragments = []
         for param in self.fp16_groups[index]:
             _, start_in_flat, share = self.grad_position[self.get_param_id(param)]
             start = share * self._get_param_partition_rank(param)
             numel = min(share, param.ds_numel - start)
             if numel > 0:
-                pieces.append(Piece(param, start, start_in_flat, numel))
-        return pieces
+                fragments.append(Fragment(param, start, start_in_flat, numel))
+        return fragments
 
     def fp8_shares_storage(self: Any) -> bool:
         return not self.offload_optimizer

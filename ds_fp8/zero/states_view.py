@@ -1,13 +1,13 @@
-"""The plain view: DeepSpeed's own checkpoint code, run on fp32 flats that exist only while it runs.
+"""The fp32 view: DeepSpeed's own checkpoint code, run on fp32 flats that exist only while it runs.
 
 DeepSpeed reads and writes optimizer shards in several layouts (rigid, elastic, universal, with and without padding), all
 in terms of three things: a list of master flats, `optimizer.state` with exp_avg and exp_avg_sq of the same shape, and
-`optimizer.param_groups`. Instead of teaching each layout what a code is, we put plain fp32 CPU tensors and a plain Adam
-in place of ours, let DeepSpeed do its work, and take the result back:
+`optimizer.param_groups`. We put fp32 CPU tensors and torch's Adam in place of ours, let DeepSpeed do its work, and
+take the result back:
 
-    with self.fp8_plain_view(export=True):    sd = super().state_dict()       codes -> fp32 -> file
-    with self.fp8_plain_view(export=False):   super().load_state_dict(...)    file -> fp32
-    self.fp8_import(...)                                                      fp32 -> codes
+    with self.fp8_fp32_view(export=True):    sd = super().state_dict()       quantized values -> fp32 -> file
+    with self.fp8_fp32_view(export=False):   super().load_state_dict(...)    file -> fp32
+    self.fp8_import(...)                     fp32 -> quantized values
 
 So a checkpoint has DeepSpeed's names and shapes: `zero_to_fp32.py`, universal conversion and a job without the plugin
 read it. Cost: 12 bytes per parameter of the partition in host memory, for the length of a save or a load.
@@ -30,7 +30,7 @@ TOUCHED = {
     "AnyWrapper": touched(reads="optimizer", writes="optimizer"),
 }
 
-PLAIN_GROUP_KEYS = {
+ADAM_GROUP_KEYS = {
     "amsgrad": False,
     "bias_correction": True,
     "capturable": False,
@@ -43,35 +43,35 @@ PLAIN_GROUP_KEYS = {
 """What torch's Adam, DeepSpeed's FusedAdam and its CPUAdam expect to find in a parameter group that they load."""
 
 
-class PlainAdam(torch.optim.Optimizer):
-    """An Adam that only holds: parameter groups and state as a plain optimizer would have them in a checkpoint."""
+class Fp32Adam(torch.optim.Optimizer):
+    """An Adam that only holds: parameter groups and state as torch's Adam would have them in a checkpoint."""
 
     def __init__(self, groups: list[dict[str, Any]]):
         super().__init__(groups, {})
 
 
-def plain_groups(optimizer: torch.optim.Optimizer, params: list[list[Tensor]]) -> list[dict[str, Any]]:
+def fp32_groups(optimizer: torch.optim.Optimizer, params: list[list[Tensor]]) -> list[dict[str, Any]]:
     """The hyper-parameters of `optimizer`, group by group, with the keys that any Adam asks for."""
     groups = []
     for group, tensors in zip(optimizer.param_groups, params, strict=True):
         kept = {key: value for key, value in group.items() if key != "params"}
-        groups.append({**PLAIN_GROUP_KEYS, **kept, "params": list(tensors)})
+        groups.append({**ADAM_GROUP_KEYS, **kept, "params": list(tensors)})
     return groups
 
 
-def adopt_groups(optimizer: torch.optim.Optimizer, plain: PlainAdam) -> None:
-    """Hyper-parameters that a load has put into `plain`, into the groups of `optimizer`, in place.
+def copy_groups(optimizer: torch.optim.Optimizer, fp32_adam: Fp32Adam) -> None:
+    """Hyper-parameters that a load has put into `fp32_adam`, into the groups of `optimizer`, in place.
 
     In place, because learning-rate schedulers hold on to the very dicts.
     """
-    for group, loaded in zip(optimizer.param_groups, plain.param_groups, strict=True):
+    for group, loaded in zip(optimizer.param_groups, fp32_adam.param_groups, strict=True):
         for key, value in loaded.items():
-            if key not in ("params", "step") and (key in group or key not in PLAIN_GROUP_KEYS):
+            if key not in ("params", "step") and (key in group or key not in ADAM_GROUP_KEYS):
                 group[key] = value
 
 
-def plain_state(exported: dict[str, Any], *, torch_step: bool) -> dict[str, Any]:
-    """One parameter's state as a plain Adam keeps it: fp32 moments on the host and the step; {} before step 1.
+def fp32_state(exported: dict[str, Any], *, torch_step: bool) -> dict[str, Any]:
+    """One parameter's state as torch's Adam keeps it: fp32 moments on the host and the step; {} before step 1.
 
     torch_step  the step as torch's Adam keeps it (a tensor), else as FusedAdam and CPUAdam do (an integer). DeepSpeed's
                 universal load hands it on unconverted, so it must be that of the optimizer the job would have without us
@@ -92,8 +92,8 @@ def check_moments(loaded: dict[str, Any], optimizer: Any) -> None:
         )
 
 
-class PlainView:
-    """Mixin: `fp8_plain_view` for an optimizer wrapper whose masters lie in the list attribute `FP8_MASTERS`.
+class Fp32View:
+    """Mixin: `fp8_fp32_view` for an optimizer wrapper whose masters lie in the list attribute `FP8_MASTERS`.
 
     Subclasses say how flats belong to parameter groups (`_fp8_group_params`), and what else has to be pointed at the
     flats while DeepSpeed works (`_fp8_relink`).
@@ -116,8 +116,8 @@ class PlainView:
         """Point tensor fragments at the current `fp8_masters`."""
 
     @contextmanager
-    def fp8_plain_view(self: Any, *, export: bool) -> Iterator[tuple[PlainAdam, list[Tensor]]]:
-        """Plain Adam and fp32 flats in place of ours; `export` fills them, else they start at zero."""
+    def fp8_fp32_view(self: Any, *, export: bool) -> Iterator[tuple[Fp32Adam, list[Tensor]]]:
+        """Torch's Adam and fp32 flats in place of ours; `export` fills them, else they start at zero."""
         ours, masters = self.optimizer, self.fp8_masters
         flats: list[Tensor] = []
         states: list[dict[str, Any]] = []
@@ -125,26 +125,26 @@ class PlainView:
             if export:
                 exported = ours.export_fp32(master)
                 flats.append(exported["master"].to("cpu", torch.float32))
-                states.append(plain_state(exported, torch_step=self.fp8_torch_step))
+                states.append(fp32_state(exported, torch_step=self.fp8_torch_step))
             else:
                 flats.append(torch.zeros(master.numel(), dtype=torch.float32))
                 states.append({})
-        plain = PlainAdam(plain_groups(ours, self._fp8_group_params(flats)))
+        fp32_adam = Fp32Adam(fp32_groups(ours, self._fp8_group_params(flats)))
         steps = [state["step"] for state in states if state]
         if steps:
             # FusedAdam and elastic checkpoints look for the step in the group as well.
-            for group in plain.param_groups:
+            for group in fp32_adam.param_groups:
                 group["step"] = int(steps[0])
         for flat, state in zip(flats, states, strict=True):
             if state:
-                plain.state[flat] = state
-        self.optimizer = plain
+                fp32_adam.state[flat] = state
+        self.optimizer = fp32_adam
         setattr(self, self.FP8_MASTERS, flats)
         self._fp8_viewing = True
         try:
             if not export:
                 self._fp8_relink()
-            yield plain, flats
+            yield fp32_adam, flats
         finally:
             self.optimizer = ours
             setattr(self, self.FP8_MASTERS, masters)
@@ -152,12 +152,12 @@ class PlainView:
             if not export:
                 self._fp8_relink()
 
-    def fp8_import(self: Any, plain: PlainAdam, flats: list[Tensor]) -> None:
-        """Encode what a load has left in the plain view. Moments that were not loaded stay as they are."""
-        adopt_groups(self.optimizer, plain)
-        group_step = plain.param_groups[0].get("step")
+    def fp8_import(self: Any, fp32_adam: Fp32Adam, flats: list[Tensor]) -> None:
+        """Encode what a load has left in the fp32 view. Moments that were not loaded stay as they are."""
+        copy_groups(self.optimizer, fp32_adam)
+        group_step = fp32_adam.param_groups[0].get("step")
         for master, flat in zip(self.fp8_masters, flats, strict=True):
-            state = plain.state.get(flat, {})
+            state = fp32_adam.state.get(flat, {})
             moments = {key: state[key] for key in MOMENTS if key in state}
             check_moments(moments, self.optimizer)
             step = state.get("step", group_step) if moments else None

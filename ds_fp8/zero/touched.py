@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SeamError
+from ..errors import PrivateNameError
 from ..releases import numbers
 from .adapters import LINES
 
@@ -138,7 +138,7 @@ def imports(version: str) -> Iterator[tuple[str, str, str]]:
 
 
 def check_instance(instance: Any, kind: str, base: type) -> None:
-    """Raise SeamError if something that the mixins of a specialised wrapper declare is not there.
+    """Raise PrivateNameError if something that the mixins of a specialised wrapper declare is not there.
 
     instance  the finished object
     kind      owner of the names, as `OWNERS`
@@ -156,7 +156,7 @@ def check_instance(instance: Any, kind: str, base: type) -> None:
             standing = [n for n in names.overrides if n in vars(cls)] if ".adapters." not in cls.__module__ else []
             lacking += [(cls, n) for n in standing if not any(n in vars(below) for below in order[position + 1 :])]
     if lacking:
-        raise SeamError(
+        raise PrivateNameError(
             f"{base.__module__}.{base.__name__} of this DeepSpeed is not what ds_fp8 knows:\n"
             + "\n".join(f"  it has no {name}, which {cls.__module__} needs" for cls, name in dict.fromkeys(lacking))
             + "\n  `ds_fp8 doctor` lists all that differs."

@@ -1,8 +1,9 @@
-"""O3: the owner of a weight makes the very codes that the FP8 layer would make, and only codes travel.
+"""O3: the owner of a weight casts it exactly as the FP8 layer would, and only FP8 data is communicated.
 
 An FP8 layer casts its 16-bit weight to E4M3 before it multiplies. Under ZeRO every rank does that to the same gathered
 16-bit weight, W times the same work on bytes that had to travel twice as wide. The owner can do it once: same 16-bit
-source (the high half of its master), same scale (the recipe's), hence the same codes, hence bit-equal losses.
+source (the high half of its master), same scale (the recipe's), hence the same quantized values, hence bit-equal
+losses.
 
     delayed   scale from the history, which all ranks share; the new amax is exchanged for the history
     current   the amax first (MAX over the owners, a tensor may straddle partitions), then the cast
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..comm.counters import all_reduce_bytes, counters
 from ..errors import PlanError
-from ..layers import WeightCodes
+from ..layers import QuantizedWeight
 from ..layers.recipes import scaling_of
 from ..layers.recipes.owner import Segment
 from .touched import touched
@@ -37,7 +38,7 @@ TOUCHED = {
 
 @dataclass(eq=False)
 class OwnedWeight:
-    """A weight that an FP8 layer owns: `layer.weight_codes` is where its codes belong."""
+    """A weight that an FP8 layer owns: `layer.quantized_weight` is where its quantized values belong."""
 
     name: str
     layer: Any
@@ -52,18 +53,18 @@ class OwnedWeight:
 class WeightCaster:
     """Casts this rank's segments with the scales of the layers' recipe. Every method is collective over `group`."""
 
-    def __init__(self, weights: Sequence[OwnedWeight], book: Any, plan: Any, group: Any, device: torch.device):
-        self.weights, self.book, self.group, self.device = list(weights), book, group, device
+    def __init__(self, weights: Sequence[OwnedWeight], fp8_state: Any, plan: Any, group: Any, device: torch.device):
+        self.weights, self.fp8_state, self.group, self.device = list(weights), fp8_state, group, device
         self.scaling = scaling_of(plan.fp8.recipe.kind)
         self.index = {id(weight): number for number, weight in enumerate(self.weights)}
         self.counts = [self.scaling.owner_amaxes(weight.shape) for weight in self.weights]
 
     def cast(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """Fill the segments' codes; returns scale_inv of every weight, in the shape its layer wants."""
+        """Fill the segments' quantized values; returns scale_inv of every weight, in the shape its layer wants."""
         owners = [self.index[id(segment.weight)] for segment in segments]
         per_weight = self._exchange_amaxes(segments, owners)
         scales = [
-            self.scaling.owner_scales(weight, amaxes, self.book)
+            self.scaling.owner_scales(weight, amaxes, self.fp8_state)
             for weight, amaxes in zip(self.weights, per_weight, strict=True)
         ]
         self.scaling.owner_quantize(segments, [scales[owner] for owner in owners])
@@ -82,12 +83,12 @@ class WeightCaster:
 
 
 def find_owned(module: torch.nn.Module, names: Sequence[str]) -> list[OwnedWeight]:
-    """The layers of `module` that take codes for the parameters in `names`, in model order."""
+    """The layers of `module` that take quantized values for the parameters in `names`, in model order."""
     wanted, found = set(names), []
     for fqn, layer in module.named_modules():
         name = f"{fqn}.weight" if fqn else "weight"
-        if name in wanted and hasattr(layer, "weight_codes"):
-            verify = getattr(layer, "verify_codes", None)
+        if name in wanted and hasattr(layer, "quantized_weight"):
+            verify = getattr(layer, "verify_quantized", None)
             if verify is not None:
                 verify()
             param = layer.weight
@@ -97,24 +98,24 @@ def find_owned(module: torch.nn.Module, names: Sequence[str]) -> list[OwnedWeigh
     if missing:
         raise PlanError(
             f"msamp/weight_wire e4m3: {len(missing)} of {len(wanted)} weights of the plan have no FP8 layer that takes"
-            f" codes, among them {min(missing)}.\n  Set weight_wire to none, or fp8/backend to torch."
+            f" quantized values, among them {min(missing)}.\n  Set weight_wire to none, or fp8/backend to torch."
         )
     return found
 
 
-def set_codes(weight: OwnedWeight, codes: Tensor, scale_inv: Tensor) -> None:
-    """Hand codes (flat uint8) to the layer; it keeps a view, no copy."""
-    weight.layer.weight_codes = WeightCodes(codes.view(torch.float8_e4m3fn).view(weight.shape), scale_inv)
-    weight.layer.page.weight_codes_of = weight.param  # which need not be the layer's any more
+def set_quantized(weight: OwnedWeight, quantized: Tensor, scale_inv: Tensor) -> None:
+    """Hand quantized (flat uint8) to the layer; it keeps a view, no copy."""
+    weight.layer.quantized_weight = QuantizedWeight(quantized.view(torch.float8_e4m3fn).view(weight.shape), scale_inv)
+    weight.layer.layer_state.quantized_weight_of = weight.param  # which need not be the layer's any more
 
 
-def drop_codes(weight: OwnedWeight) -> None:
+def drop_quantized(weight: OwnedWeight) -> None:
     # Setting it makes the layer forget what it cached itself, so only when there is something to drop.
-    if weight.layer.weight_codes is not None:
-        weight.layer.weight_codes = None
+    if weight.layer.quantized_weight is not None:
+        weight.layer.quantized_weight = None
 
 
-def attach_weights(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
-    """Lay out stores for the weights of the plan; from the first step on their codes travel."""
+def attach_weights(engine: Any, zero_optimizer: Any, plan: Any, fp8_state: Any) -> None:
+    """Lay out stores for the weights of the plan; from the first step on their quantized values travel."""
     weights = find_owned(engine.module, plan.comm.fp8_weights)
-    zero_optimizer.fp8_lay_out_weights(engine, weights, plan, book)
+    zero_optimizer.fp8_lay_out_weights(engine, weights, plan, fp8_state)

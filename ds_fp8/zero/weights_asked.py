@@ -1,7 +1,7 @@
 """Who asks for O3's 16-bit weights, and whether all ranks do.
 
 Hooks on the model notice `state_dict()`, `load_state_dict()` and a forward in high precision. Any of them may happen on one
-rank alone, where plain ZeRO 1 and 2 need nobody else. So a rank asks in the store first (`comm.meeting`):
+rank alone, where unmodified ZeRO 1 and 2 need nobody else. So a rank asks in the store first (`comm.meeting`):
 
     state_dict, load_state_dict   alone: WeightError, with the ranks that are missing and the ways out
     the end of the engine         alone: the model keeps decoded weights
@@ -153,7 +153,8 @@ class _BeforeLoad(_Hook):
 
 
 def watch_modules(optimizer: Any, root: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[Any]:
-    """Hooks on the root, and on each layer with codes, so that state_dict() of any module that holds one is noticed.
+    """Hooks on the root, and on each layer with quantized values, so that state_dict() of any module that holds one is
+    noticed.
 
     Returns handles that take them off. A hook holds neither the model nor the optimizer.
     """

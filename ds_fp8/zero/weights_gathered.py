@@ -1,12 +1,13 @@
 """`deepspeed.zero.GatheredParameters` on weights that O3 has released in ZeRO 1 and 2.
 
 DeepSpeed's context asks a parameter for `ds_id`, which only ZeRO 3 gives it; on others it does nothing, since in ZeRO 1
-and 2 every rank has every weight. At O3 it has codes. So while an optimizer with released weights lives, the context
-does for them what it does in ZeRO 3: inside it the 16-bit weights are whole, and it is collective.
+and 2 every rank has every weight. At O3 it has quantized values. So while an optimizer with released weights lives, the
+context does for them what it does in ZeRO 3: inside it the 16-bit weights are whole, and it is collective.
 
     modifier_rank None   writes to released weights go when the context closes, as in ZeRO 3
-    modifier_rank r      r's values reach all ranks, the 16-bit weights and the masters. The codes are dropped: until
-                         the next step layers cast the new weights themselves, to the same codes
+    modifier_rank r      r's values reach all ranks, the 16-bit weights and the masters. The quantized values are
+                         dropped: until the next step layers cast the new weights themselves, to the same quantized
+                         values
 
 Elements that nobody wrote keep the low bits of their master. Parameters of other engines, and jobs without O3, meet
 DeepSpeed's own context.

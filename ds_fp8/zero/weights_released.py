@@ -1,4 +1,4 @@
-"""A weight whose 16 bits are elsewhere: what O3 leaves in the place of a Parameter while only its FP8 data is here.
+"""A released weight: what O3 puts in place of a Parameter while this rank has only its FP8 data.
 
 The FP8 layer multiplies with quantized data and never looks at its Parameter. Others do: a tied decoder, a fused loss that
 takes `lm_head.weight`, a penalty, an average over steps, a norm in a log. For them the Parameter, still the same object, has
@@ -10,10 +10,10 @@ the class `ReleasedWeight` for as long as it is released:
               write to, and a write to decoded values would vanish
     the rest  shape, dtype, device, grad, hooks: the Parameter's own
 
-`.data`, `.detach()` and views of them are `DecodedWeight`: plain values that refuse to be written to. Copies and pickles are
-plain. The memory behind the Parameter itself is one NaN: what goes past torch's dispatch (`__torch_function__`), as an extension
-in C++ may, reads that. (No memory at all would end the process: torch 2.13 does not look before it reads.) Transforms of
-torch.func go past it too: see `weights_wrapped.py`.
+`.data`, `.detach()` and views of them are `DecodedWeight`: built-in values that refuse to be written to. Copies and
+pickles are unmodified. The memory behind the Parameter itself is one NaN: what goes past torch's dispatch
+(`__torch_function__`), as an extension in C++ may, reads that. (No memory at all would end the process: torch 2.13 does
+not look before it reads.) Transforms of torch.func go past it too: see `weights_wrapped.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import WeightError
-from ..layers import WeightCodes
+from ..layers import QuantizedWeight
 from ..numerics.gemm_blocks import dequantize_128x128
 
 SOURCE = "_ds_fp8_source"
@@ -45,14 +45,14 @@ class Source:
     kept  decoded values that somebody holds an address of, until the data changes
     """
 
-    __slots__ = ("codes", "kept", "name")
+    __slots__ = ("kept", "name", "quantized")
 
-    def __init__(self, name: str, codes: WeightCodes):
-        self.name, self.codes, self.kept = name, codes, None
+    def __init__(self, name: str, quantized: QuantizedWeight):
+        self.name, self.quantized, self.kept = name, quantized, None
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`, new memory."""
-        data, scale_inv = self.codes
+        data, scale_inv = self.quantized
         if scale_inv.dim() == 2:
             return dequantize_128x128(data, scale_inv, dtype)
         return kernels.dequantize(data, scale_inv, dtype)
@@ -94,11 +94,11 @@ class DecodedWeight(Tensor):
         return _call(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        memo[id(self)] = copied = plain(self).clone()
+        memo[id(self)] = copied = as_tensor(self).clone()
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain(self).__reduce_ex__(protocol)
+        return as_tensor(self).__reduce_ex__(protocol)
 
 
 class Released:
@@ -153,7 +153,9 @@ def release(param: Any, dtype: torch.dtype, device: torch.device, shape: Sequenc
 
 
 def give_memory(param: Any) -> None:
-    """Decoded values as the memory of a released Parameter, until its data changes: for readers that no dispatch sees."""
+    """Decoded values as the memory of a released Parameter, until its data changes: for readers that no dispatch
+    sees.
+    """
     with raw(), torch._C._DisableFuncTorch():
         param.data = param.__dict__[SOURCE].held(param.dtype)
 
@@ -165,7 +167,7 @@ def take_back(param: Any) -> None:
         del param.__dict__[SOURCE]
 
 
-def plain(tensor: Tensor) -> Tensor:
+def as_tensor(tensor: Tensor) -> Tensor:
     """A decoded weight without its refusal of writes; shares memory."""
     with raw():
         return tensor.as_subclass(Tensor)
@@ -227,7 +229,7 @@ def _decoded(found: Any, sources: dict[int, Source]) -> Any:
                 graph = torch.is_grad_enabled() and found.requires_grad
                 found = _Decode.apply(found, source) if graph else source.values(found.dtype)
         else:
-            found = plain(found)
+            found = as_tensor(found)
         sources[_memory(found)] = source
         return found
     if isinstance(found, (list, tuple)):
@@ -267,7 +269,7 @@ def _source(found: Any) -> Source | None:
 
 def _whole(decoded: Tensor) -> Tensor:
     """The whole weight that a decoded tensor, or a view of it, lies in."""
-    shape = decoded.__dict__[SOURCE].codes.data.shape
+    shape = decoded.__dict__[SOURCE].quantized.data.shape
     with raw():
         return torch.empty(0, dtype=decoded.dtype, device=decoded.device).set_(decoded.untyped_storage(), 0, shape)
 

@@ -1,8 +1,8 @@
-"""O3 in ZeRO 1 and 2: between steps a rank holds codes, not a second 16-bit copy of every weight.
+"""O3 in ZeRO 1 and 2: between steps a rank holds quantized values, not a second 16-bit copy of every weight.
 
 DeepSpeed keeps all 16-bit weights of a parameter group in one flat tensor, gathered after each step. Here the flat's
-memory is given back, and a store of codes and one of the rest take its place (`weights_store`). What reads a weight from
-outside of its layer gets decoded values, what writes to it is refused (`weights_released`).
+memory is given back, and a store of quantized values and one of the rest take its place (`weights_store`). Readers
+outside of the layer get decoded values; writers are refused (`weights_released`).
 
 The 16-bit weights come back (`restore`, a gather from the masters) and leave again with the next step (after a context, at
 its end):
@@ -55,14 +55,16 @@ COLLECTIVE = ("save_checkpoint", "save_16bit_model", "load_checkpoint", "eval_ba
 
 
 class WeightsStage12:
-    """Mixin over `DeepSpeedZeroOptimizer`: the gather after the step carries codes."""
+    """Mixin over `DeepSpeedZeroOptimizer`: the gather after the step carries quantized values."""
 
     fp8_stores: list[GroupStore]
     _fp8_stepping = False
 
-    def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, book: Any) -> None:
-        self.fp8_weight_plan, self.fp8_weight_book = plan, book
-        self.fp8_stores = [GroupStore(self, index, weights, book, plan) for index in range(len(self.bit16_groups_flat))]
+    def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, fp8_state: Any) -> None:
+        self.fp8_weight_plan, self.fp8_layers_state = plan, fp8_state
+        self.fp8_stores = [
+            GroupStore(self, index, weights, fp8_state, plan) for index in range(len(self.bit16_groups_flat))
+        ]
         self.fp8_asked = AskedTogether(next(_engines), self.fp8_stores)
         coded = [weight.layer for store in self.fp8_stores for weight, _, _ in store.coded]
         self.fp8_hooks = watch_modules(self, engine.module, coded)
@@ -86,10 +88,12 @@ class WeightsStage12:
         return wrapped
 
     def fp8_weights_replaced(self: Any) -> None:
-        """Weights are written from outside, on all ranks: 16-bit ones everywhere, and no codes until the next step."""
+        """Weights are written from outside, on all ranks: 16-bit ones everywhere, and no quantized values until the
+        next step.
+        """
         self.fp8_restore_weights()
         for store in self.fp8_stores:
-            store.forget_codes()
+            store.forget_quantized()
 
     @contextmanager
     def fp8_high_precision_weights(self: Any) -> Iterator[None]:
@@ -100,13 +104,13 @@ class WeightsStage12:
             yield
         finally:
             for store in released:
-                # A load inside has made new weights, whose codes do not exist yet: they stay.
-                if store.has_codes and not store.is_released:
+                # A load inside has made new weights, whose quantized values do not exist yet: they stay.
+                if store.has_quantized and not store.is_released:
                     store.keep_rest()
                     store.release()
 
     def fp8_give_back(self: Any) -> None:
-        """The end of the engine: weights in plain Parameters, hooks off the model.
+        """The end of the engine: weights in torch Parameters, hooks off the model.
 
         In 16 bits where all ranks end it together; a rank that does so alone keeps the decoded values.
         """
@@ -118,7 +122,7 @@ class WeightsStage12:
             else:
                 store.settle()
         for store in self.fp8_stores:
-            store.forget_codes()
+            store.forget_quantized()
         for hook in self.fp8_hooks:
             hook.remove()
         weights_gathered.unwatch(self)
@@ -171,7 +175,7 @@ class WeightsStage12:
                     master.copy_(value)
 
     def fp8_restore_weights(self: Any) -> None:
-        """16-bit weights in plain Parameters, until the next step; collective."""
+        """16-bit weights in torch Parameters, until the next step; collective."""
         for index, store in enumerate(self.fp8_stores):
             if store.is_released:
                 store.restore(self._fp8_own16(index))
@@ -195,7 +199,7 @@ class WeightsStage12:
         super().fp8_set_weight(param, value)
 
     def fp8_weights_changed(self: Any) -> None:
-        """New masters (a load, a setter): no codes until the next step."""
+        """New masters (a load, a setter): no quantized values until the next step."""
         self.fp8_restore_if_all_ask("a setter of DeepSpeed's")
         self.fp8_weights_replaced()
         changed = getattr(super(), "fp8_weights_changed", None)
@@ -206,10 +210,10 @@ class WeightsStage12:
         """This rank's 16-bit partition, on the device of the weights."""
         return self.single_partition_of_fp32_groups[index].detach().to(self.fp8_stores[index].others)
 
-    def _fp8_codes_next(self: Any) -> bool:
-        """Whether the forward after this step will use codes; not before `start_step`."""
-        book = self.fp8_weight_book
-        return book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step
+    def _fp8_quantized_next(self: Any) -> bool:
+        """Whether the forward after this step will use quantized values; not before `start_step`."""
+        fp8_state = self.fp8_layers_state
+        return fp8_state is not None and fp8_state.steps + 1 >= self.fp8_weight_plan.fp8.start_step
 
     def reduce_ready_partitions_and_remove_grads(self: Any, param: Any, i: int) -> None:
         # DeepSpeed looks at a parameter some twenty times here, and wants it as it is.
@@ -221,7 +225,7 @@ class WeightsStage12:
 
         Also after a skipped step: layers that cast for themselves would cast the same weights under a newer scale now.
         """
-        if not self.fp8_stores or not self._fp8_codes_next():
+        if not self.fp8_stores or not self._fp8_quantized_next():
             self.fp8_restore_weights()
             super().step(closure)
             self.fp8_asked.moment += 1
@@ -266,7 +270,9 @@ class WeightsStage12:
             super()._update_model_bit16_weights(group_index)
 
     def update_lp_params(self: Any) -> None:
-        """New masters (a load, a setter): 16-bit weights of all ranks again, and no codes until the next step."""
+        """New masters (a load, a setter): 16-bit weights of all ranks again, and no quantized values until the next
+        step.
+        """
         self.fp8_weights_replaced()
         super().update_lp_params()
 

@@ -1,12 +1,13 @@
-"""O3 in ZeRO 3: every gather of a weight for an FP8 product carries codes.
+"""O3 in ZeRO 3: every gather of a weight for an FP8 product carries quantized values.
 
 ZeRO 3 gathers each weight twice per micro-batch, in the forward and in the backward, and lets it go in between. The
-owner's chunk of codes is made once per step and kept beside its 16-bit chunk; the gather that the coordinator asks for
-(`all_gather_coalesced`) then fetches bytes, the layer gets them, and the parameter itself is released: outside readers get
-decoded values (`weights_released`). All other gathers (GatheredParameters, checkpoints, export: `param.all_gather`) fetch 16 bits as before.
+owner's chunk of quantized values is made once per step and kept beside its 16-bit chunk; the gather that the
+coordinator asks for (`all_gather_coalesced`) then fetches bytes, the layer gets them, and the parameter itself is
+released: outside readers get decoded values (`weights_released`). All other gathers (GatheredParameters, checkpoints,
+export: `param.all_gather`) fetch 16 bits as before.
 
 Small parameters that DeepSpeed keeps resident (`stage3_param_persistence_threshold`) are not gathered at all, and their
-layers cast for themselves: the same codes.
+layers cast for themselves: the same quantized values.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from ..errors import PlanError
 from ..layers.recipes.owner import Segment
 from . import weights_released, weights_wrapped
 from .touched import touched
-from .weights import OwnedWeight, WeightCaster, drop_codes, set_codes
+from .weights import OwnedWeight, WeightCaster, drop_quantized, set_quantized
 
 PREFETCH = "_PartitionedParameterCoordinator__prefetch_bucket_sz"
-"""Elements that DeepSpeed's coordinator gathers ahead. It counts elements whatever their size; codes are half of them."""
+"""Elements that DeepSpeed's coordinator gathers ahead. It counts elements whatever their size; quantized values are
+half of them.
+"""
 
 TOUCHED = {
     "Engine": touched(overrides="load_checkpoint load_module_state_dict", reads="module"),
@@ -44,9 +47,9 @@ TOUCHED = {
 
 
 class CodedWeight:
-    """One partitioned weight: its chunk of codes on this rank, and the scale that goes with the whole.
+    """One partitioned weight: its chunk of quantized values on this rank, and the scale that goes with the whole.
 
-    chunk  uint8, this rank's codes: a part of `message`, where the chunks of all weights lie in model order
+    chunk  uint8, this rank's quantized values: a part of `message`, where the chunks of all weights lie in model order
     start  where it begins there
     """
 
@@ -75,7 +78,7 @@ class CodedWeight:
         return found
 
 
-class CodesHandle:
+class QuantizedHandle:
     """What the coordinator waits on: the bytes of some weights on their way."""
 
     def __init__(self, coded: list[CodedWeight], group: Any):
@@ -95,15 +98,15 @@ class CodesHandle:
             return
         if self.handle is not None:
             self.handle.wait()
-        # By rank, then by weight: the codes of a weight that travelled alone lie in one piece already.
+        # By rank, then by weight: the parts of a weight that travelled alone lie in one piece already.
         rows = [self.gathered] if len(self.sizes) == 1 else self.gathered.view(self.world_size, -1).split(self.sizes, 1)
         records = not get_accelerator().is_synchronized_device() and handle_dependency
         stream = get_accelerator().current_stream() if records else None
         for one, row in zip(self.coded, rows, strict=True):
             weight = one.weight
             whole = row.reshape(-1)[: weight.numel]
-            set_codes(weight, whole, one.scale_inv)
-            source = weights_released.Source(weight.name, weight.layer.weight_codes)
+            set_quantized(weight, whole, one.scale_inv)
+            source = weights_released.Source(weight.name, weight.layer.quantized_weight)
             weights_released.release(weight.param, one.dtype, whole.device, weight.shape, source)
             weight.param.ds_status = ZeroParamStatus.AVAILABLE
             if records:
@@ -138,35 +141,39 @@ def lay_out_chunks(weights: list[OwnedWeight]) -> dict[int, CodedWeight]:
 
 
 class WeightsStage3:
-    """Mixin over `DeepSpeedZeroOptimizer_Stage3`: codes are made after each step and gathered when layers need them."""
+    """Mixin over `DeepSpeedZeroOptimizer_Stage3`: quantized values are made after each step and gathered when layers
+    need them.
+    """
 
-    def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, book: Any) -> None:
-        self.fp8_weight_plan, self.fp8_weight_book = plan, book
+    def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, fp8_state: Any) -> None:
+        self.fp8_weight_plan, self.fp8_layers_state = plan, fp8_state
         weights_wrapped.begin(self)
         kept = [weight for weight in weights if not weight.param.ds_persist]
         for weight in kept:
             if weight.param.nvme_swapper is not None:
                 raise PlanError(
                     "msamp/weight_wire is e4m3 and zero_optimization/offload_param/device is nvme: the partitions that"
-                    " codes are made from are not in memory after a step.\n  Set weight_wire to none, or offload"
+                    " quantized values are made from are not in memory after a step.\n  Set weight_wire to none, or offload"
                     " parameters to cpu."
                 )
-        # Laid out with the first codes: until then gathers are 16-bit, and the job rests where O2 does.
+        # Laid out with the first quantized values: until then gathers are 16-bit, and the job rests where O2 does.
         self.fp8_kept, self.fp8_coded = kept, {}
         self.fp8_cast_event = None
         every = [param for param in engine.module.parameters() if param.requires_grad and not param.ds_persist]
-        of_codes = sum(weight.numel for weight in kept)
+        of_quantized = sum(weight.numel for weight in kept)
         total = sum(param.ds_numel for param in every)
         coordinator = self._get_param_coordinator()
         ahead = getattr(coordinator, PREFETCH, 0)
         # As many bytes ahead as 16-bit gathers would be, counted by the elements that DeepSpeed counts.
-        self.fp8_prefetch = (ahead, int(ahead * 2 * total / max(1, 2 * total - of_codes)))
+        self.fp8_prefetch = (ahead, int(ahead * 2 * total / max(1, 2 * total - of_quantized)))
         self._fp8_set_fresh(False)
         by_group: dict[Any, list[OwnedWeight]] = {}
         for weight in kept:
             by_group.setdefault(weight.param.ds_process_group, []).append(weight)
         device = torch.device(get_accelerator().current_device_name())
-        self.fp8_casters = [WeightCaster(of_group, book, plan, group, device) for group, of_group in by_group.items()]
+        self.fp8_casters = [
+            WeightCaster(of_group, fp8_state, plan, group, device) for group, of_group in by_group.items()
+        ]
         self.fp8_root = engine.module
         for name in ("load_checkpoint", "load_module_state_dict"):
             setattr(engine, name, self._fp8_forgetting(getattr(engine, name)))
@@ -177,8 +184,8 @@ class WeightsStage3:
             self._fp8_replace(param, "partition", self._fp8_partition_instead(param, param.partition))
 
     def _fp8_set_fresh(self: Any, fresh: bool) -> None:
-        """Whether the next gathers of weights carry codes, and so how far ahead they may be."""
-        self.fp8_codes_fresh = fresh
+        """Whether the next gathers of weights carry quantized values, and so how far ahead they may be."""
+        self.fp8_quantized_fresh = fresh
         coordinator = self._get_param_coordinator()
         if hasattr(coordinator, PREFETCH):
             setattr(coordinator, PREFETCH, self.fp8_prefetch[fresh])
@@ -189,10 +196,10 @@ class WeightsStage3:
         setattr(param, name, method)
 
     def fp8_give_back(self: Any) -> None:
-        """The end of the engine: no codes in the layers, DeepSpeed's own methods on the parameters."""
+        """The end of the engine: no quantized values in the layers, DeepSpeed's own methods on the parameters."""
         self._fp8_set_fresh(False)
         for coded in self.fp8_coded.values():
-            drop_codes(coded.weight)
+            drop_quantized(coded.weight)
             if (
                 weights_released.is_released(coded.weight.param)
                 and coded.weight.param.ds_status == ZeroParamStatus.AVAILABLE
@@ -204,7 +211,7 @@ class WeightsStage3:
         weights_wrapped.end(self)
 
     def _fp8_forgetting(self: Any, method: Any) -> Any:
-        """A load replaces the weights that the codes stand for: 16-bit gathers until the next step."""
+        """A load replaces the weights that the quantized values stand for: 16-bit gathers until the next step."""
 
         @functools.wraps(method)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -213,13 +220,13 @@ class WeightsStage3:
 
         return wrapped
 
-    def _fp8_wants_codes(self: Any) -> bool:
-        return self.fp8_codes_fresh and (self.fp8_root.training or self.fp8_weight_plan.fp8.eval)
+    def _fp8_wants_quantized(self: Any) -> bool:
+        return self.fp8_quantized_fresh and (self.fp8_root.training or self.fp8_weight_plan.fp8.eval)
 
     def _fp8_gather_instead(self: Any, original: Any) -> Any:
         def all_gather_coalesced(params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
             params = list(params)
-            coded = [p for p in params if id(p) in self.fp8_coded] if self._fp8_wants_codes() else []
+            coded = [p for p in params if id(p) in self.fp8_coded] if self._fp8_wants_quantized() else []
             if not coded:
                 return original(params, safe_mode=safe_mode, quantize=quantize)
             chosen = {id(param) for param in coded}
@@ -233,13 +240,15 @@ class WeightsStage3:
                     raise RuntimeError(param.ds_summary())
                 param.ds_status = ZeroParamStatus.INFLIGHT
                 by_group.setdefault(param.ds_process_group, []).append(self.fp8_coded[id(param)])
-            handles.extend(CodesHandle(of_group, group) for group, of_group in by_group.items())
+            handles.extend(QuantizedHandle(of_group, group) for group, of_group in by_group.items())
             return MultipleAllGatherHandles(handles)
 
         return all_gather_coalesced
 
     def _fp8_bring_16bit(self: Any, param: Any, original: Any) -> Any:
-        """GatheredParameters and its kind: 16 bits, also for a weight whose codes are here at this moment."""
+        """GatheredParameters and its kind: 16 bits, also for a weight whose quantized values are here at this
+        moment.
+        """
 
         def all_gather(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
             for one in [param] if param_list is None else param_list:
@@ -251,7 +260,7 @@ class WeightsStage3:
         return all_gather
 
     def _fp8_partition_instead(self: Any, param: Any, original: Any) -> Any:
-        """Codes go when the parameter goes. Values written in GatheredParameters make all of them stale."""
+        """Quantized values go when the parameter goes. Values written in GatheredParameters make all of them stale."""
 
         def partition(param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, **kwargs: Any) -> Any:
             listed = [param] if param_list is None else list(param_list)
@@ -260,7 +269,7 @@ class WeightsStage3:
             result = original(param_list, hierarchy, has_been_updated, **kwargs)
             for one in listed:
                 if id(one) in self.fp8_coded:
-                    drop_codes(self.fp8_coded[id(one)].weight)
+                    drop_quantized(self.fp8_coded[id(one)].weight)
                     if has_been_updated:
                         self._fp8_set_fresh(False)
             return result
@@ -275,15 +284,15 @@ class WeightsStage3:
     def step(self: Any, closure: Any = None) -> None:
         super().step(closure)
         # Also after a skipped step: layers that cast for themselves would do it under a newer scale now.
-        self.fp8_make_codes()
+        self.fp8_quantize_weights()
 
-    def fp8_make_codes(self: Any) -> None:
+    def fp8_quantize_weights(self: Any) -> None:
         """Cast this rank's chunks from its new 16-bit partitions; collective for the amaxes only."""
-        book = self.fp8_weight_book
+        fp8_state = self.fp8_layers_state
         if not self.fp8_casters:
             return
-        self._fp8_set_fresh(book is not None and book.steps + 1 >= self.fp8_weight_plan.fp8.start_step)
-        if not self.fp8_codes_fresh:
+        self._fp8_set_fresh(fp8_state is not None and fp8_state.steps + 1 >= self.fp8_weight_plan.fp8.start_step)
+        if not self.fp8_quantized_fresh:
             return
         if not self.fp8_coded:
             self.fp8_coded = lay_out_chunks(self.fp8_kept)

@@ -1,14 +1,14 @@
 """O3 in ZeRO 1 and 2: the two stores that take the place of a parameter group's flat 16-bit weights.
 
-    codes   1 byte for each element that an FP8 layer owns, in the flat's order; the layers hold views of it
-    rest    16 bits for all others (norms, biases, embeddings, ...)
+    quantized  1 byte for each element that an FP8 layer owns, in the flat's order; the layers hold views of it
+    rest       16 bits for all others (norms, biases, embeddings, ...)
 
 Both keep the flat's order, so the share of a rank is one range of each store: the owner casts and copies straight into its
 range and the gather fills the others in place. Where everything lies is worked out once.
 
 Before the first step nothing is released yet and the stores do not exist: the master is this rank's slice of the flat, as at
-O2. With the first release it gets memory of its own, or keeps the flat's where it is the whole of it. Memory is given up by
-letting go of it, not under the feet of others: who still holds a view of 16-bit weights has their values of that moment.
+O2. With the first release it gets memory of its own, or keeps the flat's where it is the whole of it. Memory is freed
+by dropping the reference: a view of 16-bit weights that somebody still holds keeps their values of that moment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..comm.gather import all_gather_shares
 from ..layers.recipes.owner import Segment
 from . import weights_released
 from .touched import touched
-from .weights import OwnedWeight, WeightCaster, drop_codes, set_codes
+from .weights import OwnedWeight, WeightCaster, drop_quantized, set_quantized
 
 TOUCHED = {
     "ZeroStage12": touched(
@@ -34,17 +34,17 @@ TOUCHED = {
 }
 
 ALIGNMENT = 16
-"""Elements to which each weight's codes are aligned: scaled_mm wants 16 bytes."""
+"""Elements to which each quantized weight is aligned: scaled_mm wants 16 bytes."""
 
 
 class GroupStore:
-    """Codes and rest of one parameter group.
+    """Quantized values and rest of one parameter group.
 
     bounds       of each store by rank: rank r owns [bounds[r], bounds[r + 1])
     is_released  whether the 16-bit weights are away
     """
 
-    def __init__(self, optimizer: Any, index: int, weights: list[OwnedWeight], book: Any, plan: Any):
+    def __init__(self, optimizer: Any, index: int, weights: list[OwnedWeight], fp8_state: Any, plan: Any):
         self.group = optimizer.real_dp_process_group[index]
         self.world_size, self.rank = dist.get_world_size(group=self.group), dist.get_rank(group=self.group)
         self.flat: Tensor = optimizer.bit16_groups_flat[index]
@@ -69,26 +69,30 @@ class GroupStore:
         self.code_bounds = share_bounds(spans, self.code_numel, self.partition_numel, self.world_size)
         spans = [(offset, param.numel(), at) for param, offset, at in self.rest]
         self.rest_bounds = share_bounds(spans, self.rest_numel, self.partition_numel, self.world_size)
-        self.codes = torch.zeros(0, dtype=torch.uint8, device=self.flat.device)
+        self.quantized = torch.zeros(0, dtype=torch.uint8, device=self.flat.device)
         self.others = torch.zeros(0, dtype=self.flat.dtype, device=self.flat.device)
         self.shapes = {id(param): param.shape for param, _, _ in self.rest}
-        self.caster = WeightCaster([weight for weight, _, _ in self.coded], book, plan, self.group, self.flat.device)
+        self.caster = WeightCaster(
+            [weight for weight, _, _ in self.coded], fp8_state, plan, self.group, self.flat.device
+        )
         self._laid_out_for: tuple[Any, ...] = ()
         self._segments: list[Segment] = []
         self._sources: list[Tensor] = []
         self._targets: list[Tensor] = []
 
     def refresh(self, own: Tensor) -> None:
-        """After a step: `own` is this rank's new 16-bit partition; codes and rest go out, the flat's memory goes."""
+        """After a step: `own` is this rank's new 16-bit partition; quantized values and rest go out, the flat's memory
+        goes.
+        """
         self._lay_out(own)
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
         scale_inv = self.caster.cast(self._segments)
-        all_gather_shares(self.codes, self.code_bounds, self.group)
+        all_gather_shares(self.quantized, self.code_bounds, self.group)
         all_gather_shares(self.others, self.rest_bounds, self.group)
         counters.add("weight", 0, all_gather_bytes(own.numel() * own.element_size(), self.world_size))
         for (weight, _, at), inverse in zip(self.coded, scale_inv, strict=True):
-            set_codes(weight, self.codes[at : at + weight.numel], inverse)
+            set_quantized(weight, self.quantized[at : at + weight.numel], inverse)
         self.release()
 
     def _lay_out(self, own: Tensor) -> None:
@@ -96,14 +100,14 @@ class GroupStore:
         place = (own.data_ptr(), own.dtype, own.device)
         if self._laid_out_for == place:
             return
-        if self.codes.numel() != self.code_numel or self.others.numel() != self.rest_numel:
-            self.codes = torch.zeros(self.code_numel, dtype=torch.uint8, device=self.flat.device)
+        if self.quantized.numel() != self.code_numel or self.others.numel() != self.rest_numel:
+            self.quantized = torch.zeros(self.code_numel, dtype=torch.uint8, device=self.flat.device)
             self.others = torch.zeros(self.rest_numel, dtype=self.flat.dtype, device=self.flat.device)
         self._segments, self._sources, self._targets = [], [], []
         for weight, offset, at in self.coded:
             for start, stop in self.own_part(offset, weight.numel):
                 here = own[start + offset - self.first : stop + offset - self.first]
-                self._segments.append(Segment(weight, start, here, self.codes[at + start : at + stop]))
+                self._segments.append(Segment(weight, start, here, self.quantized[at + start : at + stop]))
         for param, offset, at in self.rest:
             for start, stop in self.own_part(offset, param.numel()):
                 self._sources.append(own[start + offset - self.first : stop + offset - self.first])
@@ -113,8 +117,8 @@ class GroupStore:
     def release(self) -> None:
         """Point parameters away from the flat and let go of its memory."""
         for weight, _, _ in self.coded:
-            codes = weight.layer.weight_codes
-            source = weights_released.Source(weight.name, codes)
+            quantized = weight.layer.quantized_weight
+            source = weights_released.Source(weight.name, quantized)
             weights_released.release(weight.param, self.others.dtype, self.others.device, weight.shape, source)
         if self.is_released:
             return
@@ -127,7 +131,7 @@ class GroupStore:
         self.is_released = True
 
     def restore(self, own: Tensor) -> None:
-        """Gather the 16-bit weights from the masters again. Codes stay: FP8 products go on using them."""
+        """Gather the 16-bit weights from the masters again. Quantized values stay: FP8 products go on using them."""
         if self.is_released:
             self.flat.data = self.flat.new_empty(self.numel)
             for partition, part in zip(self.partitions, self.flat.split(self.partition_numel), strict=True):
@@ -146,20 +150,20 @@ class GroupStore:
             param.data = self.flat[offset : offset + shape.numel()].view(shape)
 
     def settle(self) -> None:
-        """Plain Parameters with decoded values, without asking the other ranks."""
+        """Torch Parameters with decoded values, without asking the other ranks."""
         for weight, _, _ in self.coded:
             values = weights_released.values_of(weight.param)
             weights_released.take_back(weight.param)
             weight.param.data = values
         self.is_released = False
 
-    def forget_codes(self) -> None:
+    def forget_quantized(self) -> None:
         for weight, _, _ in self.coded:
-            drop_codes(weight)
+            drop_quantized(weight)
 
     @property
-    def has_codes(self) -> bool:
-        return bool(self.coded) and self.coded[0][0].layer.weight_codes is not None
+    def has_quantized(self) -> bool:
+        return bool(self.coded) and self.coded[0][0].layer.quantized_weight is not None
 
     def own_part(self, offset: int, numel: int) -> Iterator[tuple[int, int]]:
         """(start, stop) within the parameter that lie in this rank's partition; nothing if none do."""

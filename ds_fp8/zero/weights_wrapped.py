@@ -1,12 +1,12 @@
 """torch.func and released weights: memory for a Parameter that a transform is about to wrap.
 
-vmap, grad, vjp, jvp and their like wrap their arguments in C++, where no `__torch_function__` is asked, and read the memory of
-what they wrapped. So while some weight of this process is released, the two functions that wrap are ours: they give a released
-weight its decoded values as memory before (`weights_released.give_memory`) and then are torch's own. Gradients belong to the
-transform and need nothing. The memory goes with the next step.
+vmap, grad, vjp, jvp and their like wrap their arguments in C++, where no `__torch_function__` is asked, and read the
+memory of what they wrapped. So while some weight of this process is released, the two functions that wrap are ours:
+they give a released weight its decoded values as memory before (`weights_released.give_memory`) and then are torch's
+own. Gradients belong to the transform and need nothing. The memory goes with the next step.
 
-This changes two names of `torch._functorch`, the one place where we touch torch, because there is no hook for it; without it
-these transforms would read NaN. Torch's own are back when the last engine that releases weights has ended.
+This changes two names of `torch._functorch`, the one place where we touch torch, because there is no hook for it;
+without it these transforms would read NaN. Torch's own are back when the last engine that releases weights has ended.
 """
 
 from __future__ import annotations

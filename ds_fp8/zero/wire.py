@@ -111,7 +111,7 @@ def refuse_conflicts(zero_config: Any, comm: Any) -> None:
         return
     for key, reason in (
         ("zero_quantized_weights", "both cast the gathered weights, int8 (qwZ) on top of FP8"),
-        ("zero_quantized_nontrainable_weights", "it keeps its own int8 partitions, which hold no FP8 codes"),
+        ("zero_quantized_nontrainable_weights", "it keeps its own int8 partitions, which hold no FP8 values"),
     ):
         if getattr(zero_config, key, False):
             raise PlanError(
@@ -122,39 +122,39 @@ def refuse_conflicts(zero_config: Any, comm: Any) -> None:
         raise PlanError(
             f"msamp/weight_wire is {comm.weight_wire} and zero_optimization/zero_hpz_partition_size is"
             f" {zero_config.zero_hpz_partition_size}: hpZ gathers from secondary 16-bit partitions inside the node,"
-            " where codes would save nothing and need a third copy.\n"
+            " where quantized values would save nothing and need a third copy.\n"
             "  Set zero_hpz_partition_size to 1, or weight_wire to none."
         )
 
 
-def join(pieces: Sequence[Tensor]) -> Tensor:
-    """One flat tensor of all pieces; without a copy when they lie one after the other in memory."""
-    if len(pieces) == 1:
-        return pieces[0]
-    first = pieces[0]
+def join(fragments: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of all fragments; without a copy when they lie one after the other in memory."""
+    if len(fragments) == 1:
+        return fragments[0]
+    first = fragments[0]
     end = first.data_ptr()
-    for piece in pieces:
-        if piece.data_ptr() != end or piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(list(pieces))
-        end += piece.numel() * piece.element_size()
-    return first.as_strided((sum(piece.numel() for piece in pieces),), (1,))
+    for fragment in fragments:
+        if fragment.data_ptr() != end or fragment.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(fragments))
+        end += fragment.numel() * fragment.element_size()
+    return first.as_strided((sum(fragment.numel() for fragment in fragments),), (1,))
 
 
-def reduce_pieces(
-    pieces: Sequence[Sequence[Tensor]],
+def reduce_chunks(
+    fragments: Sequence[Sequence[Tensor]],
     gradient_wire: GradientWire,
     group: Any,
     *,
     average: float,
     deliver: Callable[[int, Tensor], None],
 ) -> None:
-    """Sum flat pieces, listed by owner, over `group`; the own ones come to `deliver(start, part)` in fp32, in order.
+    """Sum flat fragments, listed by owner, over `group`; the own ones come to `deliver(start, part)` in fp32, in order.
 
-    How the pieces of one owner are cut may differ between ranks; their sequence of elements may not. So blocks are
+    How the fragments of one owner are cut may differ between ranks; their sequence of elements may not. So blocks are
     counted through the whole sequence of an owner, and `start` is a position in it.
     """
-    some = next(piece for of_owner in pieces for piece in of_owner)
-    slices = [join(of_owner) if of_owner else some.new_empty(0) for of_owner in pieces]
+    some = next(fragment for of_owner in fragments for fragment in of_owner)
+    slices = [join(of_owner) if of_owner else some.new_empty(0) for of_owner in fragments]
     numel = sum(s.numel() for s in slices)
     route = gradient_wire.route(group)
     counters.add("gradient", 0, all_reduce_bytes(numel, some.element_size(), route.world_size))
@@ -171,7 +171,7 @@ def spread_over(targets: Sequence[Tensor], start: int, part: Tensor) -> Iterator
         first += target.numel()
 
 
-def attach(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
+def attach(engine: Any, zero_optimizer: Any, plan: Any, fp8_state: Any) -> None:
     """Give the specialised instance what its mixins need. Collective when routes or weights are laid out."""
     if plan.comm is None:
         return
@@ -185,4 +185,4 @@ def attach(engine: Any, zero_optimizer: Any, plan: Any, book: Any) -> None:
     if plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
         from .weights import attach_weights
 
-        attach_weights(engine, zero_optimizer, plan, book)
+        attach_weights(engine, zero_optimizer, plan, fp8_state)

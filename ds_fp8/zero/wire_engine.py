@@ -4,7 +4,7 @@ All three end in the engine's bucketed all-reduce, because every rank needs ever
 everywhere, BF16_Optimizer takes the norm over all of its gradients on each rank. So here both halves are paid,
 2 (W - 1) / W bytes per parameter, and all ranks end with the same bits.
 
-Sparse gradients take another road (sparse_allreduce) and are left as they are: their indices must be exact, and they
+Sparse gradients take another path (sparse_allreduce) and are left as they are: their indices must be exact, and they
 are small. Tied weights of a pipeline are summed by the pipeline engine itself, in their own dtype.
 """
 

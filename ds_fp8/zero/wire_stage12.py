@@ -7,7 +7,8 @@ every rank copies its slices out. The methods below take over at the point where
     reduce_scatter, use_multi_rank_bucket_allreduce         allreduce_and_scatter
     reduce_scatter, not use_multi_rank_bucket_allreduce     allreduce_no_retain(rank=owner)
     not reduce_scatter                                      gradient_reduction_w_predivide
-    not contiguous_gradients                                buffered_reduce_fallback, and its fp32-preserving twin
+    not contiguous_gradients                                buffered_reduce_fallback, and its fp32-preserving
+                                                            counterpart
 
 With overlap_comm all of them run inside DeepSpeed's reduction stream; nothing here waits on the host.
 Slices that another rank owns keep this rank's local values: as in DeepSpeed, nobody reads them afterwards.
@@ -24,7 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from .touched import touched
-from .wire import GradientWire, reduce_pieces, spread_over
+from .wire import GradientWire, reduce_chunks, spread_over
 
 TOUCHED = {
     "ZeroStage12": touched(
@@ -33,7 +34,7 @@ TOUCHED = {
     ),
 }
 
-Piece = tuple[int, Tensor, "Tensor | None"]
+Fragment = tuple[int, Tensor, "Tensor | None"]
 """(owner rank in the group, flat view of the gradient, fp32 partition slice to add to or None)."""
 
 
@@ -64,7 +65,7 @@ class WireStage12:
         divide: bool = True,
         process_group: Any = None,
     ) -> None:
-        pieces: list[Piece] = []
+        fragments: list[Fragment] = []
         for ranks, tensor, *output in bucket:
             owners = [ranks] if isinstance(ranks, int) else sorted(ranks)
             if len(owners) != 1:  # Muon wants whole matrices on several ranks: an all-reduce in high precision
@@ -72,8 +73,8 @@ class WireStage12:
                     bucket, communication_data_type, numel_per_bucket, log, divide, process_group
                 )
                 return
-            pieces.append((owners[0], tensor, output[0] if output else None))
-        self._fp8_reduce(pieces, process_group, self._fp8_factor(divide))
+            fragments.append((owners[0], tensor, output[0] if output else None))
+        self._fp8_reduce(fragments, process_group, self._fp8_factor(divide))
 
     def allreduce_no_retain(
         self: Any,
@@ -92,20 +93,20 @@ class WireStage12:
             )
             return
         outputs = output_bucket or [None] * len(bucket)
-        pieces = [(rank, tensor, output) for tensor, output in zip(bucket, outputs, strict=True)]
-        self._fp8_reduce(pieces, process_group, self._fp8_factor(divide))
+        fragments = [(rank, tensor, output) for tensor, output in zip(bucket, outputs, strict=True)]
+        self._fp8_reduce(fragments, process_group, self._fp8_factor(divide))
 
     def gradient_reduction_w_predivide(self: Any, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
         """reduce_scatter: false. Where the division stands (before, after, split) makes no difference in an fp32 sum."""
         if tensor.numel() == 0:
             return tensor
-        pieces: list[Piece] = []
+        fragments: list[Fragment] = []
         start = 0
         for group_index, index_in_group, param_id in self.ipg_buckets[communication_data_type].params:
             numel = self.bit16_groups[group_index][index_in_group].numel()
-            pieces.extend(self._fp8_owned_pieces(group_index, param_id, tensor.narrow(0, start, numel)))
+            fragments.extend(self._fp8_owned_fragments(group_index, param_id, tensor.narrow(0, start, numel)))
             start += numel
-        self._fp8_reduce(pieces, self.dp_process_group, self._fp8_factor(divide=True))
+        self._fp8_reduce(fragments, self.dp_process_group, self._fp8_factor(divide=True))
         return tensor
 
     def _add_full_reduction_to_compact_grad_partition(
@@ -142,16 +143,16 @@ class WireStage12:
                 accelerator.synchronize()
             self._clear_previous_reduced_grads()
             stream = self.reduction_stream
-        by_kind: dict[Any, list[Piece]] = {}
+        by_kind: dict[Any, list[Fragment]] = {}
         for grad, (group_index, _, param_id) in zip(grads, grad_params, strict=True):
             key = (self.real_dp_process_group[group_index], grad.dtype)
-            pieces = by_kind.setdefault(key, [])
-            pieces.extend(self._fp8_owned_pieces(group_index, param_id, grad.view(-1)))
+            fragments = by_kind.setdefault(key, [])
+            fragments.extend(self._fp8_owned_fragments(group_index, param_id, grad.view(-1)))
         with accelerator.stream(stream):
-            for (group, _), pieces in by_kind.items():
-                self._fp8_reduce(pieces, group, self._fp8_factor(divide=True))
+            for (group, _), fragments in by_kind.items():
+                self._fp8_reduce(fragments, group, self._fp8_factor(divide=True))
 
-    def _fp8_owned_pieces(self: Any, group_index: int, param_id: int, grad: Tensor) -> Iterator[Piece]:
+    def _fp8_owned_fragments(self: Any, group_index: int, param_id: int, grad: Tensor) -> Iterator[Fragment]:
         """Cut one flat gradient at the partition boundaries that it straddles."""
         starts = sorted(
             (self.grad_start_offset[group_index][owner][param_id], owner)
@@ -169,14 +170,14 @@ class WireStage12:
         """Factor on the sum: what average_tensor left to us, or the mean where the caller asks for one."""
         return self._fp8_mean_factor() if divide and self.gradient_average else self._fp8_average
 
-    def _fp8_reduce(self: Any, pieces: Sequence[Piece], group: Any, average: float) -> None:
-        """Send every piece to its owner; write the own ones back, and add them to their partition."""
+    def _fp8_reduce(self: Any, fragments: Sequence[Fragment], group: Any, average: float) -> None:
+        """Send every fragment to its owner; write the own ones back, and add them to their partition."""
         group = self.dp_process_group if group is None else group
         world_size, rank = dist.get_world_size(group=group), dist.get_rank(group=group)
         by_owner: list[list[Tensor]] = [[] for _ in range(world_size)]
-        for owner, tensor, _ in pieces:
+        for owner, tensor, _ in fragments:
             by_owner[owner].append(tensor)
-        own = [(tensor, output) for owner, tensor, output in pieces if owner == rank]
+        own = [(tensor, output) for owner, tensor, output in fragments if owner == rank]
 
         def deliver(start: int, part: Tensor) -> None:
             for number, offset, values in spread_over([tensor for tensor, _ in own], start, part):
@@ -185,7 +186,7 @@ class WireStage12:
                     self._add_to_grad_partition_buffer(output[offset : offset + values.numel()], values)
                 tensor[offset : offset + values.numel()].copy_(values)
 
-        reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
+        reduce_chunks(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
         if self.overlap_comm and not get_accelerator().resolves_data_dependency():
-            for _, tensor, _ in pieces:
+            for _, tensor, _ in fragments:
                 tensor.record_stream(self.reduction_stream)

@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from .touched import touched
-from .wire import GradientWire, reduce_pieces
+from .wire import GradientWire, reduce_chunks
 
 TOUCHED = {
     "Parameter": touched(reads="partition_numel"),
@@ -65,16 +65,16 @@ class WireStage3:
                 grad[min(d * chunk, grad.numel()) : min((d + 1) * chunk, grad.numel())] for d in range(world_size)
             ]
             own_numels.append(chunks[rank].numel())
-            for of_owner, piece in zip(by_owner, chunks, strict=True):
-                if piece.numel():
-                    of_owner.append(piece)
+            for of_owner, fragment in zip(by_owner, chunks, strict=True):
+                if fragment.numel():
+                    of_owner.append(fragment)
         average = self._fp8_mean_factor(params, world_size) * sequence_parallel_size
         own = torch.empty(sum(own_numels), dtype=self.gradient_accumulation_dtype, device=grads[0].device)
 
         def deliver(start: int, part: Tensor) -> None:
             own[start : start + part.numel()].copy_(part)
 
-        reduce_pieces(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
+        reduce_chunks(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
         return list(own.split(own_numels))
 
     def _fp8_mean_factor(self: Any, params: Sequence[Any], world_size: int) -> float:

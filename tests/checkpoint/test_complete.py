@@ -73,7 +73,7 @@ def cut(file):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_an_incomplete_one_is_passed_over(saved, damage, capsys):
-    """`latest` names it, a complete one lies beside it: that one is found, and why is told."""
+    """`latest` names it, a complete one lies beside it: that one is found, and why is reported."""
     DAMAGES[damage](saved / "global_step3")
     assert main(["latest", str(saved)]) == 0
     said = capsys.readouterr()

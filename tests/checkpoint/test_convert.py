@@ -1,4 +1,4 @@
-"""`ds_fp8 convert`: plain names, master precision, and levels that a job takes as its own."""
+"""`ds_fp8 convert`: the model's own names, master precision, and levels that a job takes as its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from states_jobs import full_weights, job, load, train
 
-from ds_fp8.checkpoint.inspect import read_plain
+from ds_fp8.checkpoint.inspect import read_tensors
 from ds_fp8.cli import convert as command
 
 pytestmark = pytest.mark.dist
@@ -44,7 +44,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_safetensors_hold_the_masters(saved, tmp_path, stage):
-    """fp32 under plain names; rounded to bf16 they are the model's weights."""
+    """fp32 under the model's own names; rounded to bf16 they are the model's weights."""
     folder, results = saved
     assert command.main([str(folder / str(stage)), str(tmp_path / "out")]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -66,17 +66,17 @@ def test_levels(saved, tmp_path):
     """Converted to O1 and loaded at O1 is loaded at O1 from O2: the same decoded state, so the same losses."""
     folder, _ = saved
     assert command.main([str(folder / "2"), str(tmp_path / "one"), "--level", "O1"]) == 0
-    shard = read_plain(next((tmp_path / "one" / "a").glob("*_optim_states.pt")))
+    shard = read_tensors(next((tmp_path / "one" / "a").glob("*_optim_states.pt")))
     assert shard["optimizer_state_dict"]["ds_fp8"]["layout"]["formats"]["exp_avg"] == "fp32"
     converted = run_ranks(2, continue_at, str(tmp_path / "one"), "O1")[0]
     assert converted == run_ranks(2, continue_at, str(folder / "2"), "O1")[0]
 
 
-def test_plain_has_nothing_of_ours(saved, tmp_path):
+def test_level_plain_has_nothing_of_ours(saved, tmp_path):
     folder, _ = saved
     assert command.main([str(folder / "3"), str(tmp_path / "plain"), "--level", "plain"]) == 0
     for path in (tmp_path / "plain" / "a").glob("*_optim_states.pt"):
-        assert "ds_fp8" not in read_plain(path)["optimizer_state_dict"]
+        assert "ds_fp8" not in read_tensors(path)["optimizer_state_dict"]
     assert command.main([str(tmp_path / "plain"), str(tmp_path / "again"), "--level", "O2"]) == 2
 
 

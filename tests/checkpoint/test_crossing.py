@@ -61,11 +61,13 @@ def round_trips(rank: int, world_size: int, folder: str) -> dict[str, tuple]:
 
 
 def test_plugin_off_and_on(tmp_path):
-    """Ours into plain DeepSpeed, plain DeepSpeed into ours, stages 0 to 3: the same losses as without the change."""
+    """Ours into unmodified DeepSpeed, unmodified DeepSpeed into ours, stages 0 to 3: the same losses as without the
+    change.
+    """
     for of_rank in run_ranks(2, round_trips, str(tmp_path)):
         for name, (expected, found) in of_rank.items():
             if name == "O2 from O1":
-                # Moments become 8-bit codes: three steps at lr 1e-2 may drift by some per cent of the loss.
+                # Moments become 8-bit values: three steps at lr 1e-2 may drift by some per cent of the loss.
                 assert found == pytest.approx(expected, rel=0.05)
             else:
                 assert found == expected, name
@@ -111,7 +113,7 @@ def states_of(engine) -> dict[str, torch.Tensor]:
 
 
 def there_and_back(rank: int, world_size: int, folder: str) -> dict[int, dict]:
-    """bf16 of plain DeepSpeed, three steps at O2, and plain DeepSpeed again."""
+    """bf16 of unmodified DeepSpeed, three steps at O2, and unmodified DeepSpeed again."""
     results = {}
     for stage in (1, 2, 3):
         start, middle = f"{folder}/{stage}", f"{folder}/{stage}-O2"
@@ -133,7 +135,7 @@ def there_and_back(rank: int, world_size: int, folder: str) -> dict[int, dict]:
     return results
 
 
-def test_bf16_into_o2_and_back_to_plain_deepspeed(tmp_path):
+def test_bf16_into_o2_and_back_to_deepspeed(tmp_path):
     for of_rank in run_ranks(2, there_and_back, str(tmp_path)):
         for stage, result in of_rank.items():
             # A master near the middle between two bf16 numbers rounds half up in 24 bits, half to even in DeepSpeed.

@@ -29,7 +29,9 @@ FALLBACK = {"stage": 2, "fp8": {**JOB["fp8"], "checkpoint_fallback": True}}
 
 
 def save_and_die(rank: int, world_size: int, folder: str) -> None:
-    """Tags `old` (1 step), `last` (2 steps); then `last` again after 3 steps, killed by SIGKILL in the half of rank 1's shard."""
+    """Tags `old` (1 step), `last` (2 steps); then `last` again after 3 steps, killed by SIGKILL in the half of rank 1's
+    shard.
+    """
     engine = old_jobs.make_engine(JOB)
     old_jobs.train(engine, range(1))
     engine.save_checkpoint(folder, tag="old")
@@ -96,7 +98,7 @@ def try_loads(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     from torch.distributed import barrier
 
     results: dict[str, Any] = {}
-    plain, falling = old_jobs.make_engine(JOB), old_jobs.make_engine(FALLBACK)
+    baseline, falling = old_jobs.make_engine(JOB), old_jobs.make_engine(FALLBACK)
 
     def attempt(engine: Any, load_dir: Path, tag: str | None = None) -> tuple[Any, ...]:
         before, said = weights(engine), io.StringIO()
@@ -111,8 +113,8 @@ def try_loads(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         return result, bool((before == weights(engine)).all()), engine.global_steps, lines
 
     broken, bad = Path(folder), Path(folder + "_bad")
-    results["broken plain"] = attempt(plain, broken)
-    results["broken plain by name"] = attempt(plain, broken, "last")
+    results["broken unmodified"] = attempt(baseline, broken)
+    results["broken unmodified by name"] = attempt(baseline, broken, "last")
     results["broken falling by name"] = attempt(falling, broken, "last")
     results["broken falling"] = attempt(falling, broken)
     results["losses"] = old_jobs.train(falling, range(1, 3))
@@ -123,7 +125,7 @@ def try_loads(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             damage(bad)
         barrier()
         # Without a `latest` DeepSpeed finds nothing and goes on from the start, as it always did.
-        results[f"{name} plain"] = attempt(plain, bad, "last" if name == "no latest" else None)
+        results[f"{name} unmodified"] = attempt(baseline, bad, "last" if name == "no latest" else None)
         results[f"{name} falling"] = attempt(falling, bad)
     own = Path(f"{folder}_node{rank}")
     shutil.copytree(f"{folder}_whole", own)
@@ -162,7 +164,7 @@ def test_killed_while_it_writes_over_a_tag(broken):
     assert named_by_latest(broken) == "last"
 
 
-@pytest.mark.parametrize("name", ["broken plain", "broken plain by name", "broken falling by name"])
+@pytest.mark.parametrize("name", ["broken unmodified", "broken unmodified by name", "broken falling by name"])
 def test_files_of_two_steps_are_refused(results, name):
     """Without the key, and whenever the script names the tag: an error on both ranks, the engine untouched."""
     for of_rank in results:
@@ -174,8 +176,8 @@ def test_files_of_two_steps_are_refused(results, name):
 def test_the_newest_complete_one_is_loaded_and_told(results, broken):
     """Rank 0 says so in one line; the losses are those of the run that was killed, from the older checkpoint on."""
     assert [of_rank["broken falling"][0] for of_rank in results] == ["old", "old"]
-    told = [line for line in results[0]["broken falling"][3] if "checkpoint_fallback" in line]
-    assert len(told) == 1 and "broken off" in told[0] and "Loaded old instead" in told[0]
+    shown = [line for line in results[0]["broken falling"][3] if "checkpoint_fallback" in line]
+    assert len(shown) == 1 and "broken off" in shown[0] and "Loaded old instead" in shown[0]
     assert not any("checkpoint_fallback" in line for line in results[1]["broken falling"][3])
     assert results[0]["losses"] == json.loads((broken / "losses.json").read_text())
 
@@ -184,7 +186,7 @@ def test_the_newest_complete_one_is_loaded_and_told(results, broken):
 def test_each_damage(results, name):
     """Refused without the key; with it the newest complete one is loaded by both ranks."""
     for of_rank in results:
-        result, unchanged, _, _ = of_rank[f"{name} plain"]
+        result, unchanged, _, _ = of_rank[f"{name} unmodified"]
         if name == "no latest":
             assert result == "last"
         else:

@@ -1,8 +1,8 @@
 """A resumed job is the uninterrupted job: the same losses, bit for bit.
 
-Every stage and level, stochastic rounding included. The state that must survive is the codes, their scales, the
-remainders of the masters, the step and the seed; an fp32 copy of the decoded state is *not* enough, as encoding it again
-need not give the same codes.
+Every stage and level, stochastic rounding included. The state that must survive is the quantized values, their scales,
+the remainders of the masters, the step and the seed; an fp32 copy of the decoded state is *not* enough, as encoding it
+again need not give the same quantized values.
 """
 
 from __future__ import annotations
@@ -77,17 +77,17 @@ def test_losses_after_resume_are_bit_equal(results, name):
         assert of_rank[name]["resumed"] == of_rank[name]["expected"]
 
 
-def test_codes_are_safe_to_load(tmp_path: Path):
-    """Our entry in the shard holds tensors and plain types only: `weights_only=True` reads it."""
-    run_ranks(1, save_codes, str(tmp_path))
-    codes = torch.load(tmp_path / "codes.pt", weights_only=True)
-    assert codes["version"] == 1
-    assert codes["codes"][0]["version"] == 2
-    assert codes["layout"]["formats"]["exp_avg"] == "int8"
+def test_quantized_values_are_safe_to_load(tmp_path: Path):
+    """Our entry in the shard holds tensors and built-in types only: `weights_only=True` reads it."""
+    run_ranks(1, save_quantized, str(tmp_path))
+    quantized = torch.load(tmp_path / "codes.pt", weights_only=True)
+    assert quantized["version"] == 1
+    assert quantized["codes"][0]["version"] == 2
+    assert quantized["layout"]["formats"]["exp_avg"] == "int8"
 
 
-def save_codes(rank: int, world_size: int, folder: str) -> None:
+def save_quantized(rank: int, world_size: int, folder: str) -> None:
     engine = states_jobs.job({"stage": 2, "level": "O2"})
     train(engine, range(1))
-    torch.save(engine.optimizer.state_dict()["ds_fp8"], f"{folder}/codes.pt")
+    torch.save(engine.optimizer.state_dict()["ds_fp8"], f"{folder}/quantized values.pt")
     engine.destroy()

@@ -18,7 +18,7 @@ def test_answers_in_json_on_a_clean_stdout(capsys):
     assert answer["ok"] == (code == 0)
     found = {finding["what"]: finding for finding in answer["findings"]}
     assert found["torch"]["status"] == "ok"
-    assert {"python", "ds_fp8", "transformer engine", "door", "msamp package"} <= found.keys()
+    assert {"python", "ds_fp8", "transformer engine", "activation hook", "msamp package"} <= found.keys()
 
 
 def test_a_broken_probe_is_a_finding(monkeypatch, capsys):
@@ -69,7 +69,9 @@ def test_an_older_deepspeed_fails_a_job_with_msamp_only(monkeypatch, tmp_path, c
 
 
 def test_a_deepspeed_that_is_not_installed_is_compared(tmp_path, capsys):
-    """`--deepspeed PATH`: the installed one is as known; the same with a method renamed is not, and is told by name."""
+    """`--deepspeed PATH`: the installed one is as known; the same with a method renamed is not, and is reported by
+    name.
+    """
     import shutil
     from pathlib import Path
 
@@ -82,25 +84,25 @@ def test_a_deepspeed_that_is_not_installed_is_compared(tmp_path, capsys):
     engine = copy / "runtime" / "engine.py"
     engine.write_text(engine.read_text().replace("_take_model_step", "_step_model"))
     assert main(["doctor", "--deepspeed", str(tmp_path)]) == 1
-    told = capsys.readouterr().out
-    assert "_take_model_step: not there" in told and "by itself" not in told
+    shown = capsys.readouterr().out
+    assert "_take_model_step: not there" in shown and "by itself" not in shown
     named = copy / "git_version_info_installed.py"
     named.write_text(named.read_text().replace(deepspeed.__version__, "0.18.8"))
     assert main(["doctor", "--deepspeed", str(tmp_path)]) == 1
-    told = capsys.readouterr().out
-    assert "DeepSpeed 0.18.8 in" in told and "by itself: over gloo ZeRO 1 and 2 stop" in told
+    shown = capsys.readouterr().out
+    assert "DeepSpeed 0.18.8 in" in shown and "by itself: over gloo ZeRO 1 and 2 stop" in shown
     assert main(["doctor", "--deepspeed", str(tmp_path / "nowhere")]) == 2
 
 
-def test_the_door_is_found_in_a_site_directory_only(monkeypatch, tmp_path):
+def test_the_hook_is_found_in_a_site_directory_only(monkeypatch, tmp_path):
     """Python reads no .pth file elsewhere, not even in the current folder."""
     monkeypatch.setattr(probes.site, "getsitepackages", lambda: [str(tmp_path)])
     monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
     monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
-    (finding,) = probes.door()
+    (finding,) = probes.activation_hook()
     assert (finding.status, "pip install" in finding.cure) == ("note", True)
-    (tmp_path / "ds_fp8.pth").write_text("import ds_fp8.door\n")
-    (finding,) = probes.door()
+    (tmp_path / "ds_fp8.pth").write_text("import ds_fp8.import_hook\n")
+    (finding,) = probes.activation_hook()
     assert finding.status == "ok"
 
 
@@ -111,15 +113,15 @@ SECTION = {"train_batch_size": 2, "fp8": {"enabled": True}}
     ("data", "options", "code"),
     [
         (SECTION, [], 1),
-        (SECTION, ["--other-door"], 0),
+        (SECTION, ["--other-activation"], 0),
         ({"train_batch_size": 2}, [], 0),
         ({**SECTION, "fp8": {"enabled": False}}, [], 0),
     ],
-    ids=["sections", "import ds_fp8 in the script", "plain", "disabled"],
+    ids=["sections", "import ds_fp8 in the script", "unmodified", "disabled"],
 )
-def test_a_missing_door_fails_a_job_that_needs_it(monkeypatch, tmp_path, capsys, data, options, code):
+def test_a_missing_hook_fails_a_job_that_needs_it(monkeypatch, tmp_path, capsys, data, options, code):
     """Such a job would train in bf16 without a word: DeepSpeed ignores the section, and nothing of ours is there."""
-    monkeypatch.setattr(doctor, "PROBES", (probes.door,))
+    monkeypatch.setattr(doctor, "PROBES", (probes.activation_hook,))
     monkeypatch.setattr(probes.site, "getsitepackages", lambda: [str(tmp_path)])
     monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
     monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
@@ -138,9 +140,9 @@ def test_a_file_with_errors_fails_and_points_to_check(monkeypatch, tmp_path, cap
     assert "ds_fp8 check" in capsys.readouterr().out
 
 
-def test_a_shut_door_fails(monkeypatch):
+def test_a_disabled_hook_fails(monkeypatch):
     monkeypatch.setenv("DS_FP8_DISABLE", "1")
-    (finding,) = probes.door()
+    (finding,) = probes.activation_hook()
     assert (finding.status, finding.cure) == ("fail", "unset DS_FP8_DISABLE, also on the other nodes")
 
 
@@ -182,22 +184,26 @@ def test_the_versions_are_those_of_the_package():
 
 
 @pytest.mark.parametrize(
-    ("version", "told"),
+    ("version", "shown"),
     [("2.10.1", "older than 2.11"), ("2.11.0", ""), ("2.13.0+cpu", ""), ("2.14.9", ""), ("2.15.0", "newer than 2.14")],
 )
-def test_versions_outside_of_what_was_tested_are_told(monkeypatch, version, told):
-    """An older torch is a failure; a newer one a note that names what was tested; patches of a tested one are neither."""
+def test_versions_outside_of_what_was_tested_are_told(monkeypatch, version, shown):
+    """An older torch is a failure; a newer one a note that names what was tested; patches of a tested one are
+    neither.
+    """
     monkeypatch.setattr(probes.releases, "REQUIRED", {"torch": probes.releases.Range("2.11", ("2.11", "2.14"))})
     monkeypatch.setattr(probes.releases, "OPTIONAL", {})
     monkeypatch.setattr(probes, "installed", lambda name: version)
     (finding,) = [one for one in probes.versions() if one.what == "torch"]
-    assert told in finding.found and finding.found.startswith(version)
-    assert finding.status == ("ok" if not told else "fail" if told.startswith("older") else "note")
-    assert ("2.11 to 2.14" in finding.found) == told.startswith("newer")
+    assert shown in finding.found and finding.found.startswith(version)
+    assert finding.status == ("ok" if not shown else "fail" if shown.startswith("older") else "note")
+    assert ("2.11 to 2.14" in finding.found) == shown.startswith("newer")
 
 
 def test_every_tested_release_is_on_the_page_of_the_matrix():
-    """docs/compatibility.md is the result of tests/matrix.sh, so a release is tested if its row says ok, and only then."""
+    """docs/compatibility.md is the result of tests/matrix.sh, so a release is tested if its row says ok, and only
+    then.
+    """
     from pathlib import Path
 
     from ds_fp8 import releases
@@ -213,31 +219,31 @@ def test_every_tested_release_is_on_the_page_of_the_matrix():
 
 
 @pytest.mark.parametrize(
-    ("imports", "code", "told"),
+    ("imports", "code", "shown"),
     [
         ("import torch", 0, "is hooked"),
-        ("import ds_fp8\nds_fp8.door.remove()", 1, "would train in 16 bits"),
+        ("import ds_fp8\nds_fp8.import_hook.remove()", 1, "would train in 16 bits"),
         ("import no_such_client", 1, "No module named 'no_such_client'"),
     ],
     ids=["met", "past the hook", "broken client"],
 )
-def test_a_client_is_proven_by_what_it_imports(monkeypatch, tmp_path, capsys, imports, code, told):
+def test_a_client_is_proven_by_what_it_imports(monkeypatch, tmp_path, capsys, imports, code, shown):
     """A fresh Python imports it and looks at DeepSpeed's engine class; a proven client needs no .pth file."""
     from ds_fp8.cli import clients
-    from tests.journeys.launching import PACKAGE_PARENT, door_folder
+    from tests.journeys.launching import PACKAGE_PARENT, hook_folder
 
-    monkeypatch.setenv("PYTHONPATH", f"{door_folder(tmp_path / 'door')}:{PACKAGE_PARENT}")
+    monkeypatch.setenv("PYTHONPATH", f"{hook_folder(tmp_path / 'import_hook')}:{PACKAGE_PARENT}")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
-    monkeypatch.setattr(doctor, "PROBES", (probes.door,))
+    monkeypatch.setattr(doctor, "PROBES", (probes.activation_hook,))
     monkeypatch.setattr(probes.site, "getsitepackages", list)
     monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
     monkeypatch.setitem(clients.CLIENTS, "trainer", clients.Client(("torch",), imports))
     (tmp_path / "ds.json").write_text(json.dumps(SECTION))
     assert main(["doctor", str(tmp_path / "ds.json"), "--client", "trainer", "--json"]) == code
     found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
-    assert told in found["client trainer"]["found"]
-    assert found["door"]["status"] == ("fail" if code else "note")
+    assert shown in found["client trainer"]["found"]
+    assert found["activation hook"]["status"] == ("fail" if code else "note")
 
 
 def test_a_client_that_is_not_installed_fails_with_the_command(monkeypatch):

@@ -136,7 +136,7 @@ def test_a_bad_file_is_refused(tmp_path, capsys):
     assert "write true" in capsys.readouterr().out
 
 
-def test_a_model_is_counted_and_its_share_told(tmp_path, monkeypatch, capsys):
+def test_a_model_is_counted_and_its_share_reported(tmp_path, monkeypatch, capsys):
     """body 128 x 128 in FP8, head 128 x 50 not: 16384 of 22784 multiply-adds."""
     (tmp_path / "ds.json").write_text('{"fp8": {"enabled": true}, "bf16": {"enabled": true}}')
     (tmp_path / "estimated_model.py").write_text(

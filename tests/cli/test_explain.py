@@ -34,7 +34,7 @@ def rows_of(data):
     return {key: (value, origin) for key, value, origin, _ in effective_settings(config.load(data))}
 
 
-def test_every_key_of_both_sections_is_told():
+def test_every_key_of_both_sections_is_reported():
     """Nothing is in force that explain does not show."""
     expected = {f"fp8/{key}" for key in contract.properties("fp8")} - {"fp8/layers", "fp8/telemetry"}
     expected |= {f"fp8/layers/{key}" for key in contract.properties("layers")}
@@ -126,7 +126,7 @@ def test_a_plan_that_is_refused_is_code_1(job, capsys):
     assert "PlanError" in capsys.readouterr().out
 
 
-def test_a_plain_file_says_so(tmp_path, capsys):
+def test_a_file_without_our_sections_says_so(tmp_path, capsys):
     (tmp_path / "ds.json").write_text("{}")
     assert main(["explain", str(tmp_path / "ds.json")]) == 0
     assert "training is DeepSpeed's own" in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """Typical mistakes in a DeepSpeed JSON: each is found at its place, and told with the cure that was meant.
 
-`tests/data/mistakes/mistakes.txt` is the list. A mistake is found when a problem stands at the place; its cure is right when that
-problem's words hold the words of the list. All must be found, and 96 % of the cures be right: the last one is often a guess.
+`tests/data/mistakes/mistakes.txt` is the list. A mistake is found when a problem stands at the place; its cure is right
+when that problem's words hold the words of the list. All must be found, and 96 % of the cures be right: the last one is
+often a guess.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def log(tmp_path):
     return JsonlLog(tmp_path / "telemetry_rank0.jsonl")
 
 
-def test_series_are_those_of_the_journal(log):
+def test_series_are_those_of_the_log(log):
     """amax 2 and 4 at steps 2 and 4; 120 bytes of ours where DeepSpeed would have sent 480."""
     write_steps(log, (2, 4))
     history = read_history(read_jsonl_log(log.path))
@@ -122,10 +122,10 @@ def test_two_runs_and_what_one_of_them_did_not_measure(tmp_path, capsys):
     (tmp_path / "bf16" / "trainer_state.json").write_text(json.dumps({"log_history": losses}))
     output = tmp_path / "report.html"
     assert main(["report", str(tmp_path / "bf16"), str(tmp_path / "fp8"), "-o", str(output)]) == 0
-    plain, fp8 = data_of(output)["runs"]
-    assert (plain["name"], fp8["name"]) == ("bf16", "fp8")
-    assert plain["loss"] == {"0": [[2, 4], [1.5, 0.75]]} and plain["sent"] == {} and plain["lines"] == []
-    facts = dict(plain["facts"])
+    baseline, fp8 = data_of(output)["runs"]
+    assert (baseline["name"], fp8["name"]) == ("bf16", "fp8")
+    assert baseline["loss"] == {"0": [[2, 4], [1.5, 0.75]]} and baseline["sent"] == {} and baseline["lines"] == []
+    facts = dict(baseline["facts"])
     assert facts["loss, mean of the last tenth"] == "0.7500"
     assert facts["alarms"] is None and facts["sent for each step, by a rank"] is None
     assert dict(fp8["facts"])["of DeepSpeed's own bytes"] == "25%"
@@ -198,7 +198,7 @@ def test_without_plotly_the_extra_is_named(log, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "told"),
+    ("text", "code", "shown"),
     [
         (None, 2, "cannot be read"),
         (json.dumps({"no": "event"}), 2, "no telemetry log"),
@@ -206,11 +206,11 @@ def test_without_plotly_the_extra_is_named(log, monkeypatch, capsys):
     ],
     ids=["missing", "another file", "just begun"],
 )
-def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, text, code, told):
+def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, text, code, shown):
     pytest.importorskip("plotly", reason="needs the extra report")
     path = tmp_path / "t.jsonl"
     if text is not None:
         path.write_text(text + "\n")
     assert main(["report", str(path), "-o", str(tmp_path / "out.html")]) == code
-    assert told in capsys.readouterr().err
+    assert shown in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()

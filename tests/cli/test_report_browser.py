@@ -1,7 +1,7 @@
 """The page of `ds_fp8 report` in a real browser: no error, nothing beyond the edge, every chart drawn, in both schemes.
 
-Needs Chromium (`apt install chromium`, or CHROMIUM names it; DS_FP8_TEST_INSTALL=1 installs it, as in .ci/run) and playwright
-(extra `browser`); without them it is skipped. With DS_FP8_SCREENSHOTS=FOLDER
+Needs Chromium (`apt install chromium`, or CHROMIUM names it; DS_FP8_TEST_INSTALL=1 installs it, as in .ci/run) and
+playwright (extra `browser`); without them it is skipped. With DS_FP8_SCREENSHOTS=FOLDER
 the pages are kept as pictures: docs/images was made so.
 """
 
@@ -45,7 +45,9 @@ ds_fp8: plan ccf42bf5f123"""
 
 
 def reading(layer, role, step, rank):
-    """Made up: steady ranges that differ by layer; one input that jumps at step 200, one gradient lost after step 300."""
+    """Made up: steady ranges that differ by layer; one input that jumps at step 200, one gradient lost after step
+    300.
+    """
     fmt = E5M2 if role == "grad_output" else E4M3
     wave = 1 + 0.05 * ((step // 10 * 7 + rank * 3 + len(layer)) % 5)
     amax = wave * (1 + LAYERS.index(layer) % 4) * (1e-3 if role == "grad_output" else 1.0)
@@ -59,7 +61,9 @@ def reading(layer, role, step, rank):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """one.html: two ranks in FP8; two.html: the same beside a plain run; none.html: one step without any reading."""
+    """one.html: two ranks in FP8; two.html: the same beside an unmodified run; none.html: one step without any
+    reading.
+    """
     folder = tmp_path_factory.mktemp("report")
     for rank in range(2):
         log, known = JsonlLog(folder / "fp8" / f"telemetry_rank{rank}.jsonl"), set()
@@ -74,17 +78,17 @@ def pages(tmp_path_factory):
             readings = [operand.to_json() for operand in found]
             log.write("step", step=step, loss=loss, values={**aggregate(found, alarms), **wire}, readings=readings)
             for alarm in new_alarms(alarms, known):
-                told = {
+                shown = {
                     "kind": alarm.kind,
                     "fqn": alarm.fqn,
                     "role": alarm.role,
                     "text": alarm.text,
                     "cure": alarm.cure,
                 }
-                log.write("alarm", step=step, **told)
-    plain = JsonlLog(folder / "bf16" / "losses.jsonl")
+                log.write("alarm", step=step, **shown)
+    baseline = JsonlLog(folder / "bf16" / "losses.jsonl")
     for step in range(10, 610, 10):
-        plain.write("loss", step=step, loss=2 + 600 / (step + 150) + 0.04 * (step // 10 * 3 % 7))
+        baseline.write("loss", step=step, loss=2 + 600 / (step + 150) + 0.04 * (step // 10 * 3 % 7))
     JsonlLog(folder / "none" / "telemetry_rank0.jsonl").write("step", step=1, loss=None, values={}, readings=[])
     for name, runs in (("one", ["fp8"]), ("two", ["bf16/losses.jsonl", "fp8"]), ("none", ["none"])):
         assert main(["report", *(str(folder / run) for run in runs), "-o", str(folder / f"{name}.html")]) == 0
@@ -126,7 +130,9 @@ def open_page(browser, pages):  # the browser first: without one nothing is made
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 820, 1440])
 def test_nothing_stands_beyond_the_edge(open_page, width, scheme):
-    """Eleven charts, all inside their cards; the page does not scroll sideways; text and ground differ by 4.5 to 1 and more."""
+    """Eleven charts, all inside their cards; the page does not scroll sideways; text and ground differ by 4.5 to 1 and
+    more.
+    """
     page = open_page("two", width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     outside = page.evaluate(

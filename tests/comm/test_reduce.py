@@ -45,7 +45,9 @@ def test_each_owner_gets_the_mean_of_its_slice(bounds, wire_name):
 
 
 def test_rounds_do_not_change_a_bit():
-    """Cutting the exchange into rounds of 256 elements cuts between blocks: the same codes, the same sums."""
+    """Cutting the exchange into rounds of 256 elements cuts between blocks: the same quantized values, the same
+    sums.
+    """
     bounds = [0, 1000, 1001, 1001, 3000]
     whole = run_ranks(4, to_owners, 3000, bounds, "e4m3", None, torch.bfloat16)
     rounds = run_ranks(4, to_owners, 3000, bounds, "e4m3", 256, torch.bfloat16)
@@ -83,7 +85,7 @@ def everything_on(rank, world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_all_reduce_gives_every_rank_the_same_bits(world_size):
-    """All ranks decode the same codes. Inf and NaN reach every rank; equal gradients cannot saturate."""
+    """All ranks decode the same quantized values. Inf and NaN reach every rank; equal gradients cannot saturate."""
     results = run_ranks(world_size, everything_on)
     for name, limit in (("e4m3", 0.04), ("e5m2", 0.08), ("none", 1e-6)):
         assert results[0][name][0] < limit
@@ -103,8 +105,9 @@ def test_all_reduce_gives_every_rank_the_same_bits(world_size):
 
 
 def test_the_relative_error_of_the_owners_half_rises_towards_that_of_one_cast():
-    """The mean of independent gradients shrinks as its rounding errors do, and only a rank's own contribution is exact: a share
-    1 - 1 / W of the sum is rounded. So the error relative to the mean rises with W, towards one cast's (.0242; docs/wire.md).
+    """The mean of independent gradients shrinks as its rounding errors do, and only a rank's own contribution is exact:
+    a share 1 - 1 / W of the sum is rounded. So the error relative to the mean rises with W, towards one cast's (.0242;
+    docs/wire.md).
     """
     errors = []
     for world_size in (2, 4):

@@ -56,7 +56,9 @@ def test_deepspeed_is_deepspeed(msamp):
     ],
 )
 def test_accelerates_recipe_counts_where_the_json_says_nothing(msamp, monkeypatch, config, section):
-    """`Accelerator(kwargs_handlers=[MSAMPRecipeKwargs("O2")])` writes no section itself: the job would train in bf16."""
+    """`Accelerator(kwargs_handlers=[MSAMPRecipeKwargs("O2")])` writes no section itself: the job would train in
+    bf16.
+    """
     import types
 
     import deepspeed as real
@@ -73,7 +75,7 @@ def test_accelerates_recipe_counts_where_the_json_says_nothing(msamp, monkeypatc
 
 @pytest.mark.parametrize("opt_level", ("O1", "O2"))
 def test_initialize_without_deepspeed(msamp, opt_level):
-    """FP8 layers and coded states on a plain torch model; the loss falls, the parameters stay the same objects."""
+    """FP8 layers and coded states on a torch model; the loss falls, the parameters stay the same objects."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
     params = list(model.parameters())

@@ -78,7 +78,7 @@ def test_int8_is_for_exp_avg_alone():
     data = {"msamp": {"enabled": True, "opt_level": "O2", "exp_avg": "int8", "exp_avg_sq": "int8"}}
     ((path, message),) = messages(data).items()
     assert path.startswith("msamp/exp_avg_sq")
-    assert message.startswith("'int8' is not one of fp32, bf16, fp16, e4m3, e4m3_expanded: its codes are evenly spaced")
+    assert message.startswith("'int8' is not one of fp32, bf16, fp16, e4m3, e4m3_expanded: its steps are evenly spaced")
     assert "Use fp16" in message
 
 

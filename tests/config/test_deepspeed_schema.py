@@ -118,7 +118,7 @@ def test_converted_and_ignored_values_are_warnings():
     assert any("did you mean 'partition_activations'?" in problem.message for problem in problems)
 
 
-def test_a_plain_file_is_checked_too():
+def test_a_file_without_our_sections_is_checked_too():
     """Who asks is told about DeepSpeed's keys as well, without a section of ours."""
     found = {problem.path: problem for problem in config.check({"zero_optimisation": {"stage": 2}})}
     assert found["zero_optimisation"].severity == "error"

@@ -1,4 +1,6 @@
-"""A check must answer before a node is spent, so `config` pays for no tensor library, and a plain job for no validator."""
+"""A check must answer before a node is spent, so `config` pays for no tensor library, and an unmodified job for no
+validator.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def test_load_and_check_import_neither_torch_nor_deepspeed_nor_pydantic():
     assert run(code) == "[]"
 
 
-def test_a_plain_job_does_not_even_import_jsonschema():
+def test_an_unmodified_job_does_not_even_import_jsonschema():
     code = "from ds_fp8 import config; import sys; config.load({'train_batch_size': 1}); print('jsonschema' in sys.modules)"
     assert run(code) == "False"
 

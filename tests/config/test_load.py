@@ -54,7 +54,7 @@ def test_hjson_is_read(tmp_path):
 
 
 def test_no_sections_no_settings_no_complaints():
-    """A plain DeepSpeed job is none of our business, whatever keys its script keeps in the file."""
+    """An unmodified DeepSpeed job is none of our business, whatever keys its script keeps in the file."""
     settings = config.load({"train_batch_size": 8, "my_own_key": 1, "zero_optimisation": {}})
     assert not settings.enabled
     assert settings.notes == ()
@@ -70,9 +70,9 @@ def test_auto_is_accepted_for_every_key_and_means_the_default():
     fp8 = dict.fromkeys(contract.properties("fp8"), "auto")
     msamp = dict.fromkeys(contract.properties("msamp"), "auto")
     settings = config.load({"fp8": fp8, "msamp": msamp})
-    plain = config.load({"fp8": {"enabled": True}, "msamp": {"enabled": True}})
-    assert settings.fp8 == plain.fp8
-    assert settings.msamp.level == plain.msamp.level
+    baseline = config.load({"fp8": {"enabled": True}, "msamp": {"enabled": True}})
+    assert settings.fp8 == baseline.fp8
+    assert settings.msamp.level == baseline.msamp.level
     assert settings.msamp.explicit == frozenset()
 
 

@@ -55,18 +55,18 @@ def test_broken_text_never_raises(text):
     locate(text)
 
 
-plain = (
+baseline = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9)
 )
 names = st.text(st.characters(codec="utf-8", exclude_characters='"\\'), min_size=1, max_size=6).filter(str.isprintable)
 trees = st.recursive(
-    plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=12
+    baseline, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=12
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(names, trees, max_size=5), st.booleans())
-def test_twin_of_hjson_on_random_files(data, as_json):
+def test_same_as_hjson_on_random_files(data, as_json):
     """Written by hjson itself in both of its styles, with every kind of value."""
     text = hjson.dumpsJSON(data, indent=2) if as_json else hjson.dumps(data)
     try:

@@ -138,11 +138,11 @@ def refused(rank: int, world_size: int, settings_by_rank: list[dict[str, Any]]) 
 
 
 def resumed(rank: int, world_size: int, settings: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Save in the middle; go on; load into a new engine; go on again. And both crossings with a plain run."""
+    """Save in the middle; go on; load into a new engine; go on again. And both crossings with an unmodified run."""
     import ds_fp8
 
     ds_fp8.activate()
-    plain_settings = {key: value for key, value in settings.items() if key != "fp8"}
+    baseline_settings = {key: value for key, value in settings.items() if key != "fp8"}
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         first = make_engine(settings)
@@ -154,23 +154,23 @@ def resumed(rank: int, world_size: int, settings: dict[str, Any], folder: str) -
         _, client_state = second.load_checkpoint(f"{folder}/ours")
         again = steps(second, settings, rank, 3, 6)
 
-        plain = make_engine(plain_settings)
-        plain.load_checkpoint(f"{folder}/ours")
-        plain_from_ours = steps(plain, settings, rank, 3, 5)
-        plain.save_checkpoint(f"{folder}/plain")
+        baseline = make_engine(baseline_settings)
+        baseline.load_checkpoint(f"{folder}/ours")
+        baseline_from_ours = steps(baseline, settings, rank, 3, 5)
+        baseline.save_checkpoint(f"{folder}/unmodified")
 
         third = make_engine(settings)
-        third.load_checkpoint(f"{folder}/plain")
-        ours_from_plain = steps(third, settings, rank, 5, 7)
+        third.load_checkpoint(f"{folder}/unmodified")
+        ours_from_baseline = steps(third, settings, rank, 5, 7)
     return {
         "rank": rank,
         "uninterrupted": uninterrupted,
         "resumed": again,
         "client_state": {key: value for key, value in client_state.items() if key in ("note", "ds_fp8")},
-        "plain_from_ours": plain_from_ours,
-        "ours_from_plain": ours_from_plain,
+        "baseline_from_ours": baseline_from_ours,
+        "ours_from_baseline": ours_from_baseline,
         "module_keys": sorted(second.module.state_dict()),
-        "plain_keys": sorted(Net().state_dict()),
+        "baseline_keys": sorted(Net().state_dict()),
         "said": said.getvalue(),
     }
 
@@ -251,13 +251,13 @@ def recompute_job(rank: int, world_size: int, settings: dict[str, Any], kind: st
     with contextlib.redirect_stdout(io.StringIO()):
         engine = make_engine(settings, Recomputed(kind))
         losses = steps(engine, settings, rank, 0, 4)
-    book = ds_fp8.engine.of(engine).book
-    book.update_scales()
-    return {"losses": losses, "scales": book.scales.clone()}
+    fp8_state = ds_fp8.engine.of(engine).fp8_state
+    fp8_state.update_scales()
+    return {"losses": losses, "scales": fp8_state.scales.clone()}
 
 
 def pipeline_engine(settings: dict[str, Any]) -> Any:
-    """Two pipeline stages of plain Linear layers, named 0, 2 and 4."""
+    """Two pipeline stages of unmodified Linear layers, named 0, 2 and 4."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
@@ -290,13 +290,13 @@ def pipeline_job(rank: int, world_size: int, settings: dict[str, Any], count: in
     engine = pipeline_engine(settings)
     data = [(batch(0, number).to(torch.bfloat16),) * 2 for number in range(3)]
     attachment = ds_fp8.engine.of(engine)
-    before = attachment.book.scales.clone()
+    before = attachment.fp8_state.scales.clone()
     losses = [engine.train_batch(iter(data)).item() for _ in range(count)]
-    attachment.book.update_scales()
+    attachment.fp8_state.update_scales()
     return {
         "swapped": len(attachment.plan.swaps),
         "losses": losses,
-        "scales_moved": not torch.equal(before, attachment.book.scales),
+        "scales_moved": not torch.equal(before, attachment.fp8_state.scales),
     }
 
 

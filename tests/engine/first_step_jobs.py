@@ -71,13 +71,13 @@ def first_steps(
                 )
         except DsFp8Error as found:
             error = f"{type(found).__name__}: {found}"
-    pages = [vars(module)["page"] for module in engine.module.modules() if "page" in vars(module)]
+    layer_states = [vars(module)["layer_state"] for module in engine.module.modules() if "layer_state" in vars(module)]
     hooks = [weight for weight in engine.module.parameters() if getattr(weight, "_post_accumulate_grad_hooks", None)]
     ours = [hook for weight in hooks for hook in weight._post_accumulate_grad_hooks.values() if "ds_fp8" in str(hook)]
     return {
         "lines": lines,
         "error": error,
-        "left": [page.fqn for page in pages if page.ran is not None],
+        "left": [layer_state.fqn for layer_state in layer_states if layer_state.ran is not None],
         "hooks": len(ours),
     }
 

@@ -15,7 +15,7 @@ from torch import nn
 from tests.engine.engine_jobs import WIDTH, Net, batch, config, full_weights, make_engine, steps
 
 SECTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "unmodified": {},
     "fp8": {"fp8": {"enabled": True}},
     "current": {"fp8": {"enabled": True, "recipe": "current"}},
     "block": {"fp8": {"enabled": True, "recipe": "block"}},
@@ -49,7 +49,7 @@ def marks(model: nn.Module) -> dict[str, Any]:
             for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks)
             for hook in hooks.values()
         ]
-        ours = [key for key in vars(module) if key.startswith("_ds_fp8") or key == "page"]
+        ours = [key for key in vars(module) if key.startswith("_ds_fp8") or key == "layer_state"]
         found[name] = (type(module).__module__.split(".")[0], ours, [hook for hook in hooks if "ds_fp8" in str(hook)])
     return found
 
@@ -146,7 +146,7 @@ def copied(rank: int, world_size: int, mode: str, stage: int, after: str) -> dic
         engine = make_engine(settings)
         steps(engine, settings, rank, 0, 2)
         weights = full_weights(engine)
-        twin = copy.deepcopy(engine.module)
+        copied_model = copy.deepcopy(engine.module)
         lonely = copy.deepcopy(engine.module.blocks[0])
         read = engine.module.blocks[1]
         if stage == 0:  # elsewhere DeepSpeed hangs its optimizer on the parameters, which no pickle takes
@@ -154,10 +154,10 @@ def copied(rank: int, world_size: int, mode: str, stage: int, after: str) -> dic
         x = torch.randn(16, WIDTH, dtype=torch.bfloat16)
         found = {"alone": bool(lonely(x).isfinite().all()), "read": torch.equal(read(x), engine.module.blocks[1](x))}
         lonely(x).float().sum().backward()
-        found["losses"] = continued(twin, after, stage, rank)
+        found["losses"] = continued(copied_model, after, stage, rank)
         found["fresh"] = continued(fresh(weights), after, stage, rank)
         found["first"] = steps(engine, settings, rank, 2, 4)
-    return {**found, "undisturbed": undisturbed, "clean": is_clean(twin), "kinds": kinds(engine.module)}
+    return {**found, "undisturbed": undisturbed, "clean": is_clean(copied_model), "kinds": kinds(engine.module)}
 
 
 class Headed(nn.Module):
@@ -206,13 +206,15 @@ def actor_and_critic(rank: int, world_size: int, modes: tuple[str, str], lrs: tu
 
 
 def teacher_and_student(rank: int, world_size: int, mode: str) -> Any:
-    """A student in ZeRO 2 distils from a teacher that shares its trunk, in an engine without optimizer; or the refusal."""
+    """A student in ZeRO 2 distils from a teacher that shares its trunk, in an engine without optimizer; or the
+    refusal.
+    """
     from ds_fp8.errors import PlanError
 
     torch.manual_seed(0)
     trunk = Net().blocks
     student, teacher = Headed(trunk), Headed(trunk)
-    settings, frozen = sections(mode, 2), sections("plain" if mode == "plain" else "fp8", 0)
+    settings, frozen = sections(mode, 2), sections("unmodified" if mode == "unmodified" else "fp8", 0)
     del frozen["optimizer"]
     with quiet():
         engine = make_engine(settings, student)
@@ -239,7 +241,7 @@ def engine_scales(engine: Any) -> Any:
     import ds_fp8.engine
 
     attachment = ds_fp8.engine.of(engine)
-    return None if attachment is None else attachment.book.state_dict()["scales"]
+    return None if attachment is None else attachment.fp8_state.state_dict()["scales"]
 
 
 def strangers(rank: int, world_size: int, stage: int) -> dict[str, Any]:

@@ -46,12 +46,12 @@ def reference(rank: int, world_size: int, settings: dict[str, Any], steps_of_pol
         "after": after,
         "policy": first.item(),
         "losses": losses,
-        "plain": plain_loss(x),
+        "unmodified": baseline_loss(x),
         "recipe": attachment.plan.fp8.recipe.kind if attachment else "",
     }
 
 
-def plain_loss(x: torch.Tensor) -> float:
+def baseline_loss(x: torch.Tensor) -> float:
     torch.manual_seed(0)
     with torch.no_grad():
         return Net().to(torch.bfloat16)(x).item()

@@ -52,7 +52,7 @@ def test_stages_of_a_pipeline_may_have_optimizers_of_their_own():
 
 
 def test_a_rank_with_disabled_sections_does_not_agree_with_one_that_enabled_them():
-    """Different files on two nodes: one would send FP8 codes to somebody who waits for bf16."""
+    """Different files on two nodes: one would send FP8 values to somebody who waits for bf16."""
     with pytest.raises(PlanError, match="different plans"):
         judge(0, [Finding("aa"), Finding(None)])
 

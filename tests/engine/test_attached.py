@@ -1,4 +1,4 @@
-"""An engine with our sections: swapped before DeepSpeed looks, told in one banner, refused alike on every rank."""
+"""An engine with our sections: swapped before DeepSpeed looks, reported in one banner, refused alike on every rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def together(*calls):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_json_alone_swaps_and_trains_in_every_stage(stage):
-    """Four Linear in FP8, the head of 7 outputs kept with its reason, losses near those of the plain job.
+    """Four Linear in FP8, the head of 7 outputs kept with its reason, losses near those of the unmodified job.
 
     bf16 and fp32 everywhere, fp16 where DeepSpeed scales its loss (stages 1 to 3). E4M3 rounds operands by at most 2^-4;
     two products in a row on top of a residual path move a mean square by far less than that, so 2^-4 relative is a safe
@@ -33,12 +33,12 @@ def test_json_alone_swaps_and_trains_in_every_stage(stage):
     for dtype in dtypes:
         calls += [("train", config(stage, dtype), False), ("train", config(stage, dtype, **FP8), True)]
     results = together(*calls)
-    for plain, found in zip(results[::2], results[1::2]):
+    for baseline, found in zip(results[::2], results[1::2]):
         assert "4 of 5 Linear -> Fp8Linear" in found[0]["said"] and "head" in found[0]["said"]
         assert found[1]["said"].count("ds_fp8:") == 0, "only rank 0 speaks"
         assert found[0]["digest"] == found[1]["digest"]
         assert all(torch.equal(found[0]["weights"][name], found[1]["weights"][name]) for name in found[0]["weights"])
-        for mine, theirs in zip(found, plain):
+        for mine, theirs in zip(found, baseline):
             assert mine["attached"] and mine["losses"] != theirs["losses"], "nothing was quantised"
             for ours, loss in zip(mine["losses"], theirs["losses"]):
                 assert math.isclose(ours, loss, rel_tol=2**-4)
@@ -55,8 +55,8 @@ BAD = [
 
 def test_bad_input_stops_every_rank_with_the_reason():
     """A typo, a misspelt section, a pattern without a match, an unaligned layer asked for, nothing left to convert."""
-    for errors, (_, told) in zip(together(*(("refused", [config(1, **bad)]) for bad, _ in BAD)), BAD):
-        assert all(told in error for error in errors), errors
+    for errors, (_, shown) in zip(together(*(("refused", [config(1, **bad)]) for bad, _ in BAD)), BAD):
+        assert all(shown in error for error in errors), errors
 
 
 def test_ranks_that_disagree_stop_each_other():
@@ -77,18 +77,18 @@ def test_ranks_that_disagree_stop_each_other():
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_resume_is_exact_and_checkpoints_are_plain(stage, tmp_path):
+def test_resume_is_exact_and_checkpoints_are_deepspeeds(stage, tmp_path):
     """Three steps, save, three more; a new engine loads and takes the same three: equal to the bit.
 
-    The checkpoint's module is the plain model's, so a run without the plugin loads it strictly, and the plugin loads a
-    checkpoint of a plain run, telling that scales start fresh.
+    The checkpoint's module is the unmodified model's, so a run without the plugin loads it strictly, and the plugin
+    loads a checkpoint of an unmodified run, telling that scales start fresh.
     """
     (results,) = together(("resumed", config(stage, **FP8), str(tmp_path)))
     for found in results:
         assert found["resumed"] == found["uninterrupted"]
         assert found["client_state"] == {"note": 7}
-        assert all(math.isfinite(loss) for loss in found["plain_from_ours"] + found["ours_from_plain"])
-        assert found["module_keys"] == found["plain_keys"]
+        assert all(math.isfinite(loss) for loss in found["baseline_from_ours"] + found["ours_from_baseline"])
+        assert found["module_keys"] == found["baseline_keys"]
         if found["rank"] == 0:
             assert "amax histories start fresh" in found["said"]
 
@@ -111,9 +111,9 @@ def test_zero_init_parameters_are_swapped_while_empty():
 def test_activation_checkpointing_records_each_amax_once():
     """Recompute meets the scales of its own forward: same losses and scales as without checkpointing."""
     kinds = ("none", "torch", "deepspeed")
-    plain, *others = (found[0] for found in together(*(("recompute_job", config(1, **FP8), kind) for kind in kinds)))
+    baseline, *others = (found[0] for found in together(*(("recompute_job", config(1, **FP8), kind) for kind in kinds)))
     for other in others:
-        assert other["losses"] == plain["losses"] and torch.equal(other["scales"], plain["scales"])
+        assert other["losses"] == baseline["losses"] and torch.equal(other["scales"], baseline["scales"])
 
 
 def test_pipeline_stages_swap_their_own_layers_and_train():

@@ -26,18 +26,18 @@ def autocast(stage, dtype="bfloat16", modules=None, **sections):
 
 CASES = {
     **{
-        (kind, stage): (autocast(stage, **sections), kind != "plain")
+        (kind, stage): (autocast(stage, **sections), kind != "unmodified")
         for stage in range(4)
         for kind, sections in {
-            "plain": {},
+            "unmodified": {},
             "fp8": FP8,
             "exact": {"fp8": {"enabled": False}, "msamp": EXACT},
             "O2": {**FP8, "msamp": {"enabled": True, "opt_level": "O2"}},
         }.items()
     },
-    ("plain", "norms"): (autocast(2, modules=LISTED), False),
+    ("unmodified", "norms"): (autocast(2, modules=LISTED), False),
     ("fp8", "norms"): (autocast(2, modules=LISTED, **FP8), True),
-    ("plain", "fp16"): (autocast(3, "float16"), False),
+    ("unmodified", "fp16"): (autocast(3, "float16"), False),
     ("exact", "fp16"): (autocast(3, "float16", fp8={"enabled": False}, msamp=EXACT), True),
 }
 
@@ -52,9 +52,9 @@ def jobs():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, "norms"])
 def test_swapped_layers_travel_in_the_dtype_that_deepspeed_chose(jobs, stage):
     """Linear weights in bf16 and norms in fp32, as without us; norms in bf16 too where the section lists them."""
-    for plain, ours in zip(jobs["plain", stage], jobs["fp8", stage]):
-        assert ours["attached"] and not plain["attached"]
-        assert ours["comm_dtypes"] == plain["comm_dtypes"] and ours["buckets"] == plain["buckets"]
+    for baseline, ours in zip(jobs["unmodified", stage], jobs["fp8", stage]):
+        assert ours["attached"] and not baseline["attached"]
+        assert ours["comm_dtypes"] == baseline["comm_dtypes"] and ours["buckets"] == baseline["buckets"]
         assert ours["comm_dtypes"]["blocks.0.up.weight"] == "torch.bfloat16"
         norm = "torch.bfloat16" if stage == "norms" else "torch.float32"
         assert ours["comm_dtypes"]["blocks.0.norm.weight"] == norm
@@ -63,9 +63,11 @@ def test_swapped_layers_travel_in_the_dtype_that_deepspeed_chose(jobs, stage):
 @pytest.mark.parametrize("kind", ["fp8", "O2"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp8_trains_beside_autocast(jobs, stage, kind):
-    """e4m3 keeps 3 bits of mantissa, so one rounding is at most 2^-4 of the value; O2's wire carries codes, fp8's none."""
-    plain, ours = jobs["plain", stage], jobs[kind, stage]
-    for theirs, mine in zip(plain, ours):
+    """e4m3 keeps 3 bits of mantissa, so one rounding is at most 2^-4 of the value; O2's wire carries quantized values,
+    fp8's none.
+    """
+    baseline, ours = jobs["unmodified", stage], jobs[kind, stage]
+    for theirs, mine in zip(baseline, ours):
         assert mine["losses"] != theirs["losses"], "nothing was quantised"
         assert all(abs(a - b) <= 2**-4 * b for a, b in zip(mine["losses"], theirs["losses"]))
         assert (mine["codes"] > 0) == (kind == "O2")
@@ -75,7 +77,7 @@ def test_fp8_trains_beside_autocast(jobs, stage, kind):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, "fp16"])
 def test_msamp_steps_as_deepspeed_does_under_autocast(jobs, stage):
     """With fp32 states and DeepSpeed's wire only the order of fp32 operations differs, also behind fp16's GradScaler."""
-    for plain, ours in zip(jobs["plain", stage], jobs["exact", stage]):
+    for baseline, ours in zip(jobs["unmodified", stage], jobs["exact", stage]):
         assert ours["attached"]
-        assert ours["losses"] == pytest.approx(plain["losses"], rel=2**-18)
-        assert ours["norm"] == (None if plain["norm"] is None else pytest.approx(plain["norm"], rel=2**-18))
+        assert ours["losses"] == pytest.approx(baseline["losses"], rel=2**-18)
+        assert ours["norm"] == (None if baseline["norm"] is None else pytest.approx(baseline["norm"], rel=2**-18))

@@ -46,16 +46,16 @@ def test_the_first_step_tells_which_layers_ran():
     """
     calls = [("first_steps", job) for job in (*JOBS["all"], *JOBS["past"], *OTHERS)]
     results = list(zip(*run_ranks(2, several, calls)))
-    for (settings, kind), (told, silent) in zip((job for _, job in calls), results):
-        assert told["left"] == silent["left"] == [] and told["hooks"] == silent["hooks"] == 0, (settings, kind)
+    for (settings, kind), (shown, silent) in zip((job for _, job in calls), results):
+        assert shown["left"] == silent["left"] == [] and shown["hooks"] == silent["hooks"] == 0, (settings, kind)
         assert all(not lines for lines in silent["lines"]), "only rank 0 speaks"
-    for told, _ in results[: len(JOBS["all"])]:
-        first, second = told["lines"]
+    for shown, _ in results[: len(JOBS["all"])]:
+        first, second = shown["lines"]
         assert len(first) == 1 and "planned layers ran in FP8" in first[0] and "all " in first[0] and not second
-    for told, _ in results[len(JOBS["all"]) : -len(OTHERS)]:
-        assert "FP8 in 69% of the model's FLOPs, 4 of 6 planned layers ran in FP8 in step 1" in told["lines"][0][0]
-        assert "spare (never called)" in told["lines"][0][0]
-        assert "out (never called, and yet its weight got a gradient" in told["lines"][0][0]
+    for shown, _ in results[len(JOBS["all"]) : -len(OTHERS)]:
+        assert "FP8 in 69% of the model's FLOPs, 4 of 6 planned layers ran in FP8 in step 1" in shown["lines"][0][0]
+        assert "spare (never called)" in shown["lines"][0][0]
+        assert "out (never called, and yet its weight got a gradient" in shown["lines"][0][0]
     (later, _), (frozen, _), (unused, _), (stopped, too), (silent, _) = results[-len(OTHERS) :]
     assert not later["lines"][0] and "all 6 planned layers ran in FP8 in step 2" in later["lines"][1][0]
     assert "frozen.up, frozen.down (called in high precision only" in frozen["lines"][0][0]
@@ -93,7 +93,8 @@ NO_CHECK = {"bf16": {"enabled": True, "check_grad_overflow": False}}
 def test_a_loss_that_is_no_number_stops_the_job():
     """Five steps in a row that DeepSpeed takes, though one rank alone met the NaN: all ranks stop at the same step.
 
-    In bf16 DeepSpeed skips them by default: told, not stopped. One bad step that is skipped is forgotten. 0 never stops.
+    In bf16 DeepSpeed skips them by default: reported, not stopped. One bad step that is skipped is forgotten. 0 never
+    stops.
     """
     calls = [
         ("exploding", (fp8(0, dtype="fp32"), FOREVER, [1], 10)),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.journeys.launching import PACKAGE_PARENT, door_folder
+from tests.journeys.launching import PACKAGE_PARENT, hook_folder
 
 ENGINE = """
 class DeepSpeedEngine:
@@ -137,8 +137,8 @@ CASES = {
         import colorsys
     """,
     "reload of our own modules": """
-        import deepspeed, ds_fp8, ds_fp8.door, ds_fp8.engine.patches
-        importlib.reload(ds_fp8.engine.patches), importlib.reload(ds_fp8.door), importlib.reload(ds_fp8)
+        import deepspeed, ds_fp8, ds_fp8.import_hook, ds_fp8.engine.patches
+        importlib.reload(ds_fp8.engine.patches), importlib.reload(ds_fp8.import_hook), importlib.reload(ds_fp8)
         engine_class = deepspeed.DeepSpeedEngine
         assert not hasattr(engine_class._configure_optimizer.ds_fp8_original, "ds_fp8_original"), "wrapped once"
     """,
@@ -201,8 +201,8 @@ CASES = {
     """,
     "every finder wrapped by a tracer": """
         sys.meta_path[:] = [Front(finder.find_spec) for finder in sys.meta_path]
-        import ds_fp8.door
-        ds_fp8.door.install()
+        import ds_fp8.import_hook
+        ds_fp8.import_hook.install()
         import deepspeed
     """,
     "a finder in front that serves DeepSpeed past us; noticed at the next import": """
@@ -273,8 +273,8 @@ CASES = {
         shell.runsource("import deepspeed")
     """,
     "DeepSpeed first, the package later in a process without our .pth": """
-        import ds_fp8.door
-        ds_fp8.door.remove()
+        import ds_fp8.import_hook
+        ds_fp8.import_hook.remove()
         [sys.modules.pop(name) for name in list(sys.modules) if name.startswith("ds_fp8")]
         import deepspeed
         assert not is_hooked()
@@ -309,7 +309,7 @@ def folder(tmp_path_factory):
     )
     (runtime / "__init__.py").write_text("")
     (runtime / "engine.py").write_text(ENGINE + fail.format("engine"))
-    door_folder(root / "door")
+    hook_folder(root / "import_hook")
     return root
 
 
@@ -322,7 +322,7 @@ def python(
     **variables: str,
 ) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "DS_FP8_DISABLE"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder / "door"), str(folder / packages), str(ours)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder / "import_hook"), str(folder / packages), str(ours)])
     program = HEAD + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, *flags, "-c", program],
@@ -344,7 +344,7 @@ def test_the_engine_is_hooked_after(folder, case):
 def test_a_start_of_python_brings_two_small_modules(folder):
     """Every Python of the environment pays for it: `typing` alone would be ten milliseconds."""
     code = "before = set(sys.modules)\nimport ds_fp8\nprint(sorted(set(sys.modules) - before - {'__future__'}))"
-    assert python(folder, code, flags=("-S",)) == "['ds_fp8', 'ds_fp8.door']"
+    assert python(folder, code, flags=("-S",)) == "['ds_fp8', 'ds_fp8.import_hook']"
 
 
 @pytest.fixture(scope="module")
@@ -353,13 +353,15 @@ def own_python(folder):
     venv.create(folder / "venv", symlinks=True, with_pip=False)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     (site / "packages.pth").write_text(f"{folder / 'packages'}\n{PACKAGE_PARENT}\n")
-    (site / "zz_ds_fp8.pth").write_text((folder / "door" / "sitecustomize.py").read_text())
+    (site / "zz_ds_fp8.pth").write_text((folder / "import_hook" / "sitecustomize.py").read_text())
     return folder / "venv" / "bin" / "python"
 
 
 @pytest.mark.parametrize("flags", ["-I", "-E", "-s", "-B -O", "-W error", "-X frozen_modules=off", "-X utf8 -u"])
 def test_options_of_python(own_python, flags):
-    """Isolated, without variables, without the user's folder; -S reads no .pth: see test_packaging.py for what torch does then."""
+    """Isolated, without variables, without the user's folder; -S reads no .pth: see test_packaging.py for what torch
+    does then.
+    """
     code = f"{HEAD}\nimport deepspeed\nprint(is_hooked())"
     done = subprocess.run([own_python, *flags.split(), "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "True", done.stderr

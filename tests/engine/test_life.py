@@ -28,12 +28,12 @@ def modes(stage):
 def test_a_destroyed_engine_gives_the_unmodified_model_back(stages):
     """Classes, attributes, hooks, dtypes, memory and values; then an engine without sections is DeepSpeed's to the bit.
 
-    At O3 the 16-bit weights had been released (stages 1, 2) or were gathered as codes (3); under offload masters lie on the
-    host.
+    At O3 the 16-bit weights had been released (stages 1, 2) or were gathered in quantized form (3); under offload
+    masters lie on the host.
     """
-    calls = [("ended", mode, stage, False, "destroy", "plain") for stage in stages for mode in modes(stage)]
+    calls = [("ended", mode, stage, False, "destroy", "unmodified") for stage in stages for mode in modes(stage)]
     calls += [
-        ("ended", mode, stage, True, "destroy", "plain") for stage in stages if stage >= 2 for mode in ("O2", "O3")
+        ("ended", mode, stage, True, "destroy", "unmodified") for stage in stages if stage >= 2 for mode in ("O2", "O3")
     ]
     for call, results in zip(calls, together(*calls)):
         for found in results:
@@ -44,7 +44,7 @@ def test_a_destroyed_engine_gives_the_unmodified_model_back(stages):
 
 def test_a_forgotten_engine_gives_way_to_the_next():
     """`del engine` without `destroy()`: the next engine of the model restores it first, with sections or without."""
-    endings = [("fp8", 0, "plain"), ("O2", 1, "block"), ("O3", 2, "plain"), ("O3", 3, "O2")]
+    endings = [("fp8", 0, "unmodified"), ("O2", 1, "block"), ("O3", 2, "unmodified"), ("O3", 3, "O2")]
     calls = [("ended", mode, stage, False, "drop", after) for mode, stage, after in endings]
     for call, results in zip(calls, together(*calls)):
         assert all(found["losses"] == found["fresh"] and found["clean_at_last"] for found in results), call
@@ -55,7 +55,7 @@ def test_one_model_through_engines_of_every_kind():
 
     DeepSpeed itself does not take a model over from a living ZeRO-3 engine, so that one is destroyed in between.
     """
-    order = ["fp8", "O2", "block", "O1", "plain", "current", "O3", "plain"]
+    order = ["fp8", "O2", "block", "O1", "unmodified", "current", "O3", "unmodified"]
     calls = [("chain", 0, order[:6], False), ("chain", 2, order, False), ("chain", 3, order, True)]
     for results in together(*calls):
         for found in results:
@@ -63,7 +63,7 @@ def test_one_model_through_engines_of_every_kind():
             assert end["clean"]
             for mode, link in zip(order[1:], links):
                 assert link["losses"] == link["expected"], mode
-                assert (set(link["kinds"]) >= FP8_KINDS) == (mode != "plain")
+                assert (set(link["kinds"]) >= FP8_KINDS) == (mode != "unmodified")
 
 
 def test_copies_and_strangers_live_on_their_own():
@@ -72,7 +72,7 @@ def test_copies_and_strangers_live_on_their_own():
     Engines of different recipes and levels over different models, in turns: each to the bit as if it were alone. And
     `finally: engine.destroy()` at O3, on a rank that failed alone, does not wait for the others.
     """
-    calls = [("strangers", 0), ("strangers", 2), ("copied", "fp8", 0, "plain"), ("copied", "O2", 2, "block")]
+    calls = [("strangers", 0), ("strangers", 2), ("copied", "fp8", 0, "unmodified"), ("copied", "O2", 2, "block")]
     first, second, *copies, alone = together(*calls, ("interrupted", 2))
     assert all(found["finite"] for found in alone)
     assert all(found["alone"] == found["together"] for found in (*first, *second))
@@ -89,18 +89,28 @@ def test_a_shared_trunk_has_a_form_for_each_engine():
     With learning rate 0 the losses of a step depend on the engine's own form alone, whatever the other one is.
     """
     still = (0.0, 0.0)
-    pairs = (("plain", "plain"), ("fp8", "fp8"), ("fp8", "plain"), ("plain", "block"), ("fp8", "block"))
+    pairs = (
+        ("unmodified", "unmodified"),
+        ("fp8", "fp8"),
+        ("fp8", "unmodified"),
+        ("unmodified", "block"),
+        ("fp8", "block"),
+    )
     results = together(
         *(("actor_and_critic", pair, still) for pair in pairs), ("actor_and_critic", ("O2", "O2"), (1e-2, 1e-2))
     )
     *results, learning = results
     for rank in (0, 1):
         by_pair = dict(zip(pairs, (found[rank] for found in results)))
-        plain = by_pair["plain", "plain"]["losses"]
-        assert by_pair["fp8", "plain"]["losses"][1] == plain[1], "the critic has no section of ours"
-        assert by_pair["plain", "block"]["losses"][0] == plain[0]
-        assert by_pair["fp8", "fp8"]["losses"][0] == by_pair["fp8", "plain"]["losses"][0] != plain[0]
-        assert by_pair["fp8", "block"]["losses"][1][:4] == by_pair["plain", "block"]["losses"][1][:4] != plain[1][:4]
+        baseline = by_pair["unmodified", "unmodified"]["losses"]
+        assert by_pair["fp8", "unmodified"]["losses"][1] == baseline[1], "the critic has no section of ours"
+        assert by_pair["unmodified", "block"]["losses"][0] == baseline[0]
+        assert by_pair["fp8", "fp8"]["losses"][0] == by_pair["fp8", "unmodified"]["losses"][0] != baseline[0]
+        assert (
+            by_pair["fp8", "block"]["losses"][1][:4]
+            == by_pair["unmodified", "block"]["losses"][1][:4]
+            != baseline[1][:4]
+        )
         assert all(found["clean"] for found in by_pair.values())
         assert set(by_pair["fp8", "fp8"]["left"]) >= FP8_KINDS, "the critic goes on when the actor is destroyed"
         actor, critic = learning[rank]["losses"]
@@ -109,8 +119,8 @@ def test_a_shared_trunk_has_a_form_for_each_engine():
 
 def test_a_teacher_shares_the_trunk_of_a_student_in_zero_2():
     """Losses as DeepSpeed's alone, to FP8's rounding; at O3 the trunk's weights are not there to be shared: refused."""
-    plain, fp8, o2, o3 = together(*(("teacher_and_student", mode) for mode in ("plain", "fp8", "O2", "O3")))
+    baseline, fp8, o2, o3 = together(*(("teacher_and_student", mode) for mode in ("unmodified", "fp8", "O2", "O3")))
     for rank in (0, 1):
         for found in (fp8[rank], o2[rank]):
-            assert found["losses"] == pytest.approx(plain[rank]["losses"], rel=2.0**-4) and found["clean"]
+            assert found["losses"] == pytest.approx(baseline[rank]["losses"], rel=2.0**-4) and found["clean"]
         assert "opt_level O3" in o3[rank] and "destroy()" in o3[rank]

@@ -1,4 +1,5 @@
-"""What an install brings: the door in the root of site-packages, schemas, sources of the kernels, the command.
+"""What an install brings: the activation hook in the root of site-packages, schemas, sources of the kernels, the
+command.
 
 Built from a copy of the source tree, without a network: the build needs setuptools and nothing else.
 """
@@ -55,7 +56,7 @@ def build(tree: Path, kind: str) -> Path:
 
 COMPILER = """#!/bin/sh
 for last; do :; done
-[ "$1" = --version ] && echo "stand-in 1.0" || echo library >"$last"
+[ "$1" = --version ] && echo "fake 1.0" || echo library >"$last"
 """
 
 
@@ -99,7 +100,7 @@ def start_python(site: Path, code: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["build_wheel", "build_editable"])
-def test_an_install_opens_the_door_at_pythons_start(tree, kind):
+def test_an_install_puts_the_hook_in_at_pythons_start(tree, kind):
     """Wheel and editable: ds_fp8.pth and ds_fp8.start lie in the root, and DeepSpeed's import activates."""
     site = build(tree, kind)
     assert (site / "ds_fp8.pth").exists() and (site / "ds_fp8.start").exists()

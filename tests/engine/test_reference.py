@@ -40,12 +40,12 @@ def test_a_reference_rounds_as_its_policy_does():
         assert found["before"] == found["after"]
         assert found["losses"][-1] < found["policy"]
     for found in (one for pair in results[:5] for one in pair):
-        assert found["before"] == found["policy"] != found["plain"]
+        assert found["before"] == found["policy"] != found["unmodified"]
     for found in (one for pair in results[3:5] for one in pair):
         assert found["recipe"] == "current"
     for found in (one for pair in results[5:] for one in pair):
-        assert found["before"] == found["plain"], "fp8/eval false, or no FP8 layers at all"
-    for (told, silent), settings in zip(results, jsons):
+        assert found["before"] == found["unmodified"], "fp8/eval false, or no FP8 layers at all"
+    for (shown, silent), settings in zip(results, jsons):
         nothing_to_do = "no optimizer, so msamp has nothing to do"
-        assert told["said"].count(nothing_to_do) == ("msamp" in settings) and "ds_fp8" not in silent["said"]
+        assert shown["said"].count(nothing_to_do) == ("msamp" in settings) and "ds_fp8" not in silent["said"]
     assert all("did you mean 'exp_avg'" in error for error in errors)

@@ -13,7 +13,9 @@ LEVELS = (None, "O1", "O2")
 
 
 def test_rowwise_trains_in_all_stages():
-    """Two ranks, gas 2, 12 steps: losses fall, are near those of `current`, and are not those: it really cast by rows."""
+    """Two ranks, gas 2, 12 steps: losses fall, are near those of `current`, and are not those: it really cast by
+    rows.
+    """
     calls = [(stage, level, "eager", "rowwise") for stage in (0, 1, 2, 3) for level in LEVELS]
     calls.append((2, None, "eager", "current"))
     results = run_ranks(2, several, calls, timeout_s=280)

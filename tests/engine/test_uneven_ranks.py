@@ -129,9 +129,9 @@ def train(rank: int, case: Any, stage: int, sections: dict[str, Any]) -> dict[st
         engine.step()
         losses.append(loss.item())
     attachment = ds_fp8.engine.of(engine)
-    book = None if attachment is None else attachment.book
-    found = {"losses": losses, "scales": None if book is None else book.scales.clone()}
-    found["folds"] = None if book is None else book.forward.folds
+    fp8_state = None if attachment is None else attachment.fp8_state
+    found = {"losses": losses, "scales": None if fp8_state is None else fp8_state.scales.clone()}
+    found["updates"] = None if fp8_state is None else fp8_state.forward.updates
     engine.destroy()
     return found
 
@@ -151,9 +151,13 @@ def skipped(rank: int, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
         engine.step()
         losses.append(loss.item())
     attachment = ds_fp8.engine.of(engine)
-    book = None if attachment is None else attachment.book
-    found = {"losses": losses, "skipped": engine.skipped_steps, "folds": None if book is None else book.forward.folds}
-    found["scales"] = None if book is None else book.scales.clone()
+    fp8_state = None if attachment is None else attachment.fp8_state
+    found = {
+        "losses": losses,
+        "skipped": engine.skipped_steps,
+        "updates": None if fp8_state is None else fp8_state.forward.updates,
+    }
+    found["scales"] = None if fp8_state is None else fp8_state.scales.clone()
     engine.destroy()
     return found
 
@@ -206,4 +210,4 @@ def test_scales_are_equal_on_both_ranks_and_move_once_per_step(found):
     for key, each in found[0].items():
         if key[2] in ("delayed", "O2", "O3"):
             assert torch.equal(each["scales"], found[1][key]["scales"]), key
-            assert each["folds"] == (4 if key[0] == "skipped" else STEPS) and (each["scales"] != 1).all(), key
+            assert each["updates"] == (4 if key[0] == "skipped" else STEPS) and (each["scales"] != 1).all(), key

@@ -1,4 +1,5 @@
-"""How long a fuzzer runs: seconds by `DS_FP8_FUZZ_S` (short without it, so that every CI run has its share), and the seed.
+"""How long a fuzzer runs: seconds by `DS_FP8_FUZZ_S` (short without it, so that every CI run has its share), and the
+seed.
 
     DS_FP8_FUZZ_S=600 python -m pytest tests/fuzz -s
 

@@ -1,6 +1,8 @@
-"""Random operations of the C++ kernels beside the PyTorch reference, byte for byte: any bit pattern, any size, odd views.
+"""Random operations of the C++ kernels beside the PyTorch reference, byte for byte: any bit pattern, any size, odd
+views.
 
-As a script it runs in a library that was built with sanitizers:   python kernel_cases.py LIBRARY    (see test_kernels.py)
+As a script it runs in a library that was built with sanitizers:   python kernel_cases.py LIBRARY    (see
+test_kernels.py)
 """
 
 from __future__ import annotations
@@ -65,23 +67,23 @@ def tiles(chosen: random.Random) -> tuple[Any, ...]:
 
 def encode(chosen: random.Random) -> tuple[Any, ...]:
     x = numbers(chosen, chosen.randrange(1, 3000), chosen.choice(DTYPES))
-    ways: list[dict[str, Any]] = [{}, {"fitted": True}, {"rounding": Stochastic(chosen.randrange(2**31), 3, 1)}]
+    ways: list[dict[str, Any]] = [{}, {"best_of_two": True}, {"rounding": Stochastic(chosen.randrange(2**31), 3, 1)}]
     return dispatch.flat_encode, flat.encode, (x, chosen.choice((E4M3, E5M2))), chosen.choice(ways)
 
 
 def sums(chosen: random.Random) -> tuple[Any, ...]:
     fmt, numel, ranks = chosen.choice((E4M3, E5M2)), chosen.randrange(1, 2000), chosen.randrange(1, 5)
     many = [flat.encode(numbers(chosen, numel, torch.float32), fmt) for _ in range(ranks)]
-    codes, scale_inv = torch.stack([one for one, _ in many]), torch.stack([one for _, one in many])
+    quantized, scale_inv = torch.stack([one for one, _ in many]), torch.stack([one for _, one in many])
     own = numbers(chosen, numel, chosen.choice(DTYPES[:2])) if chosen.random() < 0.5 else None
     how: dict[str, Any] = {"factor": 1 / (ranks + 1), "own": own}
     if chosen.random() < 0.5:
-        return dispatch.flat_sum, flat.sum_contributions, (codes, scale_inv, fmt), how
+        return dispatch.flat_sum, flat.sum_contributions, (quantized, scale_inv, fmt), how
     return (
         dispatch.flat_sum_encode,
         flat.sum_and_encode,
-        (codes, scale_inv, fmt),
-        how | {"fitted": chosen.random() < 0.5},
+        (quantized, scale_inv, fmt),
+        how | {"best_of_two": chosen.random() < 0.5},
     )
 
 
@@ -100,7 +102,7 @@ def steps(chosen: random.Random) -> tuple[Any, ...]:
         decoupled=chosen.random() < 0.5, step=1, grad_scale=chosen.choice((1.0, 0.37)), seed=chosen.randrange(2**31),
         rounding=chosen.choice(("nearest", "stochastic")),
     )  # fmt: skip
-    twin = copy.deepcopy(step)
+    counterpart = copy.deepcopy(step)
     second = numbers(chosen, numel, base)
 
     def run(one: AdamStep, function: Callable[[AdamStep], None]) -> tuple[Tensor, ...]:
@@ -109,7 +111,7 @@ def steps(chosen: random.Random) -> tuple[Any, ...]:
             function(one)
         return tuple(tensor for tensor in one.tensors() if tensor is not second)
 
-    return (lambda: run(twin, dispatch.adam_step)), (lambda: run(step, reference_step)), (), {}
+    return (lambda: run(counterpart, dispatch.adam_step)), (lambda: run(step, reference_step)), (), {}
 
 
 OPERATIONS = (casts, amax, tiles, encode, sums, steps, steps)

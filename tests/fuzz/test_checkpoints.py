@@ -1,9 +1,11 @@
-"""Checkpoints damaged at random, under two ranks: refused by both with the engine untouched, or harmless to the last digit.
+"""Checkpoints damaged at random, under two ranks: refused by both with the engine untouched, or harmless to the last
+digit.
 
-Damages of files (a bit, a lost sector, truncated, empty, missing, doubled, renamed into each other, links to nowhere and to
-themselves, folders in their place, garbage in `latest` and in the manifest) and of values in our own entries (None, another type,
-another shape, NaN, minus one, a missing key; saved anew, so that every CRC is right). What must never happen: another
-exception than CheckpointError, a refusal that has changed a weight, a load with other losses, two ranks of two opinions.
+Damages of files (a bit, a lost sector, truncated, empty, missing, doubled, renamed into each other, links to nowhere
+and to themselves, folders in their place, garbage in `latest` and in the manifest) and of values in our own entries
+(None, another type, another shape, NaN, minus one, a missing key; saved anew, so that every CRC is right). What must
+never happen: another exception than CheckpointError, a refusal that has changed a weight, a load with other losses, two
+ranks of two opinions.
 """
 
 from __future__ import annotations
@@ -138,7 +140,8 @@ def forge(file: Path, chosen: random.Random) -> str:
 def damage(place: Path, seed: int, has_ids: bool) -> str:
     """Do one or two things to a copy of a checkpoint; what was done.
 
-    has_ids  every file says which save and rank it belongs to (`msamp`); without, only the manifest knows whole files apart
+    has_ids  every file says which save and rank it belongs to (`msamp`); without, only the manifest knows whole files
+             apart
     """
     chosen = random.Random(seed)
     tag = place / "a"
@@ -219,7 +222,7 @@ def damages(rank: int, world_size: int, place: str, job: str, default_s: float) 
             if old_jobs.train(engine, range(2, 4)) != wanted:
                 wrong = "loaded with other losses"
         elif kinds == {"nothing there"} and "latest: remove" not in done and "latest: " not in done:
-            wrong = "nothing was found, and nobody was told"
+            wrong = "nothing was found, and nobody was reported"
         elif kinds <= {"CheckpointError", "nothing there"}:
             counts["refused"] += 1
             if not torch.equal(before, weights(engine)):

@@ -1,4 +1,5 @@
-"""Mutated configurations: `config.check` always answers with problems, `config.load` with Settings or ConfigError, nothing else.
+"""Mutated configurations: `config.check` always answers with problems, `config.load` with Settings or ConfigError,
+nothing else.
 
 The start is each preset of `configs/`; keys are dropped, doubled in other words, and given values of any JSON type.
 """

@@ -1,4 +1,6 @@
-"""Random kernel operations: on every path of this machine, and in a build with sanitizers (address, undefined behaviour)."""
+"""Random kernel operations: on every path of this machine, and in a build with sanitizers (address, undefined
+behaviour).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def test_every_path_gives_the_bytes_of_the_reference(path):
 
 @pytest.mark.slow
 def test_no_address_and_no_overflow_is_wrong(tmp_path):
-    """ASan and UBSan over the portable path, the one that is plain C++; the first finding ends the process."""
+    """ASan and UBSan over the portable path, the one that is unmodified C++; the first finding ends the process."""
     library = build.build(tmp_path, flags=SANITIZERS, portable_only=True)
     runtime = subprocess.run(
         [build.find_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

@@ -33,8 +33,8 @@ def train(recipe: Recipe, how: dict[str, Any] | None, *, steps: int = 8, gas: in
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = nn.Sequential(Mlp(), Mlp()).bfloat16()
-    book = swapped(model, recipe, managed=managed, backend="torch", **fp8)
-    book.to(torch.device("cuda", 0))
+    fp8_state = swapped(model, recipe, managed=managed, backend="torch", **fp8)
+    fp8_state.to(torch.device("cuda", 0))
     if how is not None:
         for block in model:
             block.compile(fullgraph=True, **how)
@@ -50,14 +50,14 @@ def train(recipe: Recipe, how: dict[str, Any] | None, *, steps: int = 8, gas: in
             found.append(y.detach().clone())
         found += [parameter.grad.clone() for parameter in model.parameters()]
         if managed:
-            book.update_scales()
+            fp8_state.update_scales()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(parameter.grad, alpha=0.1)
                 parameter.grad.zero_()
-        book.weights_changed()
-        found.append(book.scales.clone())
-    return found, book
+        fp8_state.weights_changed()
+        found.append(fp8_state.scales.clone())
+    return found, fp8_state
 
 
 def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ def passes(recipe: str, counts: list[int], extra: int, device: str) -> list[torc
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("recipe", ["current", "block", "some"])
 def test_the_device_computes_what_the_reference_does(recipe, counts):
-    """The same codes and scales; the sums may be in another order and, in fprop, in fewer bits."""
+    """The same quantized values and scales; the sums may be in another order and, in fprop, in fewer bits."""
     extra = 6 if counts == "rows of nobody" else 0
     expected = passes(recipe, COUNTS[counts], extra, "cpu")
     for ours, reference in zip(passes(recipe, COUNTS[counts], extra, "cuda"), expected, strict=True):

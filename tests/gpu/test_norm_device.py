@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from ds_fp8.zero.states_norm import FewLaunches, norms_of
+from ds_fp8.zero.states_norm import FusedGradNormAndOverflow, norms_of
 
 
-def test_norms_in_one_go_are_the_norms():
+def test_fused_norms_are_the_norms():
     """Accumulated in fp64, as DeepSpeed does it one by one; bf16's largest value squared still fits."""
     gradients = [torch.randn(numel, device="cuda").bfloat16() for numel in (1, 77, 4096, 1_000_003)]
     gradients[1][3] = 3e38
@@ -20,7 +20,7 @@ def test_norms_in_one_go_are_the_norms():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
 def test_overflow_is_what_is_not_finite(bad):
-    class Step(FewLaunches):
+    class Step(FusedGradNormAndOverflow):
         def __init__(self, gradients):
             self.averaged_gradients = {0: gradients, 1: None}
 

@@ -39,14 +39,14 @@ class Pair(nn.Module):
         return x + self.down(self.rms(self.norm(self.up(x))))
 
 
-def twins(recipe=None, recompute=None, **fp8):
+def both_backends(recipe=None, recompute=None, **fp8):
     torch.manual_seed(0)
     model = Pair(recompute).to("cuda", torch.bfloat16)
     found = []
     for backend in ("torch", "transformer_engine"):
-        twin = copy.deepcopy(model)
-        plan = make_plan(twin, settings(recipe, **fp8), device="cuda")
-        found.append((twin, swap_layers(twin, replace(plan, fp8=replace(plan.fp8, backend=backend)))))
+        copied = copy.deepcopy(model)
+        plan = make_plan(copied, settings(recipe, **fp8), device="cuda")
+        found.append((copied, swap_layers(copied, replace(plan, fp8=replace(plan.fp8, backend=backend)))))
     return found
 
 
@@ -72,62 +72,62 @@ RECIPES = [Recipe(amax_history_len=4), Recipe(amax_history_len=4, fp8_format="E4
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_agrees_with_the_torch_backend(recipe):
-    (ours, book), (theirs, their_book) = twins(recipe)
+    (ours, fp8_state), (theirs, their_state) = both_backends(recipe)
     assert_near(run(theirs), run(ours))
     if recipe.keeps_history:
-        for one in (book, their_book):
+        for one in (fp8_state, their_state):
             one.update_scales()
-        page = book.page("up")
-        columns = [page.input_column, page.weight_column]
-        assert torch.equal(book.scales[columns], their_book.scales[columns])
-        assert torch.equal(book.forward.history[:, columns], their_book.forward.history[:, columns])
-        torch.testing.assert_close(book.scales, their_book.scales, rtol=0.05, atol=0)
-        torch.testing.assert_close(book.backward.history, their_book.backward.history, rtol=0.05, atol=1e-12)
+        layer_state = fp8_state.layer_state("up")
+        columns = [layer_state.input_column, layer_state.weight_column]
+        assert torch.equal(fp8_state.scales[columns], their_state.scales[columns])
+        assert torch.equal(fp8_state.forward.history[:, columns], their_state.forward.history[:, columns])
+        torch.testing.assert_close(fp8_state.scales, their_state.scales, rtol=0.05, atol=0)
+        torch.testing.assert_close(fp8_state.backward.history, their_state.backward.history, rtol=0.05, atol=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recompute_leaves_the_same_histories(reentrant):
-    _, (plain, book) = twins()
-    _, (theirs, their_book) = twins(recompute=reentrant)
-    assert_near(run(theirs), run(plain), bound=1e-6)
-    for one in (book, their_book):
+    _, (baseline, fp8_state) = both_backends()
+    _, (theirs, their_state) = both_backends(recompute=reentrant)
+    assert_near(run(theirs), run(baseline), bound=1e-6)
+    for one in (fp8_state, their_state):
         one.update_scales()
-    assert torch.equal(book.scales, their_book.scales)
-    assert torch.equal(book.forward.history, their_book.forward.history)
-    assert torch.equal(book.backward.history, their_book.backward.history)
+    assert torch.equal(fp8_state.scales, their_state.scales)
+    assert torch.equal(fp8_state.forward.history, their_state.forward.history)
+    assert torch.equal(fp8_state.backward.history, their_state.backward.history)
 
 
 @pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad"])
 def test_override_linear_precision(name):
     recipe = Recipe(amax_history_len=4, override_linear_precision=HighPrecision(**{name: True}))
-    (ours, _), (theirs, _) = twins(recipe)
+    (ours, _), (theirs, _) = both_backends(recipe)
     assert_near(run(theirs), run(ours))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 24, 33])
 def test_any_number_of_tokens(tokens):
-    (ours, _), (theirs, _) = twins()
+    (ours, _), (theirs, _) = both_backends()
     assert_near(run(theirs, tokens=tokens), run(ours, tokens=tokens))
 
 
 def test_weight_cache_changes_nothing_within_a_step():
-    _, (cached, _) = twins(Recipe(kind="current"), weight_cache=True)
-    _, (fresh, _) = twins(Recipe(kind="current"), weight_cache=False)
+    _, (cached, _) = both_backends(Recipe(kind="current"), weight_cache=True)
+    _, (fresh, _) = both_backends(Recipe(kind="current"), weight_cache=False)
     assert_near(run(cached), run(fresh), bound=1e-6)
 
 
 def test_names_and_the_way_back():
-    _, (theirs, book) = twins()
+    _, (theirs, fp8_state) = both_backends()
     run(theirs)
     assert not [name for name in theirs.state_dict() if "extra_state" in name]
-    saved = book.state_dict()
-    assert book.load_state_dict(saved) == []
+    saved = fp8_state.state_dict()
+    assert fp8_state.load_state_dict(saved) == []
     x = torch.randn(32, 128, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         before = theirs.eval()(x)
-        plain = restore_layers(theirs)
-        assert type(plain.up) is nn.Linear and type(plain.norm) is nn.LayerNorm
-        assert_near([before], [plain(x)], bound=0.01)
+        baseline = restore_layers(theirs)
+        assert type(baseline.up) is nn.Linear and type(baseline.norm) is nn.LayerNorm
+        assert_near([before], [baseline(x)], bound=0.01)
 
 
 def test_fused_norm_and_linear_are_the_two_layers():

@@ -117,9 +117,9 @@ def test_other_recipes_train(backend, recipe):
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 def test_levels_train_like_bf16(level, stage):
     """Six steps at lr 1e-3: FP8 casts and states stay within a few per cent of DeepSpeed's own losses."""
-    plain = train(make_engine(stage))
+    baseline = train(make_engine(stage))
     found = train(make_engine(stage, fp8=FP8 | {"backend": "torch"}, msamp={"enabled": True, "opt_level": level}))
-    assert found == pytest.approx(plain, rel=0.05), (found, plain)
+    assert found == pytest.approx(baseline, rel=0.05), (found, baseline)
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])

@@ -40,7 +40,7 @@ def wide(numel: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
-def codes_equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+def quantized_equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     nan = wanted.float().isnan()
     found, wanted = found.cpu().view(torch.uint8), wanted.view(torch.uint8)
     return bool(((found == wanted) | (nan & ((found & 0x7F) >= 0x7D))).all())
@@ -59,7 +59,7 @@ def test_all_bf16_values_and_all_halfway_cases(fmt):
     middle = (grid[1:] + grid[:-1]) / 2
     x = torch.cat([every, middle, middle.nextafter(grid[1:]), middle.nextafter(grid[:-1])])
     for scale in (1.0, 3.7):
-        assert codes_equal(
+        assert quantized_equal(
             kernels.quantize(x.cuda(), torch.tensor(scale).cuda(), fmt), numerics.quantize(x, scale, fmt)
         )
 
@@ -70,42 +70,44 @@ def test_flat_partitions(fmt, dtype):
     """A million elements and a short block; nearest and stochastic; sums of three ranks."""
     x = wide(2**20 + 77).to(dtype)
     for rounding in (None, Stochastic(5, 2, 1)):
-        codes, scale_inv = kernels.flat_encode(x.cuda(), fmt, rounding=rounding)
+        quantized, scale_inv = kernels.flat_encode(x.cuda(), fmt, rounding=rounding)
         wanted, wanted_scale_inv = flat.encode(x, fmt, rounding=rounding)
-        assert torch.equal(codes.cpu(), wanted) and torch.equal(scale_inv.cpu(), wanted_scale_inv)
-        back = kernels.flat_decode(codes, scale_inv, fmt, dtype=dtype)
+        assert torch.equal(quantized.cpu(), wanted) and torch.equal(scale_inv.cpu(), wanted_scale_inv)
+        back = kernels.flat_decode(quantized, scale_inv, fmt, dtype=dtype)
         assert torch.equal(back.cpu(), flat.decode(wanted, wanted_scale_inv, fmt, dtype=dtype))
     many = [flat.encode(wide(100_000, seed), fmt) for seed in range(3)]
-    codes, scale_inv = torch.stack([one for one, _ in many]), torch.stack([one for _, one in many])
-    found = kernels.flat_sum(codes.cuda(), scale_inv.cuda(), fmt, factor=1 / 3)
-    assert torch.equal(found.cpu(), flat.sum_contributions(codes, scale_inv, fmt, factor=1 / 3))
-    again, again_scale_inv = kernels.flat_sum_encode(codes.cuda(), scale_inv.cuda(), fmt, factor=1 / 3)
-    wanted, wanted_scale_inv = flat.sum_and_encode(codes, scale_inv, fmt, factor=1 / 3)
+    quantized, scale_inv = torch.stack([one for one, _ in many]), torch.stack([one for _, one in many])
+    found = kernels.flat_sum(quantized.cuda(), scale_inv.cuda(), fmt, factor=1 / 3)
+    assert torch.equal(found.cpu(), flat.sum_contributions(quantized, scale_inv, fmt, factor=1 / 3))
+    again, again_scale_inv = kernels.flat_sum_encode(quantized.cuda(), scale_inv.cuda(), fmt, factor=1 / 3)
+    wanted, wanted_scale_inv = flat.sum_and_encode(quantized, scale_inv, fmt, factor=1 / 3)
     assert torch.equal(again.cpu(), wanted) and torch.equal(again_scale_inv.cpu(), wanted_scale_inv)
 
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_wires_messages(fmt, dtype):
-    """As the wire calls: the better of two scales, codes and scales inside a message, the own slice uncast in the sum."""
+    """As the wire calls: the better of two scales, quantized values and scales inside a message, the own slice uncast
+    in the sum.
+    """
     numel, size = 300_077, message_bytes(300_077)
     contributions = [wide(numel, seed).to(dtype) for seed in range(4)]
     contributions[1][-3] = float("inf")
     contributions[2][5 * 128 : 7 * 128] = 0
     own, others = contributions[0], contributions[1:]
     device, host = torch.zeros(3, size, dtype=torch.uint8, device="cuda"), torch.zeros(3, size, dtype=torch.uint8)
-    for row, twin, x in zip(device, host, others, strict=True):
+    for row, copied, x in zip(device, host, others, strict=True):
         write_message(x.cuda(), fmt, row)
-        flat.encode(x, fmt, fitted=True, out=message_views(twin, numel))
-        assert torch.equal(row.cpu(), twin)
+        flat.encode(x, fmt, best_of_two=True, out=message_views(copied, numel))
+        assert torch.equal(row.cpu(), copied)
     arrived, wanted = message_views(device, numel), message_views(host, numel)
     found = kernels.flat_sum(*arrived, fmt, factor=0.25, own=own.cuda())
     assert same_values(found, flat.sum_contributions(*wanted, fmt, factor=0.25, own=own))
     back, back_host = torch.zeros(size, dtype=torch.uint8, device="cuda"), torch.zeros(size, dtype=torch.uint8)
     again = kernels.flat_sum_encode(
-        *arrived, fmt, factor=0.25, own=own.cuda(), fitted=True, out=message_views(back, numel)
+        *arrived, fmt, factor=0.25, own=own.cuda(), best_of_two=True, out=message_views(back, numel)
     )
-    flat.sum_and_encode(*wanted, fmt, factor=0.25, own=own, fitted=True, out=message_views(back_host, numel))
+    flat.sum_and_encode(*wanted, fmt, factor=0.25, own=own, best_of_two=True, out=message_views(back_host, numel))
     assert torch.equal(back.cpu(), back_host)
     target = torch.empty(numel, dtype=dtype, device="cuda")
     kernels.flat_decode(*again, fmt, out=target)
@@ -113,23 +115,23 @@ def test_the_wires_messages(fmt, dtype):
 
 
 @FORMATS
-def test_transposed_codes_amax_and_blocks(fmt):
+def test_transposed_quantized_values_amax_and_blocks(fmt):
     x = wide(1000 * 720).view(1000, 720).bfloat16()
-    codes = torch.empty(1000, 720, dtype=torch_dtype(fmt), device="cuda")
-    turned, amax = torch.empty(720, 1000, dtype=torch_dtype(fmt), device="cuda"), torch.zeros(1, device="cuda")
-    cast.quantize_transpose(x.cuda(), torch.tensor([3.7], device="cuda"), fmt, codes, turned, amax)
+    quantized = torch.empty(1000, 720, dtype=torch_dtype(fmt), device="cuda")
+    transposed, amax = torch.empty(720, 1000, dtype=torch_dtype(fmt), device="cuda"), torch.zeros(1, device="cuda")
+    cast.quantize_transpose(x.cuda(), torch.tensor([3.7], device="cuda"), fmt, quantized, transposed, amax)
     wanted = numerics.quantize(x, 3.7, fmt)
-    assert codes_equal(codes, wanted) and codes_equal(turned, wanted.t().contiguous())
+    assert quantized_equal(quantized, wanted) and quantized_equal(transposed, wanted.t().contiguous())
     assert amax.item() == x.float().abs().max().item()
-    assert torch.equal(kernels.dense(codes.t()).view(torch.uint8), codes.view(torch.uint8).t())
-    plain = torch.empty_like(codes), torch.empty(1000, 6, device="cuda")
-    groups = torch.empty_like(turned), torch.empty(720, 8, device="cuda")
-    blocks.quantize_groups(x.cuda(), fmt, plain, groups)
-    for found, source in ((plain, x), (groups, x.t().contiguous())):
+    assert torch.equal(kernels.dense(quantized.t()).view(torch.uint8), quantized.view(torch.uint8).t())
+    straight = torch.empty_like(quantized), torch.empty(1000, 6, device="cuda")
+    groups = torch.empty_like(transposed), torch.empty(720, 8, device="cuda")
+    blocks.quantize_groups(x.cuda(), fmt, straight, groups)
+    for found, source in ((straight, x), (groups, x.t().contiguous())):
         wanted = gemm_blocks.quantize_1x128(source, fmt)
-        assert codes_equal(found[0], wanted[0]) and torch.equal(found[1].cpu(), wanted[1])
+        assert quantized_equal(found[0], wanted[0]) and torch.equal(found[1].cpu(), wanted[1])
     found, wanted = kernels.quantize_128x128(x.cuda(), fmt), gemm_blocks.quantize_128x128(x, fmt)
-    assert codes_equal(found[0], wanted[0]) and torch.equal(found[1].cpu(), wanted[1])
+    assert quantized_equal(found[0], wanted[0]) and torch.equal(found[1].cpu(), wanted[1])
 
 
 def make_step(dtype: torch.dtype, m: str, v: str, master: str, rounding: str, numel: int = 100_003) -> AdamStep:
@@ -151,12 +153,12 @@ def make_step(dtype: torch.dtype, m: str, v: str, master: str, rounding: str, nu
 
 
 def on_device(step: AdamStep) -> AdamStep:
-    twin = copy.deepcopy(step)
-    twin.param, twin.grad = twin.param.cuda(), twin.grad.cuda()
-    for holder in (twin.exp_avg, twin.exp_avg_sq, twin.master):
+    copied = copy.deepcopy(step)
+    copied.param, copied.grad = copied.param.cuda(), copied.grad.cuda()
+    for holder in (copied.exp_avg, copied.exp_avg_sq, copied.master):
         for name, tensor in holder.tensors().items():
             setattr(holder, name, tensor.cuda())
-    return twin
+    return copied
 
 
 CASES = [(torch.bfloat16, name, name, "split24") for name in STATE_FORMATS]
@@ -204,7 +206,7 @@ def test_millions_of_quotients_and_roots(master, rounding, short, monkeypatch):
 
 @FORMATS
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_a_gradient_in_codes(fmt, rounding):
+def test_a_gradient_in_quantized_values(fmt, rounding):
     """Decoded inside the step, as the reference decodes it before."""
     step = make_step(torch.bfloat16, "int8", "fp16", "fp16", rounding)
     step.grad_fmt = fmt
@@ -228,13 +230,13 @@ def test_no_kernel_waits_for_the_device():
     step = on_device(make_step(torch.bfloat16, "e4m3", "fp16", "split24", "nearest"))
     step.grad_scale = torch.tensor(0.5, device="cuda")
     x = wide(4096).cuda()
-    codes, scale_inv = kernels.flat_encode(x, E4M3)
+    quantized, scale_inv = kernels.flat_encode(x, E4M3)
     kernels.adam_step(step)  # compiled before the check
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         kernels.flat_decode(*kernels.flat_encode(x, E4M3), E4M3)
-        kernels.flat_sum(codes.view(1, -1), scale_inv.view(1, -1), E4M3)
+        kernels.flat_sum(quantized.view(1, -1), scale_inv.view(1, -1), E4M3)
         kernels.amax(x)
         kernels.adam_step(step)
     finally:

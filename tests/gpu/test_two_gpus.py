@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu import two_gpu_jobs
 from ranks import run_ranks
-from zero import test_weights_codes, test_wire_stages
+from zero import test_weights_quantized, test_wire_stages
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device or none: no second rank")
@@ -25,16 +25,16 @@ def test_the_wire_gives_the_cpus_bits_over_nccl():
 
 def test_an_inf_on_one_rank_makes_all_ranks_skip_that_step():
     stages = [(stage, "bf16") for stage in STAGES]
-    for one, two in zip(*run_ranks(2, test_wire_stages.poisoned, stages, backend="nccl"), strict=True):
+    for one, two in zip(*run_ranks(2, test_wire_stages.overflowed, stages, backend="nccl"), strict=True):
         assert one[2] == two[2] == 1, one
-        assert one[3], f"{one[:2]}: weights moved in the poisoned step"
+        assert one[3], f"{one[:2]}: weights moved in the overflowing step"
         assert torch.equal(one[4], two[4])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_o3_is_o2_to_the_bit(stage):
     """All recipes, accumulation, start_step, evaluation and export in between."""
-    results = run_ranks(2, test_weights_codes.both_levels, stage, test_weights_codes.CASES, backend="nccl")
+    results = run_ranks(2, test_weights_quantized.both_levels, stage, test_weights_quantized.CASES, backend="nccl")
     for row in zip(*results, strict=True):
         for rank, of_rank in enumerate(row):
             case = (of_rank["case"], rank)
@@ -60,16 +60,16 @@ def cases_of(stage: int) -> list[dict]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_trainings_from_json(stage):
     """Losses within 5 % of bf16's in every step, the same weights on both ranks, a quarter of the gradient bytes."""
-    plain: dict[int, list[float]] = {}
+    baseline: dict[int, list[float]] = {}
     equal: dict[str, list[float]] = {}
     for one, two in zip(*run_ranks(2, two_gpu_jobs.trained, cases_of(stage), backend="nccl"), strict=True):
         case = one["case"]
         assert torch.equal(one["weights"], two["weights"]), f"{case}: ranks differ"
         for rank, row in enumerate((one, two)):
             if case["level"] is None:
-                plain[rank, case.get("gas", 1)] = row["losses"]
+                baseline[rank, case.get("gas", 1)] = row["losses"]
                 continue
-            assert row["losses"] == pytest.approx(plain[rank, case.get("gas", 1)], rel=0.05), case
+            assert row["losses"] == pytest.approx(baseline[rank, case.get("gas", 1)], rel=0.05), case
             assert 0 < row["sent"]["gradient"] <= 0.51 * row["instead"]["gradient"], (case, row["sent"], row["instead"])
             if case["level"] in ("O2", "O3") and stage:
                 # O3 is O2 in every digit, whatever else the JSON says.
@@ -94,7 +94,7 @@ def is_asked(case: dict) -> bool:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_path_gives_deepspeeds_weights(stage):
-    """The settings of DeepSpeed's that choose another road, overlap_comm's streams included: its own weights to the bit
+    """The settings of DeepSpeed's that choose another path, overlap_comm's streams included: its own weights to the bit
     when nothing is cast."""
     makers = (test_wire_stages.stage0_cases, test_wire_stages.stage12_cases, test_wire_stages.stage3_cases)
     cases = [case for make in makers for case in make() if case["stage"] == stage and is_asked(case)]

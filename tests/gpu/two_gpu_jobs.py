@@ -78,7 +78,7 @@ def trained(rank: int, world_size: int, cases: list[dict[str, Any]]) -> list[dic
 
 
 def resumed(rank: int, world_size: int, case: dict[str, Any], folder: str) -> tuple[list[float], list[float]]:
-    """Losses of steps 3 to 5, in one go and after a save and a load into a fresh engine."""
+    """Losses of steps 3 to 5, at once and after a save and a load into a fresh engine."""
     ds_fp8.activate()
     engine = make_engine(case)
     train(engine, rank, range(3))
@@ -114,12 +114,12 @@ def wire_functions(rank: int, world_size: int) -> dict[str, bool]:
             }
             for call, run in calls.items():
                 found[f"{call}, {name}, {dtype}"] = torch.equal(run(f"cuda:{rank}").cpu(), run("cpu"))
-    codes = torch.arange(numel).to(torch.uint8) + rank
+    quantized = torch.arange(numel).to(torch.uint8) + rank
     for bounds in (uneven, [0, 500_000, 1_000_000]):
         stores = {}
         for device in ("cpu", f"cuda:{rank}"):
             store = torch.zeros(numel, dtype=torch.uint8, device=device)
-            store[bounds[rank] : bounds[rank + 1]] = codes[bounds[rank] : bounds[rank + 1]].to(device)
+            store[bounds[rank] : bounds[rank + 1]] = quantized[bounds[rank] : bounds[rank + 1]].to(device)
             all_gather_shares(store, bounds, None)
             stores[device] = store.cpu()
         found[f"gather {bounds}"] = torch.equal(*stores.values())

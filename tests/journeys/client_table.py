@@ -16,7 +16,7 @@ COLUMNS = {
     "client": "client",
     "hook": "hook met",
     "banner": "banner",
-    "proof": "after the first step",
+    "first_step": "after the first step",
     "first": "first loss",
     "last": "last loss",
     "save": "save and load",

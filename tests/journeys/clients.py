@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.journeys.launching import PACKAGE_PARENT, command_of, door_folder, free_port, launch
+from tests.journeys.launching import PACKAGE_PARENT, command_of, free_port, hook_folder, launch
 
 HERE = Path(__file__).parent
 
@@ -54,7 +54,7 @@ class Run:
         return lines[0].removeprefix("ds_fp8: ").partition(" ->")[0] if lines else ""
 
     @property
-    def proof(self) -> str:
+    def first_step(self) -> str:
         """What was said after the first step."""
         return next(
             (line for line in self.said.splitlines() if line.startswith("ds_fp8: ") and "in step 1" in line), ""
@@ -72,7 +72,7 @@ class Run:
 def variables(folder: Path, **more: str) -> dict[str, str]:
     """A Python whose start reads our .pth, and the variables of a launcher of one rank."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    path = f"{door_folder(folder / 'door')}:{PACKAGE_PARENT}"
+    path = f"{hook_folder(folder / 'import_hook')}:{PACKAGE_PARENT}"
     return {**ranks, "MASTER_PORT": str(free_port()), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
 
 
@@ -103,8 +103,8 @@ def run(
 def cells(bf16: Run, fp8: Run) -> dict[str, str]:
     """The columns that every comparison fills."""
     first, last = (f"{bf16.losses[at]:.4f} / {fp8.losses[at]:.4f}" for at in (0, -1))
-    shown = fp8.proof.removeprefix("ds_fp8: ") or "not said"
-    return {"hook": "yes", "banner": fp8.banner, "proof": shown, "first": first, "last": last}
+    shown = fp8.first_step.removeprefix("ds_fp8: ") or "not said"
+    return {"hook": "yes", "banner": fp8.banner, "first_step": shown, "first": first, "last": last}
 
 
 def record(client: str, **cells: str) -> None:

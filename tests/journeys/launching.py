@@ -62,10 +62,10 @@ def command_of(name: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
-def door_folder(folder: Path) -> Path:
+def hook_folder(folder: Path) -> Path:
     """A folder for PYTHONPATH whose `sitecustomize` does what the installed ds_fp8.pth does.
 
-    Tests may run from a checkout that is not installed; then nothing would open the door at Python's start.
+    Tests may run from a checkout that is not installed; then nothing would install the hook at Python's start.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text((ROOT / "ds_fp8.pth").read_text())

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="Accelerate's DeepSpeed plugin asks f
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 
-PLAIN = {
+BASELINE = {
     "train_micro_batch_size_per_gpu": 8,
     "gradient_accumulation_steps": "auto",
     "bf16": {"enabled": True},
@@ -66,9 +66,9 @@ def launched(command: list[str], folder) -> str:
 
 def test_a_config_with_the_json(tmp_path):
     """Two ranks; a state saved at step 4 and loaded after step 8 gives steps 4 to 7 again, to the bit."""
-    clients.write(tmp_path, ds=PLAIN)
+    clients.write(tmp_path, ds=BASELINE)
     bf16 = clients.Run(accelerate_launch(tmp_path, WITH_JSON, 2))
-    clients.write(tmp_path, ds={**PLAIN, **clients.FP8})
+    clients.write(tmp_path, ds={**BASELINE, **clients.FP8})
     fp8 = clients.Run(accelerate_launch(tmp_path, WITH_JSON, 2))
     assert fp8.said.count("ds_fp8: 3 of 3 Linear -> Fp8Linear") == 1 and "ds_fp8:" not in bf16.said, fp8.said
     assert fp8.losses != bf16.losses and fp8.is_falling()
@@ -85,9 +85,11 @@ def test_a_config_without_json(tmp_path):
 
 
 def test_its_own_fp8_backends(tmp_path):
-    """`mixed_precision="fp8"`: MS-AMP by three roads that do not know of us; the other two convert layers, and are not mixed with ours."""
-    clients.write(tmp_path, plain={**PLAIN, "gradient_accumulation_steps": 1})
-    clients.write(tmp_path, fp8={**PLAIN, "gradient_accumulation_steps": 1, **clients.FP8})
+    """`mixed_precision="fp8"`: MS-AMP by three paths that do not know of us; the other two convert layers, and are not
+    mixed with ours.
+    """
+    clients.write(tmp_path, baseline={**BASELINE, "gradient_accumulation_steps": 1})
+    clients.write(tmp_path, fp8={**BASELINE, "gradient_accumulation_steps": 1, **clients.FP8})
     ways = [["msamp"], ["msamp without DeepSpeed"], ["msamp by its recipe", "plain.json"]]
     *msamp, torchao, engine, found = clients.run(
         tmp_path,

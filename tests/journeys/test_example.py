@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.journeys.launching import PACKAGE_PARENT, ROOT, command_of, door_folder, free_port, launch
+from tests.journeys.launching import PACKAGE_PARENT, ROOT, command_of, free_port, hook_folder, launch
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -17,14 +17,14 @@ SMALL = ("--width", "64", "--depth", "1", "--context", "32", "--eval-windows", "
 def train(folder, config: str, name: str, steps: int, *more: str) -> str:
     command = [command_of("deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
     script = ["examples/train_gpt.py", "--deepspeed_config", config, "--out", f"runs/{name}", "--steps", str(steps)]
-    path = f"{door_folder(folder / 'door')}:{PACKAGE_PARENT}"
+    path = f"{hook_folder(folder / 'import_hook')}:{PACKAGE_PARENT}"
     code, said = launch([*command, *script, *SMALL, *more], folder, PYTHONPATH=path)
     assert code == 0, said
     return said
 
 
 def test_the_example_trains_resumes_and_is_compared(tmp_path):
-    """Four FP8 steps in one go, and two plus two with a checkpoint between: the same curve to the last digit."""
+    """Four FP8 steps at once, and two plus two with a checkpoint between: the same curve to the last digit."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     said = train(tmp_path, "examples/ds_fp8.json", "whole", 4)
     assert "4 of 5 Linear -> Fp8Linear" in said and "3 of 3 LayerNorm" in said

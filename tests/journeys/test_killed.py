@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.journeys.launching import PACKAGE_PARENT, command_of, door_folder, free_port, launch
+from tests.journeys.launching import PACKAGE_PARENT, command_of, free_port, hook_folder, launch
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]  # three launches
 
@@ -39,7 +39,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_one_goes_on_from_the_checkpoint
 
     def train(name: str, **variables: str) -> tuple[int, dict[tuple[int, int], str], str]:
         command = [command_of("deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "train.py"]
-        path = f"{door_folder(tmp_path / 'door')}:{PACKAGE_PARENT}"
+        path = f"{hook_folder(tmp_path / 'import_hook')}:{PACKAGE_PARENT}"
         environment = {"PYTHONPATH": path, "CHECKPOINTS": str(tmp_path / name), **variables}
         code, said = launch([*command, "--deepspeed_config", "ds.json"], tmp_path, **environment)
         return code, losses(said), said

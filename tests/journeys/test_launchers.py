@@ -1,4 +1,6 @@
-"""From JSON to losses through the real launchers, by each of the doors, with a script that knows nothing of FP8."""
+"""From JSON to losses through the real launchers, by each way of activation, with a script that knows nothing of
+FP8.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,21 @@ from pathlib import Path
 import pytest
 
 from tests.journeys import clients
-from tests.journeys.launching import PACKAGE_PARENT, command_of, door_folder, free_port, launch
+from tests.journeys.launching import PACKAGE_PARENT, command_of, free_port, hook_folder, launch
 
 pytestmark = pytest.mark.dist
 
 SCRIPT = Path(__file__).with_name("train_small.py")
 BANNER = "ds_fp8: 2 of 3 Linear -> Fp8Linear"
 
-PLAIN = {
+BASELINE = {
     "train_micro_batch_size_per_gpu": 8,
     "steps_per_print": 1000000,
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 1},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
 }
-FP8 = {**PLAIN, "fp8": {"enabled": True}}
+FP8 = {**BASELINE, "fp8": {"enabled": True}}
 
 
 @pytest.fixture
@@ -35,8 +37,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def door(folder: Path) -> dict[str, str]:
-    return {"PYTHONPATH": f"{door_folder(folder / 'door')}:{PACKAGE_PARENT}"}
+def import_hook(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{hook_folder(folder / 'import_hook')}:{PACKAGE_PARENT}"}
 
 
 def deepspeed_command(*script: str, ranks: int = 2) -> list[str]:
@@ -54,34 +56,34 @@ CONFIG = ("--deepspeed_config", "ds.json")
 
 def checked(folder: Path, launcher: str, command: list[str], **variables: str) -> None:
     """Two ranks, one banner, every planned layer in FP8, and a row of the table of docs/huggingface.md."""
-    code, said = launch(command, folder, **door(folder), **variables)
+    code, said = launch(command, folder, **import_hook(folder), **variables)
     assert code == 0 and said.count(BANNER) == 1 and losses(said)[0] == "2", said
     run = clients.Run(said)
     assert "all 2 planned layers ran in FP8 in step 1" in run.proof, said
     first, last = (f"{float(losses(said)[at]):.4f}" for at in (1, -1))
-    told = {"hook": "yes", "banner": run.banner, "proof": run.proof.removeprefix("ds_fp8: ")}
-    clients.record(f"launcher: {launcher}", **told, first=first, last=last)
+    shown = {"hook": "yes", "banner": run.banner, "proof": run.proof.removeprefix("ds_fp8: ")}
+    clients.record(f"launcher: {launcher}", **shown, first=first, last=last)
 
 
-def test_deepspeed_launcher_by_the_installed_door_and_by_the_explicit_one(folder):
+def test_deepspeed_launcher_by_the_installed_hook_and_by_run(folder):
     """`deepspeed train.py` with the .pth, `deepspeed --module ds_fp8.run train.py` without: the same losses."""
-    code, by_door = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
-    assert code == 0, by_door
-    assert by_door.count(BANNER) == 1, "one banner, from rank 0"
+    code, by_hook = launch(deepspeed_command("train.py", *CONFIG), folder, **import_hook(folder))
+    assert code == 0, by_hook
+    assert by_hook.count(BANNER) == 1, "one banner, from rank 0"
     code, explicit = launch(deepspeed_command("--module", "ds_fp8.run", "train.py", *CONFIG), folder)
     assert code == 0, explicit
-    assert explicit.count(BANNER) == 1 and losses(by_door) == losses(explicit)
-    assert losses(by_door)[0] == "2"
+    assert explicit.count(BANNER) == 1 and losses(by_hook) == losses(explicit)
+    assert losses(by_hook)[0] == "2"
     checked(folder, "deepspeed --module", deepspeed_command("--module", "train", *CONFIG))
 
 
 def test_disable_gives_deepspeed_alone(folder):
-    """DS_FP8_DISABLE=1 with the door installed: no banner, and the losses of a JSON without our section."""
-    code, disabled = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder), DS_FP8_DISABLE="1")
+    """DS_FP8_DISABLE=1 with the activation hook installed: no banner, and the losses of a JSON without our section."""
+    code, disabled = launch(deepspeed_command("train.py", *CONFIG), folder, **import_hook(folder), DS_FP8_DISABLE="1")
     assert code == 0 and "ds_fp8" not in disabled, disabled
-    (folder / "ds.json").write_text(json.dumps(PLAIN))
-    code, plain = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
-    assert code == 0 and losses(disabled) == losses(plain)
+    (folder / "ds.json").write_text(json.dumps(BASELINE))
+    code, baseline = launch(deepspeed_command("train.py", *CONFIG), folder, **import_hook(folder))
+    assert code == 0 and losses(disabled) == losses(baseline)
 
 
 @pytest.mark.parametrize("script", [("train.py",), ("-m", "train")], ids=" ".join)
@@ -102,32 +104,32 @@ def test_mpirun(folder):
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "shown"),
     [
         ({"enabled": True, "margn": 1}, "did you mean 'margin'"),
         ({"enabled": True, "layers": {"exclude": ["no_such_layer"]}}, "no_such_layer"),
     ],
 )
-def test_bad_input_ends_the_launcher_with_an_error(folder, section, told):
+def test_bad_input_ends_the_launcher_with_an_error(folder, section, shown):
     """The reason is in the log of every rank, no step was taken, and the exit code is not 0."""
-    (folder / "ds.json").write_text(json.dumps({**PLAIN, "fp8": section}))
-    code, said = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
+    (folder / "ds.json").write_text(json.dumps({**BASELINE, "fp8": section}))
+    code, said = launch(deepspeed_command("train.py", *CONFIG), folder, **import_hook(folder))
     assert code != 0 and "LOSSES" not in said
-    assert said.count(told) >= 2, said
+    assert said.count(shown) >= 2, said
 
 
 def test_a_json_that_differs_between_ranks_ends_the_job(folder):
     """Rank 1 reads a JSON without our section: without a word before the first collective both would wait for ever."""
-    (folder / "plain.json").write_text(json.dumps(PLAIN))
-    other = 'import os, sys\nsys.argv[-1] = "plain.json" if os.environ["RANK"] == "1" else sys.argv[-1]\n'
+    (folder / "plain.json").write_text(json.dumps(BASELINE))
+    other = 'import os, sys\nsys.argv[-1] = "unmodified.json" if os.environ["RANK"] == "1" else sys.argv[-1]\n'
     script = (folder / "train.py").read_text()
     (folder / "train.py").write_text(script.replace("import argparse\n", f"import argparse\n{other}", 1))
-    code, said = launch(deepspeed_command("train.py", *CONFIG), folder, **door(folder))
+    code, said = launch(deepspeed_command("train.py", *CONFIG), folder, **import_hook(folder))
     assert code != 0 and "LOSSES" not in said
     assert "rank 1 made a DeepSpeed engine without an fp8 or msamp section" in said, said
 
 
-def test_a_script_that_imports_the_package_needs_no_door(folder):
+def test_a_script_that_imports_the_package_needs_no_hook(folder):
     """`import ds_fp8`, one line, for sites that read no .pth files."""
     script = (folder / "train.py").read_text()
     (folder / "train.py").write_text(script.replace("import deepspeed\n", "import deepspeed\nimport ds_fp8\n", 1))

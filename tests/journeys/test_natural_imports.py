@@ -17,7 +17,7 @@ from tests.journeys.launching import launch
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-PLAIN = {
+BASELINE = {
     "train_micro_batch_size_per_gpu": 8,
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 2},
@@ -39,7 +39,7 @@ CLIENTS = {
 def test_fp8_is_on(tmp_path, script):
     client, layers = CLIENTS[script]
     pytest.importorskip(client, reason=f"needs {client}")
-    clients.write(tmp_path, bf16=PLAIN, fp8={**PLAIN, **clients.FP8})
+    clients.write(tmp_path, bf16=BASELINE, fp8={**BASELINE, **clients.FP8})
     bf16, fp8 = clients.run(tmp_path, script, ["bf16.json"], ["fp8.json"])
     assert "ds_fp8:" not in bf16.said and bf16.fp8_layers == 0, bf16.said
     assert "Linear -> Fp8Linear" in fp8.said and fp8.fp8_layers >= layers, fp8.said
@@ -82,7 +82,7 @@ def test_whatever_is_imported_first(tmp_path):
 def test_doctor_proves_it_for_a_client(tmp_path):
     """`ds_fp8 doctor ds.json --client trl`: TRL's imports, which bring those of PEFT, the Trainer and Accelerate."""
     pytest.importorskip("trl", reason="needs trl")
-    (tmp_path / "ds.json").write_text(json.dumps({**PLAIN, **clients.FP8}))
+    (tmp_path / "ds.json").write_text(json.dumps({**BASELINE, **clients.FP8}))
     command = [sys.executable, "-m", "ds_fp8.cli.main", "doctor", "ds.json", "--client", "trl", "--json"]
     code, said = launch(command, tmp_path, **clients.variables(tmp_path))
     answer = json.loads(next(line for line in said.splitlines() if line.startswith('{"ok"')))

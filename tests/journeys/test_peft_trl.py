@@ -35,7 +35,9 @@ def trainers(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_train_over_fp8_layers(adapters, kind):
-    """The 14 layers of the base model multiply in FP8, the adapters in high precision; merged, all are plain again."""
+    """The 14 layers of the base model multiply in FP8, the adapters in high precision; merged, all are unmodified
+    again.
+    """
     bf16, fp8 = adapters[kind]
     assert "14 of " in fp8.banner and bf16.banner == "", fp8.said
     assert all(map(math.isfinite, fp8.losses)) and fp8.losses != bf16.losses
@@ -47,7 +49,7 @@ def test_adapters_train_over_fp8_layers(adapters, kind):
     assert fp8.words("MERGED") == ["Linear", "Linear"] and fp8.fp8_layers == 0, "14 before, 0 after"
     assert "14 FP8 layers of this model are unmodified again" in fp8.said
     assert float(fp8.words("DIFFERENCE")[0]) < 0.02, "merging rounds the weights to bf16 once, as without FP8"
-    clients.record(f"PEFT: {kind}", save="merge_and_unload: plain layers", **clients.cells(bf16, fp8))
+    clients.record(f"PEFT: {kind}", save="merge_and_unload: unmodified layers", **clients.cells(bf16, fp8))
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -40,7 +40,9 @@ def test_a_model_learns_in_fp8(zoo, model):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_whole_life(tmp_path, stage):
-    """Two ranks, FP8 and `msamp` O2: evaluates on the way, resumes to the bit, keeps the best, generates; the saved model is plain."""
+    """Two ranks, FP8 and `msamp` O2: evaluates on the way, resumes to the bit, keeps the best, generates; the saved
+    model is unmodified.
+    """
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "reduce_bucket_size": "auto"}
     config = {**clients.AUTO, **clients.FP8, "msamp": {"enabled": True, "opt_level": "O2"}, "zero_optimization": zero}
     clients.write(tmp_path, ds=config)
@@ -53,7 +55,7 @@ def test_a_whole_life(tmp_path, stage):
     words = lines["EVAL"][0].split()
     first, last, best = float(words[1]), float(words[words.index("LAST") + 1]), words[-1]
     assert last < 0.9 * first and best == "whole/checkpoint-6"
-    # Saved, and loaded by from_pretrained as a plain model: the same tokens, the same loss on the same rows.
+    # Saved, and loaded by from_pretrained as an unmodified model: the same tokens, the same loss on the same rows.
     generated, again = lines["GENERATED"][0].split()[1:], lines["AGAIN"][0].split()
     assert again[1 : again.index("LOSS")] == generated
     assert float(again[-1]) == pytest.approx(last, rel=1e-3)

@@ -1,4 +1,6 @@
-"""The Trainer by its other roads: compiled, from a dict or a command line, subclassed, for sequences, for evaluation alone."""
+"""The Trainer by its other paths: compiled, from a dict or a command line, subclassed, for sequences, for evaluation
+alone.
+"""
 
 from __future__ import annotations
 

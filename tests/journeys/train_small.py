@@ -1,4 +1,4 @@
-"""The user's script of the journeys: plain PyTorch and DeepSpeed, not a word about FP8. Prints its losses on rank 0."""
+"""The user's script of the journeys: PyTorch and DeepSpeed, not a word about FP8. Prints its losses on rank 0."""
 
 from __future__ import annotations
 

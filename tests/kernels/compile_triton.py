@@ -53,15 +53,15 @@ def main() -> None:
         for fmt, fmax in ((0, 448.0), (1, 57344.0)):
             same = {"FMT": fmt, "HARDWARE": hardware}
             more = same | {"FMAX": fmax, "ROWS": flat.ROWS}
-            for stochastic, fitted in ((False, False), (True, False), (False, True)):
+            for stochastic, best_of_two in ((False, False), (True, False), (False, True)):
                 build(
                     flat._encode_kernel,
                     ["*fp32", "*u8", "*fp32", "i32", "i32", "i32"],
-                    more | {"STOCHASTIC": stochastic, "FITTED": fitted},
+                    more | {"STOCHASTIC": stochastic, "BEST_OF_TWO": best_of_two},
                     fused=int(hardware),
                 )
             for again, out in ((True, "*u8"), (False, "*bf16")):
-                total = more | {"OUT_FMT": fmt, "WORLD": 4, "REQUANTISE": again, "OWN": again, "FITTED": again}
+                total = more | {"OUT_FMT": fmt, "WORLD": 4, "REQUANTISE": again, "OWN": again, "BEST_OF_TWO": again}
                 build(
                     flat._sum_kernel,
                     ["*bf16", "*u8", "*fp32", out, "*fp32", "fp32", "i32", "i32", "i32"],
@@ -75,7 +75,13 @@ def main() -> None:
             pointers = ["*bf16", "*fp32", "*u8", "*u8", "*i32", "i32", "i32"]
             build(cast._transpose_kernel, pointers, measured | {"TILE": cast.TILE})
             for current in (False, True):
-                wanted = {"FMAX": fmax, "PLAIN": True, "TURNED": True, "MEASURE": not current, "CURRENT": current}
+                wanted = {
+                    "FMAX": fmax,
+                    "STRAIGHT": True,
+                    "TRANSPOSED": True,
+                    "MEASURE": not current,
+                    "CURRENT": current,
+                }
                 wanted |= {"GUARDED": current, "PARTS": operands.PARTS, "FROZEN": operands.FROZEN}
                 wanted |= {"EVEN": current, "TILE_ROWS": operands.TILE_ROWS, "TILE_COLUMNS": operands.TILE_COLUMNS}
                 pointers = ["*bf16", "*u8", "*u8"] + ["*fp32"] * 4 + ["i32"] * 3
@@ -84,8 +90,8 @@ def main() -> None:
                 wanted = {
                     "FMAX": fmax,
                     "TILES": tiles,
-                    "PLAIN": True,
-                    "TURNED": True,
+                    "STRAIGHT": True,
+                    "TRANSPOSED": True,
                     "POWER_OF_TWO": True,
                     "EVEN": tiles,
                 }

@@ -38,15 +38,15 @@ def wide(numel: int, seed: int = 0) -> torch.Tensor:
 
 
 def hazards(fmt: Format) -> torch.Tensor:
-    """All bf16 values, all codes of `fmt`, the middles between them and their fp32 neighbours."""
+    """All bf16 values, all values of `fmt`, the middles between them and their fp32 neighbours."""
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
-    codes = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt)).float()
-    codes = codes[codes.isfinite()].sort().values
-    middle = (codes[1:] + codes[:-1]) / 2
-    return torch.cat([every, codes, middle, middle.nextafter(codes[1:]), middle.nextafter(codes[:-1])])
+    quantized = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt)).float()
+    quantized = quantized[quantized.isfinite()].sort().values
+    middle = (quantized[1:] + quantized[:-1]) / 2
+    return torch.cat([every, quantized, middle, middle.nextafter(quantized[1:]), middle.nextafter(quantized[:-1])])
 
 
-def same_codes(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+def same_quantized(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Equal bits, except that a NaN may have either sign."""
     nan = wanted.float().isnan()
     found, wanted = found.view(torch.uint8), wanted.view(torch.uint8)
@@ -58,26 +58,26 @@ def test_every_hazardous_value_gets_the_reference_code(fmt):
     """Ties to even, subnormals, saturation of finite and infinite values, NaN: the integer encoder is the cast."""
     x = hazards(fmt)
     for scale in (1.0, 3.7):
-        codes = torch.empty(x.numel(), dtype=torch_dtype(fmt))
+        quantized = torch.empty(x.numel(), dtype=torch_dtype(fmt))
         amax = torch.zeros(1)
-        cast.quantize(x, torch.tensor([scale]), fmt, codes, amax)
-        assert same_codes(codes, reference_cast.quantize(x, scale, fmt))
+        cast.quantize(x, torch.tensor([scale]), fmt, quantized, amax)
+        assert same_quantized(quantized, reference_cast.quantize(x, scale, fmt))
         assert amax.item() == float("inf")
 
 
 @FORMATS
 @DTYPES
-def test_flat_codes_scales_and_values_are_the_references(fmt, dtype):
+def test_flat_quantized_values_scales_and_values_are_the_references(fmt, dtype):
     """5001 elements: 39 full blocks and a short one."""
     x = wide(5001).to(dtype)
-    codes, scale_inv = torch.empty(5001, dtype=torch.uint8), torch.empty(40)
-    for fitted in (True, False):
-        flat.encode(x, fmt, codes, scale_inv, None, fitted)
-        wanted, wanted_scale_inv = reference.encode(x, fmt, fitted=fitted)
-        assert torch.equal(codes, wanted) and torch.equal(scale_inv, wanted_scale_inv)
+    quantized, scale_inv = torch.empty(5001, dtype=torch.uint8), torch.empty(40)
+    for best_of_two in (True, False):
+        flat.encode(x, fmt, quantized, scale_inv, None, best_of_two)
+        wanted, wanted_scale_inv = reference.encode(x, fmt, best_of_two=best_of_two)
+        assert torch.equal(quantized, wanted) and torch.equal(scale_inv, wanted_scale_inv)
     out = torch.empty(5001, dtype=dtype)
-    flat.decode(codes, scale_inv, fmt, out)
-    assert torch.equal(out, reference.decode(codes, scale_inv, fmt, dtype=dtype))
+    flat.decode(quantized, scale_inv, fmt, out)
+    assert torch.equal(out, reference.decode(quantized, scale_inv, fmt, dtype=dtype))
 
 
 @FORMATS
@@ -86,60 +86,62 @@ def test_a_block_that_is_not_finite_is_nan_and_its_neighbours_are_not(fmt, bad):
     """An overflow on one rank must be seen on all, and must not spread to other blocks."""
     x = wide(512)
     x[300] = bad
-    codes, scale_inv = torch.empty(512, dtype=torch.uint8), torch.empty(4)
-    flat.encode(x, fmt, codes, scale_inv)
+    quantized, scale_inv = torch.empty(512, dtype=torch.uint8), torch.empty(4)
+    flat.encode(x, fmt, quantized, scale_inv)
     wanted, wanted_scale_inv = reference.encode(x, fmt)
-    assert torch.equal(codes, wanted)
+    assert torch.equal(quantized, wanted)
     assert torch.equal(scale_inv, wanted_scale_inv) or scale_inv.isnan().tolist() == [False, False, True, False]
     out = torch.empty(512)
-    flat.decode(codes, scale_inv, fmt, out)
+    flat.decode(quantized, scale_inv, fmt, out)
     assert out[256:384].isnan().all() and not out[:256].isnan().any() and not out[384:].isnan().any()
 
 
 @FORMATS
-def test_stochastic_codes_draw_the_references_bits(fmt):
+def test_stochastic_quantized_values_draw_the_references_bits(fmt):
     """The bits are a function of (index, seed, step, stream), so all three implementations round alike."""
     x = wide(3000)
     for rounding in (Stochastic(7, 3, 1), Stochastic(2**31 + 5, 1, 2, first=2**31 - 1000)):
-        codes, scale_inv = torch.empty(3000, dtype=torch.uint8), torch.empty(24)
-        flat.encode(x, fmt, codes, scale_inv, rounding)
+        quantized, scale_inv = torch.empty(3000, dtype=torch.uint8), torch.empty(24)
+        flat.encode(x, fmt, quantized, scale_inv, rounding)
         wanted, _ = reference.encode(x, fmt, rounding=rounding)
-        assert torch.equal(codes, wanted)
+        assert torch.equal(quantized, wanted)
 
 
 @FORMATS
 @pytest.mark.parametrize("world", [1, 3])
 def test_sum_over_ranks_is_in_rank_order_and_unfused(fmt, world):
-    """The owner's sum: one product and one addition per rank, each rounded; then the factor; then codes again."""
+    """The owner's sum: one product and one addition per rank, each rounded; then the factor; then quantized values
+    again.
+    """
     contributions = torch.stack([wide(1000, seed) for seed in range(world)])
     message = torch.empty(world, 2000, dtype=torch.uint8)  # rows of a longer message: strided
-    codes, scale_inv = message[:, :1000], torch.empty(world, 8)
+    quantized, scale_inv = message[:, :1000], torch.empty(world, 8)
     for rank in range(world):
         one, scales = reference.encode(contributions[rank], fmt)
-        codes[rank], scale_inv[rank] = one, scales
-    for own, fitted in ((None, False), (wide(1000, 9).bfloat16(), True)):
+        quantized[rank], scale_inv[rank] = one, scales
+    for own, best_of_two in ((None, False), (wide(1000, 9).bfloat16(), True)):
         out = torch.empty(1000)
-        flat.sum_contributions(codes, scale_inv, fmt, 1 / 3, out, own)
-        assert torch.equal(out, reference.sum_contributions(codes, scale_inv, fmt, factor=1 / 3, own=own))
+        flat.sum_contributions(quantized, scale_inv, fmt, 1 / 3, out, own)
+        assert torch.equal(out, reference.sum_contributions(quantized, scale_inv, fmt, factor=1 / 3, own=own))
         again, again_scale_inv = torch.empty(1000, dtype=torch.uint8), torch.empty(8)
-        flat.sum_and_encode(codes, scale_inv, fmt, 1 / 3, E4M3, again, again_scale_inv, own, fitted)
+        flat.sum_and_encode(quantized, scale_inv, fmt, 1 / 3, E4M3, again, again_scale_inv, own, best_of_two)
         wanted, wanted_scale_inv = reference.sum_and_encode(
-            codes, scale_inv, fmt, factor=1 / 3, out_fmt=E4M3, own=own, fitted=fitted
+            quantized, scale_inv, fmt, factor=1 / 3, out_fmt=E4M3, own=own, best_of_two=best_of_two
         )
         assert torch.equal(again, wanted) and torch.equal(again_scale_inv, wanted_scale_inv)
 
 
 @FORMATS
 @DTYPES
-def test_one_read_gives_codes_transposed_codes_and_amax(fmt, dtype):
+def test_one_read_gives_quantized_values_transposed_quantized_values_and_amax(fmt, dtype):
     """100 x 72 is no multiple of the tile; the amax slot keeps what is larger."""
     x = wide(7200).view(100, 72).to(dtype).clamp(-6e4, 6e4)
-    codes = torch.empty(100, 72, dtype=torch_dtype(fmt))
-    turned = torch.empty(72, 100, dtype=torch_dtype(fmt))
+    quantized = torch.empty(100, 72, dtype=torch_dtype(fmt))
+    transposed = torch.empty(72, 100, dtype=torch_dtype(fmt))
     amax = torch.tensor([1.0])
-    cast.quantize_transpose(x, torch.tensor([3.7]), fmt, codes, turned, amax)
+    cast.quantize_transpose(x, torch.tensor([3.7]), fmt, quantized, transposed, amax)
     wanted = reference_cast.quantize(x, 3.7, fmt)
-    assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
+    assert same_quantized(quantized, wanted) and same_quantized(transposed, wanted.t().contiguous())
     assert amax.item() == reference_cast.amax(x).item()
     slot = torch.tensor([1e30])
     cast.raise_amax(x, slot)
@@ -157,15 +159,15 @@ def test_block_scales_along_both_axes_from_one_read(fmt, power_of_two):
     def made(rows, columns, groups):
         return torch.empty(rows, columns, dtype=torch_dtype(fmt)), torch.empty(groups)
 
-    plain, turned = made(200, 300, (200, 3)), made(300, 200, (300, 2))
-    blocks.quantize_groups(x, fmt, plain, turned, power_of_two)
-    for found, source in ((plain, x), (turned, x.t().contiguous())):
+    straight, transposed = made(200, 300, (200, 3)), made(300, 200, (300, 2))
+    blocks.quantize_groups(x, fmt, straight, transposed, power_of_two)
+    for found, source in ((straight, x), (transposed, x.t().contiguous())):
         wanted = gemm_blocks.quantize_1x128(source, fmt, power_of_two=power_of_two)
-        assert same_codes(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+        assert same_quantized(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     tile = made(200, 300, (2, 3))
     blocks.quantize_tiles(x, fmt, tile, power_of_two)
     wanted = gemm_blocks.quantize_128x128(x, fmt, power_of_two=power_of_two)
-    assert same_codes(tile[0], wanted[0]) and torch.equal(tile[1], wanted[1])
+    assert same_quantized(tile[0], wanted[0]) and torch.equal(tile[1], wanted[1])
 
 
 @FORMATS
@@ -176,17 +178,17 @@ def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
     x = wide(shape[0] * shape[1]).view(shape).to(dtype).clamp(-6e4, 6e4)
     pending, frozen = torch.zeros(3), torch.full((3, operands.FROZEN), float("nan"))
     frozen[1, 1] = 3.7
-    codes, turned = operands.cast_delayed(x.view(2, shape[0] // 2, -1), frozen, 1, fmt, pending)
+    quantized, transposed = operands.cast_delayed(x.view(2, shape[0] // 2, -1), frozen, 1, fmt, pending)
     wanted = reference_cast.quantize(x, 3.7, fmt)
-    assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
+    assert same_quantized(quantized, wanted) and same_quantized(transposed, wanted.t().contiguous())
     assert pending.tolist() == [0, reference_cast.amax(x).item(), 0]
-    alone, none = operands.cast_delayed(x, frozen, 1, fmt, None, turned=False)
-    assert none is None and same_codes(alone, wanted)
+    alone, none = operands.cast_delayed(x, frozen, 1, fmt, None, transposed=False)
+    assert none is None and same_quantized(alone, wanted)
 
-    (codes, turned), scale_inv, shown = operands.cast_current(x, fmt)
+    (quantized, transposed), scale_inv, shown = operands.cast_current(x, fmt)
     scale = scaling.scale_from_amax(reference_cast.amax(x), fmt)
     wanted = reference_cast.quantize(x, scale, fmt)
-    assert same_codes(codes, wanted) and same_codes(turned, wanted.t().contiguous())
+    assert same_quantized(quantized, wanted) and same_quantized(transposed, wanted.t().contiguous())
     assert scale_inv.item() == scaling.scale_inv_of(scale).item() and shown is scale_inv
 
 
@@ -196,9 +198,9 @@ def test_current_scaling_shows_what_is_not_finite(numel, spoiled):
     """The amax of less than a program, of one, and of more than all programs take at once; a guarded scale_inv."""
     x = wide(numel).view(-1, 128).bfloat16()
     x[-1, -1] = 3e4 if spoiled is None else spoiled
-    (codes, _), scale_inv, shown = operands.cast_current(x, E5M2, turned=False, guarded=True)
+    (quantized, _), scale_inv, shown = operands.cast_current(x, E5M2, transposed=False, guarded=True)
     scale = scaling.scale_from_amax(reference_cast.amax(x), E5M2)
-    assert same_codes(codes, reference_cast.quantize(x, scale, E5M2))
+    assert same_quantized(quantized, reference_cast.quantize(x, scale, E5M2))
     assert scale_inv.item() == scaling.scale_inv_of(scale).item()
     assert bool(shown.isnan()) if spoiled is not None else torch.equal(shown, scale_inv)
 
@@ -206,26 +208,26 @@ def test_current_scaling_shows_what_is_not_finite(numel, spoiled):
 def test_block_operands_have_the_strides_that_cublas_wants():
     """Scales of groups: outer axis contiguous. Scales of tiles: rows that begin at multiples of 16 bytes."""
     x = wide(256 * 384).view(256, 384).bfloat16()
-    (codes, groups), (turned, turned_groups) = operands.cast_groups(x, E4M3)
-    assert groups.stride() == (1, 256) and turned_groups.stride() == (1, 384)
-    for found, found_scale, source in ((codes, groups, x), (turned, turned_groups, x.t().contiguous())):
+    (quantized, groups), (transposed, transposed_groups) = operands.cast_groups(x, E4M3)
+    assert groups.stride() == (1, 256) and transposed_groups.stride() == (1, 384)
+    for found, found_scale, source in ((quantized, groups, x), (transposed, transposed_groups, x.t().contiguous())):
         wanted = gemm_blocks.quantize_1x128(source, E4M3)
-        assert same_codes(found, wanted[0]) and torch.equal(found_scale, wanted[1])
-    (codes, tiles), (turned, turned_tiles) = operands.cast_tiles(x, E4M3)
+        assert same_quantized(found, wanted[0]) and torch.equal(found_scale, wanted[1])
+    (quantized, tiles), (transposed, transposed_tiles) = operands.cast_tiles(x, E4M3)
     wanted = gemm_blocks.quantize_128x128(x, E4M3)
-    assert tiles.stride() == (4, 1) and turned_tiles.stride() == (4, 1)
-    assert same_codes(codes, wanted[0]) and torch.equal(tiles, wanted[1])
-    assert same_codes(turned, wanted[0].t().contiguous()) and torch.equal(turned_tiles, wanted[1].t())
+    assert tiles.stride() == (4, 1) and transposed_tiles.stride() == (4, 1)
+    assert same_quantized(quantized, wanted[0]) and torch.equal(tiles, wanted[1])
+    assert same_quantized(transposed, wanted[0].t().contiguous()) and torch.equal(transposed_tiles, wanted[1].t())
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 300])
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 @pytest.mark.parametrize(("margin", "interval", "exact"), [(0, 1, True), (3, 2, False)])
 def test_scales_are_updated_in_one_launch(length, algorithm, margin, interval, exact):
-    """Zero, tiny, infinite and ordinary amaxes, more updates than the history is long; with and without a backward; the
+    """Zero, tiny, infinite and normal amaxes, more updates than the history is long; with and without a backward; the
     frozen scales and their reciprocals."""
     recipe = Recipe(amax_history_len=length, amax_compute_algo=algorithm, margin=margin, interval=interval)
-    plain, fast = (ScaleTensors(7, recipe, exact=exact, device=torch.device("cpu")) for _ in range(2))
+    straight, fast = (ScaleTensors(7, recipe, exact=exact, device=torch.device("cpu")) for _ in range(2))
     fast.kernels = entry
     generator = torch.Generator().manual_seed(0)
     for step in range(7):
@@ -234,22 +236,22 @@ def test_scales_are_updated_in_one_launch(length, algorithm, margin, interval, e
         amax[3], amax[4], amax[5], amax[15] = float("inf"), 1e-44, 1e38, float("inf")
         if step == 2:
             amax[14:] = 0
-        for one in (plain, fast):
+        for one in (straight, fast):
             one.pending.copy_(amax)
             one.update()
-        assert torch.equal(*(one.current.frozen[:, :2] for one in (plain, fast)))
-        assert plain.current.unknown == fast.current.unknown
-        assert torch.equal(fast.scales, plain.scales) and not fast.pending.any()
-        for found, wanted in ((fast.forward, plain.forward), (fast.backward, plain.backward)):
-            assert torch.equal(found.history, wanted.history) and found.folds == wanted.folds
+        assert torch.equal(*(one.current.frozen[:, :2] for one in (straight, fast)))
+        assert straight.current.unknown == fast.current.unknown
+        assert torch.equal(fast.scales, straight.scales) and not fast.pending.any()
+        for found, wanted in ((fast.forward, straight.forward), (fast.backward, straight.backward)):
+            assert torch.equal(found.history, wanted.history) and found.updates == wanted.updates
 
 
 def test_transposed_views_become_dense():
     """100 x 72 is no multiple of the tile."""
-    codes = torch.arange(7200, dtype=torch.int32).to(torch.uint8).view(100, 72).view(torch.float8_e4m3fn)
+    quantized = torch.arange(7200, dtype=torch.int32).to(torch.uint8).view(100, 72).view(torch.float8_e4m3fn)
     out = torch.empty(72, 100, dtype=torch.float8_e4m3fn)
-    cast.turn(codes.t(), out)
-    assert torch.equal(out.view(torch.uint8), codes.view(torch.uint8).t())
+    cast.turn(quantized.t(), out)
+    assert torch.equal(out.view(torch.uint8), quantized.view(torch.uint8).t())
 
 
 def test_the_self_test_that_doctor_runs(monkeypatch):

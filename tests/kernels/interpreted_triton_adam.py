@@ -15,7 +15,7 @@ import torch
 
 from ds_fp8 import numerics
 from ds_fp8.formats import E4M3, FORMATS
-from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
+from ds_fp8.kernels.adam import AdamStep, QuantizedWeight, reference_step
 from ds_fp8.kernels.triton import adam, adam_fast, launch, segments
 from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
 from ds_fp8.numerics import flat, masters, states
@@ -51,20 +51,20 @@ def make_step(dtype: torch.dtype, m: str, v: str, master: str, **changes: Any) -
 
 def compare(step: AdamStep, grad_dtype: torch.dtype = torch.bfloat16, steps: int = 3) -> None:
     """`steps` steps by the kernel and by the reference; every tensor must have the same bits."""
-    twin = copy.deepcopy(step)
+    counterpart = copy.deepcopy(step)
     for number in range(1, steps + 1):
-        for one in (step, twin):
+        for one in (step, counterpart):
             one.step, one.grad = number, gradient(number, grad_dtype)
         adam.adam_step(step)
-        reference_step(twin)
-        for position, (found, wanted) in enumerate(zip(step.tensors(), twin.tensors(), strict=True)):
+        reference_step(counterpart)
+        for position, (found, wanted) in enumerate(zip(step.tensors(), counterpart.tensors(), strict=True)):
             same = found.contiguous().view(torch.uint8) == wanted.contiguous().view(torch.uint8)
             assert same.all(), f"step {number}, tensor {position} ({found.dtype}): {int((~same).sum())} bytes differ"
 
 
 @pytest.fixture(params=[True, False], ids=["fast path", "general"])
 def short(request, monkeypatch):
-    """Both ways of a step: ordinary tiles on their own, and everything by the general one."""
+    """Both paths of a step: common tiles on their own, and everything by the general one."""
     if not request.param:
         monkeypatch.setattr(adam, "_has_fast_path", lambda step: False)
     return request.param
@@ -93,18 +93,18 @@ def test_int8_beside_every_root(v, rounding, short):
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2"])
-def test_a_gradient_in_codes(name, short):
+def test_a_gradient_in_quantized_values(name, short):
     """Decoded inside the step: code * scale_inv, then grad_scale; the last block is short."""
     fmt = FORMATS[name]
     step = make_step(torch.bfloat16, "int8", "fp16", "fp16", rounding="stochastic", grad_fmt=fmt)
-    twin = copy.deepcopy(step)
+    counterpart = copy.deepcopy(step)
     for number in (1, 2):
-        codes, scale_inv = flat.encode(gradient(number, torch.float32), fmt)
-        for one in (step, twin):
-            one.step, one.grad, one.grad_scale_inv = number, codes, scale_inv
+        quantized, scale_inv = flat.encode(gradient(number, torch.float32), fmt)
+        for one in (step, counterpart):
+            one.step, one.grad, one.grad_scale_inv = number, quantized, scale_inv
         adam.adam_step(step)
-        reference_step(twin)
-        for found, wanted in zip(step.tensors(), twin.tensors(), strict=True):
+        reference_step(counterpart)
+        for found, wanted in zip(step.tensors(), counterpart.tensors(), strict=True):
             assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
@@ -157,42 +157,44 @@ def test_every_variant_of_the_update(changes):
 def test_an_infinite_gradient_spoils_its_block_alone(m):
     """It decodes to NaN, where a check can find it, and the other blocks go on."""
     step = make_step(torch.bfloat16, m, "fp16", "split24")
-    twin = copy.deepcopy(step)
-    for one in (step, twin):
+    counterpart = copy.deepcopy(step)
+    for one in (step, counterpart):
         one.grad = gradient(1, torch.float32)
         one.grad[700] = float("inf")
     adam.adam_step(step)
-    reference_step(twin)
-    assert torch.equal(step.exp_avg.data, twin.exp_avg.data)
-    assert torch.equal(step.exp_avg.scale_inv.isnan(), twin.exp_avg.scale_inv.isnan())
-    assert torch.equal(step.param.isnan(), twin.param.isnan())
+    reference_step(counterpart)
+    assert torch.equal(step.exp_avg.data, counterpart.exp_avg.data)
+    assert torch.equal(step.exp_avg.scale_inv.isnan(), counterpart.exp_avg.scale_inv.isnan())
+    assert torch.equal(step.param.isnan(), counterpart.param.isnan())
 
 
 @pytest.mark.parametrize("weight16", [None, torch.bfloat16, torch.float16], ids=str)
 def test_weights_are_written_in_the_same_call(weight16):
-    """A 16-bit weight from the new master, and FP8 codes with amaxes for two segments of the partition."""
+    """A 16-bit weight from the new master, and FP8 values with amaxes for two segments of the partition."""
     step = make_step(torch.float32 if weight16 else torch.bfloat16, "e4m3", "e4m3", "split24")
     if weight16 is not None:
         step.weight16 = torch.zeros(NUMEL, dtype=weight16)
-    step.weight_codes = WeightCodes(
+    step.quantized_weight = QuantizedWeight(
         torch.zeros(NUMEL, dtype=torch.uint8), ((0, 300), (500, NUMEL)), torch.tensor([1000.0, 4000.0]), torch.ones(2)
     )
     compare(step, steps=2)
 
 
 def test_many_weights_in_one_launch():
-    """Amaxes and codes of weights of any length and place, each under its own scale; nothing beside them is written."""
+    """Amaxes and quantized weights of any length and place, each under its own scale; nothing beside them is
+    written.
+    """
     store = torch.randn(20_000, generator=torch.Generator().manual_seed(3)).bfloat16()
     bounds = [(0, 5000), (5008, 5009), (9000, 9000 + 4096), (14_000, 20_000)]
-    pieces = [store[start:stop] for start, stop in bounds]
+    chunks = [store[start:stop] for start, stop in bounds]
     store[14_003] = float("nan")
-    assert torch.equal(segments.amaxes(pieces), torch.stack([numerics.amax(piece) for piece in pieces]))
-    scales, codes = torch.tensor([1.0, 2.0, 30.0, 0.5]), torch.full((20_000,), 9, dtype=torch.uint8)
-    segments.quantize(pieces, scales, E4M3, [codes[start:stop] for start, stop in bounds])
+    assert torch.equal(segments.amaxes(chunks), torch.stack([numerics.amax(chunk) for chunk in chunks]))
+    scales, quantized = torch.tensor([1.0, 2.0, 30.0, 0.5]), torch.full((20_000,), 9, dtype=torch.uint8)
+    segments.quantize(chunks, scales, E4M3, [quantized[start:stop] for start, stop in bounds])
     wanted = torch.full((20_000,), 9, dtype=torch.uint8)
-    for (start, stop), piece, scale in zip(bounds, pieces, scales, strict=True):
-        wanted[start:stop] = numerics.quantize(piece, scale, E4M3).view(torch.uint8)
-    assert torch.equal(codes, wanted)
+    for (start, stop), chunk, scale in zip(bounds, chunks, scales, strict=True):
+        wanted[start:stop] = numerics.quantize(chunk, scale, E4M3).view(torch.uint8)
+    assert torch.equal(quantized, wanted)
 
 
 @pytest.mark.parametrize("master", ["split24", "split32"])

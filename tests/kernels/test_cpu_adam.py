@@ -1,4 +1,4 @@
-"""Twin tests of the fused step: every combination of formats gives the bits of `kernels.adam.reference_step`.
+"""Bit-for-bit tests of the fused step: every combination of formats gives the bits of `kernels.adam.reference_step`.
 
 Several steps each, so that a state written wrongly is read again; sizes that are no multiple of 128; nearest and
 stochastic, whose bits are a function of seed, step and element and so agree as well.
@@ -14,7 +14,7 @@ import torch
 
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import cpu
-from ds_fp8.kernels.adam import AdamStep, WeightCodes, reference_step
+from ds_fp8.kernels.adam import AdamStep, QuantizedWeight, reference_step
 from ds_fp8.kernels.cpu import loader, torch_sqrt
 from ds_fp8.kernels.cpu.adam import adam_step
 from ds_fp8.levels import EXP_AVG_FORMATS, STATE_FORMATS
@@ -75,16 +75,16 @@ def assert_same(left: torch.Tensor, right: torch.Tensor, what: str) -> None:
     assert count == 0, f"{what}: {count} differ, first at {first}: {left[first]} is not {right[first]}"
 
 
-def run_twins(step: AdamStep, steps: int, *, gradient=gradients) -> None:
+def run_both(step: AdamStep, steps: int, *, gradient=gradients) -> None:
     """`steps` steps by C++ and by the reference, on copies; all buffers equal after each."""
-    twin = copy.deepcopy(step)
+    counterpart = copy.deepcopy(step)
     for number in range(1, steps + 1):
-        for one in (step, twin):
+        for one in (step, counterpart):
             one.step = number
             one.grad.copy_(gradient(one.param.numel(), one.grad.dtype, number))
         assert adam_step(step) is not NotImplemented
-        reference_step(twin)
-        for position, (mine, expected) in enumerate(zip(step.tensors(), twin.tensors(), strict=True)):
+        reference_step(counterpart)
+        for position, (mine, expected) in enumerate(zip(step.tensors(), counterpart.tensors(), strict=True)):
             assert_same(mine, expected, f"step {number}, tensor {position}")
 
 
@@ -93,7 +93,7 @@ def run_twins(step: AdamStep, steps: int, *, gradient=gradients) -> None:
 def test_every_master_and_every_pair_of_states(path, base, master, rounding):
     """30 pairs of states for each master and rounding, three steps, 5 blocks and a tail of 37."""
     for m, v in itertools.product(EXP_AVG_FORMATS, STATE_FORMATS):
-        run_twins(make_step(5 * 128 + 37, base, master, m, v, torch.float32, rounding=rounding), 3)
+        run_both(make_step(5 * 128 + 37, base, master, m, v, torch.float32, rounding=rounding), 3)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -101,14 +101,16 @@ def test_every_master_and_every_pair_of_states(path, base, master, rounding):
 @pytest.mark.parametrize("m", ["int8", "e4m3"])
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16])
 def test_the_grouped_step_of_o2(path, grad, m, master, rounding):
-    """Whole groups of 8 blocks over several pieces, and what is left over; see kernels/cpu/groups.h."""
-    run_twins(make_step(70 * 128 + 3, "bf16", master, m, "fp16", grad, rounding=rounding), 3)
+    """Whole groups of 8 blocks over several chunks, and what is left over; see kernels/cpu/groups.h."""
+    run_both(make_step(70 * 128 + 3, "bf16", master, m, "fp16", grad, rounding=rounding), 3)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("m", ["int8", "e4m3"])
 def test_the_grouped_step_meets_blocks_of_every_kind(path, m, rounding):
-    """It asks each block once whether its roots are zeros or subnormal codes: none, some, all; and NaN of either sign."""
+    """It asks each block once whether its roots are zeros or subnormal values: none, some, all; and NaN of either
+    sign.
+    """
 
     def mixed(numel, dtype, step):
         grad = gradients(numel, torch.float32, step).view(-1, 128)
@@ -125,7 +127,7 @@ def test_the_grouped_step_meets_blocks_of_every_kind(path, m, rounding):
 
     for master in ("split24", "split32", "fp16"):
         for grad in (torch.bfloat16, torch.float32):
-            run_twins(make_step(16 * 128, "bf16", master, m, "fp16", grad, rounding=rounding), 5, gradient=mixed)
+            run_both(make_step(16 * 128, "bf16", master, m, "fp16", grad, rounding=rounding), 5, gradient=mixed)
 
 
 @pytest.mark.parametrize("master", ["split24", "split32"])
@@ -133,9 +135,9 @@ def test_the_grouped_step_meets_blocks_of_every_kind(path, m, rounding):
 def test_a_weight_written_in_place_meets_the_remainder_of_the_old_one(path, master, zero):
     """Pruning sets weights to zero between steps: with a negative remainder beside it a join would be NaN."""
     step = make_step(16 * 128 + 37, "bf16", master, "int8", "fp16", torch.bfloat16)
-    run_twins(step, 2)
+    run_both(step, 2)
     step.param[::2] = zero
-    run_twins(step, 1)
+    run_both(step, 1)
     assert not step.param.isnan().any()
     if zero == 0.0:
         assert step.param[::2].abs().max() < 2 * step.lr
@@ -145,7 +147,7 @@ def test_a_weight_written_in_place_meets_the_remainder_of_the_old_one(path, mast
 @pytest.mark.parametrize("numel", [1, 127, 128, 129, 4096 + 5])
 def test_gradient_dtypes_and_sizes(path, grad, numel):
     for m in ("int8", "e4m3"):
-        run_twins(make_step(numel, "bf16", "split24", m, "fp16", grad), 4)
+        run_both(make_step(numel, "bf16", "split24", m, "fp16", grad), 4)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +167,9 @@ def test_gradient_dtypes_and_sizes(path, grad, numel):
 )
 def test_hyper_parameters(path, changes):
     """Adam's L2 and AdamW's decay, no correction, momenta on both sides of one half, eps 0."""
-    run_twins(make_step(1000, "bf16", "split32", "fp32", "fp32", torch.float32, **changes), 4)
+    run_both(make_step(1000, "bf16", "split32", "fp32", "fp32", torch.float32, **changes), 4)
     for m in ("int8", "e4m3"):
-        run_twins(make_step(9 * 128, "bf16", "split24", m, "fp16", torch.bfloat16, **changes), 4)
+        run_both(make_step(9 * 128, "bf16", "split24", m, "fp16", torch.bfloat16, **changes), 4)
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["AdamW", "Adam"])
@@ -219,13 +221,13 @@ def test_with_torchs_own_square_root_they_are_unfused_torch_adam(path, decoupled
 def test_torchs_own_square_root_beside_every_pair_of_states(path):
     """The root that is stored is torch's; the divisor of an 8-bit exp_avg beside fp32 and bf16 stays the rounded one."""
     for m, v in itertools.product(EXP_AVG_FORMATS, STATE_FORMATS):
-        run_twins(make_step(3 * 128 + 37, "bf16", "split24", m, v, torch.float32, torch_sqrt=True), 3)
+        run_both(make_step(3 * 128 + 37, "bf16", "split24", m, v, torch.float32, torch_sqrt=True), 3)
 
 
 def test_not_finite_gradients_stay_visible(path):
     """A NaN or infinity spoils what the reference spoils, no more and no less."""
 
-    def poisoned(numel, dtype, step):
+    def overflowed(numel, dtype, step):
         grad = gradients(numel, dtype, step)
         grad[5], grad[300], grad[700] = float("nan"), float("inf"), -float("inf")
         return grad
@@ -233,7 +235,7 @@ def test_not_finite_gradients_stay_visible(path):
     pairs = (("int8", "fp16"), ("e4m3", "fp16"), ("fp32", "bf16"), ("e4m3_expanded", "e4m3_expanded"), ("fp16", "e4m3"))
     for m, v in pairs:
         for base, master in COMBINATIONS:
-            run_twins(make_step(9 * 128 + 5, base, master, m, v, torch.float32), 2, gradient=poisoned)
+            run_both(make_step(9 * 128 + 5, base, master, m, v, torch.float32), 2, gradient=overflowed)
 
 
 def test_tiny_and_huge_moments(path):
@@ -241,28 +243,28 @@ def test_tiny_and_huge_moments(path):
     for factor in (1e-30, 1e-20, 1e15):
         scaled = lambda numel, dtype, step, by=factor: gradients(numel, dtype, step) * by  # noqa: E731
         for m, v in itertools.product(("int8", "e4m3"), STATE_FORMATS):
-            run_twins(make_step(9 * 128 + 5, "bf16", "split24", m, v, torch.float32), 3, gradient=scaled)
+            run_both(make_step(9 * 128 + 5, "bf16", "split24", m, v, torch.float32), 3, gradient=scaled)
 
 
 @pytest.mark.parametrize("weight16", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", ["bf16", "fp32"])
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 def test_weights_in_16_bits_and_in_fp8_in_the_same_pass(path, base, weight16, fmt):
-    """Segments begin and end anywhere, one spans several pieces, one is empty; what lies between stays untouched."""
+    """Segments begin and end anywhere, one spans several chunks, one is empty; what lies between stays untouched."""
     numel = 3 * 4096 + 77
     segments = ((3, 60), (60, 5000), (5000, 5000), (5100, numel))
     step = make_step(numel, base, "split24", "int8", "fp16", torch.float32)
     step.weight16 = None if weight16 is None else torch.zeros(numel, dtype=weight16)
-    step.weight_codes = WeightCodes(
-        codes=torch.full((numel,), 9, dtype=torch.uint8),
+    step.quantized_weight = QuantizedWeight(
+        quantized=torch.full((numel,), 9, dtype=torch.uint8),
         segments=segments,
         scale=torch.tensor([448 / 0.1, 1000.0, 1.0, 123.4]),
         amax=torch.full((4,), 77.0),
         fmt=fmt,
     )
-    run_twins(step, 2)
-    assert step.weight_codes.codes[:3].tolist() == [9, 9, 9]
-    assert (step.weight_codes.codes[5000:5100] == 9).all()
+    run_both(step, 2)
+    assert step.quantized_weight.quantized[:3].tolist() == [9, 9, 9]
+    assert (step.quantized_weight.quantized[5000:5100] == 9).all()
 
 
 def test_threads_do_not_change_a_bit(path):
@@ -270,6 +272,6 @@ def test_threads_do_not_change_a_bit(path):
     try:
         torch.set_num_threads(2)
         step = make_step(128 * 1000 + 3, "bf16", "split24", "int8", "fp16", torch.float32, rounding="stochastic")
-        run_twins(step, 2)
+        run_both(step, 2)
     finally:
         torch.set_num_threads(before)

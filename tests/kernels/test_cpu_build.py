@@ -19,7 +19,7 @@ COMPILER = """#!/bin/sh
 # Stands for the compiler: as slow, a thousandth of the work. Notes every link.
 for last; do :; done
 case "$*" in
-  --version) echo "stand-in 1.0"; exit ;;
+  --version) echo "fake 1.0"; exit ;;
   *-shared*) echo link >>"$NOTES"; sleep 0.3 ;;
 esac
 [ -z "$REFUSE" ] || { echo "no room on the disk" >&2; exit 1; }
@@ -29,7 +29,7 @@ echo "$last of a library" >"$last"
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a process with an empty cache and the stand-in compiler; returns it."""
+    """Start a process with an empty cache and the fake compiler; returns it."""
     compiler = tmp_path / "c++"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
@@ -113,22 +113,24 @@ library = ctypes.CDLL({path!r})
 library.ds_fp8_choose.restype = ctypes.c_char_p
 library.ds_fp8_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
 class Job(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "amax")),
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("x", "quantized values", "scale", "amax")),
                 ("numel", ctypes.c_int64), ("dtype", ctypes.c_int32), ("fmt", ctypes.c_int32)]
 values = (ctypes.c_float * 1000)(*(((i * 7919) % 2003 - 1001) / 3 for i in range(1000)))
 for best in (2, 1, 0):
-    codes, scale, amax = (ctypes.c_uint8 * 1000)(), ctypes.c_float(1.25), ctypes.c_float()
-    job = Job(*map(ctypes.addressof, (values, codes, scale, amax)), 1000, 0, 0)
+    quantized values, scale, amax = (ctypes.c_uint8 * 1000)(), ctypes.c_float(1.25), ctypes.c_float()
+    job = Job(*map(ctypes.addressof, (values, quantized values, scale, amax)), 1000, 0, 0)
     name = library.ds_fp8_choose(best).decode()
     library.ds_fp8_run(0, ctypes.byref(job), 8, 256, 1)
-    print(name, amax.value, bytes(codes).hex())
+    print(name, amax.value, bytes(quantized).hex())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is the CPU without AVX-512")
 def test_a_cpu_without_avx512_runs_the_next_path_with_the_same_bits():
-    """Valgrind's CPU has AVX2 and no AVX-512: one library, chosen at run time, the codes of this CPU's best path."""
+    """Valgrind's CPU has AVX2 and no AVX-512: one library, chosen at run time, the quantized values of this CPU's best
+    path.
+    """
     library = loader.load()
     if library is None:
         pytest.skip("no compiled kernels here")
@@ -187,7 +189,9 @@ def _others_may_read(folder: Path) -> bool:
     reason="installed where others may not read",
 )
 def test_nobody_without_a_home_or_a_folder_trains_with_pytorch(tmp_path):
-    """A container's random user id, nothing writable: two ranks fall back, the first one says why, and the numbers are the same."""
+    """A container's random user id, nothing writable: two ranks fall back, the first one says why, and the numbers are
+    the same.
+    """
     place = tmp_path / "read-only"
     place.mkdir(mode=0o555)
     code = NOBODY.format(root=str(ROOT), place=str(place))

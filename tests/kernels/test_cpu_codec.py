@@ -1,4 +1,5 @@
-"""Twin tests of the C++ casts: every path gives the bits of the PyTorch reference, tails and odd values included.
+"""Bit-for-bit tests of the C++ casts: every path gives the bits of the PyTorch reference, tails and odd values
+included.
 
 Bits, not tolerances: a run on one machine must be repeatable on another, and a job that compiles the kernels must train
 exactly as one that cannot. (All 2^32 fp32 inputs: `benchmarks/bench_codec.py --exhaustive`.)
@@ -43,7 +44,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal bits, but one NaN is as good as another: their payload differs between two roads inside torch itself."""
+    """Equal bits, but one NaN is as good as another: their payload differs between two paths inside torch itself."""
     return left.dtype == right.dtype and torch.equal(
         torch.nan_to_num(left.float(), nan=12345.0), torch.nan_to_num(right.float(), nan=12345.0)
     )
@@ -68,8 +69,8 @@ def test_nearest_cast_of_a_strided_sample_of_all_fp32_patterns(path, fmt):
 def test_quantize_measures_amax_in_the_same_pass(path, fmt, dtype, numel):
     x = samples(numel, seed=numel).to(dtype)
     scale = torch.tensor(0.37)
-    codes, amax = casts.quantize_with_amax(x, scale, fmt)
-    assert same_bits(codes, cast.quantize(x, scale, fmt))
+    quantized, amax = casts.quantize_with_amax(x, scale, fmt)
+    assert same_bits(quantized, cast.quantize(x, scale, fmt))
     assert torch.equal(amax, cast.amax(x))
 
 
@@ -77,19 +78,19 @@ def test_quantize_measures_amax_in_the_same_pass(path, fmt, dtype, numel):
 def test_odd_values(path, fmt, dtype):
     """Zeros keep their sign, infinity saturates, NaN stays NaN, and amax reports both as infinity."""
     x = torch.tensor(SPECIAL).to(dtype)
-    codes = casts.quantize(x, 1.0, fmt)
-    assert same_values(codes, cast.quantize(x, 1.0, fmt))
-    assert same_bits(codes[~x.isnan()], cast.quantize(x, 1.0, fmt)[~x.isnan()])
+    quantized = casts.quantize(x, 1.0, fmt)
+    assert same_values(quantized, cast.quantize(x, 1.0, fmt))
+    assert same_bits(quantized[~x.isnan()], cast.quantize(x, 1.0, fmt)[~x.isnan()])
     for value in (float("nan"), float("inf"), -float("inf")):
         assert casts.amax(torch.tensor([1.0, value, 2.0], dtype=dtype)) == torch.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_256_codes_decode_as_in_the_reference(path, fmt, dtype):
-    codes = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt))
+    quantized = torch.arange(256, dtype=torch.uint8).view(torch_dtype(fmt))
     for scale_inv in (1.0, 0.37, 2.0**-126, 1e-3):
-        decoded = casts.dequantize(codes, torch.tensor(scale_inv), dtype)
-        assert same_values(decoded, cast.dequantize(codes, torch.tensor(scale_inv), dtype))
+        decoded = casts.dequantize(quantized, torch.tensor(scale_inv), dtype)
+        assert same_values(decoded, cast.dequantize(quantized, torch.tensor(scale_inv), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,24 +99,24 @@ def test_flat_round_trip(path, fmt, dtype, numel):
     """Nearest and stochastic; the random bits are a function of the element's number, so those agree too."""
     x = samples(numel, seed=1 + numel).to(dtype)
     for rounding in (None, Stochastic(seed=7, step=3, stream=1), Stochastic(1, 2, 3, first=2**32 - 200)):
-        codes, scale_inv = fast_flat.encode(x, fmt, rounding=rounding)
+        quantized, scale_inv = fast_flat.encode(x, fmt, rounding=rounding)
         expected, expected_scale_inv = flat.encode(x, fmt, rounding=rounding)
-        assert torch.equal(codes, expected)
+        assert torch.equal(quantized, expected)
         assert same_values(scale_inv, expected_scale_inv)
         for out in DTYPES:
-            values = fast_flat.decode(codes, scale_inv, fmt, dtype=out)
-            assert same_values(values, flat.decode(codes, scale_inv, fmt, dtype=out))
+            values = fast_flat.decode(quantized, scale_inv, fmt, dtype=out)
+            assert same_values(values, flat.decode(quantized, scale_inv, fmt, dtype=out))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [0, 1, 127, 128, 4096 + 17])
-def test_fitted_blocks_choose_the_same_scale(path, fmt, dtype, numel):
+def test_best_of_two_chooses_the_same_scale(path, fmt, dtype, numel):
     """The squared errors that decide are summed in one order, whatever the width of a vector; no padding is judged."""
     x = samples(numel, seed=2 + numel).to(dtype)
-    codes, scale_inv = torch.empty(numel, dtype=torch.uint8), torch.empty(flat.blocks_of(numel))
-    found = fast_flat.encode(x, fmt, fitted=True, out=(codes, scale_inv))
-    expected, expected_scale_inv = flat.encode(x, fmt, fitted=True)
-    assert found[0] is codes and torch.equal(codes, expected)
+    quantized, scale_inv = torch.empty(numel, dtype=torch.uint8), torch.empty(flat.blocks_of(numel))
+    found = fast_flat.encode(x, fmt, best_of_two=True, out=(quantized, scale_inv))
+    expected, expected_scale_inv = flat.encode(x, fmt, best_of_two=True)
+    assert found[0] is quantized and torch.equal(quantized, expected)
     assert same_values(scale_inv, expected_scale_inv)
 
 
@@ -127,16 +128,16 @@ def test_flat_blocks_that_are_zero_tiny_or_not_finite(path, fmt):
     x[300] = float("nan")
     x[500] = -float("inf")
     x[640:768] = 3.4e38
-    codes, scale_inv = fast_flat.encode(x, fmt, fitted=True)
-    expected, expected_scale_inv = flat.encode(x, fmt, fitted=True)
-    assert torch.equal(codes, expected)
+    quantized, scale_inv = fast_flat.encode(x, fmt, best_of_two=True)
+    expected, expected_scale_inv = flat.encode(x, fmt, best_of_two=True)
+    assert torch.equal(quantized, expected)
     assert same_values(scale_inv, expected_scale_inv)
-    codes, scale_inv = fast_flat.encode(x, fmt)
+    quantized, scale_inv = fast_flat.encode(x, fmt)
     expected, expected_scale_inv = flat.encode(x, fmt)
-    assert torch.equal(codes, expected)
+    assert torch.equal(quantized, expected)
     assert same_values(scale_inv, expected_scale_inv)
     assert scale_inv.isnan().tolist() == [False, False, True, True, False, False, False]
-    assert same_values(fast_flat.decode(codes, scale_inv, fmt), flat.decode(codes, scale_inv, fmt))
+    assert same_values(fast_flat.decode(quantized, scale_inv, fmt), flat.decode(quantized, scale_inv, fmt))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
@@ -144,22 +145,22 @@ def test_flat_blocks_that_are_zero_tiny_or_not_finite(path, fmt):
 def test_sum_over_ranks(path, fmt, world_size, numel):
     """In rank order, in fp32, times the factor; the requantised sum is `encode` of it. Rows may be strided."""
     encoded = [flat.encode(samples(numel, seed=rank), fmt) for rank in range(world_size)]
-    codes = torch.zeros(world_size, numel + 13, dtype=torch.uint8)[:, :numel]
+    quantized = torch.zeros(world_size, numel + 13, dtype=torch.uint8)[:, :numel]
     scale_inv = torch.stack([scales for _, scales in encoded])
     for rank, (row, _) in enumerate(encoded):
-        codes[rank] = row
+        quantized[rank] = row
     own = samples(numel, seed=99)
     for dtype in DTYPES:
         out = torch.empty(numel, dtype=dtype)
-        fast_flat.sum_contributions(codes, scale_inv, fmt, factor=1 / world_size, out=out)
-        expected = flat.sum_contributions(codes, scale_inv, fmt, factor=1 / world_size, out=torch.empty_like(out))
+        fast_flat.sum_contributions(quantized, scale_inv, fmt, factor=1 / world_size, out=out)
+        expected = flat.sum_contributions(quantized, scale_inv, fmt, factor=1 / world_size, out=torch.empty_like(out))
         assert same_values(out, expected)
         mine = own.to(dtype)
-        expected = flat.sum_contributions(codes, scale_inv, fmt, factor=0.3, own=mine)
-        assert same_values(fast_flat.sum_contributions(codes, scale_inv, fmt, 0.3, own=mine), expected)
-    for out_fmt, how in ((None, {}), (E5M2, {}), (None, {"own": own.bfloat16(), "fitted": True})):
-        got = fast_flat.sum_and_encode(codes, scale_inv, fmt, factor=0.3, out_fmt=out_fmt, **how)
-        expected_pair = flat.sum_and_encode(codes, scale_inv, fmt, factor=0.3, out_fmt=out_fmt, **how)
+        expected = flat.sum_contributions(quantized, scale_inv, fmt, factor=0.3, own=mine)
+        assert same_values(fast_flat.sum_contributions(quantized, scale_inv, fmt, 0.3, own=mine), expected)
+    for out_fmt, how in ((None, {}), (E5M2, {}), (None, {"own": own.bfloat16(), "best_of_two": True})):
+        got = fast_flat.sum_and_encode(quantized, scale_inv, fmt, factor=0.3, out_fmt=out_fmt, **how)
+        expected_pair = flat.sum_and_encode(quantized, scale_inv, fmt, factor=0.3, out_fmt=out_fmt, **how)
         assert torch.equal(got[0], expected_pair[0])
         assert torch.equal(got[1], expected_pair[1])
 
@@ -174,22 +175,22 @@ def test_gemm_tiles(path, fmt, dtype, power_of_two, shape):
     x[-1, -1] = 1e-7
     for name in ("1x128", "128x128"):
         quantize, dequantize = getattr(casts, f"quantize_{name}"), getattr(casts, f"dequantize_{name}")
-        codes, scale_inv = quantize(x, fmt, power_of_two=power_of_two)
+        quantized, scale_inv = quantize(x, fmt, power_of_two=power_of_two)
         expected = getattr(gemm_blocks, f"quantize_{name}")(x, fmt, power_of_two=power_of_two)
         assert same_values(scale_inv, expected[1])
-        assert same_bits(codes, expected[0])
+        assert same_bits(quantized, expected[0])
         for out in DTYPES:
-            back = getattr(gemm_blocks, f"dequantize_{name}")(codes, scale_inv, out)
-            assert same_values(dequantize(codes, scale_inv, out), back)
+            back = getattr(gemm_blocks, f"dequantize_{name}")(quantized, scale_inv, out)
+            assert same_values(dequantize(quantized, scale_inv, out), back)
 
 
 def test_three_axes_and_strided_inputs(path):
     x = samples(4 * 6 * 200).view(4, 6, 200)
     for view in (x, x.transpose(0, 1), x[:, ::2]):
         assert same_bits(casts.quantize(view, 2.0, E4M3).contiguous(), cast.quantize(view, 2.0, E4M3).contiguous())
-        codes, scale_inv = casts.quantize_1x128(view, E4M3)
+        quantized, scale_inv = casts.quantize_1x128(view, E4M3)
         expected = gemm_blocks.quantize_1x128(view, E4M3)
-        assert same_bits(codes, expected[0].contiguous())
+        assert same_bits(quantized, expected[0].contiguous())
         assert torch.equal(scale_inv, expected[1])
 
 
@@ -204,8 +205,8 @@ def test_threads_do_not_change_a_bit(path):
             results.append(fast_flat.encode(x, E4M3, rounding=Stochastic(1, 2, 3)))
     finally:
         torch.set_num_threads(before)
-    for codes, scale_inv in results[1:]:
-        assert torch.equal(codes, results[0][0])
+    for quantized, scale_inv in results[1:]:
+        assert torch.equal(quantized, results[0][0])
         assert torch.equal(scale_inv, results[0][1])
 
 

@@ -1,4 +1,4 @@
-"""The door to the fast paths: the same answer whichever runs, and PyTorch where none can."""
+"""The entry point of the fast paths: the same answer whichever runs, and PyTorch where none can."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ds_fp8 import kernels, numerics
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import dispatch
-from ds_fp8.kernels.adam import PIECE_NUMEL, reference_step
+from ds_fp8.kernels.adam import CHUNK_NUMEL, reference_step
 from ds_fp8.numerics import flat, masters, states
 from ds_fp8.numerics.adam import torch_sqrt_is_ieee
 from ds_fp8.numerics.random_bits import Stochastic
@@ -29,12 +29,12 @@ CALLS = {
 
 def flat_calls(encode, decode, add, add_encode, x):
     """The four flat operations by any implementation, one after the other."""
-    codes, scale_inv = encode(x, E4M3)
+    quantized, scale_inv = encode(x, E4M3)
     random, random_scale_inv = encode(x, E5M2, rounding=Stochastic(1, 2, 3))
-    stacked, scales = codes.expand(3, -1).contiguous(), scale_inv.expand(3, -1).contiguous()
+    stacked, scales = quantized.expand(3, -1).contiguous(), scale_inv.expand(3, -1).contiguous()
     out = torch.empty(x.numel(), dtype=torch.bfloat16)
     return [
-        codes, scale_inv, random, random_scale_inv, decode(codes, scale_inv, E4M3), decode(codes, scale_inv, E4M3, out=out),
+        quantized, scale_inv, random, random_scale_inv, decode(quantized, scale_inv, E4M3), decode(quantized, scale_inv, E4M3, out=out),
         add(stacked, scales, E4M3, factor=1 / 3), *add_encode(stacked, scales, E4M3, factor=0.5, out_fmt=E5M2),
     ]  # fmt: skip
 
@@ -71,32 +71,35 @@ def test_casts_are_those_of_numerics(name, strided, path):
 
 def test_quantize_with_amax_is_both(path):
     x = operand(False)
-    codes, largest = kernels.quantize_with_amax(x, 3.0, E4M3)
-    assert same_bits(codes, numerics.quantize(x, 3.0, E4M3))
+    quantized, largest = kernels.quantize_with_amax(x, 3.0, E4M3)
+    assert same_bits(quantized, numerics.quantize(x, 3.0, E4M3))
     assert largest == x.abs().max()
 
 
 def test_many_tensors_are_each_by_itself(path):
-    """One call for the amaxes of several weights, one for their codes, each under its own scale."""
-    pieces = list(operand(False).reshape(-1).bfloat16().tensor_split([100, 101]))
-    assert torch.equal(kernels.amax_many(pieces), torch.stack([numerics.amax(piece) for piece in pieces]))
-    scales, codes = torch.tensor([1.0, 3.0, 0.5]), [torch.empty(piece.numel(), dtype=torch.uint8) for piece in pieces]
-    kernels.quantize_many(pieces, scales, E4M3, codes)
-    for piece, scale, found in zip(pieces, scales, codes, strict=True):
-        assert torch.equal(found, numerics.quantize(piece, scale, E4M3).view(torch.uint8))
+    """One call for the amaxes of several weights, one for their quantized values, each under its own scale."""
+    chunks = list(operand(False).reshape(-1).bfloat16().tensor_split([100, 101]))
+    assert torch.equal(kernels.amax_many(chunks), torch.stack([numerics.amax(chunk) for chunk in chunks]))
+    scales, quantized = (
+        torch.tensor([1.0, 3.0, 0.5]),
+        [torch.empty(chunk.numel(), dtype=torch.uint8) for chunk in chunks],
+    )
+    kernels.quantize_many(chunks, scales, E4M3, quantized)
+    for chunk, scale, found in zip(chunks, scales, quantized, strict=True):
+        assert torch.equal(found, numerics.quantize(chunk, scale, E4M3).view(torch.uint8))
 
 
-def test_a_gradient_in_codes_is_decoded_for_the_step(path):
-    """e4m3 codes with block scales give the step of their values, in fp32."""
-    coded, plain = make_step(300), make_step(300)
-    codes, scale_inv = flat.encode(coded.grad, E4M3)
-    plain.grad = flat.decode(codes, scale_inv, E4M3)
-    coded.grad, coded.grad_scale_inv = codes, scale_inv
+def test_a_gradient_in_quantized_values_is_decoded_for_the_step(path):
+    """e4m3 values with block scales give the step of their values, in fp32."""
+    coded, baseline = make_step(300), make_step(300)
+    quantized, scale_inv = flat.encode(coded.grad, E4M3)
+    baseline.grad = flat.decode(quantized, scale_inv, E4M3)
+    coded.grad, coded.grad_scale_inv = quantized, scale_inv
     reference = copy.deepcopy(coded)
     kernels.adam_step(coded)
-    kernels.adam_step(plain)
+    kernels.adam_step(baseline)
     reference_step(reference)
-    for one in (plain, reference):
+    for one in (baseline, reference):
         assert torch.equal(coded.param, one.param) and torch.equal(coded.exp_avg.data, one.exp_avg.data)
 
 
@@ -124,9 +127,9 @@ def make_step(numel, **changes):
     )
 
 
-@pytest.mark.parametrize("numel", [0, 1, 130, PIECE_NUMEL + 77])
+@pytest.mark.parametrize("numel", [0, 1, 130, CHUNK_NUMEL + 77])
 def test_adam_step_is_the_reference(numel, path):
-    """Three steps, longer than one piece of the reference, stochastic."""
+    """Three steps, longer than one chunk of the reference, stochastic."""
     ours = make_step(numel, rounding="stochastic", seed=5)
     reference = copy.deepcopy(ours)
     for number in (1, 2, 3):
@@ -137,27 +140,27 @@ def test_adam_step_is_the_reference(numel, path):
     assert all(same_bits(a, b) for a, b in zip(ours.tensors(), reference.tensors(), strict=True))
 
 
-def test_pieces_do_not_show(monkeypatch):
-    """The reference in pieces of one block gives the bits of one long piece: nothing depends on where it is cut."""
+def test_chunks_do_not_show(monkeypatch):
+    """The reference in chunks of one block gives the bits of one long chunk: nothing depends on where it is cut."""
     whole, cut = make_step(1000, rounding="stochastic"), make_step(1000, rounding="stochastic")
     reference_step(whole)
-    monkeypatch.setattr("ds_fp8.kernels.adam.PIECE_NUMEL", 128)
+    monkeypatch.setattr("ds_fp8.kernels.adam.CHUNK_NUMEL", 128)
     reference_step(cut)
     assert all(same_bits(a, b) for a, b in zip(whole.tensors(), cut.tensors(), strict=True))
 
 
 def test_outputs_of_the_same_pass(path):
-    """The 16-bit weight and the FP8 codes that a layer would make of it, with its amaxes."""
-    amaxes, codes = torch.zeros(2), torch.zeros(300, dtype=torch.uint8)
-    wanted = kernels.WeightCodes(codes, ((0, 100), (130, 300)), torch.tensor([448.0, 100.0]), amaxes)
-    step = make_step(300, weight_codes=wanted, weight16=torch.empty(300, dtype=torch.bfloat16))
+    """The 16-bit weight and the FP8 values that a layer would make of it, with its amaxes."""
+    amaxes, quantized = torch.zeros(2), torch.zeros(300, dtype=torch.uint8)
+    wanted = kernels.QuantizedWeight(quantized, ((0, 100), (130, 300)), torch.tensor([448.0, 100.0]), amaxes)
+    step = make_step(300, quantized_weight=wanted, weight16=torch.empty(300, dtype=torch.bfloat16))
     kernels.adam_step(step)
     assert torch.equal(step.weight16.float(), masters.read(step.master, step.param).bfloat16().float())
     for (start, stop), scale, largest in zip(wanted.segments, wanted.scale, amaxes, strict=True):
-        piece = step.weight16[start:stop]
-        assert same_bits(codes[start:stop], numerics.quantize(piece, scale, E4M3).view(torch.uint8))
-        assert largest == numerics.amax(piece)
-    assert codes[100:130].eq(0).all()
+        chunk = step.weight16[start:stop]
+        assert same_bits(quantized[start:stop], numerics.quantize(chunk, scale, E4M3).view(torch.uint8))
+        assert largest == numerics.amax(chunk)
+    assert quantized[100:130].eq(0).all()
 
 
 def test_torchs_own_square_root_is_kept(path):
@@ -168,8 +171,8 @@ def test_torchs_own_square_root_is_kept(path):
     kernels.adam_step(ours)
     reference_step(reference)
     assert all(same_bits(a, b) for a, b in zip(ours.tensors(), reference.tensors(), strict=True))
-    plain = copy.deepcopy(reference)
-    plain.torch_sqrt = False
+    baseline = copy.deepcopy(reference)
+    baseline.torch_sqrt = False
     if torch_sqrt_is_ieee():
         assert dispatch._is_fast(ours)
 
@@ -197,12 +200,12 @@ def test_a_device_without_fast_path_is_pytorch():
 
 
 def test_sums_take_strided_rows(path):
-    """Codes and scales are views of one message: rows lie apart, each row is dense."""
+    """Quantized values and scales are views of one message: rows lie apart, each row is dense."""
     message = torch.zeros(2, 512, dtype=torch.uint8)
     for row in range(2):
-        codes, scale_inv = flat.encode(torch.full((200,), 1.0 + row), E4M3)
-        message[row, :200] = codes
+        quantized, scale_inv = flat.encode(torch.full((200,), 1.0 + row), E4M3)
+        message[row, :200] = quantized
         message[row, 256:264] = scale_inv.view(torch.uint8)
-    codes, scale_inv = message[:, :200], message[:, 256:264].view(torch.float32)
-    total = kernels.flat_sum(codes, scale_inv, E4M3, factor=0.5)
+    quantized, scale_inv = message[:, :200], message[:, 256:264].view(torch.float32)
+    total = kernels.flat_sum(quantized, scale_inv, E4M3, factor=0.5)
     assert torch.allclose(total, torch.full((200,), 1.5), rtol=2.0**-22)

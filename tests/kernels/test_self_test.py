@@ -23,8 +23,8 @@ class Faulty:
 
         def copies(*arguments):
             found = function(*arguments)
-            codes = found[0] if isinstance(found, tuple) else found
-            even = codes.view(-1)[: codes.numel() // 2 * 2]
+            quantized = found[0] if isinstance(found, tuple) else found
+            even = quantized.view(-1)[: quantized.numel() // 2 * 2]
             even[1::2] = even[::2]
             return found
 
@@ -79,6 +79,6 @@ def test_doctor_says_that_they_agree():
         assert found["kernels on cpu, bit for bit"].status == "ok"
 
 
-def test_plain_pytorch_has_nothing_to_prove(monkeypatch):
+def test_the_reference_has_nothing_to_prove(monkeypatch):
     monkeypatch.setitem(dispatch._libraries, "cpu", None)
     assert self_test.disagreements(torch.device("cpu")) == []

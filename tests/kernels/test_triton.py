@@ -25,7 +25,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["interpreted_triton.py", "interpreted_triton_adam.py"])
 def test_interpreted_kernels_equal_the_reference(name):
-    """Every kernel against its plain PyTorch twin, bit for bit, by Triton's interpreter on CPU tensors."""
+    """Every kernel against its PyTorch reference, bit for bit, by Triton's interpreter on CPU tensors."""
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

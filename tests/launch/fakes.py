@@ -68,7 +68,7 @@ MPIRUN = (
     + MPIRUN
 )
 
-STAND_INS = {
+FAKES = {
     "scontrol": SCONTROL,
     "scancel": NOTE,
     "sbatch": NOTE,
@@ -85,10 +85,10 @@ STAND_INS = {
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A machine with stand-ins only; returns a function that runs a script and gives (code, notes, stderr)."""
+    """A machine with fakes only; returns a function that runs a script and gives (code, notes, stderr)."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
-    for name, text in STAND_INS.items():
+    for name, text in FAKES.items():
         (binaries / name).write_text(text)
         (binaries / name).chmod(0o755)
     (tmp_path / "ds.json").write_text("{}")

@@ -204,8 +204,8 @@ class Slurm:
     def until_over(self, job: str, limit_s: float = 120) -> tuple[str, int]:
         """(state, exit code of the batch script) once the job has ended for good."""
 
-        # Slurm lets a requeued job wait two minutes; a test need not. But a start in the second of the requeue is refused by
-        # slurmd ("already killed", exit code 1): credentials are revoked by whole seconds.
+        # Slurm lets a requeued job wait two minutes; a test need not. But a start in the second of the requeue is
+        # refused by slurmd ("already killed", exit code 1): credentials are revoked by whole seconds.
         def over() -> bool:
             shown = self.show(job)
             if shown["JobState"] == "PENDING" and int(shown["Restarts"]):

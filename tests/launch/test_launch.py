@@ -107,13 +107,15 @@ def test_a_refused_configuration_starts_nothing(cluster, script):
 
 @pytest.mark.parametrize("script", ["slurm.sh", "mpi.sh", "hostfile.sh", "kubernetes.sh"])
 def test_a_machine_without_the_plugin_starts_nothing(cluster, script):
-    """The Python that will train is asked, on the node, with the job's JSON: a missing door trains in bf16 in silence."""
+    """The Python that will train is asked, on the node, with the job's JSON: a missing activation hook trains in bf16
+    in silence.
+    """
     job = SLURM if script == "slurm.sh" else {}
-    code, notes, errors = cluster(script, *TRAIN, **job, DOCTOR_CODE="1", DOCTOR_ARGS="--other-door")
+    code, notes, errors = cluster(script, *TRAIN, **job, DOCTOR_CODE="1", DOCTOR_ARGS="--other-activation")
     assert code == 2
     assert "cannot run ds.json, nothing was started" in errors
     assert [who for who, *_ in notes] == ["ds_fp8", "doctor"]
-    assert of(notes, "doctor")[0][0] == ["-m", "ds_fp8.cli.main", "doctor", "ds.json", "--other-door"]
+    assert of(notes, "doctor")[0][0] == ["-m", "ds_fp8.cli.main", "doctor", "ds.json", "--other-activation"]
     assert of(cluster(script, *TRAIN, **job, SKIP_CHECK="1")[1], "doctor") == of(notes, "doctor")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.journeys.launching import PACKAGE_PARENT, command_of, door_folder, environment, free_port
+from tests.journeys.launching import PACKAGE_PARENT, command_of, environment, free_port, hook_folder
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,8 +27,11 @@ CONFIG = {
     "fp8": {"enabled": True, "amax_history_len": 4, "checkpoint_on_signal": "$CHECKPOINTS"},
     "msamp": {"enabled": True, "opt_level": "O2"},
 }
-PLAIN = {key: value for key, value in CONFIG.items() if key not in ("fp8", "msamp")}
-PLAIN["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}  # DeepSpeed's own would be compiled
+BASELINE = {key: value for key, value in CONFIG.items() if key not in ("fp8", "msamp")}
+BASELINE["optimizer"] = {
+    "type": "AdamW",
+    "params": {"lr": 1e-2, "torch_adam": True},
+}  # DeepSpeed's own would be compiled
 
 
 class Job:
@@ -36,7 +39,7 @@ class Job:
 
     def __init__(self, folder: Path, name: str, command: list[str], **variables: str):
         self.log = folder / f"{name}.log"
-        path = f"{door_folder(folder / 'door')}:{PACKAGE_PARENT}"
+        path = f"{hook_folder(folder / 'import_hook')}:{PACKAGE_PARENT}"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command,
@@ -111,9 +114,9 @@ def test_one_rank_is_signalled_and_all_save_the_same_step(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [deepspeed, torchrun], ids=["deepspeed", "torchrun"])
-def test_term_to_the_launcher_of_a_plain_engine(tmp_path, launcher):
+def test_term_to_the_launcher_of_an_unmodified_engine(tmp_path, launcher):
     """By the public function, without any section of ours: TERM to the launcher reaches the ranks, and they save."""
-    (tmp_path / "ds.json").write_text(json.dumps(PLAIN))
+    (tmp_path / "ds.json").write_text(json.dumps(BASELINE))
     job = launcher(tmp_path, "first", STEPS="4000", STEP_S=".1", CALL="1")
     job.until(lambda job: (0, 2) in job.losses() and (1, 2) in job.losses())
     target = job.process if launcher is torchrun else psutil.Process(job.process.pid).children()[0]
@@ -154,7 +157,7 @@ print("not reached")
 """
     script = tmp_path / "refuse.py"
     script.write_text(code)
-    path = f"{door_folder(tmp_path / 'door')}:{PACKAGE_PARENT}"
+    path = f"{hook_folder(tmp_path / 'import_hook')}:{PACKAGE_PARENT}"
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, str(script)],

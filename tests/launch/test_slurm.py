@@ -217,5 +217,5 @@ def test_the_plugin_shut_out_on_the_second_node(job):
     number = job(SKIP_CHECK="0", PYTHON=str(python), CARRY="")
     assert job.slurm.until_over(number, 200) == ("FAILED", 2), log(job, number)
     said = log(job, number)
-    assert "FAIL: n2: door: DS_FP8_DISABLE=1: shut" in said and "nothing was started" in said
+    assert "FAIL: n2: activation hook: DS_FP8_DISABLE=1: disabled" in said and "nothing was started" in said
     assert not list(job.folder.glob("report_*"))

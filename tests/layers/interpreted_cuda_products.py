@@ -1,8 +1,9 @@
-"""The GPU's fast road on a CPU: its kernels in Triton's interpreter, its products by `gemm.matmul`, against the plain road.
+"""The GPU's fast path on a CPU: its kernels in Triton's interpreter, its products by `gemm.matmul`, against the
+reference path.
 
-So the code around kernels and products (scales, recording, caches, axes, autograd) is held to the plain road bit for bit
-where no GPU is; what the compiler makes of the kernels, and cuBLASLt's products, are for `tests/gpu`. Triton reads
-TRITON_INTERPRET when it is imported, so `test_cuda_products.py` runs this file in a process of its own.
+So the code around kernels and products (scales, recording, caches, axes, autograd) is held to the reference path bit
+for bit where no GPU is; what the compiler makes of the kernels, and cuBLASLt's products, are for `tests/gpu`. Triton
+reads TRITON_INTERPRET when it is imported, so `test_cuda_products.py` runs this file in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import nn
 from ds_fp8.kernels.triton import entry, launch, operands
 from ds_fp8.layers import compiled, compiled_products, cuda_products, fp8_linear
 from ds_fp8.layers.gemm import matmul
+from ds_fp8.layers.layer_state import QuantizedWeight
 from ds_fp8.layers.operands import GROUPS, TENSOR, TILES, Operand
-from ds_fp8.layers.page import WeightCodes
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
@@ -34,10 +35,12 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_
     """`torch._scaled_mm` for any device; it refuses the layouts that cuBLASLt refuses."""
     assert a.is_contiguous() and b.t().is_contiguous()
     operands = []
-    for codes, scale_inv in ((a, scale_a), (b.t(), scale_b.t() if scale_b.dim() == 2 else scale_b)):
-        extent = TENSOR if scale_inv.dim() < 2 else GROUPS if scale_inv.shape[0] == codes.shape[0] else TILES
+    for quantized, scale_inv in ((a, scale_a), (b.t(), scale_b.t() if scale_b.dim() == 2 else scale_b)):
+        extent = TENSOR if scale_inv.dim() < 2 else GROUPS if scale_inv.shape[0] == quantized.shape[0] else TILES
         assert extent != TENSOR or scale_inv.data_ptr() % 16 == 0
-        operands.append(Operand(codes, scale_inv.reshape(()) if extent == TENSOR else scale_inv.contiguous(), extent))
+        operands.append(
+            Operand(quantized, scale_inv.reshape(()) if extent == TENSOR else scale_inv.contiguous(), extent)
+        )
     return matmul(*operands, out_dtype, bias=bias)
 
 
@@ -52,36 +55,41 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
-    """Whoever set `fast_step` takes the fast road."""
+    """Whoever set `fast_step` takes the fast path."""
     assert x.is_contiguous()
     rows = x.numel() // x.shape[-1]
-    return bool(call.page.fast_step) and not call.warming and rows % call.page.fast_step == 0 and call.knows_operands()
+    return (
+        bool(call.layer_state.fast_step)
+        and not call.warming
+        and rows % call.layer_state.fast_step == 0
+        and call.knows_operands()
+    )
 
 
-def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True, cached: bool = True, spoiled: int = -1, codes: bool = False,
+def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True, cached: bool = True, spoiled: int = -1, quantized: bool = False,
            shape: tuple[int, ...] = (2, 64), micro_batches: int = 1, managed: bool = False, sharded: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
-    """Outputs and gradients of some steps, each after an evaluation, and the book."""
+    """Outputs and gradients of some steps, each after an evaluation, and the FP8 state."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(WIDTH, HIDDEN, bias=bias), nn.GELU(), nn.Linear(HIDDEN, WIDTH, bias=bias)
     ).bfloat16()
-    book = swapped(model, recipe, managed=managed, weight_cache=cached, backend="torch", eval=True)
-    book.optimized = frozenset(map(id, model.parameters()))
-    book.tensors.kernels = entry if fast else None
+    fp8_state = swapped(model, recipe, managed=managed, weight_cache=cached, backend="torch", eval=True)
+    fp8_state.optimized = frozenset(map(id, model.parameters()))
+    fp8_state.tensors.kernels = entry if fast else None
     if sharded:  # as ZeRO-3 marks them
         for number, layer in enumerate((model[0], model[2])):
             layer.weight.ds_id, layer.weight.ds_shape = number, layer.weight.shape
     if graph:
         model.compile(backend="aot_eager", fullgraph=True)
-    for page in book.pages:
-        page.fast_step = 16 if fast else 0
+    for layer_state in fp8_state.layer_states:
+        layer_state.fast_step = 16 if fast else 0
     found = []
     for step in range(3):
-        if codes:
+        if quantized:
             for layer in (model[0], model[2]):
                 scales = torch.full((3,), 0.01)
                 data = (layer.weight.detach().float() * 100).to(torch.float8_e4m3fn)
-                layer.weight_codes = WeightCodes(data, scales[1])  # at an address that cuBLASLt does not take
+                layer.quantized_weight = QuantizedWeight(data, scales[1])  # at an address that cuBLASLt does not take
         model.zero_grad()
         generator = torch.Generator().manual_seed(step)
         for _ in range(micro_batches):
@@ -101,19 +109,19 @@ def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True
             for parameter in model.parameters():
                 parameter.add_(torch.where(parameter.grad.isfinite(), parameter.grad, 0), alpha=-1.0)
         if managed:
-            book.update_scales()
-        book.weights_changed()
-    return found, book
+            fp8_state.update_scales()
+        fp8_state.weights_changed()
+    return found, fp8_state
 
 
 def hold_together(recipe: Recipe, **how: Any) -> list[torch.Tensor]:
-    """The two roads: every bit of outputs, gradients, scales and histories. NaN equals NaN."""
-    ours, book = passes(recipe, fast=True, **how)
-    plain, plain_book = passes(recipe, fast=False, **{**how, "graph": False})
-    for number, (found, wanted) in enumerate(zip(ours, plain, strict=True)):
+    """The two paths: every bit of outputs, gradients, scales and histories. NaN equals NaN."""
+    ours, fp8_state = passes(recipe, fast=True, **how)
+    baseline, unfused_state = passes(recipe, fast=False, **{**how, "graph": False})
+    for number, (found, wanted) in enumerate(zip(ours, baseline, strict=True)):
         assert found.shape == wanted.shape, f"tensor {number}"
         assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0)), f"tensor {number}"
-    states = book.state_dict(), plain_book.state_dict()
+    states = fp8_state.state_dict(), unfused_state.state_dict()
     for name in ("scales", "forward_history", "backward_history"):
         assert torch.equal(states[0][name], states[1][name]), name
     assert states[0]["forward_folds"] == states[1]["forward_folds"]
@@ -122,33 +130,39 @@ def hold_together(recipe: Recipe, **how: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_the_fast_road_is_the_plain_road(recipe):
+def test_the_fast_path_is_the_reference_path(recipe):
     hold_together(recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_the_fast_road_in_a_compiled_graph(recipe):
-    """Codes and scales travel from forward to backward in fixed forms; the products make the same of them."""
+def test_the_fast_path_in_a_compiled_graph(recipe):
+    """Quantized values and scales travel from forward to backward in fixed forms; the products make the same of
+    them.
+    """
     hold_together(recipe, graph=True)
 
 
 @pytest.mark.parametrize("recipe", RECIPES[1:3], ids=str)
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
 def test_over_micro_batches(recipe, cached):
-    """Codes of the weight serve all of them, and after an evaluation they lack nothing for the backward."""
+    """A quantized weight serve all of them, and after an evaluation they lack nothing for the backward."""
     hold_together(recipe, cached=cached, micro_batches=2, shape=(48,))
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
 def test_under_an_engine_where_the_first_step_measures_each_tensor(cached):
-    """Tensors without history are cast with their own amax; gradients too, which come after a forward on the fast road."""
+    """Tensors without history are cast with their own amax; gradients too, which come after a forward on the fast
+    path.
+    """
     hold_together(RECIPES[0], managed=True, cached=cached, micro_batches=2)
     hold_together(RECIPES[1], managed=True, cached=cached, spoiled=0, bias=False)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_sharded_weight(recipe):
-    """Cast in the forward as it lies, and in the backward, where ZeRO-3 has gathered it again, transposed: the same codes."""
+    """Cast in the forward as it lies, and in the backward, where ZeRO-3 has gathered it again, transposed: the same
+    quantized values.
+    """
     hold_together(recipe, sharded=True, micro_batches=2)
 
 
@@ -158,41 +172,43 @@ def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
     for name in ("cast_delayed", "cast_current"):
         cast = getattr(operands, name)
         monkeypatch.setattr(operands, name, lambda *a, cast=cast, **k: launches.append(cast) or cast(*a, **k))
-    turned = []
-    monkeypatch.setattr(cuda_products, "dense", lambda codes, make=cuda_products.dense: turned.append(1) or make(codes))
+    transposed = []
+    monkeypatch.setattr(
+        cuda_products, "dense", lambda quantized, make=cuda_products.dense: transposed.append(1) or make(quantized)
+    )
     model = nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False)).bfloat16()
-    book = swapped(model, RECIPES[0], managed=True, backend="torch")
-    book.tensors.kernels, book.pages[0].fast_step = entry, 16
+    fp8_state = swapped(model, RECIPES[0], managed=True, backend="torch")
+    fp8_state.tensors.kernels, fp8_state.layer_states[0].fast_step = entry, 16
     layer = model[0]
     layer.weight.ds_id, layer.weight.ds_shape = 0, layer.weight.shape
     counts = []
-    for codes in (False, True):
+    for quantized in (False, True):
         for _step in range(3):
-            if codes:
+            if quantized:
                 data = (layer.weight.detach().float() * 100).to(torch.float8_e4m3fn)
-                layer.weight_codes = WeightCodes(data, torch.full((), 0.01))
+                layer.quantized_weight = QuantizedWeight(data, torch.full((), 0.01))
             x = torch.randn(32, WIDTH).bfloat16().requires_grad_()
-            launches.clear(), turned.clear()
+            launches.clear(), transposed.clear()
             output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
             forward = len(launches)
             output.backward(torch.full_like(output, 1e-3))
-            counts.append((forward, len(launches) - forward, len(turned)))
-            book.update_scales()
-            book.weights_changed()
+            counts.append((forward, len(launches) - forward, len(transposed)))
+            fp8_state.update_scales()
+            fp8_state.weights_changed()
     # With histories: 2 casts forward, 2 in the recompute, grad_output and the transposed weight in the backward.
     assert counts[1:3] == [(2, 4, 0)] * 2
-    # Codes from outside: the weight is not cast at all, its codes are transposed once.
+    # Quantized values from outside: the weight is not cast at all, its quantized values are transposed once.
     assert counts[4:6] == [(1, 2, 1)] * 2
 
 
-def test_codes_from_outside():
-    """O3's codes, whose scale lies at any address."""
-    hold_together(RECIPES[0], codes=True)
+def test_quantized_values_from_outside():
+    """O3's quantized values, whose scale lies at any address."""
+    hold_together(RECIPES[0], quantized=True)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_an_overflow_is_seen_without_a_bias(recipe):
-    """A cast saturates infinities; the weight's gradient says NaN in that step, on both roads."""
+    """A cast saturates infinities; the weight's gradient says NaN in that step, on both paths."""
     found = hold_together(recipe, bias=False, spoiled=1)
     weights = [found[step * 5 + 4] for step in range(3)]
     assert [bool(gradient.isfinite().all()) for gradient in weights] == [True, False, True]
@@ -201,8 +217,8 @@ def test_an_overflow_is_seen_without_a_bias(recipe):
 def test_an_output_may_be_written_into():
     """`x += residual` after a layer, as models do: what the function returns is no view that was made without autograd."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).bfloat16()
-    book = swapped(model, RECIPES[2], backend="torch")
-    book.pages[0].fast_step = 16
+    fp8_state = swapped(model, RECIPES[2], backend="torch")
+    fp8_state.layer_states[0].fast_step = 16
     x = torch.randn(2, 16, WIDTH).bfloat16().requires_grad_()
     output = model(x)
     output += x

@@ -33,10 +33,10 @@ def amaxes(rank: int, world_size: int, reduce_amax: bool) -> dict[str, torch.Ten
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32))
     recipe = Recipe(amax_history_len=4, reduce_amax=reduce_amax)
-    book = swap_layers(model, make_plan(model, Settings(Fp8Settings(True, recipe=recipe)), world_size=world_size))
+    fp8_state = swap_layers(model, make_plan(model, Settings(Fp8Settings(True, recipe=recipe)), world_size=world_size))
     model(torch.full((16, 32), 1.0 + rank)).mul(2.0**rank).sum().backward()
-    book.update_scales()
-    return {"scales": book.scales, "history": book.forward.history}
+    fp8_state.update_scales()
+    return {"scales": fp8_state.scales, "history": fp8_state.forward.history}
 
 
 def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) ->
     recipe = Recipe(kind=kind, amax_history_len=4 if kind == "delayed" else 1024)
     facts = DeepSpeedFacts(zero_stage=stage, base_dtype="bf16")
     plan = make_plan(model, Settings(Fp8Settings(True, recipe=recipe), deepspeed=facts), world_size=world_size)
-    book = swap_layers(model, plan, managed=True)
+    fp8_state = swap_layers(model, plan, managed=True)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    managed_by(engine, book)
+    managed_by(engine, fp8_state)
     layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     losses = []
     for step in range(3):
@@ -72,19 +72,19 @@ def train(rank: int, world_size: int, stage: int, kind: str, zero_init: bool) ->
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
-        kept_codes = [layer.page.cached is not None for layer in layers]
-    state = book.state_dict()
+        kept_quantized = [layer.layer_state.cached is not None for layer in layers]
+    state = fp8_state.state_dict()
     return {
         "losses": torch.stack(losses),
         "digest": plan.digest(),
-        "kept_codes": kept_codes,
+        "kept_quantized": kept_quantized,
         "scales": state["scales"],
-        "folds": state["forward_folds"],
+        "updates": state["forward_folds"],
     }
 
 
 def pipeline(rank: int, world_size: int, checkpoint_interval: int) -> dict[str, Any]:
-    """Two stages, four micro-batches in flight, two steps; each stage keeps its own book."""
+    """Two stages, four micro-batches in flight, two steps; each stage keeps its own FP8 state."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
@@ -99,7 +99,7 @@ def pipeline(rank: int, world_size: int, checkpoint_interval: int) -> dict[str, 
     facts = DeepSpeedFacts(base_dtype="fp32")
     recipe = Recipe(amax_history_len=4)
     plan = make_plan(model, Settings(Fp8Settings(True, recipe=recipe), deepspeed=facts), world_size=1)
-    book = swap_layers(model, plan, group=model._grid.get_data_parallel_group(), managed=True)
+    fp8_state = swap_layers(model, plan, group=model._grid.get_data_parallel_group(), managed=True)
     config = {
         "train_micro_batch_size_per_gpu": 16,
         "gradient_accumulation_steps": 4,
@@ -107,17 +107,17 @@ def pipeline(rank: int, world_size: int, checkpoint_interval: int) -> dict[str, 
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    managed_by(engine, book)
+    managed_by(engine, fp8_state)
     generator = torch.Generator().manual_seed(1)
     batches = iter([(torch.randn(16, 32, generator=generator),) * 2 for _ in range(8)])
     losses = []
     for _ in range(2):
         losses.append(engine.train_batch(data_iter=batches).detach())
-    state = book.state_dict()
+    state = fp8_state.state_dict()
     return {
         "losses": torch.stack(losses),
         "scales": state["scales"],
-        "folds": state["forward_folds"],
+        "updates": state["forward_folds"],
         "fp8": all(isinstance(layer, Fp8Linear) for layer in model.forward_funcs if isinstance(layer, nn.Linear)),
     }
 

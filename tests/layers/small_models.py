@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, LayerSettings, MsampSettings, Settings
-from ds_fp8.layers import ScaleBook, swap_layers
+from ds_fp8.layers import ModelFp8State, swap_layers
 from ds_fp8.levels import LEVELS
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
@@ -32,36 +32,36 @@ def settings(
     )
 
 
-def swapped(model: nn.Module, recipe: Recipe | None = None, *, managed: bool = False, **fp8: Any) -> ScaleBook:
+def swapped(model: nn.Module, recipe: Recipe | None = None, *, managed: bool = False, **fp8: Any) -> ModelFp8State:
     """Swap `model` by a plan of its own."""
     return swap_layers(model, make_plan(model, settings(recipe, **fp8)), managed=managed)
 
 
-def managed_by(engine: Any, book: ScaleBook) -> None:
-    """What the engine hook does with a book at each optimizer step."""
+def managed_by(engine: Any, fp8_state: ModelFp8State) -> None:
+    """What the engine hook does with the FP8 state at each optimizer step."""
     take_step = engine._take_model_step
 
     def step(*args: Any, **kwargs: Any) -> None:
-        book.update_scales()
+        fp8_state.update_scales()
         take_step(*args, **kwargs)
-        book.weights_changed()
+        fp8_state.weights_changed()
 
     engine._take_model_step = step
-    book.to(engine.device)
-    book.optimized = frozenset(map(id, engine.module.parameters()))
+    fp8_state.to(engine.device)
+    fp8_state.optimized = frozenset(map(id, engine.module.parameters()))
 
 
-def columns(book: ScaleBook, fqn: str) -> dict[str, torch.Tensor]:
+def columns(fp8_state: ModelFp8State, fqn: str) -> dict[str, torch.Tensor]:
     """Scales and histories of one layer after everything recorded was taken up."""
-    book.update_scales()
-    page = book.page(fqn)
-    split = 2 * len(book.names)
-    forward = [page.input_column, page.weight_column]
+    fp8_state.update_scales()
+    layer_state = fp8_state.layer_state(fqn)
+    split = 2 * len(fp8_state.names)
+    forward = [layer_state.input_column, layer_state.weight_column]
     return {
-        "forward_scale": book.scales[forward],
-        "forward_history": book.forward.history[:, forward],
-        "backward_scale": book.scales[page.grad_output_column],
-        "backward_history": book.backward.history[:, page.grad_output_column - split],
+        "forward_scale": fp8_state.scales[forward],
+        "forward_history": fp8_state.forward.history[:, forward],
+        "backward_scale": fp8_state.scales[layer_state.grad_output_column],
+        "backward_history": fp8_state.backward.history[:, layer_state.grad_output_column - split],
     }
 
 

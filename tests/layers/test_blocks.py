@@ -107,7 +107,7 @@ def test_training_goes_on_in_compiled_blocks():
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = TinyModel()
-        book = swapped(model, compile=how)
+        fp8_state = swapped(model, compile=how)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
         found = []
@@ -116,7 +116,7 @@ def test_training_goes_on_in_compiled_blocks():
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            book.weights_changed()
+            fp8_state.weights_changed()
             found.append(float(loss.detach()))
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

@@ -54,9 +54,9 @@ def make(recipe: Recipe, *, managed: bool = True, dtype: torch.dtype = torch.bfl
     return model, swapped(model, recipe, managed=managed, **fp8)
 
 
-def train(model: nn.Module, book: Any, *, steps: int = 4, gas: int = 1, rows: tuple[int, ...] = (8,), evals: bool = False,
+def train(model: nn.Module, fp8_state: Any, *, steps: int = 4, gas: int = 1, rows: tuple[int, ...] = (8,), evals: bool = False,
           dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:  # fmt: skip
-    """Outputs, gradients and scales of some optimizer steps of plain SGD."""
+    """Outputs, gradients and scales of some optimizer steps of SGD."""
     generator, found = torch.Generator().manual_seed(1), []
     for step in range(steps):
         for _ in range(gas):
@@ -65,15 +65,15 @@ def train(model: nn.Module, book: Any, *, steps: int = 4, gas: int = 1, rows: tu
             y.float().pow(2).mean().backward()
             found += [y.detach(), x.grad]
         found += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-        if book.managed:
-            book.update_scales()
+        if fp8_state.managed:
+            fp8_state.update_scales()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=0.1)
                     parameter.grad = None
-        book.weights_changed()
-        found.append(book.scales.clone())
+        fp8_state.weights_changed()
+        found.append(fp8_state.scales.clone())
         if evals:
             model.eval()
             with torch.no_grad():
@@ -90,12 +90,12 @@ def compile_blocks(model: nn.Module, **how: Any) -> None:
 def hold_together(recipe: Recipe, *, whole: bool = False, how: Any = None, run: Any = None, **made: Any) -> int:
     """Eager and compiled, bit for bit; returns the number of graphs that were compiled."""
     wanted = train(*make(recipe, **made), **(run or {}))
-    model, book = make(recipe, **made)
+    model, fp8_state = make(recipe, **made)
     if whole:
         model.compile(**{"backend": "aot_eager", "fullgraph": True} | (how or {}))
     else:
         compile_blocks(model, **(how or {}))
-    found = train(model, book, **(run or {}))
+    found = train(model, fp8_state, **(run or {}))
     assert len(found) == len(wanted)
     for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
         assert torch.equal(one, other), f"tensor {number}"
@@ -121,11 +121,11 @@ def test_equal_blocks_share_one_graph_and_keep_it(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
-def test_codes_are_carried_to_the_backward(recipe):
+def test_quantized_values_are_carried_to_the_backward(recipe):
     """Without `start_step` the input is kept as one byte per element, whatever the recipe."""
     assert hold_together(recipe, bias=True) == 1
-    page = make(recipe)[1].pages[0]
-    assert page.carries_input
+    layer_state = make(recipe)[1].layer_states[0]
+    assert layer_state.carries_input
 
 
 def test_the_whole_model_is_one_graph():
@@ -153,12 +153,12 @@ def test_frozen_weights_and_a_layer_in_fp32():
     """Nothing is kept, and nothing computed, for a gradient that nobody asks for."""
     results = []
     for is_compiled in (False, True):
-        model, book = make(RECIPES[0], dtype=torch.float32)
+        model, fp8_state = make(RECIPES[0], dtype=torch.float32)
         for parameter in model[0].parameters():
             parameter.requires_grad_(False)
         if is_compiled:
             compile_blocks(model)
-        results.append(train(model, book, dtype=torch.float32))
+        results.append(train(model, fp8_state, dtype=torch.float32))
     assert all(torch.equal(*both) for both in zip(*results, strict=True))
 
 
@@ -199,17 +199,19 @@ def test_outputs_may_be_written_into():
 
 def test_copies_compile_by_themselves():
     """A copy has anchors, scales and graphs of its own; the original is not touched."""
-    model, book = make(RECIPES[0])
+    model, fp8_state = make(RECIPES[0])
     compile_blocks(model)
-    train(model, book, steps=1)
-    twin = copy.deepcopy(model)
-    before = book.scales.clone()
-    twin.compile(backend="aot_eager", fullgraph=True)
+    train(model, fp8_state, steps=1)
+    copied = copy.deepcopy(model)
+    before = fp8_state.scales.clone()
+    copied.compile(backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 8, 32).bfloat16()
-    assert torch.equal(twin(x), model(x))
-    pages = [module.page for module in twin.modules() if hasattr(module, "page")]
-    assert not {page.anchor.data_ptr() for page in pages} & {page.anchor.data_ptr() for page in book.pages}
-    assert torch.equal(book.scales, before)
+    assert torch.equal(copied(x), model(x))
+    layer_states = [module.layer_state for module in copied.modules() if hasattr(module, "layer_state")]
+    assert not {layer_state.anchor.data_ptr() for layer_state in layer_states} & {
+        layer_state.anchor.data_ptr() for layer_state in fp8_state.layer_states
+    }
+    assert torch.equal(fp8_state.scales, before)
 
 
 @pytest.mark.parametrize("wrong", [torch.randn(2, 31).bfloat16(), torch.randn(2, 32)], ids=["shape", "dtype"])
@@ -241,20 +243,29 @@ def test_the_fake_kernels_say_what_the_operators_return(recipe):
     """Shapes, dtypes and strides, by torch's own check, with everything carried that can be."""
     model, _ = make(recipe, bias=True)
     layer, x = model[0].gate, torch.randn(2, 3, 32).bfloat16()
-    page = layer.page
-    flags = compiled.TRAINING | compiled.GRAD | page.recipe_number * compiled.RECIPE
+    layer_state = layer.layer_state
+    flags = compiled.TRAINING | compiled.GRAD | layer_state.recipe_number * compiled.RECIPE
     flags |= compiled.DGRAD | compiled.WGRAD | compiled.BGRAD
     for carried in (
         0,
         compiled.CARRIES_INPUT,
-        compiled.CARRIES_INPUT | compiled.CARRIES_WEIGHT * page.book.scaling.carries_weight,
+        compiled.CARRIES_INPUT | compiled.CARRIES_WEIGHT * layer_state.fp8_state.scaling.carries_weight,
     ):
         asked = flags | carried
-        arguments = (x, layer.weight, layer.bias, page.anchor, 64, asked)
+        arguments = (x, layer.weight, layer.bias, layer_state.anchor, 64, asked)
         torch.library.opcheck(torch.ops.ds_fp8.linear_forward, arguments, test_utils="test_faketensor")
         kept = torch.ops.ds_fp8.linear_forward(*arguments)[1:]
         saved = None if carried else x
-        arguments = (torch.randn(2, 3, 64).bfloat16(), saved, layer.weight, layer.bias, *kept, page.anchor, 32, asked)
+        arguments = (
+            torch.randn(2, 3, 64).bfloat16(),
+            saved,
+            layer.weight,
+            layer.bias,
+            *kept,
+            layer_state.anchor,
+            32,
+            asked,
+        )
         torch.library.opcheck(torch.ops.ds_fp8.linear_backward, arguments, test_utils="test_faketensor")
 
 
@@ -263,10 +274,10 @@ def test_inductor_fuses_around_the_layers():
     """What is between the layers is rounded less often than in eager mode; the losses stay together."""
     results = []
     for is_compiled in (False, True):
-        model, book = make(RECIPES[0])
+        model, fp8_state = make(RECIPES[0])
         if is_compiled:
             compile_blocks(model, backend="inductor")
-        results.append(train(model, book, steps=6))
+        results.append(train(model, fp8_state, steps=6))
     first = [found[0].float() for found in results]
     assert (first[0] - first[1]).abs().max() <= first[0].abs().max() * 2**-7
     per_step = len(results[0]) // 6

@@ -1,4 +1,4 @@
-"""GPT-2's Conv1D computes what an Fp8Linear with the turned weight computes; names and shapes stay."""
+"""GPT-2's Conv1D computes what an Fp8Linear with the transposed weight computes; names and shapes stay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def step(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
-def test_the_same_numbers_as_a_linear_layer_with_the_turned_weight(recipe):
+def test_the_same_numbers_as_a_linear_layer_with_the_transposed_weight(recipe):
     torch.manual_seed(0)
     conv, linear = transformers.pytorch_utils.Conv1D(48, 32), nn.Linear(32, 48)
     linear.load_state_dict({"weight": conv.weight.t(), "bias": conv.bias})
@@ -74,12 +74,12 @@ def test_copies_and_pickles():
     model = gpt2()
     swapped(model, Recipe(kind="current"))
     expected, _ = step(model)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert step(twin)[0] == expected
-        assert sum(isinstance(module, Fp8Conv1D) for module in twin.modules()) == 8
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert step(copied)[0] == expected
+        assert sum(isinstance(module, Fp8Conv1D) for module in copied.modules()) == 8
 
 
-def test_saved_and_loaded_by_plain_transformers(tmp_path):
+def test_saved_and_loaded_by_unmodified_transformers(tmp_path):
     model = gpt2()
     swapped(model)
     model.save_pretrained(tmp_path)

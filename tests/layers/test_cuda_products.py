@@ -1,4 +1,4 @@
-"""The GPU's fast road where no GPU is: see `interpreted_cuda_products.py`."""
+"""The GPU's fast path where no GPU is: see `interpreted_cuda_products.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_fast_road_in_the_interpreter():
+def test_the_fast_path_in_the_interpreter():
     """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PYTEST_"))}
     kept |= {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}

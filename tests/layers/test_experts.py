@@ -87,7 +87,7 @@ def test_gradients_of_experts_beside_fp32(name, recipe):
         assert (1e-3 < error < 0.1) or ("bias" in fqn and error < 0.1), (fqn, error)
 
 
-def test_they_are_planned_told_and_given_back():
+def test_they_are_planned_reported_and_given_back():
     model = mixture("Mixtral")
     classes = {fqn: type(module) for fqn, module in model.named_modules()}
     exact = loss_and_gradients(model)[0]
@@ -107,14 +107,14 @@ def test_high_precision_where_fp8_is_off():
     """In eval mode, before start_step, and where they are excluded."""
     model = mixture("Qwen3Moe").eval()
     tokens = torch.arange(24)[None]
-    plain = model(tokens).logits
+    baseline = model(tokens).logits
     swapped(model)
-    assert torch.equal(model(tokens).logits, plain)
+    assert torch.equal(model(tokens).logits, baseline)
     restore_layers(model)
     exact = loss_and_gradients(model.train())[0]
-    book = swapped(model, start_step=1, layers=LayerSettings(include=("*.experts",), norm=False))
+    fp8_state = swapped(model, start_step=1, layers=LayerSettings(include=("*.experts",), norm=False))
     assert loss_and_gradients(model)[0] == exact
-    book.weights_replaced(1)
+    fp8_state.weights_replaced(1)
     assert loss_and_gradients(model)[0] != exact
     restore_layers(model)
     swapped(model, layers=LayerSettings(exclude=("*.experts",), norm=False))
@@ -125,15 +125,15 @@ def test_copies_and_pickles():
     model = mixture("Mixtral")
     swapped(model, Recipe(kind="current"))
     expected = loss_and_gradients(model)[0]
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert loss_and_gradients(twin)[0] == expected
-        book = twin.__dict__["_ds_fp8_book"]
-        assert all(module._ds_fp8_experts.book is book for module in experts_of(twin).values())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert loss_and_gradients(copied)[0] == expected
+        fp8_state = copied.__dict__["_ds_fp8_state"]
+        assert all(module._ds_fp8_experts.fp8_state is fp8_state for module in experts_of(copied).values())
     assert loss_and_gradients(model)[0] == expected
 
 
-def test_it_is_saved_and_loaded_as_the_plain_model(tmp_path):
-    """save_pretrained says nothing of FP8; from_pretrained of a plain transformers gives the same weights."""
+def test_it_is_saved_and_loaded_as_the_unmodified_model(tmp_path):
+    """save_pretrained says nothing of FP8; from_pretrained of an unmodified transformers gives the same weights."""
     transformers = pytest.importorskip("transformers")
     model = mixture("Mixtral")
     swapped(model)

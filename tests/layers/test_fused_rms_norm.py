@@ -83,8 +83,8 @@ def test_the_fused_norm_is_the_same_function(name):
             y.float().pow(2).sum().backward()
             assert y.dtype == dtype
             results.append([one.float() for one in (y.detach(), x.grad, model.norm.weight.grad)])
-        for plain, ours in zip(*results):
-            assert (plain - ours).abs().max() <= 4 * tolerance * plain.abs().max()
+        for baseline, ours in zip(*results):
+            assert (baseline - ours).abs().max() <= 4 * tolerance * baseline.abs().max()
 
 
 def test_the_model_stays_what_it_was():
@@ -94,8 +94,8 @@ def test_the_model_stays_what_it_was():
     swapped(model, layers=LayerSettings(library_norms=True))
     assert isinstance(model.norm, cls) and model.norm.weight is weight and list(model.state_dict()) == names
     x = torch.randn(2, 32)
-    for twin in (copy.deepcopy(model.norm), pickle.loads(pickle.dumps(model.norm))):
-        assert type(twin) is type(model.norm) and torch.equal(twin(hidden_states=x), model.norm(x))
+    for copied in (copy.deepcopy(model.norm), pickle.loads(pickle.dumps(model.norm))):
+        assert type(copied) is type(model.norm) and torch.equal(copied(hidden_states=x), model.norm(x))
     restore_layers(model)
     assert type(model.norm) is cls and not [name for name in vars(model.norm) if name.startswith("_ds_fp8")]
 

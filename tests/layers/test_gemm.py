@@ -1,4 +1,4 @@
-"""The product of codes: exact in its operands, rounded once, NaN never lost."""
+"""The product of quantized values: exact in its operands, rounded once, NaN never lost."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_wider_formats_keep_their_bits(dtype):
 def test_a_scale_of_nan_is_not_lost(dtype, rows):
     """MKL's sgemm drops an alpha of NaN (torch 2.13): the factor must not go in that way."""
     a, b = operands(rows, 128, 64)
-    poisoned = Operand(a.data, torch.tensor(torch.nan))
-    assert matmul(poisoned, b, dtype).isnan().all()
+    overflowed = Operand(a.data, torch.tensor(torch.nan))
+    assert matmul(overflowed, b, dtype).isnan().all()
 
 
 def test_transposed_operands_are_the_same_product():
     a, b = operands()
-    turned = Operand(a.data.t().contiguous().t(), a.scale_inv)
-    assert torch.equal(matmul(a, b, torch.float32), matmul(turned, b, torch.float32))
+    transposed = Operand(a.data.t().contiguous().t(), a.scale_inv)
+    assert torch.equal(matmul(a, b, torch.float32), matmul(transposed, b, torch.float32))
     assert torch.equal(a.t().decode(torch.float32), a.decode(torch.float32).t())
 
 

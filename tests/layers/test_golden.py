@@ -1,7 +1,7 @@
 """Fp8Linear against Transformer Engine on an H200: scales and amax histories bit for bit, products within rounding.
 
-Two sets of golden vectors (their READMEs say how they were recorded): plain ones, and odd ones (zero, tiny, huge and
-infinite amaxes, gradients that change by 2^20, moving weights, block scaling with short edges).
+Two sets of golden vectors (their READMEs say how they were recorded): unmodified ones, and odd ones (zero, tiny, huge
+and infinite amaxes, gradients that change by 2^20, moving weights, block scaling with short edges).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SMALLEST = 2.0**-149  # subnormal sums are rounded at every step
 
 
 def name_of(case: dict) -> str:
-    told = case.get("name") or "-".join([case["kind"], *map(str, case["kw"].values())])
-    return f"{told}-{case['dtype'].removeprefix('torch.')}".replace(" ", "_")
+    label = case.get("name") or "-".join([case["kind"], *map(str, case["kw"].values())])
+    return f"{label}-{case['dtype'].removeprefix('torch.')}".replace(" ", "_")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_equals_transformer_engine(case):
-    """The codes are the same, so only the order of summation and the rounding of the output may differ."""
+    """The quantized values are the same, so only the order of summation and the rounding of the output may differ."""
     follow(case, "cpu")
 
 
@@ -34,7 +34,7 @@ def follow(case: dict, device: str) -> None:
     """Our layer on `device` through the steps of one case, each compared with what Transformer Engine left."""
     dtype = getattr(torch, case["dtype"].removeprefix("torch."))
     model = nn.Sequential(nn.Linear(case["w"].shape[1], case["w"].shape[0], dtype=dtype, device=device))
-    book = swapped(model, Recipe(kind=case["kind"], **case["kw"]), weight_cache=False, backend="torch")
+    fp8_state = swapped(model, Recipe(kind=case["kind"], **case["kw"]), weight_cache=False, backend="torch")
     linear = model[0]
     with torch.no_grad():
         linear.weight.copy_(case["w"])
@@ -47,14 +47,14 @@ def follow(case: dict, device: str) -> None:
         model.zero_grad()
         y = model(x)
         y.backward(step["g"].to(device))
-        book.weights_changed()
+        fp8_state.weights_changed()
         size = [tensor.detach().float().abs().cpu() for tensor in (x, linear.weight, step["g"])]
         compare(y, step["y"], size[0] @ size[1].t(), EPS[case["dtype"]], f"step {number} y")
         compare(x.grad, step["dx"], size[2] @ size[1], EPS[case["dtype"]], f"step {number} dx")
         compare(linear.weight.grad, step["dw"], size[2].t() @ size[0], EPS[case["dtype"]], f"step {number} dw")
         compare(linear.bias.grad, step["db"], size[2].sum(0), EPS[case["dtype"]], f"step {number} db")
         if "scaling_fwd" in step:
-            found = {name: tensor.cpu() for name, tensor in columns(book, "0").items()}
+            found = {name: tensor.cpu() for name, tensor in columns(fp8_state, "0").items()}
             torch.testing.assert_close(found["forward_scale"], step["scaling_fwd"]["scale"][:2], rtol=0, atol=0)
             torch.testing.assert_close(
                 found["forward_history"], step["scaling_fwd"]["amax_history"][:, :2], rtol=0, atol=0

@@ -71,14 +71,14 @@ def test_all_three_products_are_within_the_formats_error_of_fp32(recipe, counts)
 
 @pytest.mark.parametrize("recipe", ["current", "block", "high"])
 def test_weights_that_lie_as_in_out_give_the_same_numbers(recipe):
-    """gpt-oss keeps [experts, in, out]: the same codes, the gradient turned back."""
-    straight, turned = run(RECIPES[recipe], [3, 0, 40])[0], run(RECIPES[recipe], [3, 0, 40], transposed=True)[0]
-    assert torch.equal(straight[0], turned[0]) and torch.equal(straight[1], turned[1])
-    assert torch.equal(straight[2], turned[2].transpose(1, 2))
+    """gpt-oss keeps [experts, in, out]: the same quantized values, the gradient transposed back."""
+    straight, transposed = run(RECIPES[recipe], [3, 0, 40])[0], run(RECIPES[recipe], [3, 0, 40], transposed=True)[0]
+    assert torch.equal(straight[0], transposed[0]) and torch.equal(straight[1], transposed[1])
+    assert torch.equal(straight[2], transposed[2].transpose(1, 2))
 
 
 def test_one_expert_is_one_linear_layer():
-    """Beside the products written out: codes by rows, fp32 sum, both scales."""
+    """Beside the products written out: quantized values by rows, fp32 sum, both scales."""
     ours = run(RECIPES["current"], [37])[0]
     torch.manual_seed(1)
     x, weight, gradient = torch.randn(37, 32), torch.randn(1, 48, 32)[0], torch.randn(37, 48)
@@ -126,10 +126,10 @@ def test_bf16_in_bf16_out():
 def test_columns_by_group():
     """One scale for each column of each group; a group without rows has scale 1."""
     x = torch.tensor([[1.0, 8.0], [2.0, -4.0], [100.0, 0.0]])
-    codes, scale_inv = quantize_columns(x, torch.tensor([0, 0, 2]), 3, E4M3)
+    quantized, scale_inv = quantize_columns(x, torch.tensor([0, 0, 2]), 3, E4M3)
     expected = torch.tensor([[2 / 448, 8 / 448], [1.0, 1.0], [100 / 448, 1.0]])
     assert torch.allclose(scale_inv, expected, rtol=2**-23)
-    assert codes.float().tolist() == [[224.0, 448.0], [448.0, -224.0], [448.0, 0.0]]
+    assert quantized.float().tolist() == [[224.0, 448.0], [448.0, -224.0], [448.0, 0.0]]
 
 
 def test_rows_of_an_aligned_layout():
@@ -168,7 +168,9 @@ def grouped_product_of_torch(a, b, scale_a, scale_b, offs=None, out_dtype=None, 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_one_launch_for_all_experts_gives_the_references_numbers(counts, monkeypatch):
-    """Hopper's path with torch's product written out: the same codes and scales, once each expert and once all together."""
+    """Hopper's path with torch's product written out: the same quantized values and scales, once each expert and once
+    all together.
+    """
     from ds_fp8.layers import grouped_rows
 
     extra = 6 if counts == "rows of nobody" else 0

@@ -1,4 +1,5 @@
-"""An FP8 layer in the hands of an ordinary script: what works with nn.Linear works here, to FP8's rounding, or says why not.
+"""An FP8 layer in the hands of an unmodified script: what works with nn.Linear works here, to FP8's rounding, or says
+why not.
 
 Beside each case stands the control, the same model with nn.Linear. The rounding of one layer: two operands with 3 bits of
 mantissa, so a relative error of the whole result below 2^-4 in each of two layers (2^-4 is one operand's largest single
@@ -26,7 +27,7 @@ WIDTH = 64
 
 
 def pair(kind: str, dtype: torch.dtype = torch.float32, **fp8: Any) -> tuple[nn.Module, nn.Module, Any]:
-    """The control, the same model in FP8 as an engine holds it, and its book."""
+    """The control, the same model in FP8 as an engine holds it, and its FP8 state."""
     torch.manual_seed(0)
     control = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).to(dtype)
     model = copy.deepcopy(control)
@@ -120,8 +121,8 @@ def test_an_output_may_be_written_into(write, dims, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_change_unseen(kind, cache):
     """Writes that bump no version, new memory, given weights, an average swapped in: the product has today's weight."""
-    control, model, book = pair(kind, weight_cache=cache)
-    book.optimized = frozenset(map(id, model.parameters()))
+    control, model, fp8_state = pair(kind, weight_cache=cache)
+    fp8_state.optimized = frozenset(map(id, model.parameters()))
     x = torch.randn(16, WIDTH)
 
     def compare(what: str) -> None:
@@ -135,8 +136,8 @@ def test_weights_that_change_unseen(kind, cache):
 
     for step in range(2):
         model(x).sum().backward()
-        book.update_scales()
-        book.weights_changed()
+        fp8_state.update_scales()
+        fp8_state.weights_changed()
         compare(f"step {step}")
         # Smaller, because under delayed scaling a weight that outgrows its history saturates until the next step.
         both(lambda p: p.data.div_(3))
@@ -161,8 +162,8 @@ def test_weights_that_change_unseen(kind, cache):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_momentum_branch_is_read_as_it_stands(kind):
     """BYOL, MoCo, DINO: a frozen copy that the forward itself moves in every micro-batch, with a cache asked for."""
-    control, model, book = pair(kind, weight_cache=True)
-    book.optimized = frozenset(map(id, model[0].parameters()))
+    control, model, fp8_state = pair(kind, weight_cache=True)
+    fp8_state.optimized = frozenset(map(id, model[0].parameters()))
     x = torch.randn(16, WIDTH)
     for _ in range(4):
         results = []
@@ -234,11 +235,11 @@ def test_a_teacher_that_never_records(kind, scale):
         with torch.no_grad():
             each[0].weight.mul_(scale)
             each[0].bias.zero_()
-    teacher, plain = copy.deepcopy(model)[0], control[0]
+    teacher, baseline = copy.deepcopy(model)[0], control[0]
     x = torch.randn(16, WIDTH) * scale
     for _ in range(3):
         with torch.no_grad():
-            assert error(teacher(x), plain(x)) < ROUNDING
+            assert error(teacher(x), baseline(x)) < ROUNDING
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,7 +274,9 @@ def test_errors_of_ours_are_runtime_errors(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tools_that_read_the_class(kind):
-    """torch.jit traces the layer in high precision and scripts an unmodified copy; torch.fx leaves one call, which stays in FP8."""
+    """torch.jit traces the layer in high precision and scripts an unmodified copy; torch.fx leaves one call, which
+    stays in FP8.
+    """
     control, model, _ = pair(kind)
     x = torch.randn(16, WIDTH)
     assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), control(x))
@@ -290,10 +293,10 @@ def test_tools_that_read_the_class(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_parameter_in_the_weights_place(kind):
     """Its range has nothing to do with the history of the one that was there."""
-    control, model, book = pair(kind)
+    control, model, fp8_state = pair(kind)
     x = torch.randn(16, WIDTH)
     model(x).sum().backward()
-    book.update_scales()
+    fp8_state.update_scales()
     for factor in (100.0, 0.01):
         other = torch.nn.Parameter(control[0].weight.detach() * factor)
         for each in (control, model):

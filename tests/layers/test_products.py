@@ -27,63 +27,65 @@ def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def pair(recipe: Recipe, dtype: torch.dtype = torch.float32, bias: bool = True, **fp8) -> tuple:
-    """(model with one Fp8Linear, its book, the plain model)."""
+    """(model with one Fp8Linear, its FP8 state, the unmodified model)."""
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(64, 48, bias=bias)).to(dtype)
-    model = copy.deepcopy(plain)
-    return model, swapped(model, recipe, **fp8), plain
+    baseline = nn.Sequential(nn.Linear(64, 48, bias=bias)).to(dtype)
+    model = copy.deepcopy(baseline)
+    return model, swapped(model, recipe, **fp8), baseline
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_products_are_near_high_precision(recipe, dtype):
     """Each operand is off by at most half an ulp of its format, so a product is off by less than the sum of both."""
-    model, book, plain = pair(recipe, dtype)
+    model, fp8_state, baseline = pair(recipe, dtype)
     for _ in range(3):  # delayed scaling has met the tensors by then
         x = torch.randn(4, 8, 64, dtype=dtype, requires_grad=True)
-        twin = x.detach().clone().requires_grad_()
-        model.zero_grad(), plain.zero_grad()
-        y, exact = model(x), plain(twin)
+        copied = x.detach().clone().requires_grad_()
+        model.zero_grad(), baseline.zero_grad()
+        y, exact = model(x), baseline(copied)
         grad = torch.randn_like(y)
         y.backward(grad), exact.backward(grad)
-        book.weights_changed()
+        fp8_state.weights_changed()
     assert y.dtype == dtype and x.grad.dtype == dtype and model[0].weight.grad.dtype == dtype
     assert relative(y, exact) < 2 * E4M3.half_ulp
-    assert relative(x.grad, twin.grad) < STEP
-    assert relative(model[0].weight.grad, plain[0].weight.grad) < STEP
-    assert relative(model[0].bias.grad, plain[0].bias.grad) <= 2 * torch.finfo(dtype).eps
+    assert relative(x.grad, copied.grad) < STEP
+    assert relative(model[0].weight.grad, baseline[0].weight.grad) < STEP
+    assert relative(model[0].bias.grad, baseline[0].bias.grad) <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("high", itertools.product([False, True], repeat=3), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_override_keeps_exactly_the_named_products(kind, high):
     """A product in high precision equals nn.Linear's; one in FP8 does not."""
-    model, _, plain = pair(Recipe(kind=kind, override_linear_precision=HighPrecision(*high)))
+    model, _, baseline = pair(Recipe(kind=kind, override_linear_precision=HighPrecision(*high)))
     x = torch.randn(32, 64, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
-    y, exact = model(x), plain(twin)
+    copied = x.detach().clone().requires_grad_()
+    y, exact = model(x), baseline(copied)
     grad = torch.randn_like(y)
     y.backward(grad), exact.backward(grad)
     found = (y, x.grad, model[0].weight.grad)
-    wanted = (exact, twin.grad, plain[0].weight.grad)
+    wanted = (exact, copied.grad, baseline[0].weight.grad)
     for name, is_high, ours, theirs in zip(HighPrecision._fields, high, found, wanted, strict=True):
         assert (relative(ours, theirs) < 1e-6) == is_high, name
 
 
 def test_current_scaling_is_exact_in_its_operands():
-    """The product of the codes in float64, times both scale_inv, is what comes out, up to fp32 rounding."""
-    model, _, plain = pair(Recipe(kind="current"), bias=False)
+    """The product of the quantized values in float64, times both scale_inv, is what comes out, up to fp32 rounding."""
+    model, _, baseline = pair(Recipe(kind="current"), bias=False)
     x = torch.randn(32, 64)
-    scale_x, scale_w = 448 / x.abs().max(), 448 / plain[0].weight.abs().max()
-    codes_x, codes_w = quantize(x, scale_x, E4M3), quantize(plain[0].weight.detach(), scale_w, E4M3)
-    left, right = dequantize(codes_x, 1.0).double(), dequantize(codes_w, 1.0).double()
+    scale_x, scale_w = 448 / x.abs().max(), 448 / baseline[0].weight.abs().max()
+    quantized_x, quantized_w = quantize(x, scale_x, E4M3), quantize(baseline[0].weight.detach(), scale_w, E4M3)
+    left, right = dequantize(quantized_x, 1.0).double(), dequantize(quantized_w, 1.0).double()
     exact = left @ right.t() / scale_x.double() / scale_w.double()
     assert relative(model(x), exact) < 2.0**-22
 
 
 def test_rowwise_scaling_is_exact_in_its_operands():
-    """Each operand has a scale for each row along the summed axis, another one in each product; float64 gives the same."""
-    model, _, plain = pair(Recipe(kind="rowwise", fp8_format="E4M3"), bias=False)
+    """Each operand has a scale for each row along the summed axis, another one in each product; float64 gives the
+    same.
+    """
+    model, _, baseline = pair(Recipe(kind="rowwise", fp8_format="E4M3"), bias=False)
     x = (torch.randn(32, 64) * torch.logspace(-6, 0, 32).unsqueeze(1)).requires_grad_()
     grad = torch.randn(32, 48) * torch.logspace(0, -6, 48)
     y = model(x)
@@ -91,24 +93,24 @@ def test_rowwise_scaling_is_exact_in_its_operands():
 
     def rows(operand: torch.Tensor) -> torch.Tensor:
         scale = 448 / operand.detach().abs().amax(1, keepdim=True)
-        codes = quantize((operand.detach() * scale).contiguous(), 1.0, E4M3)
-        return dequantize(codes, 1.0).double() / scale.double()
+        quantized = quantize((operand.detach() * scale).contiguous(), 1.0, E4M3)
+        return dequantize(quantized, 1.0).double() / scale.double()
 
-    weight = plain[0].weight
+    weight = baseline[0].weight
     assert relative(y, rows(x) @ rows(weight).t()) < 2.0**-21
     assert relative(x.grad, rows(grad) @ rows(weight.t()).t()) < 2.0**-21
     assert relative(model[0].weight.grad, rows(grad.t()) @ rows(x.t()).t()) < 2.0**-21
-    each = (y.detach() - plain(x).detach()).norm(dim=1) / plain(x).detach().norm(dim=1)
+    each = (y.detach() - baseline(x).detach()).norm(dim=1) / baseline(x).detach().norm(dim=1)
     assert each.max() < 2 * E4M3.half_ulp, "a small token is as exact as a large one"
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (0, 64), (5, 64), (2, 3, 64), (2, 0, 64), (2, 1, 3, 64)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_shape_of_nn_linear(kind, shape):
-    model, _, plain = pair(Recipe(kind=kind))
+    model, _, baseline = pair(Recipe(kind=kind))
     x = torch.randn(shape, requires_grad=True)
     y = model(x)
-    assert y.shape == plain(x).shape
+    assert y.shape == baseline(x).shape
     y.sum().backward()
     assert x.grad.shape == x.shape and model[0].weight.grad.shape == (48, 64)
 
@@ -149,7 +151,7 @@ def test_gradients_only_where_asked(kind, needs):
 
 
 def test_the_backward_keeps_one_byte_per_element_of_the_input():
-    """What autograd holds of a bf16 input is its codes."""
+    """What autograd holds of a bf16 input is its quantized values."""
     model, _, _ = pair(Recipe(kind="delayed"), torch.bfloat16)
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
@@ -161,9 +163,9 @@ def test_an_emulated_backward_decodes_each_operand_once(monkeypatch):
     """grad_output serves dgrad and wgrad with one decode; weight and input make three."""
     decoded = []
 
-    def counting(codes, *rest):
-        decoded.append(codes.dtype)
-        return dequantize(codes, *rest)
+    def counting(quantized, *rest):
+        decoded.append(quantized.dtype)
+        return dequantize(quantized, *rest)
 
     model, *_ = pair(Recipe(amax_history_len=4), torch.bfloat16)
     loss = model(torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)).float().square().sum()
@@ -175,10 +177,10 @@ def test_an_emulated_backward_decodes_each_operand_once(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_casts_like_nn_linear(kind):
     """fp32 parameters under autocast: bf16 products and output, fp32 gradients of parameters and input."""
-    model, _, plain = pair(Recipe(kind=kind))
+    model, _, baseline = pair(Recipe(kind=kind))
     x = torch.randn(32, 64, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, exact = model(x), plain(x)
+        y, exact = model(x), baseline(x)
         assert y.dtype == exact.dtype == torch.bfloat16
         y.float().sum().backward()  # inside autocast, which must not reach the backward's own products
     assert x.grad.dtype == model[0].weight.grad.dtype == torch.float32
@@ -210,7 +212,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 def test_non_finite_gradients_reach_the_overflow_check(kind, trained, bad):
     """FP8 saturates an infinity, so something that stays in high precision, or NaN, must show it to the loss scaler."""
-    model, book, _ = pair(Recipe(kind=kind), bias=trained == "weight and bias")
+    model, fp8_state, _ = pair(Recipe(kind=kind), bias=trained == "weight and bias")
     model[0].weight.requires_grad_(trained != "nothing")
     x = torch.randn(16, 64, requires_grad=True)
     y = model(x)
@@ -219,8 +221,8 @@ def test_non_finite_gradients_reach_the_overflow_check(kind, trained, bad):
     y.backward(grad)
     shown = [tensor.grad for tensor in (x, *model.parameters()) if tensor.grad is not None]
     assert not all(tensor.isfinite().all() for tensor in shown)
-    book.update_scales()
-    assert book.scales.isfinite().all()
+    fp8_state.update_scales()
+    assert fp8_state.scales.isfinite().all()
 
 
 def test_extra_repr_shows_the_numerics():

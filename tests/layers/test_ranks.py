@@ -31,15 +31,17 @@ def test_reduce_amax_takes_the_maximum_over_the_ranks(found):
 
 @pytest.mark.parametrize("kind", ["delayed", "current", "block"])
 def test_zero_stages_compute_the_same_losses(found, kind):
-    """Stages 1 and 3: weights that are gathered again for the backward give the same codes, bit for bit."""
+    """Stages 1 and 3: weights that are gathered again for the backward give the same quantized values, bit for bit."""
     for rank in found:
         stage1, stage3 = rank[kind, 1], rank[kind, 3]
         assert stage1["losses"].isfinite().all()
         assert torch.equal(stage1["losses"][:2], stage3["losses"][:2])
         # Later ones follow gradients that each stage sums in its own order: within bf16's rounding.
         torch.testing.assert_close(stage1["losses"], stage3["losses"], rtol=2.0**-8, atol=0)
-        assert not any(stage1["kept_codes"]) and not any(stage3["kept_codes"]), "nobody keeps codes of a weight"
-        assert stage1["folds"] == stage3["folds"] == (3 if kind == "delayed" else 0), "once per step"
+        assert not any(stage1["kept_quantized"]) and not any(stage3["kept_quantized"]), (
+            "nobody keeps a quantized weight"
+        )
+        assert stage1["updates"] == stage3["updates"] == (3 if kind == "delayed" else 0), "once per step"
     assert torch.equal(found[0][kind, 3]["scales"], found[1][kind, 3]["scales"])
 
 
@@ -54,8 +56,8 @@ def test_zero_init_plans_and_trains(found):
 def test_a_pipeline_has_several_forwards_in_flight(found):
     """All micro-batches of a step share its scales: the same losses and scales with and without recompute."""
     for rank in found:
-        plain, recomputed = rank["pipeline", 0], rank["pipeline", 1]
-        assert plain["fp8"] and plain["folds"] == recomputed["folds"] == 2
-        assert plain["losses"].isfinite().all() and plain["losses"][1] < plain["losses"][0]
-        assert torch.equal(plain["losses"], recomputed["losses"])
-        assert torch.equal(plain["scales"], recomputed["scales"])
+        baseline, recomputed = rank["pipeline", 0], rank["pipeline", 1]
+        assert baseline["fp8"] and baseline["updates"] == recomputed["updates"] == 2
+        assert baseline["losses"].isfinite().all() and baseline["losses"][1] < baseline["losses"][0]
+        assert torch.equal(baseline["losses"], recomputed["losses"])
+        assert torch.equal(baseline["scales"], recomputed["scales"])

@@ -1,4 +1,6 @@
-"""Recipes as objects: what their entry says and what their file does agree; how a range of a weight is cut into tiles."""
+"""Recipes as objects: what their entry says and what their file does agree; how a range of a weight is cut into
+tiles.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_runs_of_a_range_are_parts_of_a_row_or_whole_rows_of_one_row_of_tiles():
 
 
 def test_owners_of_parts_make_the_tiles_of_the_whole():
-    """Three ranks that own 260 x 200 in odd parts: their amaxes MAXed, their data side by side, are `quantize_128x128`'s."""
+    """Three ranks that own 260 x 200 in odd parts: their amaxes MAXed, their data side by side, are
+    `quantize_128x128`'s.
+    """
     torch.manual_seed(0)
     whole = torch.randn(260, 200).bfloat16()
     exact, scale_inv = quantize_128x128(whole, E4M3)

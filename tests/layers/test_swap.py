@@ -1,4 +1,4 @@
-"""Swapping and restoring: the same Parameters, hooks, names and references; a plain state_dict both ways."""
+"""Swapping and restoring: the same Parameters, hooks, names and references; an unmodified state_dict both ways."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def test_parameters_are_the_same_objects():
     assert not torch.equal(weight, model.blocks[0].up.weight)
 
 
-def test_state_dict_is_the_plain_one_both_ways():
+def test_state_dict_is_the_unmodified_one_both_ways():
     torch.manual_seed(0)
-    plain, model = TinyModel(), TinyModel()
+    baseline, model = TinyModel(), TinyModel()
     swapped(model)
     model(torch.randint(64, (2, 8))).sum().backward()
-    assert list(model.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(model.state_dict(), strict=True)
-    model.load_state_dict(plain.state_dict(), strict=True)
+    assert list(model.state_dict()) == list(baseline.state_dict())
+    baseline.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(baseline.state_dict(), strict=True)
     assert sum(1 for _ in model.buffers()) == 0
 
 
-def test_restore_gives_back_plain_layers():
+def test_restore_gives_back_unmodified_layers():
     """Exactly torch's classes and numbers, no hook or attribute of ours left, and a second swap works."""
     torch.manual_seed(0)
     model = TinyModel()
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     tokens = torch.randint(64, (2, 8))
     swapped(model)
     model(tokens)
     assert restore_layers(model) is model
-    assert [type(module) for module in model.modules()] == [type(module) for module in twin.modules()]
-    for ours, plain in zip(model.modules(), twin.modules(), strict=True):
-        assert set(vars(ours)) == set(vars(plain))
+    assert [type(module) for module in model.modules()] == [type(module) for module in copied.modules()]
+    for ours, baseline in zip(model.modules(), copied.modules(), strict=True):
+        assert set(vars(ours)) == set(vars(baseline))
         assert not ours._forward_hooks and not ours._forward_pre_hooks
-    assert torch.equal(model(tokens), twin(tokens))
+    assert torch.equal(model(tokens), copied(tokens))
     swapped(model)
 
 
@@ -88,25 +88,25 @@ def test_lists_of_modules_outside_the_tree_still_fit():
 def test_norms_are_ours_and_equal():
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(32), nn.RMSNorm(32), nn.Linear(32, 32))
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     swapped(model)
     assert type(model[0]) is Fp8LayerNorm and type(model[1]) is Fp8RMSNorm
     x = torch.randn(4, 32)
-    assert torch.equal(model[:2](x), twin[:2](x))
+    assert torch.equal(model[:2](x), copied[:2](x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model[:1](x.bfloat16()).dtype == torch.bfloat16
     mixed = model[:2](x.bfloat16())
     assert mixed.dtype == torch.bfloat16
-    torch.testing.assert_close(mixed.float(), twin[:2](x), rtol=2.0**-6, atol=2.0**-6)
+    torch.testing.assert_close(mixed.float(), copied[:2](x), rtol=2.0**-6, atol=2.0**-6)
 
 
 def test_a_model_that_is_one_layer():
     model = nn.Linear(32, 32)
-    book = swapped(model)
+    fp8_state = swapped(model)
     assert isinstance(model, Fp8Linear)
     model(torch.randn(16, 32)).sum().backward()
-    book.update_scales()
-    assert book.forward.folds == 1
+    fp8_state.update_scales()
+    assert fp8_state.forward.updates == 1
     assert type(restore_layers(model)) is nn.Linear
 
 
@@ -123,15 +123,15 @@ def test_the_wrong_model_is_refused_and_left_alone():
 
 def test_pickle_carries_scales():
     model = Block()
-    book = swapped(model)
+    fp8_state = swapped(model)
     model(torch.randn(16, 32)).sum().backward()
-    book.update_scales()
+    fp8_state.update_scales()
     again = pickle.loads(pickle.dumps(model))
-    other = again.up.page.book
-    assert other is again.down.page.book and torch.equal(other.scales, book.scales)
+    other = again.up.layer_state.fp8_state
+    assert other is again.down.layer_state.fp8_state and torch.equal(other.scales, fp8_state.scales)
     again(torch.randn(16, 32)).sum().backward()
     other.update_scales()
-    assert other.forward.folds == 2
+    assert other.forward.updates == 2
     restore_layers(again)
     assert not again._forward_hooks
 
@@ -142,7 +142,7 @@ def test_training_a_tied_frozen_model_converges():
     model = TinyModel()
     for parameter in model.blocks[0].parameters():
         parameter.requires_grad_(False)
-    book = swapped(model)
+    fp8_state = swapped(model)
     assert isinstance(model.blocks[0].up, Fp8Linear) and not isinstance(model.head, Fp8Linear)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = torch.randint(64, (4, 17))
@@ -152,7 +152,7 @@ def test_training_a_tied_frozen_model_converges():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        book.weights_changed()
+        fp8_state.weights_changed()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] / 4
     assert model.blocks[0].up.weight.grad is None

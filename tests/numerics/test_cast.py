@@ -9,7 +9,7 @@ import torch
 
 from ds_fp8.formats import E4M3, E5M2, FORMATS
 from ds_fp8.numerics import amax, dequantize, quantize
-from ds_fp8.numerics.dtypes import as_bytes, as_codes, format_of, torch_dtype
+from ds_fp8.numerics.dtypes import as_bytes, as_quantized, format_of, torch_dtype
 
 BIAS = {"e4m3": 7, "e5m2": 15}
 
@@ -33,15 +33,15 @@ def golden_values(fmt):
     return torch.tensor(values)
 
 
-def all_codes(fmt):
-    return as_codes(torch.arange(256, dtype=torch.uint8), fmt)
+def all_quantized(fmt):
+    return as_quantized(torch.arange(256, dtype=torch.uint8), fmt)
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 class TestGolden:
     def test_every_code_means_what_the_paper_says(self, fmt):
         """256 codes, none excepted; -0.0 keeps its sign."""
-        decoded, golden = dequantize(all_codes(fmt), 1.0), golden_values(fmt)
+        decoded, golden = dequantize(all_quantized(fmt), 1.0), golden_values(fmt)
         assert torch.equal(decoded.isnan(), golden.isnan())
         finite = ~golden.isnan()
         assert torch.equal(decoded[finite].view(torch.int32), golden[finite].view(torch.int32))
@@ -52,7 +52,9 @@ class TestGolden:
         assert torch.equal(as_bytes(quantize(golden, 1.0, fmt))[finite], torch.arange(256, dtype=torch.uint8)[finite])
 
     def test_ties_go_to_the_even_code_and_neighbours_to_the_nearest(self, fmt):
-        """The middle between two codes is exact in fp32: there the even code wins, a bit beside it the nearer one."""
+        """The middle between two FP8 values is exact in fp32: there the even code wins, a bit beside it the nearer
+        one.
+        """
         golden = golden_values(fmt)
         positive = golden[:128][golden[:128].isfinite()]
         low, high = positive[:-1], positive[1:]
@@ -66,15 +68,15 @@ class TestGolden:
 
     def test_overflow_and_infinity_saturate_and_nan_stays(self, fmt):
         """Decided by us, not by the cast: torch on CPU and on a GPU disagree about it."""
-        codes = quantize(torch.tensor([2 * fmt.max, 1e38, math.inf, -math.inf, math.nan]), 1.0, fmt)
-        assert codes.float()[:4].tolist() == [fmt.max, fmt.max, fmt.max, -fmt.max]
-        assert codes.float()[4].isnan()
+        quantized = quantize(torch.tensor([2 * fmt.max, 1e38, math.inf, -math.inf, math.nan]), 1.0, fmt)
+        assert quantized.float()[:4].tolist() == [fmt.max, fmt.max, fmt.max, -fmt.max]
+        assert quantized.float()[4].isnan()
 
     def test_values_below_half_the_smallest_become_zero(self, fmt):
         half = fmt.min_subnormal / 2
-        codes = quantize(torch.tensor([half, half * (1 + 2**-20), -half, 0.0, -0.0]), 1.0, fmt)
-        assert codes.float().tolist() == [0.0, fmt.min_subnormal, 0.0, 0.0, 0.0]
-        assert as_bytes(codes).tolist() == [0, 1, 0x80, 0, 0x80]
+        quantized = quantize(torch.tensor([half, half * (1 + 2**-20), -half, 0.0, -0.0]), 1.0, fmt)
+        assert quantized.float().tolist() == [0.0, fmt.min_subnormal, 0.0, 0.0, 0.0]
+        assert as_bytes(quantized).tolist() == [0, 1, 0x80, 0, 0x80]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_relative_error_is_half_an_ulp(self, fmt, dtype):

@@ -104,7 +104,7 @@ def test_a_new_master_is_the_parameter(base, fmt):
 
 
 def test_the_parameter_always_agrees_with_the_master():
-    """What is written is one number in two pieces: the 16-bit weight is the master, rounded."""
+    """What is written is one number in two parts: the 16-bit weight is the master, rounded."""
     values = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 0.02
     for base in (BF16, FP16):
         for fmt in ("fp32", "split32", "split24", "fp16"):

@@ -48,9 +48,9 @@ def test_1x128_groups_have_their_own_scales():
     """A giant in one group does not touch its neighbour; the last group is short."""
     x = torch.ones(3, 300)
     x[1, 5] = 1e6
-    codes, scale_inv = quantize_1x128(x, E4M3)
+    quantized, scale_inv = quantize_1x128(x, E4M3)
     assert scale_inv.shape == (3, 3)
-    back = dequantize_1x128(codes, scale_inv)
+    back = dequantize_1x128(quantized, scale_inv)
     assert torch.equal(back[0], x[0])
     assert torch.equal(back[1, 128:], x[1, 128:])
     assert abs(back[1, 5].item() / 1e6 - 1) <= E4M3.half_ulp
@@ -59,9 +59,9 @@ def test_1x128_groups_have_their_own_scales():
 def test_128x128_tiles_have_their_own_scales():
     x = torch.ones(200, 300)
     x[150, 290] = 448.0 * 2**20
-    codes, scale_inv = quantize_128x128(x, E4M3)
+    quantized, scale_inv = quantize_128x128(x, E4M3)
     assert scale_inv.shape == (2, 3)
-    back = dequantize_128x128(codes, scale_inv)
+    back = dequantize_128x128(quantized, scale_inv)
     assert torch.equal(back[:128], x[:128])
     assert back[150, 290].item() == x[150, 290].item()
 
@@ -78,7 +78,7 @@ def test_block_scales_of_zero_and_not_finite_groups_are_one():
     """Transformer Engine's rule; NaN stays NaN, infinity saturates."""
     x = torch.zeros(3, 128)
     x[1, 0], x[2, 0] = math.inf, math.nan
-    codes, scale_inv = quantize_1x128(x, E4M3)
+    quantized, scale_inv = quantize_1x128(x, E4M3)
     assert scale_inv.flatten().tolist() == [1.0, 1.0, 1.0]
-    assert codes.float()[1, 0] == 448.0
-    assert codes.float()[2, 0].isnan()
+    assert quantized.float()[1, 0] == 448.0
+    assert quantized.float()[2, 0].isnan()

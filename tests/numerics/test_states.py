@@ -60,7 +60,7 @@ def test_a_nonzero_root_is_never_code_zero(fmt, rounding):
 
 
 def test_roots_below_fp16_survive_in_their_own_block():
-    """sqrt(v) of 1e-12: plain fp16 ends at 6e-8; the block's scale brings it to the middle of the range."""
+    """sqrt(v) of 1e-12: unscaled fp16 ends at 6e-8; the block's scale brings it to the middle of the range."""
     root = torch.full((128,), 1e-12)
     state = states.new_state("fp16", 128, "cpu")
     states.write_root(state, root)
@@ -88,8 +88,9 @@ def test_moments_are_m_and_v_whatever_is_stored(fmt, squares):
 @pytest.mark.parametrize("squares", STATE_FORMATS)
 @pytest.mark.parametrize("fmt", sorted(states.RATIO_FORMATS))
 def test_a_ratio_does_not_care_for_the_size_of_its_neighbours(fmt, squares):
-    """m over thirty powers of ten in one block, of which plain e4m3 spans five: relative to sqrt(v) they are all of one
-    size. exp_avg_sq in e4m3 ends where its own block does, and there m is bounded by the smallest code's share.
+    """m over thirty powers of ten in one block, of which e4m3 without expansion spans five: relative to sqrt(v) they
+    are all of one size. exp_avg_sq in e4m3 ends where its own block does, and there m is bounded by the smallest code's
+    share.
     """
     root = torch.logspace(-15, 15, 128) if squares in ("fp32", "bf16") else torch.logspace(-2, 0, 128)
     m = root * torch.linspace(0.2, 1.0, 128)
@@ -129,23 +130,25 @@ def test_an_unknown_format_is_named():
 
 
 def test_int8_divides_a_block_into_127_steps_to_each_side():
-    """amax is code 127 exactly; between two codes the nearer one, at a tie the even one; a short block has its own scale."""
+    """amax is code 127 exactly; between two FP8 values the nearer one, at a tie the even one; a short block has its own
+    scale.
+    """
     x = torch.arange(-127.0, 128.0, 0.5)[:128] * 0.25
-    codes, scale_inv = blocks8.encode(torch.cat([x, torch.tensor([3.0, -1.0])]))
+    quantized, scale_inv = blocks8.encode(torch.cat([x, torch.tensor([3.0, -1.0])]))
     assert scale_inv.tolist() == [0.25, torch.tensor(3.0).div(127).item()]
-    assert torch.equal(codes[:128].float(), (x / 0.25).round())
-    assert codes[:3].tolist() == [-127, -126, -126]
-    assert codes[128:].tolist() == [127, -42]
+    assert torch.equal(quantized[:128].float(), (x / 0.25).round())
+    assert quantized[:3].tolist() == [-127, -126, -126]
+    assert quantized[128:].tolist() == [127, -42]
 
 
 def test_int8_rounds_stochastically_without_bias_and_never_beyond_127():
     """A whole number stays; a value between takes the upper neighbour with the probability of its fraction (4,000 draws:
-    four standard deviations are .032); largest and smallest codes are +-127 whatever is drawn."""
+    four standard deviations are .032); largest and smallest values are +-127 whatever is drawn."""
     x = torch.linspace(-1, 1, 128).repeat(4000) * torch.tensor(127.0)
     x[1::128], x[2::128] = 5.0, 4.3
-    codes, scale_inv = blocks8.encode(x, rounding=Stochastic(3, 1, 1))
+    quantized, scale_inv = blocks8.encode(x, rounding=Stochastic(3, 1, 1))
     assert scale_inv.eq(1.0).all()
-    found = codes.float().view(-1, 128)
+    found = quantized.float().view(-1, 128)
     assert found[:, 0].eq(-127).all() and found[:, 127].eq(127).all() and found[:, 1].eq(5.0).all()
     assert set(found[:, 2].tolist()) == {4.0, 5.0}
     assert torch.allclose(found.mean(0), x[:128], atol=0.032)
@@ -156,6 +159,6 @@ def test_int8_rounds_stochastically_without_bias_and_never_beyond_127():
 def test_an_int8_block_that_is_not_finite_is_nan_all_over(bad, rounding):
     x = torch.ones(256)
     x[7] = bad
-    codes, scale_inv = blocks8.encode(x, rounding=rounding)
-    assert scale_inv[0].isnan() and codes[:128].eq(127).all()
-    assert torch.equal(blocks8.decode(codes, scale_inv)[128:], x[128:])
+    quantized, scale_inv = blocks8.encode(x, rounding=rounding)
+    assert scale_inv[0].isnan() and quantized[:128].eq(127).all()
+    assert torch.equal(blocks8.decode(quantized, scale_inv)[128:], x[128:])

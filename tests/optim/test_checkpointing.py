@@ -1,4 +1,4 @@
-"""Checkpoints of the optimizer: exact resume, other levels, plain Adams, and loads that fail whole."""
+"""Checkpoints of the optimizer: exact resume, other levels, torch's Adam, and loads that fail as a whole."""
 
 from __future__ import annotations
 
@@ -75,24 +75,24 @@ def test_resume_is_bit_exact(case, base):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("case", LEVEL_CASES)
-def test_codes_of_one_parameter_are_self_contained(case, base):
-    """`export_codes` holds the weight too: an empty optimizer over zeros becomes the old one."""
+def test_quantized_values_of_one_parameter_are_self_contained(case, base):
+    """`export_quantized` holds the weight too: an empty optimizer over zeros becomes the old one."""
     params = parameters(base)
     ours = ScaledAdamW(params, level=LEVEL_CASES[case], seed=11)
     train(ours, params, 1, 3)
-    codes = through_file([ours.export_codes(param) for param in params])
+    quantized = through_file([ours.export_quantized(param) for param in params])
     train(ours, params, 4, 6)
 
     weights = [torch.nn.Parameter(torch.zeros_like(param)) for param in params]
     resumed = ScaledAdamW(weights, level=LEVEL_CASES[case], seed=11)
-    for weight, one in zip(weights, codes, strict=True):
-        resumed.import_codes(weight, one)
+    for weight, one in zip(weights, quantized, strict=True):
+        resumed.import_quantized(weight, one)
     train(resumed, weights, 4, 6)
     assert all(torch.equal(a, b) for a, b in zip(params, weights, strict=True))
 
 
 def test_stochastic_rounding_depends_on_seed_and_partition():
-    """Another seed, other codes; equal partitions of one optimizer round differently too."""
+    """Another seed, other quantized values; equal partitions of one optimizer round differently too."""
     results = []
     for seed in (1, 2):
         params = [torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16)) for _ in range(2)]
@@ -110,7 +110,9 @@ def test_stochastic_rounding_depends_on_seed_and_partition():
 @pytest.mark.parametrize("source", ["O1", "expanded", "fp16 master"])
 @pytest.mark.parametrize("target", ["O1", "O2", "bf16 states"])
 def test_another_level_takes_what_it_can_hold(source, target):
-    """Codes are decoded and encoded anew: the master agrees to the coarser one's precision, the moments too."""
+    """Quantized values are decoded and encoded anew: the master agrees to the coarser one's precision, the moments
+    too.
+    """
     params = parameters(torch.bfloat16)
     ours = ScaledAdamW(params, level=LEVEL_CASES[source])
     train(ours, params, 1, 3)
@@ -126,19 +128,19 @@ def test_another_level_takes_what_it_can_hold(source, target):
             assert error < 0.04
 
 
-def test_a_plain_adam_is_taken_over_and_left_again():
+def test_torchs_adam_is_replaced_and_given_back():
     """torch's state_dict into O1, and the fp32 export back into torch: the very bits it would have had."""
-    twins = parameters()
-    plain = torch.optim.AdamW(twins, lr=1e-3, weight_decay=0.01)
-    train(plain, twins, 1, 3)
-    params = copies(twins)
+    counterparts = parameters()
+    baseline = torch.optim.AdamW(counterparts, lr=1e-3, weight_decay=0.01)
+    train(baseline, counterparts, 1, 3)
+    params = copies(counterparts)
     ours = ScaledAdamW(params, level="O1")
-    ours.load_state_dict(through_file(plain.state_dict()))
+    ours.load_state_dict(through_file(baseline.state_dict()))
     train(ours, params, 4, 6)
-    train(plain, twins, 4, 6)
-    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
-    for param, twin in zip(params, twins, strict=True):
-        assert torch.equal(ours.export_fp32(param)["exp_avg_sq"], plain.state[twin]["exp_avg_sq"].flatten())
+    train(baseline, counterparts, 4, 6)
+    assert all(torch.equal(a, b) for a, b in zip(params, counterparts, strict=True))
+    for param, counterpart in zip(params, counterparts, strict=True):
+        assert torch.equal(ours.export_fp32(param)["exp_avg_sq"], baseline.state[counterpart]["exp_avg_sq"].flatten())
     assert "amsgrad" not in ours.param_groups[0]
 
 
@@ -172,22 +174,22 @@ def test_a_moment_set_alone_leaves_the_other(exp_avg, exp_avg_sq):
     ours.import_fp32(param, exp_avg_sq=torch.rand(1000, generator=torch.Generator().manual_seed(2)) + 0.5)
     after = ours.export_fp32(param)
     assert (after["exp_avg"] - before["exp_avg"]).norm() < 0.04 * before["exp_avg"].norm()
-    codes = {key: value.clone() for key, value in ours.state[param].items() if key.startswith("exp_avg_sq")}
+    quantized = {key: value.clone() for key, value in ours.state[param].items() if key.startswith("exp_avg_sq")}
     ours.import_fp32(param, exp_avg=2 * before["exp_avg"])
-    assert all(torch.equal(ours.state[param][key], value) for key, value in codes.items())
+    assert all(torch.equal(ours.state[param][key], value) for key, value in quantized.items())
     assert (ours.export_fp32(param)["exp_avg"] / 2 - before["exp_avg"]).norm() < 0.04 * before["exp_avg"].norm()
 
 
-def test_an_exported_state_comes_back_to_its_codes():
+def test_an_exported_state_comes_back_to_its_quantized_values():
     """decode, encode: r * r has r for its root, m = x * r has x for its ratio up to a last bit that no code sees."""
     param = torch.nn.Parameter(torch.zeros(1000))
     ours = ScaledAdamW([param], level="O2")
     for seed in range(3):
         param.grad = torch.randn(1000, generator=torch.Generator().manual_seed(seed)) * 1e-3
         ours.step()
-    codes = {key: value.clone() for key, value in ours.state[param].items() if key.endswith(".data")}
+    quantized = {key: value.clone() for key, value in ours.state[param].items() if key.endswith(".data")}
     ours.import_fp32(param, **ours.export_fp32(param))
-    assert all(torch.equal(ours.state[param][key], value) for key, value in codes.items())
+    assert all(torch.equal(ours.state[param][key], value) for key, value in quantized.items())
 
 
 @pytest.mark.parametrize(("before", "after"), [("int8", "e4m3"), ("e4m3", "int8"), ("int8", "fp32"), ("bf16", "int8")])
@@ -219,7 +221,7 @@ def test_int8_for_exp_avg_sq_is_refused():
 
 @pytest.mark.parametrize("other", ["fp32", "bf16", "e4m3"])
 def test_another_exp_avg_sq_beside_the_same_8_bit_exp_avg(other):
-    """The format of exp_avg is the same, its codes are not: their divisor has changed."""
+    """The format of exp_avg is the same, its quantized values are not: their divisor has changed."""
     params = parameters(torch.bfloat16)
     ours = ScaledAdamW(params, level="O2")
     train(ours, params, 1, 3)
@@ -305,16 +307,16 @@ def test_a_damaged_checkpoint_changes_nothing(kind):
     assert same(snapshot(ours), before)
 
 
-def test_damaged_codes_and_flats_change_nothing():
+def test_damaged_quantized_values_and_flats_change_nothing():
     params = parameters(torch.bfloat16)
     ours = ScaledAdamW(params, level="O2")
     train(ours, params, 1, 2)
     before = snapshot(ours)
-    codes = ours.export_codes(params[0])
+    quantized = ours.export_quantized(params[0])
     changes = ({"version": 99}, {"version": 1}, {"dtype": "fp64"}, {"weight": torch.zeros(3)})
-    for broken in ({}, *({**codes, **change} for change in changes)):
+    for broken in ({}, *({**quantized, **change} for change in changes)):
         with pytest.raises(CheckpointError):
-            ours.import_codes(params[0], broken)
+            ours.import_quantized(params[0], broken)
     with pytest.raises(CheckpointError, match="5 elements"):
         ours.import_fp32(params[0], master=torch.zeros(params[0].numel()), exp_avg=torch.zeros(5))
     assert same(snapshot(ours), before)

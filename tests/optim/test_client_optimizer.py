@@ -6,21 +6,23 @@ import pytest
 import torch
 
 from ds_fp8.errors import PlanError
-from ds_fp8.optim import ScaledAdam, ScaledAdamW, ScaledLion, algorithm_of, take_over
+from ds_fp8.optim import ScaledAdam, ScaledAdamW, ScaledLion, algorithm_of, replace_client_optimizer
 from tests.optim.given_gradients import parameters, train
 
 
 @pytest.mark.parametrize(("client_cls", "ours_cls"), [(torch.optim.Adam, ScaledAdam), (torch.optim.AdamW, ScaledAdamW)])
 def test_hyper_parameters_state_and_step_come_along(client_cls, ours_cls):
     """Three steps with the client, three with ours at O1: the bits of six with the client."""
-    params, twins = parameters(), parameters()
-    client, reference = (client_cls(p, lr=3e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2) for p in (params, twins))
+    params, counterparts = parameters(), parameters()
+    client, reference = (
+        client_cls(p, lr=3e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2) for p in (params, counterparts)
+    )
     train(client, params, 1, 3)
-    ours = take_over(client, level="O1")
+    ours = replace_client_optimizer(client, level="O1")
     assert type(ours) is ours_cls
     train(ours, params, 4, 6)
-    train(reference, twins, 1, 6)
-    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+    train(reference, counterparts, 1, 6)
+    assert all(torch.equal(a, b) for a, b in zip(params, counterparts, strict=True))
 
 
 def test_a_scheduler_built_on_the_client_goes_on_working():
@@ -28,12 +30,12 @@ def test_a_scheduler_built_on_the_client_goes_on_working():
     params = parameters()
     client = torch.optim.AdamW([{"params": params[:2], "name": "a"}, {"params": params[2:], "lr": 1e-2}], lr=1e-3)
     schedule = torch.optim.lr_scheduler.StepLR(client, 1, 0.5)
-    ours = take_over(client, level="O2")
+    ours = replace_client_optimizer(client, level="O2")
     client.step()
     schedule.step()
     assert [group["lr"] for group in ours.param_groups] == [5e-4, 5e-3]
     assert ours.param_groups[0]["name"] == "a"
-    assert take_over(ours) is ours
+    assert replace_client_optimizer(ours) is ours
 
 
 def fused(package, name, **attributes):
@@ -58,7 +60,7 @@ def fused(package, name, **attributes):
     ],
 )
 def test_fused_adams_say_which_adam_they_are(client, expected):
-    ours = take_over(client())
+    ours = replace_client_optimizer(client())
     assert type(ours) is expected
     assert ours.param_groups[0]["bias_correction"] is False
     assert ours.param_groups[0]["betas"] == (0.9, 0.99)
@@ -71,7 +73,7 @@ def test_lions_of_deepspeed_are_taken_with_their_state(name):
     params = client.param_groups[0]["params"]
     for number, param in enumerate(params):
         client.state[param] = {"step": 5 if number == len(params) - 1 else 0, "exp_avg": torch.full_like(param, 0.25)}
-    ours = take_over(client, level="O1")
+    ours = replace_client_optimizer(client, level="O1")
     assert type(ours) is ScaledLion and algorithm_of(client) == "lion"
     assert ours.param_groups[0]["betas"] == (0.9, 0.99)
     taken = ours.export_fp32(params[0])
@@ -89,7 +91,7 @@ def test_scaled_moments_of_transformer_engine_are_read_unscaled():
             values[param] = torch.full_like(param, 0.5)
             client.state[param] = {key: torch.ones_like(param, dtype=torch.uint8) for key in ("exp_avg", "exp_avg_sq")}
     client.get_unscaled_state = lambda param, key: values[param]
-    ours = take_over(client, level="O1")
+    ours = replace_client_optimizer(client, level="O1")
     for param, value in values.items():
         taken = ours.export_fp32(param)
         assert taken["step"] == 4
@@ -124,12 +126,12 @@ class MyAdam(torch.optim.Adam):
 def test_anything_else_is_refused_by_name(client):
     optimizer = client(parameters())
     with pytest.raises(PlanError, match=type(optimizer).__name__):
-        take_over(optimizer)
+        replace_client_optimizer(optimizer)
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable"])
 def test_options_that_ours_lacks_are_refused_by_name(option):
     with pytest.raises(PlanError, match=option):
-        take_over(torch.optim.Adam(parameters(), **{option: True}))
+        replace_client_optimizer(torch.optim.Adam(parameters(), **{option: True}))
     with pytest.raises(PlanError, match="amsgrad"):
-        take_over(fused("deepspeed", "DeepSpeedCPUAdam", adam_w_mode=True, amsgrad=True))
+        replace_client_optimizer(fused("deepspeed", "DeepSpeedCPUAdam", adam_w_mode=True, amsgrad=True))

@@ -23,8 +23,8 @@ def kind(request):
 
 
 def reference_of(params, cls, **options):
-    twins = [torch.nn.Parameter(param.detach().float().clone()) for param in params]
-    return twins, cls(twins, **options)
+    counterparts = [torch.nn.Parameter(param.detach().float().clone()) for param in params]
+    return counterparts, cls(counterparts, **options)
 
 
 def masters_of(optimizer, params):
@@ -37,13 +37,13 @@ def test_fp32_states_are_torch_to_the_bit(kind, base, master):
     """O1: twenty steps, exact fp32 moments and an exact master, so every bit of torch's fp32 Adam."""
     ours_cls, torch_cls = kind
     params = parameters(base)
-    twins, reference = reference_of(params, torch_cls, lr=1e-3, weight_decay=0.1)
+    counterparts, reference = reference_of(params, torch_cls, lr=1e-3, weight_decay=0.1)
     ours = ours_cls(params, lr=1e-3, weight_decay=0.1, level=LEVELS["O1"].override(master=master))
     train(ours, params, 1, 20)
-    train_fp32_reference(reference, twins, 1, 20, base)
+    train_fp32_reference(reference, counterparts, 1, 20, base)
     # An fp16 parameter's split32 stops at 2^-40 for weights below 2^-16; each step rounds to that once.
     tolerance = 20 * 2.0**-40 if base is torch.float16 and master == "split32" else 0.0
-    for found, wanted, param in zip(masters_of(ours, params), twins, params, strict=True):
+    for found, wanted, param in zip(masters_of(ours, params), counterparts, params, strict=True):
         assert torch.allclose(found, wanted, rtol=0, atol=tolerance)
         exported = ours.export_fp32(param)
         state = reference.state[wanted]
@@ -60,11 +60,11 @@ def test_four_steps_of_o2_are_within_3e4(kind, base, level):
     ours_cls, torch_cls = kind
     options = {"lr": 1e-3, "betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 3e-7}
     params = parameters(base)
-    twins, reference = reference_of(params, torch_cls, **options)
+    counterparts, reference = reference_of(params, torch_cls, **options)
     ours = ours_cls(params, level=level, **options)
     train(ours, params, 1, 4)
-    train_fp32_reference(reference, twins, 1, 4, base)
-    for found, wanted in zip(masters_of(ours, params), twins, strict=True):
+    train_fp32_reference(reference, counterparts, 1, 4, base)
+    for found, wanted in zip(masters_of(ours, params), counterparts, strict=True):
         assert torch.allclose(found, wanted, rtol=0, atol=3e-4)
 
 
@@ -79,15 +79,15 @@ def test_every_pair_of_formats_trains(exp_avg, exp_avg_sq, rounding):
     target = torch.randn(300, generator=torch.Generator().manual_seed(5))
     level = LEVELS["O2"].override(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, rounding=rounding)
     param = torch.nn.Parameter(torch.zeros(300, dtype=torch.bfloat16))
-    twin = torch.nn.Parameter(torch.zeros(300))
+    counterpart = torch.nn.Parameter(torch.zeros(300))
     ours = ScaledAdamW([param], lr=0.03, weight_decay=0.0, level=level)
-    reference = torch.optim.AdamW([twin], lr=0.03, weight_decay=0.0)
+    reference = torch.optim.AdamW([counterpart], lr=0.03, weight_decay=0.0)
     for _ in range(30):
         param.grad = (param.detach().float() - target).bfloat16()
-        twin.grad = twin.detach() - target
+        counterpart.grad = counterpart.detach() - target
         ours.step()
         reference.step()
-    distance, wanted = (p.detach().float().sub(target).norm().item() for p in (param, twin))
+    distance, wanted = (p.detach().float().sub(target).norm().item() for p in (param, counterpart))
     assert distance < 0.8 * target.norm()
     assert distance == pytest.approx(wanted, rel=0.1)
 
@@ -196,9 +196,9 @@ def test_gradients_may_have_another_dtype_than_the_parameter():
 def test_groups_and_schedulers_act():
     """Per-group lr and decay; a scheduler that mutates lr; a tensor lr."""
     params = parameters()
-    twins, reference = reference_of(params, torch.optim.AdamW)
+    counterparts, reference = reference_of(params, torch.optim.AdamW)
     reference = torch.optim.AdamW(
-        [{"params": twins[:1], "lr": 1e-2, "weight_decay": 0.3}, {"params": twins[1:]}], lr=1e-3
+        [{"params": counterparts[:1], "lr": 1e-2, "weight_decay": 0.3}, {"params": counterparts[1:]}], lr=1e-3
     )
     ours = ScaledAdamW(
         [{"params": params[:1], "lr": 1e-2, "weight_decay": 0.3}, {"params": params[1:]}], lr=1e-3, level="O1"
@@ -206,10 +206,10 @@ def test_groups_and_schedulers_act():
     schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) for optimizer in (ours, reference)]
     for step in range(1, 7):
         train(ours, params, step, step)
-        train_fp32_reference(reference, twins, step, step, torch.float32)
+        train_fp32_reference(reference, counterparts, step, step, torch.float32)
         for schedule in schedules:
             schedule.step()
-    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(params, counterparts, strict=True))
     assert ours.param_groups[0]["lr"] == 1e-2 / 8
 
     tensor_lr = ScaledAdamW(parameters(), lr=torch.tensor(1e-3), level="O1")
@@ -264,22 +264,22 @@ def test_the_pass_needs_no_fp32_tensor_of_the_partition():
 def test_memory_order_of_a_channels_last_parameter_is_kept():
     """A parameter that is not contiguous is stepped as its values lie, not as its storage does."""
     weight = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    plain = torch.nn.Parameter(weight.clone())
+    baseline = torch.nn.Parameter(weight.clone())
     strided = torch.nn.Parameter(weight.clone().contiguous(memory_format=torch.channels_last))
-    for param in (plain, strided):
+    for param in (baseline, strided):
         ours = ScaledAdamW([param], level="O1")
         for step in range(3):
             param.grad = torch.sin(torch.arange(300.0).view(4, 3, 5, 5) + step)
             ours.step()
-    assert torch.equal(plain, strided)
+    assert torch.equal(baseline, strided)
 
 
 def test_copies_keep_the_level():
     params = parameters(torch.bfloat16)
     ours = ScaledAdamW(params, level="O3", seed=9)
-    twin = copy.deepcopy(ours)
-    assert (twin.level, twin.seed) == (LEVELS["O3"], 9)
-    train(twin, list(twin.parameters()), 1, 2)
+    counterpart = copy.deepcopy(ours)
+    assert (counterpart.level, counterpart.seed) == (LEVELS["O3"], 9)
+    train(counterpart, list(counterpart.parameters()), 1, 2)
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable"])

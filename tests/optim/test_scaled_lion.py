@@ -53,18 +53,20 @@ def test_o1_is_lion_to_the_bit(dtype):
     grads = gradients(50)
     param, ours = trained("O1", grads, dtype)
     exact = torch.nn.Parameter(torch.linspace(-2, 2, NUMEL).to(dtype).float())
-    plain = PlainLion([exact])
+    baseline = PlainLion([exact])
     for grad in grads:
         exact.grad = grad.float()
-        plain.step()
+        baseline.step()
     found = ours.export_fp32(param)
     assert torch.equal(found["master"], exact.detach())
-    assert torch.equal(found["exp_avg"], plain.state[exact]["exp_avg"])
+    assert torch.equal(found["exp_avg"], baseline.state[exact]["exp_avg"])
     assert found.keys() == {"step", "master", "exp_avg"}
 
 
 def test_o2_keeps_one_state_in_int8():
-    """The state is int8 and a scale for each block, nothing else; it stays within 4 % of fp32's, and 99 % of all signs are its."""
+    """The state is int8 and a scale for each block, nothing else; it stays within 4 % of fp32's, and 99 % of all signs
+    are its.
+    """
     grads = gradients(50)
     param, ours = trained("O2", grads)
     exact, reference = trained("O1", grads)

@@ -1,4 +1,4 @@
-"""`auto` decided, wishes checked against the device: each refusal with its reason, each adaptation told."""
+"""`auto` decided, wishes checked against the device: each refusal with its reason, each adaptation reported."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_use_te_of_msamp_falls_back_in_one_visible_line():
 @pytest.mark.parametrize(
     ("backend", "found"), [("auto", "torch"), *[(name, name) for name in ("transformer_engine", "torch")]]
 )
-def test_codes_go_to_either_backend(backend, found):
-    """O3 hands te.Linear its weights as codes as it does our own layers: the level decides no backend."""
+def test_quantized_values_go_to_either_backend(backend, found):
+    """O3 hands te.Linear its weights in quantized form as it does our own layers: the level decides no backend."""
     assert plan(job(level="O3", backend=backend), HOPPER).fp8.backend == found
 
 
@@ -89,7 +89,9 @@ def test_blackwell_recipes(kind):
 
 
 def test_rowwise_is_our_own():
-    """Transformer Engine has no such recipe; its data cannot be made by the owner of a weight; Ada does not multiply rows."""
+    """Transformer Engine has no such recipe; its data cannot be made by the owner of a weight; Ada does not multiply
+    rows.
+    """
     assert plan(job("rowwise"), HOPPER).fp8.backend == "torch"
     assert plan(job("rowwise"), CPU).fp8.emulated and not plan(job("rowwise"), HOPPER).fp8.emulated
     assert plan(job("rowwise", level="O2"), HOPPER).fp8.recipe.kind == "rowwise"
@@ -112,7 +114,7 @@ def test_fp16_at_stage_0_is_refused_with_the_upstream_reason():
     plan(job(stage=0, base="fp16", level="O2"))  # there the optimizer wrapper is ours
 
 
-def test_a_default_is_adapted_and_told_an_explicit_value_is_refused():
+def test_a_default_is_adapted_and_reported_an_explicit_value_is_refused():
     made = plan(job(level="O2", base="fp32"))
     assert made.optim.level.master == "fp32" and "split24 does not apply" in made.banner()
     with pytest.raises(
@@ -121,7 +123,7 @@ def test_a_default_is_adapted_and_told_an_explicit_value_is_refused():
         plan(job(level="O2", base="fp32", explicit=("master",)))
 
 
-def test_o3_needs_zero_fp8_and_a_recipe_with_codes():
+def test_o3_needs_zero_fp8_and_a_recipe_with_quantized_values():
     with pytest.raises(
         PlanError, match=r"opt_level O3 needs FP8 weights in ZeRO, but zero_optimization/stage is 0\.\n  Set"
     ):

@@ -80,8 +80,8 @@ def row(name: str) -> str:
         if not product.fp8:
             rest[product.label] = rest.get(product.label, 0.0) + product.macs / total
     shown = [f"{label} {share:.1%}" for label, share in sorted(rest.items(), key=lambda item: -item[1])]
-    told = ", ".join(f"{count} {kind}" for kind, count in converted.items())
-    return f"| {name} | {told} | {names} | {flops_share(plan):.1%} of {plan.length} | {', '.join(shown)} |"
+    counts = ", ".join(f"{count} {kind}" for kind, count in converted.items())
+    return f"| {name} | {counts} | {names} | {flops_share(plan):.1%} of {plan.length} | {', '.join(shown)} |"
 
 
 def table() -> str:

@@ -38,8 +38,8 @@ class Zoo(nn.Module):
         self.frozen = nn.Linear(32, 32).requires_grad_(False)
         self.tied = nn.Linear(32, 64, bias=False)
         self.tied.weight = self.embed.weight
-        self.twin_a, self.twin_b = nn.Linear(32, 32), nn.Linear(32, 32)
-        self.twin_b.weight = self.twin_a.weight
+        self.tied_a, self.tied_b = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.tied_b.weight = self.tied_a.weight
         self.norm = nn.LayerNorm(32)
         self.bare = nn.LayerNorm(32, elementwise_affine=False)
         self.biasless = nn.LayerNorm(32, bias=False)
@@ -62,7 +62,7 @@ def swaps(plan: Plan) -> list[str]:
 def test_every_module_has_a_decision_and_every_kept_one_a_reason():
     """One unaligned layer says nothing about its siblings; frozen layers and two linears with one weight are fine."""
     plan = plan_of(Zoo())
-    assert swaps(plan) == ["fine", "frozen", "twin_a", "twin_b", "norm", "rms"]
+    assert swaps(plan) == ["fine", "frozen", "tied_a", "tied_b", "norm", "rms"]
     assert reasons(plan) == {
         "odd": "not a multiple of 16: 17",
         "special": "subclass Special",
@@ -175,7 +175,7 @@ class Stage(nn.Sequential):
 
 
 def test_a_pipeline_stage_may_lack_what_a_pattern_names():
-    """Patterns speak of the whole model; what matches nothing here is told, not refused."""
+    """Patterns speak of the whole model; what matches nothing here is reported, not refused."""
     plan = plan_of(Stage(1, 3, nn.Linear(32, 32), nn.Linear(32, 32)), exclude=("7",), first_last_high_precision=True)
     assert plan.partial and plan.unmatched == ("exclude: 7",)
     assert len(swaps(plan)) == 2, "the first and the last Linear of the model are elsewhere"

@@ -1,4 +1,4 @@
-"""What was measured decides `auto`, and is told; hosts for other machines, no GPU needed."""
+"""What was measured decides `auto`, and is reported; hosts for other machines, no GPU needed."""
 
 from __future__ import annotations
 

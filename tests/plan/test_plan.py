@@ -138,18 +138,20 @@ def test_resident_bytes_of_the_table(world_size):
 
 
 def test_wire_bytes():
-    """ZeRO-2, 4 ranks: DeepSpeed all-reduces bf16 buckets (2 x 2 x 3/4), we send codes to their owners (1.03 x 3/4)."""
+    """ZeRO-2, 4 ranks: DeepSpeed all-reduces bf16 buckets (2 x 2 x 3/4), we send quantized values to their owners (1.03
+    x 3/4).
+    """
     count = 256 * 256
     options = {"world_size": 4, "model": nn.Sequential(nn.Linear(256, 256, bias=False))}
-    plain, o3 = estimate(plan_at(None, **options)), estimate(plan_at("O3", **options))
-    assert plain.gradient_wire_bytes / count == 3.0
+    baseline, o3 = estimate(plan_at(None, **options)), estimate(plan_at("O3", **options))
+    assert baseline.gradient_wire_bytes / count == 3.0
     assert o3.gradient_wire_bytes / count == pytest.approx(0.75 * (1 + 4 / 128))
-    assert (plain.weight_wire_bytes / count, o3.weight_wire_bytes / count) == (1.5, 0.75)
+    assert (baseline.weight_wire_bytes / count, o3.weight_wire_bytes / count) == (1.5, 0.75)
     assert estimate(plan_at("O2", **options), zero_stage=0).weight_wire_bytes == 0
 
 
 def test_weight_cache_is_counted():
-    """Where it is asked for; by default no rank holds codes of whole weights between its forwards."""
+    """Where it is asked for; by default no rank holds quantized whole weights between its forwards."""
     assert estimate(plan_at("O2")).device.cached == 0
     plan = plan_at("O2", weight_cache=True)
     assert estimate(plan).device.cached == 2 * (32 * 48 + 48 * 32)
@@ -160,11 +162,11 @@ def test_weight_cache_is_counted():
     )
     hopper = replace(plan, fp8=replace(plan.fp8, emulated=False))
     assert estimate(hopper).device.cached == 2 * estimate(plan).device.cached, (
-        "so do our layers where a GPU multiplies codes"
+        "so do our layers where a GPU multiplies quantized values"
     )
     high = Recipe(override_linear_precision=HighPrecision(dgrad=True))
     decoded = replace(hopper, fp8=replace(hopper.fp8, recipe=high))
-    assert estimate(decoded).device.cached == estimate(plan).device.cached, "the plain road keeps one orientation"
+    assert estimate(decoded).device.cached == estimate(plan).device.cached, "the reference path keeps one orientation"
 
 
 @pytest.mark.parametrize("base", ["bf16", "fp32"])
@@ -191,7 +193,9 @@ def test_explain_and_estimate_are_one_model(level, stage, base):
 
 
 def test_o3_says_which_fp8_weights_travel_in_16_bits():
-    """A Conv1D and stacked experts have no codes that the wire carries: told beside layers that have, refused without."""
+    """A Conv1D and stacked experts have no quantized values that the wire carries: reported beside layers that have,
+    refused without.
+    """
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96))
     with pytest.raises(PlanError, match="belongs to a Conv1D or to experts, whose weights travel in 16 bits"):

@@ -1,8 +1,8 @@
 """What has to work on every release of DeepSpeed: one small job for each feature, two ranks, the plugin as users have it.
 
 Each function is collective, runs on both ranks and raises AssertionError. Together they call every method of DeepSpeed
-that we override (`uncalled` in run.py holds that). O1 keeps fp32 numbers exactly, so there our job must equal plain
-DeepSpeed's *of the same release* bit for bit: a hook that has changed its meaning shows at once.
+that we override (`uncalled` in run.py holds that). O1 keeps fp32 numbers exactly, so there our job must equal
+unmodified DeepSpeed's *of the same release* bit for bit: a hook that has changed its meaning shows at once.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def stage_0(folder: Path) -> None:
 
 
 def o3(folder: Path) -> None:
-    """Weights gathered as codes compute what 16-bit weights compute: losses of O3 are O2's, digit by digit."""
+    """Weights gathered in quantized form compute what 16-bit weights compute: losses of O3 are O2's, digit by digit."""
     for stage, extra in ((1, {}), (2, {}), (3, {}), (2, {"zero": OFFLOAD})):
         config = configuration(stage, **extra)
         two, three = (run(config, **{**msamp(level), "fp8": FP8}) for level in ("O2", "O3"))
@@ -131,12 +131,12 @@ def o3(folder: Path) -> None:
 def wire_ways(folder: Path) -> None:
     """Every way in which ZeRO 1 and 2 reduce gradients, and stage 3's two."""
     # On a CPU DeepSpeed before 0.19.8 skips this reduction itself, without a word: contiguous gradients are the measure.
-    near(2, zero={"contiguous_gradients": False}, plain={})
-    near(2, zero={"contiguous_gradients": False, "overlap_comm": True}, plain={})
+    near(2, zero={"contiguous_gradients": False}, baseline={})
+    near(2, zero={"contiguous_gradients": False, "overlap_comm": True}, baseline={})
     near(2, zero={"reduce_scatter": False})
     near(1, zero={"use_multi_rank_bucket_allreduce": False})
     near(2, **FP32_SUMS, gas=2)
-    near(2, **FP32_SUMS, zero={"contiguous_gradients": False}, plain={})
+    near(2, **FP32_SUMS, zero={"contiguous_gradients": False}, baseline={})
     near(3, zero={"reduce_scatter": False})
 
 
@@ -158,7 +158,9 @@ def assert_refused(load: Callable[[], Any], reason: str) -> None:
 
 
 def checkpoints(folder: Path) -> None:
-    """Ours into plain DeepSpeed and back, and into ours: at O1 the losses are those of a job that never stopped."""
+    """Ours into unmodified DeepSpeed and back, and into ours: at O1 the losses are those of a job that never
+    stopped.
+    """
 
     def job(stage: int, saved_by: dict[str, Any], loaded_by: dict[str, Any], seed: int) -> None:
         place = str(folder / f"{stage}-{bool(saved_by)}-{bool(loaded_by)}-{seed}")
@@ -185,7 +187,9 @@ def checkpoints(folder: Path) -> None:
 
 
 def weights_alone(folder: Path) -> None:
-    """`load_module_only` in stages 0 to 2: the weights come, masters are made from them, and training goes on from there."""
+    """`load_module_only` in stages 0 to 2: the weights come, masters are made from them, and training goes on from
+    there.
+    """
     # In stage 3 DeepSpeed itself loads nothing then, without a word (0.19.8, with and without us).
     for stage, sections in ((0, EXACT), (1, EXACT), (2, EXACT), (2, LEVEL_3)):
         place = str(folder / f"weights-{stage}-{sections['msamp']['opt_level']}")
@@ -206,7 +210,9 @@ def weights_alone(folder: Path) -> None:
 
 
 def universal(folder: Path) -> None:
-    """DeepSpeed's own converter reads what we write; stage 2 comes back in stages 2 (O1, O3) and, where DeepSpeed can (0.19.3), 3."""
+    """DeepSpeed's own converter reads what we write; stage 2 comes back in stages 2 (O1, O3) and, where DeepSpeed can
+    (0.19.3), 3.
+    """
     place = folder / "universal"
     # The first engine of stage 3 puts a linear of its own in torch's place, for good: the stages are to compute alike.
     start(configuration(3)).destroy()
@@ -241,7 +247,7 @@ def universal(folder: Path) -> None:
 
 
 def fragments(folder: Path) -> None:
-    """The tensor fragment API reads and writes what is kept in codes."""
+    """The tensor fragment API reads and writes what is kept in quantized form."""
     for stage in (1, 2, 3):
         engine = start({**configuration(stage), **msamp("O2")})
         train(engine)
@@ -260,7 +266,7 @@ def fragments(folder: Path) -> None:
 
 
 def gathered(folder: Path) -> None:
-    """GatheredParameters and save_16bit_model meet whole weights where O3 keeps codes."""
+    """GatheredParameters and save_16bit_model meet whole weights where O3 keeps quantized values."""
     for stage in (2, 3):
         extra = {"zero": {"stage3_gather_16bit_weights_on_model_save": True}}
         engine = start({**configuration(stage, **extra), **msamp("O3"), "fp8": FP8})

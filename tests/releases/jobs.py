@@ -1,7 +1,7 @@
 """Small jobs on two ranks, and how ours is measured by DeepSpeed's: equal, or as near as 8 bits allow.
 
-`exact` is for O1 without its wire, which keeps fp32 numbers: DeepSpeed's step, bit for bit. `near` is for coded states and
-gradients; its bounds are derived, not tuned.
+`exact` is for O1 without its wire, which keeps fp32 numbers: DeepSpeed's step, bit for bit. `near` is for coded states
+and gradients; its bounds are derived, not tuned.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class TieError(Exception):
 def refuse_ties(engine: Any) -> None:
     """Raise TieError where our 16-bit weight is not DeepSpeed's, though the fp32 masters are equal.
 
-    Midway between two bf16 numbers DeepSpeed takes the even one and split32 the upper one (docs/numerics.md): one weight in
-    131072, so every tenth step of this net has one, and then the two jobs part.
+    Midway between two bf16 numbers DeepSpeed takes the even one and split32 the upper one (docs/numerics.md): one
+    weight in 131072, so every tenth step of this net has one, and then the two jobs part.
     """
     if ((masters(engine).view(torch.int32) & 0x1FFFF) == 0x8000).any():
         engine.destroy()
@@ -162,7 +162,8 @@ def is_before(release: str) -> bool:
 
 
 def has_bf16_optimizer() -> bool:
-    """Before 0.18.5 two of DeepSpeed's constants are equal, and where it means BF16_Optimizer it takes a wrapper of stage 0.
+    """Before 0.18.5 two of DeepSpeed's constants are equal, and where it means BF16_Optimizer it takes a wrapper of
+    stage 0.
 
     Ours trains there as stage 0 does; DeepSpeed's starts at step 2 and scales the loss by 2^16, so it is no measure.
     """
@@ -183,39 +184,43 @@ def exact(stage: int, dtype: str = "bf16", **extra: Any) -> None:
     config = configuration(stage, dtype, **extra)
 
     def job(seed: int) -> None:
-        plain = run(config, seed=seed, ties=dtype != "bf16")
+        baseline = run(config, seed=seed, ties=dtype != "bf16")
         ours = run(config, seed=seed, **EXACT)
-        assert torch.equal(ours["weights"], plain["weights"]), f"stage {stage} {dtype}: weights differ from DeepSpeed's"
-        assert ours["losses"] == plain["losses"]
-        assert ours["norms"] == plain["norms"], f"stage {stage} {dtype}: {ours['norms']}, DeepSpeed's {plain['norms']}"
+        assert torch.equal(ours["weights"], baseline["weights"]), (
+            f"stage {stage} {dtype}: weights differ from DeepSpeed's"
+        )
+        assert ours["losses"] == baseline["losses"]
+        assert ours["norms"] == baseline["norms"], (
+            f"stage {stage} {dtype}: {ours['norms']}, DeepSpeed's {baseline['norms']}"
+        )
 
     without_ties(job)
 
 
-def assert_near(ours: dict[str, Any], plain: dict[str, Any], where: str) -> None:
+def assert_near(ours: dict[str, Any], baseline: dict[str, Any], where: str) -> None:
     """Weights and the first gradient norm, within what 8 bits cost in two steps.
 
     An early update of Adam is lr times the sign of the gradient, whatever its size. So where the gradients of two ranks
-    nearly cancel, their rounding to e4m3 (half a unit: 2^-4 of each) turns an update: two steps part by at most 4 lr, one
-    turned step by 2 lr, and all others hardly. The norm after the first backward is of the same weights: 2^-4 at most, of
-    random sign in thousands of elements.
+    nearly cancel, their rounding to e4m3 (half a unit: 2^-4 of each) turns an update: two steps part by at most 4 lr,
+    one turned step by 2 lr, and all others hardly. The norm after the first backward is of the same weights: 2^-4 at
+    most, of random sign in thousands of elements.
     """
-    distance, lr = (ours["weights"] - plain["weights"]).abs(), 1e-2
-    rounding = 2.0**-8 * plain["weights"].abs()
+    distance, lr = (ours["weights"] - baseline["weights"]).abs(), 1e-2
+    rounding = 2.0**-8 * baseline["weights"].abs()
     assert (distance <= 4 * lr + rounding).all(), f"{where}: weights differ by up to {distance.max():.1e}"
-    turned = (distance > lr / 2).float().mean()
-    assert turned < 0.05, f"{where}: {turned:.1%} of the weights went another way"
-    ratio = ours["norms"][0] / plain["norms"][0]
-    assert abs(ratio - 1) < 2.0**-7, f"{where}: norm {ours['norms'][0]}, DeepSpeed's {plain['norms'][0]}"
+    transposed = (distance > lr / 2).float().mean()
+    assert transposed < 0.05, f"{where}: {transposed:.1%} of the weights went another way"
+    ratio = ours["norms"][0] / baseline["norms"][0]
+    assert abs(ratio - 1) < 2.0**-7, f"{where}: norm {ours['norms'][0]}, DeepSpeed's {baseline['norms'][0]}"
 
 
 def near(stage: int, level: str = "O2", dtype: str = "bf16", **extra: Any) -> None:
     """With coded states and gradients the job stays by DeepSpeed's, on all ranks alike."""
-    other = extra.pop("plain", None)
+    other = extra.pop("unmodified", None)
     measure = extra if other is None else {**extra, "zero": other}
     config = configuration(stage, dtype, **extra)
-    ours, plain = run(config, **msamp(level)), run(configuration(stage, dtype, **measure))
-    assert_near(ours, plain, f"stage {stage} {level}")
+    ours, baseline = run(config, **msamp(level)), run(configuration(stage, dtype, **measure))
+    assert_near(ours, baseline, f"stage {stage} {level}")
     lowest, highest = ours["weights"].clone(), ours["weights"].clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)

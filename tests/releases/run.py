@@ -43,8 +43,8 @@ def rank_main(rank: int, rendezvous: str, names: list[str], results: Any) -> Non
     from features import FEATURES
 
     unused = called.watch()
-    # DeepSpeed before 0.18.8 collects garbage a dozen times in each `initialize`: nine tenths of the time of a run, unless
-    # what the imports have made is left out.
+    # DeepSpeed before 0.18.8 collects garbage a dozen times in each `initialize`: nine tenths of the time of a run,
+    # unless what the imports have made is left out.
     gc.freeze()
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """The results of tests/matrix.sh as a table:   python tests/releases/table.py [--write PAGE] RESULT.json ...
 
-One line for each release is printed. PAGE is nothing but the results: it is written from scratch, and what is wrong is in it.
+One line for each release is printed. PAGE is nothing but the results: it is written from scratch, and what is wrong is
+in it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def failures(result: dict[str, Any]) -> dict[str, str]:
 def line(result: dict[str, Any]) -> str:
     """The outcome of a release in one line."""
     wrong, ran = failures(result), len(result["features"])
-    told = f"== DeepSpeed {result['deepspeed']} ({result.get('versions', 'not run')}): {ran - len(wrong)} of {ran} features ok"
-    return told + "".join(f"; {name} FAILS: {text.splitlines()[0][:200]}" for name, text in wrong.items())
+    shown = f"== DeepSpeed {result['deepspeed']} ({result.get('versions', 'not run')}): {ran - len(wrong)} of {ran} features ok"
+    return shown + "".join(f"; {name} FAILS: {text.splitlines()[0][:200]}" for name, text in wrong.items())
 
 
 def cell(result: dict[str, Any], name: str) -> str:

@@ -1,4 +1,6 @@
-"""docs/compatibility.md is what the matrix found: nothing is left out of it, and nothing is called ok that was not run."""
+"""docs/compatibility.md is what the matrix found: nothing is left out of it, and nothing is called ok that was not
+run.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A DeepSpeed that came after us: a job runs if all that it stands on is there, else it is refused with the whole list.
 
-The newer release is the installed one under another version, put before it on the path; for the second test with names changed
-as releases change them: a method that we override, an attribute that we read, one that we only write.
+The newer release is the installed one under another version, put before it on the path; for the second test with names
+changed as releases change them: a method that we override, an attribute that we read, one that we only write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import deepspeed
 import pytest
 
 from ds_fp8.releases import DEEPSPEED
-from tests.journeys.launching import PACKAGE_PARENT, door_folder, free_port, launch
+from tests.journeys.launching import PACKAGE_PARENT, free_port, hook_folder, launch
 
 pytestmark = pytest.mark.dist
 
@@ -60,12 +60,12 @@ def rewrite(file: Path, changes: dict[str, str]) -> None:
 def train(folder: Path, job: dict) -> tuple[int, str]:
     (folder / "ds.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    path = f"{folder}:{door_folder(folder / 'door')}:{PACKAGE_PARENT}"
+    path = f"{folder}:{hook_folder(folder / 'import_hook')}:{PACKAGE_PARENT}"
     return launch([*command, "train.py", "--deepspeed_config", "ds.json"], folder, PYTHONPATH=path)
 
 
 def test_it_runs_with_one_line_when_everything_is_there(newer):
-    """Trained in FP8 at O3, and told once, by rank 0, that nobody has tested this release."""
+    """Trained in FP8 at O3, and reported once, by rank 0, that nobody has tested this release."""
     code, said = train(newer, {**JOB, **MSAMP})
     assert code == 0 and "LOSSES 2" in said, said
     assert said.count(f"DeepSpeed {NEWER} was not tested with this ds_fp8") == 1, said
@@ -79,7 +79,7 @@ def test_it_is_refused_with_every_name_that_is_gone(newer):
     code, said = train(newer, {**JOB, **MSAMP})
     assert code != 0 and "LOSSES" not in said, said
     assert f"DeepSpeed {NEWER} differs from the releases that ds_fp8 knows" in said
-    assert "_update_model_bit16_weights: not there; needed because weights are gathered as codes" in said
+    assert "_update_model_bit16_weights: not there; needed because weights are gathered in quantized form" in said
     assert (
         "has no averaged_gradients, which zero/" in said and "has no torch_autocast_z0_gradscaler, which zero/" in said
     )

@@ -12,27 +12,34 @@ from ds_fp8.telemetry.aggregate import events
 from ds_fp8.telemetry.alarms import new_alarms
 
 
-def reading(amax, scale=1.0, fmt=E4M3, fqn="up", role="input", **more):
+def statistics_of(amax, scale=1.0, fmt=E4M3, fqn="up", role="input", **more):
     return TensorStatistics(fqn, role, amax, scale, fmt, **more)
 
 
 def test_a_scale_from_its_own_amax_fills_the_range():
     """used = amax * (448 / amax) / 448 = 1: no headroom, nothing clamped."""
-    full = reading(3.0, 448 / 3.0)
+    full = statistics_of(3.0, 448 / 3.0)
     assert full.used == pytest.approx(1) and full.headroom_bits == pytest.approx(0, abs=1e-9)
     assert not full.is_saturated
 
 
 def test_headroom_counts_powers_of_two():
     """112 of 448 leaves two bits; 1792 lies two bits beyond."""
-    assert reading(112.0).headroom_bits == 2
-    assert reading(1792.0).headroom_bits == -2
-    assert reading(1792.0).is_saturated
+    assert statistics_of(112.0).headroom_bits == 2
+    assert statistics_of(1792.0).headroom_bits == -2
+    assert statistics_of(1792.0).is_saturated
 
 
 def test_aggregates_leave_out_what_was_not_seen():
     """Two inputs and one gradient: no number for weights, and inf counts beside the medians, not in them."""
-    values = aggregate([reading(1.0), reading(3.0), reading(math.inf), reading(2.0, fmt=E5M2, role="grad_output")])
+    values = aggregate(
+        [
+            statistics_of(1.0),
+            statistics_of(3.0),
+            statistics_of(math.inf),
+            statistics_of(2.0, fmt=E5M2, role="grad_output"),
+        ]
+    )
     assert values["input/amax_max"] == 3.0 and values["input/amax_median"] == 2.0
     assert values["nonfinite_tensors"] == 1
     assert not any(name.startswith("weight/") for name in values)
@@ -46,10 +53,10 @@ def test_monitor_events_are_finite_and_carry_the_sample_count():
 @pytest.mark.parametrize(
     ("found", "kind", "key"),
     [
-        (reading(math.inf), "nonfinite", "fp8/layers/exclude"),
-        (reading(448 * 4.0), "saturated", "fp8/margin"),
-        (reading(448 * 2.0**-13), "idle", "fp8/amax_history_len"),
-        (reading(448.0, underflow=0.3), "underflow", "fp8/recipe block"),
+        (statistics_of(math.inf), "nonfinite", "fp8/layers/exclude"),
+        (statistics_of(448 * 4.0), "saturated", "fp8/margin"),
+        (statistics_of(448 * 2.0**-13), "idle", "fp8/amax_history_len"),
+        (statistics_of(448.0, underflow=0.3), "underflow", "fp8/recipe block"),
     ],
 )
 def test_each_alarm_names_the_layer_and_the_key(found, kind, key):
@@ -62,11 +69,11 @@ def test_each_alarm_names_the_layer_and_the_key(found, kind, key):
     ("found", "kind", "cure", "not_told"),
     [
         # A head whose gradients all become zero under an old amax: lost before unused.
-        (reading(448 * 2.0**-20, underflow=1.0, underflow_of_own_amax=0.01), "underflow", "fp8/amax_history_len", "block"),
-        (reading(448 * 2.0**-8, underflow=0.4, margin=8, underflow_without_margin=0.02), "underflow", "lower fp8/margin", "history"),
-        (reading(448 * 2.0**-8, underflow=0.9, margin=8, underflow_without_margin=0.6), "underflow", "recipe block", "margin"),
-        (reading(448 * 2.0**-14, margin=10), "idle", "lower fp8/margin", "history"),
-        (reading(448 * 2.0**-14, margin=1), "idle", "fp8/amax_history_len", "lower fp8/margin"),
+        (statistics_of(448 * 2.0**-20, underflow=1.0, underflow_of_own_amax=0.01), "underflow", "fp8/amax_history_len", "block"),
+        (statistics_of(448 * 2.0**-8, underflow=0.4, margin=8, underflow_without_margin=0.02), "underflow", "lower fp8/margin", "history"),
+        (statistics_of(448 * 2.0**-8, underflow=0.9, margin=8, underflow_without_margin=0.6), "underflow", "recipe block", "margin"),
+        (statistics_of(448 * 2.0**-14, margin=10), "idle", "lower fp8/margin", "history"),
+        (statistics_of(448 * 2.0**-14, margin=1), "idle", "fp8/amax_history_len", "lower fp8/margin"),
     ],
     ids=["lost before unused", "margin loses", "spread loses", "margin idles", "history idles"],
 )  # fmt: skip
@@ -78,20 +85,20 @@ def test_the_cure_is_the_cause(found, kind, cure, not_told):
 
 def test_a_healthy_tensor_raises_no_alarm():
     """Full range, half range, and a tensor of zeros (a layer that got no data) are all fine."""
-    assert find_alarms([reading(448.0), reading(224.0), reading(0.0)]) == []
+    assert find_alarms([statistics_of(448.0), statistics_of(224.0), statistics_of(0.0)]) == []
 
 
-def test_an_alarm_is_told_once_until_it_has_gone():
-    """Step 1 told, step 2 silent, step 3 well, step 4 told again."""
-    bad, known = find_alarms([reading(448 * 4.0)]), set()
+def test_an_alarm_is_reported_once_until_it_has_gone():
+    """Step 1 reports, step 2 is silent, step 3 is fine, step 4 reports again."""
+    bad, known = find_alarms([statistics_of(448 * 4.0)]), set()
     assert [len(new_alarms(now, known)) for now in (bad, bad, [], bad)] == [1, 0, 0, 1]
 
 
-def test_a_journal_cut_by_a_kill_is_still_readable(tmp_path):
+def test_a_log_cut_by_a_kill_is_still_readable(tmp_path):
     """Half a line at the end is the crash; the lines before it are the run."""
     log = JsonlLog(tmp_path / "logs" / "t.jsonl")
     log.write("plan", digest="ab")
-    log.write("step", step=1, readings=[reading(math.inf).to_json()])
+    log.write("step", step=1, readings=[statistics_of(math.inf).to_json()])
     with log.path.open("a") as file:
         file.write('{"event": "st')
     found = read_jsonl_log(log.path)
@@ -112,7 +119,7 @@ def test_a_cut_line_in_the_middle_loses_only_itself(tmp_path):
 
 
 def test_a_full_disk_ends_the_log_and_not_the_training(capsys):
-    """/dev/full refuses every write with ENOSPC: told once, then silence."""
+    """/dev/full refuses every write with ENOSPC: reported once, then silence."""
     log = JsonlLog("/dev/full")
     for step in range(3):
         log.write("step", step=step)

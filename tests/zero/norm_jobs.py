@@ -1,7 +1,8 @@
 """Jobs from JSON whose reported gradient norm is held against an fp32 one that knows nothing of DeepSpeed.
 
-Before every step the job's weights are copied into a plain fp32 model, which computes the gradient of all ranks' batches
-by itself. Clipping is always active (`MAX_NORM` lies below every norm), so the factor that the step multiplies with shows.
+Before every step the job's weights are copied into an unmodified fp32 model, which computes the gradient of all ranks'
+batches by itself. Clipping is always active (`MAX_NORM` lies below every norm), so the factor that the step multiplies
+with shows.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def batch(step: int, micro: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.randn(32, 64, generator=generator), torch.randn(32, 64, generator=generator)
 
 
-def norm_in_fp32(twin: nn.Module, step: int, world_size: int) -> float:
-    """2-norm of the mean gradient over all ranks and micro-batches at the weights of `twin`."""
-    twin.zero_grad()
+def norm_in_fp32(copied: nn.Module, step: int, world_size: int) -> float:
+    """2-norm of the mean gradient over all ranks and micro-batches at the weights of `copied`."""
+    copied.zero_grad()
     for rank in range(world_size):
         for micro in range(MICRO_BATCHES):
             x, y = batch(step, micro, rank)
-            ((twin(x) - y).pow(2).mean() / (world_size * MICRO_BATCHES)).backward()
-    return torch.stack([param.grad.norm() for param in twin.parameters()]).norm().item()
+            ((copied(x) - y).pow(2).mean() / (world_size * MICRO_BATCHES)).backward()
+    return torch.stack([param.grad.norm() for param in copied.parameters()]).norm().item()
 
 
 def factor_of_step(engine: Any) -> float | None:
@@ -78,13 +79,13 @@ def measure(rank: int, world_size: int, chosen: list[tuple[int, str]], steps: in
             **copy.deepcopy(LEVELS[level]),
         }
         engine, *_ = deepspeed.initialize(model=model(), config=config)
-        twin = model()
+        copied = model()
         row: dict[str, Any] = {"stage": stage, "level": level, "reported": [], "true": [], "applied": [], "due": []}
         for step in range(steps):
-            for param, other in zip(engine.module.parameters(), twin.parameters(), strict=True):
+            for param, other in zip(engine.module.parameters(), copied.parameters(), strict=True):
                 with deepspeed.zero.GatheredParameters([param]):
                     other.data.copy_(param.detach())
-            true = norm_in_fp32(twin, step, world_size)
+            true = norm_in_fp32(copied, step, world_size)
             for micro in range(MICRO_BATCHES):
                 x, y = (tensor.bfloat16() for tensor in batch(step, micro, rank))
                 engine.backward((engine(x) - y).float().pow(2).mean())

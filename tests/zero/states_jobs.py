@@ -99,8 +99,10 @@ def batch(step: int, micro: int, rank: int, dtype: torch.dtype) -> tuple[torch.T
     return x, torch.randn(4, 5, generator=generator).to(dtype)
 
 
-def train(engine: Any, steps: range, *, poison: int | None = None) -> dict[str, Any]:
-    """Train over `steps`; losses of this rank, gradient norms, skipped steps. The loss of step `poison` is infinite."""
+def train(engine: Any, steps: range, *, overflow_at: int | None = None) -> dict[str, Any]:
+    """Train over `steps`; losses of this rank, gradient norms, skipped steps. The loss of step `overflow_at` is
+    infinite.
+    """
     dtype = next(engine.module.parameters()).dtype
     rank = dist.get_rank()
     losses, norms = [], []
@@ -108,7 +110,7 @@ def train(engine: Any, steps: range, *, poison: int | None = None) -> dict[str, 
         for micro in range(engine.gradient_accumulation_steps()):
             x, y = (tensor.to(engine.device) for tensor in batch(step, micro, rank, dtype))
             loss = (engine(x) - y).float().pow(2).mean()
-            engine.backward(loss * float("inf") if poison == step else loss)
+            engine.backward(loss * float("inf") if overflow_at == step else loss)
             engine.step()
             losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm() or 0.0))
@@ -129,14 +131,14 @@ def storages(tensors: Any) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
 
 
-def run_case(case: dict[str, Any], ours: bool, steps: int = 4, *, poison: int | None = None) -> dict[str, Any]:
+def run_case(case: dict[str, Any], ours: bool, steps: int = 4, *, overflow_at: int | None = None) -> dict[str, Any]:
     """One job of `case` (stage, dtype, level, overrides, config): losses, norms, weights, and what it was wrapped in."""
     engine = make_engine(
         ds_config(case["stage"], case.get("dtype", "bf16"), **case.get("config", {})),
         plan_of(case) if ours else None,
         **case.get("arguments", {}),
     )
-    result = train(engine, range(steps), poison=poison)
+    result = train(engine, range(steps), overflow_at=overflow_at)
     result["weights"] = full_weights(engine)
     result["wrapper"] = type(engine.optimizer).__name__
     engine.destroy()
@@ -153,7 +155,7 @@ def plan_of(case: dict[str, Any]) -> Any:
 
 
 def job(case: dict[str, Any], *, ours: bool = True, universal: bool = False) -> Any:
-    """An engine of `case`, with our states or plain."""
+    """An engine of `case`, with our states or unmodified."""
     config = ds_config(case["stage"], case.get("dtype", "bf16"), **case.get("config", {}))
     if universal:
         config["checkpoint"] = {"load_universal": True}

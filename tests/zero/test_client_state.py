@@ -1,7 +1,8 @@
 """An Adam that has trained before `deepspeed.initialize` goes on where it was: moments and step, in every stage.
 
-Five steps in torch, then the hand-over, then four in the engine, beside a twin that stays in torch. DeepSpeed alone drops
-the state under ZeRO; an Adam that starts anew takes a first step of lr in the direction of the sign of each gradient.
+Five steps in torch, then the hand-over, then four in the engine, beside a counterpart that stays in torch. DeepSpeed
+alone drops the state under ZeRO; an Adam that starts anew takes a first step of lr in the direction of the sign of each
+gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CASES = {
 
 
 def trained(parameters) -> torch.optim.Optimizer:
-    """AdamW after some steps on drawn gradients, the same on every rank and in the twin."""
+    """AdamW after some steps on drawn gradients, the same on every rank and in the counterpart."""
     parameters = list(parameters)
     wide, rest = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
     groups = [{"params": wide, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0, "lr": 2e-3}]
@@ -50,7 +51,7 @@ def trained(parameters) -> torch.optim.Optimizer:
 
 
 def in_torch(world_size: int) -> torch.Tensor:
-    """The weights of the twin, in fp32 to the end."""
+    """The weights of the counterpart, in fp32 to the end."""
     torch.manual_seed(0)
     model = OddNet()
     optimizer = trained(model.parameters())
@@ -116,7 +117,9 @@ def results():
 
 @pytest.mark.parametrize("name", CASES)
 def test_moments_and_step_arrive(results, name):
-    """fp32 states to the bit; codes within their half ulp. Nothing is kept for tensors that ours does not step."""
+    """fp32 states to the bit; quantized values within their half ulp. Nothing is kept for tensors that ours does not
+    step.
+    """
     for of_rank in results:
         got = of_rank[name]
         assert got["steps"] == {STEPS_BEFORE}

@@ -1,4 +1,4 @@
-"""`fp8.frozen_weights: "fp8"`: LoRA's base as codes alone, read by everybody, merged and loaded as 16 bits."""
+"""`fp8.frozen_weights: "fp8"`: LoRA's base in quantized form alone, read by everybody, merged and loaded as 16 bits."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_one_byte_is_left_and_the_layer_computes_with_it(kind):
     weights = frozen(model, kind)
     layer = model[0]
     assert is_released(layer.weight) and layer.weight.shape == (32, 32) and layer.weight.dtype == torch.bfloat16
-    assert layer.weight_codes.data.element_size() == 1
+    assert layer.quantized_weight.data.element_size() == 1
     with torch.no_grad():
         other[0].weight.copy_(layer.weight)
     swap_layers(other, make_plan(other, settings(kind)))
@@ -92,7 +92,7 @@ def test_one_byte_is_left_and_the_layer_computes_with_it(kind):
 
 
 def test_reads_see_it_and_writes_bring_the_16_bits_back():
-    """A norm, a state dict; then `weight.data += delta`, as PEFT merges: afterwards it is an ordinary weight."""
+    """A norm, a state dict; then `weight.data += delta`, as PEFT merges: afterwards it is a 16-bit weight."""
     model = base()
     frozen(model, "current")
     weight = model[0].weight
@@ -100,7 +100,7 @@ def test_reads_see_it_and_writes_bring_the_16_bits_back():
     assert torch.equal(model.state_dict()["0.weight"].float(), values)
     assert torch.allclose(weight.float().norm(), values.norm()) and is_released(weight)
     weight.data += 1.0
-    assert not is_released(weight) and model[0].weight_codes is None
+    assert not is_released(weight) and model[0].quantized_weight is None
     assert torch.equal(weight.float(), (values.bfloat16() + 1.0).float())
     model[0].weight.data.mul_(2.0)
     assert torch.equal(weight.float(), ((values.bfloat16() + 1.0) * 2).float())
@@ -149,11 +149,13 @@ def test_lora_of_peft_trains_saves_resumes_and_merges(stages, tmp_path):
     pytest.importorskip("peft")
     for rank, found in enumerate(run_ranks(2, train_lora, list(stages), str(tmp_path), timeout_s=500)):
         for stage in stages:
-            ours, plain = found[f"fp8 {stage}"], found[f"high_precision {stage}"]
+            ours, baseline = found[f"fp8 {stage}"], found[f"high_precision {stage}"]
             assert ("frozen weights of 14 Linear are kept in FP8 alone" in ours["said"]) == (rank == 0)
-            assert ours["released"] == 14 and plain["released"] == 0 and "frozen weights" not in plain["said"]
-            assert ours["losses"] == pytest.approx(plain["losses"], rel=0.02) and ours["losses"] != plain["losses"]
+            assert ours["released"] == 14 and baseline["released"] == 0 and "frozen weights" not in baseline["said"]
+            assert (
+                ours["losses"] == pytest.approx(baseline["losses"], rel=0.02) and ours["losses"] != baseline["losses"]
+            )
             assert ours["losses"][-1] < ours["losses"][0] - 0.1
             assert ours["resumed"] == ours["after"]
-            assert ours["adapters"] == plain["adapters"] and ours["adapters"]
+            assert ours["adapters"] == baseline["adapters"] and ours["adapters"]
             assert ours["merged_classes"] == ["Embedding", "Linear"] and ours["merged_error"] < 0.02

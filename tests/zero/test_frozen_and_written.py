@@ -25,10 +25,10 @@ def test_a_layer_frozen_in_mid_run_goes_on_by_momentum():
     stages = (0, 1, 2)
     calls = [("frozen_in_mid_run", (settings(stage, level),)) for stage in stages for level in LEVELS]
     results = [found[0]["moved"] for found in run_ranks_by_call(calls)]
-    for plain, *ours in (results[at : at + 3] for at in range(0, len(results), 3)):
-        assert plain[3] > 0 and plain[4] > 0, "DeepSpeed alone"
+    for baseline, *ours in (results[at : at + 3] for at in range(0, len(results), 3)):
+        assert baseline[3] > 0 and baseline[4] > 0, "DeepSpeed alone"
         for moved in ours:
-            assert moved[3] == pytest.approx(plain[3], rel=0.1) and moved[4] == pytest.approx(plain[4], rel=0.1)
+            assert moved[3] == pytest.approx(baseline[3], rel=0.1) and moved[4] == pytest.approx(baseline[4], rel=0.1)
 
 
 def test_a_weight_written_in_place_stays_written_with_msamp():
@@ -38,9 +38,9 @@ def test_a_weight_written_in_place_stays_written_with_msamp():
     """
     calls = [("written_in_place", (settings(stage, level),)) for stage in (0, 2) for level in LEVELS]
     results = run_ranks_by_call(calls)
-    for plain, *ours in (results[at : at + 3] for at in range(0, len(results), 3)):
+    for baseline, *ours in (results[at : at + 3] for at in range(0, len(results), 3)):
         for rank in (0, 1):
-            assert plain[rank]["zeroed"] > 0.05, "overwritten"
+            assert baseline[rank]["zeroed"] > 0.05, "overwritten"
             for found in ours:
                 assert all(map(math.isfinite, found[rank]["losses"]))
                 assert found[rank]["zeroed"] <= 0.02 < found[rank]["others"]

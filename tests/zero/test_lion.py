@@ -17,7 +17,7 @@ CASES = [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp16")]
 
 
 def parity(rank: int, world_size: int) -> dict[tuple, tuple]:
-    """Our Lion by DeepSpeed's section, and Lion written out as a client's optimizer of plain DeepSpeed."""
+    """Our Lion by DeepSpeed's section, and Lion written out as a client's optimizer of unmodified DeepSpeed."""
     found = {}
     for stage, dtype in CASES:
         ours = {"stage": stage, "dtype": dtype, "config": {"optimizer": LION}}

@@ -23,8 +23,8 @@ def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
     ranks = run_ranks(2, train_families, stage, ["gpt2", "mixtral"], str(tmp_path))
     for found in ranks:
         for name in SAID:
-            plain, o2 = found[f"{name} None"]["losses"], found[f"{name} O2"]["losses"]
-            assert o2 != plain and o2 == pytest.approx(plain, rel=0.03), (name, o2, plain)
+            baseline, o2 = found[f"{name} None"]["losses"], found[f"{name} O2"]["losses"]
+            assert o2 != baseline and o2 == pytest.approx(baseline, rel=0.03), (name, o2, baseline)
             assert o2[-1] < o2[0] - 0.3
             if f"{name} O3" in found:
                 assert found[f"{name} O3"]["losses"] == o2, name
@@ -41,8 +41,8 @@ def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
 def test_deepspeeds_own_mixture_with_experts_on_both_ranks():
     """A list of Linears, 8 of 16 experts here: converted but for the router and the head; losses beside bf16's."""
     for rank, found in enumerate(run_ranks(2, train_expert_parallel, 2)):
-        plain, ours = found["bf16"]["losses"], found["fp8"]["losses"]
-        assert ours != plain and ours == pytest.approx(plain, rel=0.01)
+        baseline, ours = found["bf16"]["losses"], found["fp8"]["losses"]
+        assert ours != baseline and ours == pytest.approx(baseline, rel=0.01)
         expected = {
             f"moe.deepspeed_moe.experts.deepspeed_experts.{n}.{name}" for n in range(8) for name in ("up", "down")
         }

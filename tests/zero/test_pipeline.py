@@ -1,7 +1,7 @@
 """DeepSpeed's pipeline engine: two stages of a model on two ranks, ZeRO 0 and 1, every base dtype it allows.
 
-With O1 the weights are plain DeepSpeed's, bit for bit, wherever plain DeepSpeed is right itself. In fp16 without ZeRO it
-is not (it unscales gradients of a loss that it never scaled), so there ours is held against ZeRO 1.
+With O1 the weights are unmodified DeepSpeed's, bit for bit, wherever unmodified DeepSpeed is right itself. In fp16
+without ZeRO it is not (it unscales gradients of a loss that it never scaled), so there ours is held against ZeRO 1.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run(case: dict[str, Any], level: str | None) -> dict[str, Any]:
 def work(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     results = {}
     for name, case in CASES.items():
-        results[name] = {"O1": run(case, "O1"), "O2": run(case, "O2"), "plain": run(case, None)}
+        results[name] = {"O1": run(case, "O1"), "O2": run(case, "O2"), "unmodified": run(case, None)}
         dist.barrier()
     return results
 
@@ -81,10 +81,10 @@ def results():
 @pytest.mark.parametrize("name", [name for name in CASES if name != "stage0-fp16"])
 def test_o1_is_deepspeeds_pipeline(results, name):
     for of_rank in results:
-        ours, plain = of_rank[name]["O1"], of_rank[name]["plain"]
-        assert ours["losses"] == plain["losses"]
-        assert ours["norms"] == plain["norms"]
-        assert torch.equal(ours["weights"], plain["weights"])
+        ours, baseline = of_rank[name]["O1"], of_rank[name]["unmodified"]
+        assert ours["losses"] == baseline["losses"]
+        assert ours["norms"] == baseline["norms"]
+        assert torch.equal(ours["weights"], baseline["weights"])
 
 
 def test_fp16_without_zero_steps_like_zero_1(results):

@@ -1,4 +1,4 @@
-"""`safe_get_full_fp32_param`, `safe_get_full_optimizer_state` and their setters, on codes.
+"""`safe_get_full_fp32_param`, `safe_get_full_optimizer_state` and their setters, on quantized values.
 
 With a master of 24 bits and states of 8, DeepSpeed's views would show half a weight and raw bytes. The getters must give
 what the next step will compute with: the decoded master, which rounds to the model's own weight, and the decoded moments.

@@ -1,6 +1,6 @@
-"""One norm for all gradients instead of one for each: the same number, and DeepSpeed's own road where it counts apart.
+"""One norm for all gradients instead of one for each: the same number, and DeepSpeed's own path where it counts apart.
 
-Only a GPU takes the short road; here the question "is it a GPU" is answered with yes, the arithmetic is the same.
+Only a GPU takes the fused path; here the question "is it a GPU" is answered with yes, the arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from ranks import run_ranks
 
 from ds_fp8.zero import states_norm
-from ds_fp8.zero.states_norm import FewLaunches, NormInOneGo
+from ds_fp8.zero.states_norm import FusedGradNorm, FusedGradNormAndOverflow
 
 
 def norms(rank: int, world_size: int) -> dict[int, list[list[float]]]:
-    """Reported norms of four steps by stage, DeepSpeed's road and ours; one step skips."""
+    """Reported norms of four steps by stage, DeepSpeed's path and ours; one step skips."""
     asked = states_norm.on_gpu
     found: dict[int, list[list[float]]] = {}
     for stage in (1, 2, 3):
         for on_gpu in (asked, bool):
             states_norm.on_gpu = on_gpu
-            run = states_jobs.run_case({"stage": stage, "level": "O2"}, True, poison=2)
+            run = states_jobs.run_case({"stage": stage, "level": "O2"}, True, overflow_at=2)
             assert run["skipped"] == 1
             found.setdefault(stage, []).append(run["norms"])
     states_norm.on_gpu = asked
@@ -45,7 +45,7 @@ class Theirs:
         return "theirs"
 
 
-class Ours(NormInOneGo, Theirs):
+class Ours(FusedGradNorm, Theirs):
     pass
 
 
@@ -67,4 +67,4 @@ def test_on_a_cpu_everything_stays_deepspeeds():
     step = Ours()
     assert step.get_grad_norm_direct([torch.ones(3)] * 2, [SimpleNamespace()] * 2) == "theirs"
     assert step.asked == (2, 2)
-    assert issubclass(FewLaunches, NormInOneGo)
+    assert issubclass(FusedGradNormAndOverflow, FusedGradNorm)

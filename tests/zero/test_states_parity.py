@@ -1,7 +1,7 @@
 """With fp32 states and an exact master, our step *is* DeepSpeed's: every wrapper, bit for bit.
 
 O1's `split32` is fp32, cut in two; clip and unscale are one product either way. So after some steps the weights of each
-stage, base dtype, accumulation and offload must equal those of plain DeepSpeed with torch's AdamW, and so must the
+stage, base dtype, accumulation and offload must equal those of unmodified DeepSpeed with torch's AdamW, and so must the
 gradient norms that it reports. Whatever differs is a mistake in how we meet ZeRO, not rounding.
 """
 
@@ -47,10 +47,10 @@ def results():
 def test_weights_and_norms_are_deepspeeds(results, name):
     """Same bits in the weights, same numbers in the log, on both ranks."""
     for of_rank in results:
-        ours, plain = of_rank[name]
-        assert torch.equal(ours["weights"], plain["weights"])
-        assert ours["losses"] == plain["losses"]
-        assert ours["norms"] == plain["norms"]
+        ours, baseline = of_rank[name]
+        assert torch.equal(ours["weights"], baseline["weights"])
+        assert ours["losses"] == baseline["losses"]
+        assert ours["norms"] == baseline["norms"]
 
 
 def test_replicas_stay_equal(results):
@@ -61,7 +61,7 @@ def test_replicas_stay_equal(results):
 
 def overflow_work(rank: int, world_size: int) -> list[dict]:
     cases = [{"stage": stage, "dtype": "fp16"} for stage in (0, 1, 2, 3)] + [{"stage": stage} for stage in (0, 1, 2, 3)]
-    return [{**states_jobs.run_case(case, True, poison=1), "case": case} for case in cases]
+    return [{**states_jobs.run_case(case, True, overflow_at=1), "case": case} for case in cases]
 
 
 def test_an_infinite_loss_skips_one_step_everywhere():

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from touched_scan import scan
 
-from ds_fp8.errors import SeamError
+from ds_fp8.errors import PrivateNameError
 from ds_fp8.zero import private_names, touched
 from ds_fp8.zero.deepspeed_source import DeepSpeedSource
 from ds_fp8.zero.touched import Touched, check_instance, files, of_file
@@ -85,10 +85,10 @@ def name_in(owner: str, name: str) -> bool:
 
 def renamed(old: str, new: str) -> DeepSpeedSource:
     """The installed DeepSpeed with a name changed everywhere."""
-    plain = DeepSpeedSource.installed()
+    baseline = DeepSpeedSource.installed()
 
     def read(path: str) -> str | None:
-        text = plain._read(path)
+        text = baseline._read(path)
         return None if text is None else re.sub(rf"\b{old}\b", new, text)
 
     return DeepSpeedSource(read, "renamed")
@@ -130,12 +130,12 @@ def test_a_finished_wrapper_is_compared_with_what_its_mixins_declare(monkeypatch
         sys.modules[__name__], "TOUCHED", {"ZeroStage12": Touched(("step",), ("flat",), ())}, raising=False
     )
     wrapper = type("Fp8", (Mixin, DeepSpeeds), {})()
-    with pytest.raises(SeamError, match="has no flat"):
+    with pytest.raises(PrivateNameError, match="has no flat"):
         check_instance(wrapper, "ZeroStage12", DeepSpeeds)
     wrapper.flat = 1
     check_instance(wrapper, "ZeroStage12", DeepSpeeds)
     del DeepSpeeds.step
-    with pytest.raises(SeamError, match="has no step"):
+    with pytest.raises(PrivateNameError, match="has no step"):
         check_instance(wrapper, "ZeroStage12", DeepSpeeds)
 
 
@@ -160,5 +160,5 @@ def test_sources_are_read_from_archives_too(tmp_path: Path):
         source = DeepSpeedSource.at(tmp_path / name)
         where = ("deepspeed.runtime.engine", "DeepSpeedEngine._configure_distributed_model")
         assert (source.parameters(*where), source.version) == (expected, version)
-    with pytest.raises(SeamError, match="no DeepSpeed here"):
+    with pytest.raises(PrivateNameError, match="no DeepSpeed here"):
         DeepSpeedSource.at(tmp_path / "nothing")

@@ -94,7 +94,9 @@ def written(rank, world_size, stage):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gathered_parameters_reads_and_writes_as_in_zero_3(stage):
-    """Rank 1 writes two elements: both ranks, masters and codes follow, so O3 goes on as O2 does, bit for bit."""
+    """Rank 1 writes two elements: both ranks, masters and quantized values follow, so O3 goes on as O2 does, bit for
+    bit.
+    """
     for found in run_ranks(2, written, stage):
         o2, o3 = found["O2"], found["O3"]
         assert o3[4] is (True if stage < 3 else None)
@@ -110,11 +112,11 @@ def contexts(rank, world_size):
 
     from ds_fp8.zero.weights_released import is_released
 
-    plain = deepspeed.zero.GatheredParameters.__init__
+    baseline = deepspeed.zero.GatheredParameters.__init__
     engine = make_engine(2, "O3")
     model = engine.module
     take_steps(engine, range(1))
-    found = {"wrapped": deepspeed.zero.GatheredParameters.__init__ is not plain}
+    found = {"wrapped": deepspeed.zero.GatheredParameters.__init__ is not baseline}
     with deepspeed.zero.GatheredParameters(model.up.weight):
         with deepspeed.zero.GatheredParameters(model.down.weight):
             pass
@@ -142,7 +144,7 @@ def contexts(rank, world_size):
     engine.destroy()
     del engine, model, part
     gc.collect()
-    found["restored"] = deepspeed.zero.GatheredParameters.__init__ is plain
+    found["restored"] = deepspeed.zero.GatheredParameters.__init__ is baseline
     return found
 
 

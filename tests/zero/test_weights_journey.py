@@ -52,7 +52,7 @@ def through_json(rank, world_size, stage, gas):
 
 @pytest.mark.parametrize(("stage", "gas"), [(1, 2), (2, 1), (3, 2)])
 def test_o3_losses_are_o2s_losses(stage, gas):
-    """States, masters, gradients and weights in FP8: the codes on the wire change no bit of any loss."""
+    """States, masters, gradients and weights in FP8: the quantized values on the wire change no bit of any loss."""
     for rows in run_ranks(2, through_json, stage, gas):
         assert rows["O3"][0] == rows["O2"][0]
         assert rows["O3"][2].startswith("Weights")

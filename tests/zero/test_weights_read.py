@@ -44,7 +44,7 @@ def read(rank, world_size, stage, recipe):
     train(engine, rank, range(2))
     weight = model.mid.weight
     assert is_released(weight)
-    values, scale_inv = reads(weight), model.mid.weight_codes.scale_inv.max().item()
+    values, scale_inv = reads(weight), model.mid.quantized_weight.scale_inv.max().item()
     average = AveragedModel(model)
     average.update_parameters(model)
     state = weight.grad, weight.shape, weight.dtype, weight.is_contiguous(), weight.stride(), weight.requires_grad
@@ -57,18 +57,18 @@ def read(rank, world_size, stage, recipe):
     values["storage"] = held.float()
     # Gradients through reads, beside those of the values themselves.
     x = torch.randn(8, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
-    plain = weight.detach().clone().requires_grad_()
+    baseline = weight.detach().clone().requires_grad_()
     pairs = []
-    for one in (weight, plain):
+    for one in (weight, baseline):
         loss = torch.nn.functional.linear(x, one).float().pow(2).sum() + (one.float().norm() + one[3].sum())
         pairs.append(torch.autograd.grad(loss, one)[0])
     found["gradient"] = torch.equal(*pairs)
     found["func"] = torch.equal(
         torch.func.grad(lambda x: (x @ weight).float().sum())(x),
-        torch.func.grad(lambda x: (x @ plain).float().sum())(x),
+        torch.func.grad(lambda x: (x @ baseline).float().sum())(x),
     )
-    # Another weight than the one that the codes stand for: given for one call, or pruned.
-    zeros = {"weight": torch.zeros_like(plain), "bias": model.mid.bias}
+    # Another weight than the one that the quantized values stand for: given for one call, or pruned.
+    zeros = {"weight": torch.zeros_like(baseline), "bias": model.mid.bias}
     found["functional_call"] = torch.equal(
         torch.func.functional_call(model.mid, zeros, (x,)), model.mid.bias.detach().expand(8, 96)
     )
@@ -80,13 +80,13 @@ def read(rank, world_size, stage, recipe):
         except WeightError as error:
             refused[name] = str(error)
     # What one rank does alone, on copies.
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     again = pickle.loads(pickle.dumps({name: p.data for name, p in model.named_parameters()}))
     values["pickle"] = again["mid.weight"].detach().float()
     if rank == 0:
-        values["copied state"] = twin.state_dict()["mid.weight"].float()
+        values["copied state"] = copied.state_dict()["mid.weight"].float()
         with torch.no_grad():
-            found["copy runs"] = bool(twin.eval()(batch(0, 0)).isfinite().all())
+            found["copy runs"] = bool(copied.eval()(batch(0, 0)).isfinite().all())
     values["average"] = average.module.mid.weight.detach().float()
     values["average state"] = average.state_dict()["module.mid.weight"].float()
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -132,7 +132,9 @@ def scripts(rank, world_size, stage, kinds):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_scripts_that_read_weights_train_as_the_control_does(stage):
-    """A tied decoder, a functional call, a penalty: plain DeepSpeed's losses, to what FP8 products cost at O2 as well."""
+    """A tied decoder, a functional call, a penalty: unmodified DeepSpeed's losses, to what FP8 products cost at O2 as
+    well.
+    """
     kinds = ("tied", "functional", "penalty") if stage < 3 else ("tied", "functional")
     rows = run_ranks(2, scripts, stage, kinds, timeout_s=200)[0]
     for kind in kinds:
@@ -218,7 +220,7 @@ def kept(rank, world_size):
     return found
 
 
-def test_weight_wire_exclude_leaves_an_ordinary_parameter():
+def test_weight_wire_exclude_leaves_a_16_bit_parameter():
     """Losses are the same to the bit; the named weight is not released."""
     for everything, excluded in run_ranks(2, kept):
         assert everything[1] == ["enc.weight", "mid.weight", "dec.weight"]

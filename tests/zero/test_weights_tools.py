@@ -40,7 +40,7 @@ def test_tracers_and_files_have_the_values_or_name_the_weight(found):
 
 def test_a_weight_that_another_layer_takes_over(found):
     """`layer.weight = other.weight` after the engine was made: read as it is, with a scale of its own, not by the old
-    weight's codes or history."""
+    weight's quantized values or history."""
     for _, _, losses in found:
         assert losses["O2"] == pytest.approx(losses["None"], rel=0.06)
         assert losses["O3"] == pytest.approx(losses["None"], rel=0.06)

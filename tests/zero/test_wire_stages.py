@@ -70,17 +70,17 @@ def compare(rank, world_size, cases):
     rows = []
     for case in cases:
         config = ds_config(**dict(case))
-        plain = train(config, None)
+        baseline = train(config, None)
         uncast = train(config, Wire(None))
         fp8 = train(config, Wire(E4M3))
-        movement = (plain["weights"] - plain["kept"][0]).norm()
+        movement = (baseline["weights"] - baseline["kept"][0]).norm()
         rows.append(
             {
                 "case": case,
-                "bits": torch.equal(plain["weights"], uncast["weights"]),
-                "uncast_gap": float((uncast["weights"] - plain["weights"]).norm() / movement),
-                "fp8_gap": float((fp8["weights"] - plain["weights"]).norm() / movement),
-                "norms": (plain["norms"], uncast["norms"], fp8["norms"]),
+                "bits": torch.equal(baseline["weights"], uncast["weights"]),
+                "uncast_gap": float((uncast["weights"] - baseline["weights"]).norm() / movement),
+                "fp8_gap": float((fp8["weights"] - baseline["weights"]).norm() / movement),
+                "norms": (baseline["norms"], uncast["norms"], fp8["norms"]),
                 "fp8": fp8["weights"],
             }
         )
@@ -97,8 +97,8 @@ def judge(results):
             assert row["uncast_gap"] < 0.1, f"{case}: {row}"
         assert row["fp8_gap"] < 0.35, f"{case}: {row}"
         assert row["fp8_gap"] > 0, f"{case}: FP8 was not on"
-        for plain, fp8 in zip(row["norms"][0], row["norms"][2], strict=True):
-            assert fp8 == pytest.approx(plain, rel=0.05), case
+        for baseline, fp8 in zip(row["norms"][0], row["norms"][2], strict=True):
+            assert fp8 == pytest.approx(baseline, rel=0.05), case
         assert torch.equal(row["fp8"], other["fp8"]), f"{case}: ranks differ"
 
 
@@ -108,7 +108,7 @@ def test_every_path_gives_deepspeeds_weights(stage):
     judge(run_ranks(2, compare, cases, timeout_s=290))
 
 
-def poisoned(rank, world_size, stages):
+def overflowed(rank, world_size, stages):
     from wire_jobs import ds_config, train
 
     from ds_fp8.comm import Wire
@@ -116,7 +116,7 @@ def poisoned(rank, world_size, stages):
 
     rows = []
     for stage, dtype in stages:
-        run = train(ds_config(stage=stage, dtype=dtype), Wire(E4M3), poison=(1, 1))
+        run = train(ds_config(stage=stage, dtype=dtype), Wire(E4M3), overflow_at=(1, 1))
         rows.append((stage, dtype, run["skipped"], torch.equal(run["kept"][0], run["kept"][1]), run["weights"]))
     return rows
 
@@ -124,8 +124,8 @@ def poisoned(rank, world_size, stages):
 def test_an_inf_on_one_rank_makes_all_ranks_skip_that_step():
     """Rank 1's infinite loss in step 1: nobody steps, nobody hangs, step 2 goes on, all ranks stay equal."""
     stages = [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-    for one, two in zip(*run_ranks(2, poisoned, stages), strict=True):
+    for one, two in zip(*run_ranks(2, overflowed, stages), strict=True):
         assert one[2] == two[2] == 1, one
-        assert one[3], f"{one[:2]}: weights moved in the poisoned step"
+        assert one[3], f"{one[:2]}: weights moved in the overflowing step"
         assert torch.equal(one[4], two[4])
         assert one[4].isfinite().all()

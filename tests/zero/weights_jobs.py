@@ -1,4 +1,4 @@
-"""Small jobs for O3: the same model trained with weights gathered in 16 bits and as codes."""
+"""Small jobs for O3: the same model trained with weights gathered in 16 bits and in quantized form."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def start(
 ) -> tuple[Any, Any]:
     """An engine whose layers and wire are those of `level`; its optimizer states stay DeepSpeed's.
 
-    backend  of the layers; transformer_engine needs its stand-in installed (tests/layers/te)
+    backend  of the layers; transformer_engine needs the fake one installed (tests/layers/te)
     """
     torch.manual_seed(0)
     model = Mixed()
@@ -67,7 +67,7 @@ def start(
     plan = make_plan(
         model, settings, device=torch.device(get_accelerator().device_name()), world_size=dist.get_world_size()
     )
-    book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)), managed=True)
+    fp8_state = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)), managed=True)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": gas,
@@ -78,11 +78,11 @@ def start(
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    managed_by(engine, book)
+    managed_by(engine, fp8_state)
     optimizer = engine.optimizer
     specializing.compose(optimizer, specializing.wire_mixins(specializing.served(optimizer), plan))
-    wire.attach(engine, optimizer, plan, book)
-    return engine, book
+    wire.attach(engine, optimizer, plan, fp8_state)
+    return engine, fp8_state
 
 
 def forward_loss(engine: Any, step: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ def forward_loss(engine: Any, step: int) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), targets.flatten())
 
 
-def take_steps(engine: Any, book: Any, steps: range) -> list[float]:
+def take_steps(engine: Any, fp8_state: Any, steps: range) -> list[float]:
     losses = []
     for step in steps:
         for micro in range(engine.gradient_accumulation_steps()):

@@ -65,10 +65,10 @@ def batch(step: int, micro: int, rank: int, dtype: torch.dtype) -> tuple[torch.T
     return x, torch.randn(4, 5, generator=generator).to(dtype)
 
 
-def train(config: dict[str, Any], wire: Wire | None, *, poison: tuple[int, int] | None = None) -> dict[str, Any]:
+def train(config: dict[str, Any], wire: Wire | None, *, overflow_at: tuple[int, int] | None = None) -> dict[str, Any]:
     """Train OddNet; returns losses, the full weights, gradient norms and skipped steps.
 
-    poison   (step, rank) whose loss becomes infinite
+    overflow_at  (step, rank) whose loss becomes infinite
     """
     torch.manual_seed(0)
     engine, *_ = deepspeed.initialize(model=OddNet(), config=config)
@@ -80,7 +80,7 @@ def train(config: dict[str, Any], wire: Wire | None, *, poison: tuple[int, int] 
         for micro in range(engine.gradient_accumulation_steps()):
             x, y = (tensor.to(engine.device) for tensor in batch(step, micro, rank, dtype))
             loss = (engine(x) - y).float().pow(2).mean()
-            if poison == (step, rank):
+            if overflow_at == (step, rank):
                 loss = loss * float("inf")
             engine.backward(loss)
             engine.step()

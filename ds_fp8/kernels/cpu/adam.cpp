@@ -1,4 +1,5 @@
-// One pass of Adam or AdamW over a flat partition: read codes, compute in fp32 (update.h), write codes.
+// One pass of Adam or AdamW over a flat partition: read quantized values, compute in fp32 (update.h), write quantized
+// values.
 //
 // Any combination of formats goes block by block (`step_block`); the one that levels O2 and O3 choose has a faster way
 // through the same arithmetic (groups.h). Compiled once for each path, with -DADAM_RANGE=adam_avx512 and so on.
@@ -9,23 +10,23 @@
 
 namespace {
 
-constexpr int64_t PIECE = 32;  // blocks between two visits of the FP8 weights: 8 KiB of 16-bit weights, still in cache
+constexpr int64_t CHUNK = 32;  // blocks between two visits of the FP8 weights: 8 KiB of 16-bit weights, still in cache
 
 template <class D, class F>
-void encode_segment(const SegmentCodes& segments, int64_t number, const void* weight, int64_t start, int64_t stop) {
+void encode_segment(const QuantizedSegments& segments, int64_t number, const void* weight, int64_t start, int64_t stop) {
     QuantizeJob job = {};
     job.x = static_cast<const typename D::Type*>(weight) + start;
-    job.codes = segments.codes + start;
+    job.quantized = segments.quantized + start;
     job.scale = segments.scale + number;
     job.amax = segments.amax + number;
     job.numel = stop - start;
     quantize_range<D, F>(job, 0, (stop - start + BLOCK - 1) / BLOCK);
 }
 
-// FP8 codes of the elements [start, stop) of the new weights, as far as segments ask for them. `number` is the first
+// FP8 values of the elements [start, stop) of the new weights, as far as segments ask for them. `number` is the first
 // segment that may reach here, and is moved on.
 void encode_segments(const AdamJob& job, int64_t start, int64_t stop, int64_t& number) {
-    const SegmentCodes& segments = job.segments;
+    const QuantizedSegments& segments = job.segments;
     const void* weight = job.weight16 ? job.weight16 : job.param;
     int32_t dtype = job.weight16 ? job.weight16_dtype : job.param_dtype;
     while (number < segments.count && segments.bounds[2 * number + 1] <= start) number++;
@@ -101,16 +102,16 @@ void adam_range(const void* data, int64_t first, int64_t last) {
     bool grouped = fits_groups(job);
     int64_t whole_blocks = job.numel / BLOCK;
     int64_t segment = 0;
-    for (int64_t piece = first; piece < last; piece += PIECE) {
-        int64_t end = piece + PIECE < last ? piece + PIECE : last;
-        int64_t b = piece;
+    for (int64_t chunk = first; chunk < last; chunk += CHUNK) {
+        int64_t end = chunk + CHUNK < last ? chunk + CHUNK : last;
+        int64_t b = chunk;
         Group group;
         if (grouped)
             for (; b + GROUP <= end && b + GROUP <= whole_blocks; b += GROUP) step_group(job, group, b);
         for (; b < end; b++) step_block(job, b);
         if (job.segments.count) {
             int64_t stop = end * BLOCK < job.numel ? end * BLOCK : job.numel;
-            encode_segments(job, piece * BLOCK, stop, segment);
+            encode_segments(job, chunk * BLOCK, stop, segment);
         }
     }
 }

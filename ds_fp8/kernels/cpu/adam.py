@@ -1,6 +1,6 @@
 """The fused optimizer step on the CPU: one pass over memory for every combination of formats.
 
-Twin of `ds_fp8.kernels.adam.reference_step`, bit for bit, stochastic rounding included.
+Counterpart of `ds_fp8.kernels.adam.reference_step`, bit for bit, stochastic rounding included.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from ...numerics import expansion
 from ...numerics.adam import torch_sqrt_is_ieee
 from ...numerics.flat import blocks_of
-from ...numerics.masters import MasterCodes
+from ...numerics.masters import MasterStorage
 from ...numerics.random_bits import EXP_AVG_SHIFT
-from ...numerics.states import StateCodes
+from ...numerics.states import StateStorage
 from . import jobs, torch_sqrt
 from .casts import run
 
 if TYPE_CHECKING:
-    from ..adam import AdamStep, WeightCodes
+    from ..adam import AdamStep, QuantizedWeight
 
 GRAIN_BLOCKS = 128
 """Blocks that are worth a thread: 16K parameters, some ten microseconds of a step."""
@@ -34,7 +34,7 @@ def adam_step(step: AdamStep) -> Any:
         return NotImplemented
     scale = step.grad_scale
     scale = scale.detach().float() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
-    segments, kept = _segments(step.weight_codes)
+    segments, kept = _segments(step.quantized_weight)
     sqrt = None if not step.torch_sqrt or torch_sqrt_is_ieee() else torch_sqrt.entry()
     if sqrt is None and step.torch_sqrt and not torch_sqrt_is_ieee():
         return NotImplemented
@@ -67,7 +67,7 @@ def adam_step(step: AdamStep) -> Any:
     return None
 
 
-def _state(state: StateCodes, key: int) -> jobs.State:
+def _state(state: StateStorage, key: int) -> jobs.State:
     return jobs.State(
         state.data.data_ptr(),
         jobs.address(state.scale_inv),
@@ -77,19 +77,19 @@ def _state(state: StateCodes, key: int) -> jobs.State:
     )
 
 
-def _master(master: MasterCodes, key: int) -> jobs.State:
+def _master(master: MasterStorage, key: int) -> jobs.State:
     number = jobs.MASTER_FORMATS[master.format]
     return jobs.State(jobs.address(master.data), jobs.address(master.scale_inv), None, number, key)
 
 
-def _segments(wanted: WeightCodes | None) -> tuple[jobs.SegmentCodes, Tensor | None]:
+def _segments(wanted: QuantizedWeight | None) -> tuple[jobs.QuantizedSegments, Tensor | None]:
     """The segments for C++, and the tensor of their bounds, which the caller keeps alive."""
     if wanted is None or not wanted.segments:
-        return jobs.SegmentCodes(), None
+        return jobs.QuantizedSegments(), None
     wanted.amax.zero_()
     bounds = torch.tensor(wanted.segments, dtype=torch.int64)
-    segments = jobs.SegmentCodes(
-        wanted.codes.data_ptr(),
+    segments = jobs.QuantizedSegments(
+        wanted.quantized.data_ptr(),
         bounds.data_ptr(),
         wanted.scale.data_ptr(),
         wanted.amax.data_ptr(),

@@ -58,35 +58,35 @@ INLINE void write_block(typename D::Type* to, const Block& x, int count) {
     }
 }
 
-// x = codes * scale_inv. `finite` as in formats.h.
+// x = quantized * scale_inv. `finite` as in formats.h.
 template <class F, bool finite = false>
-INLINE void decode_block(Block& x, const uint8_t* codes, float scale_inv, int count) {
+INLINE void decode_block(Block& x, const uint8_t* quantized, float scale_inv, int count) {
     uint8_t staged[BLOCK];
     if (__builtin_expect(count != BLOCK, 0)) {
-        stage(staged, codes, count);
-        codes = staged;
+        stage(staged, quantized, count);
+        quantized = staged;
     } else {
-        prefetch(codes + AHEAD);
-        prefetch(codes + AHEAD + 64);
+        prefetch(quantized + AHEAD);
+        prefetch(quantized + AHEAD + 64);
     }
     float factor = scale_inv * F::UNIT;
-    each_vector([&](int i) { x.v[i] = F::template decode<finite>(load<Bytes>(codes + i * LANES)) * splat(factor); });
+    each_vector([&](int i) { x.v[i] = F::template decode<finite>(load<Bytes>(quantized + i * LANES)) * splat(factor); });
     // A scale_inv so large that the factor overflows: first the unit, then the scale.
     if (__builtin_expect((bits_of(factor) & MAGNITUDE) == INFINITE, 0))
         each_vector([&](int i) {
-            x.v[i] = F::template decode<finite>(load<Bytes>(codes + i * LANES)) * splat(F::UNIT) * splat(scale_inv);
+            x.v[i] = F::template decode<finite>(load<Bytes>(quantized + i * LANES)) * splat(F::UNIT) * splat(scale_inv);
         });
 }
 
-// `encode(vector, index)` gives the codes of one vector, in the lowest byte of each lane.
+// `encode(vector, index)` gives the quantized values of one vector, in the lowest byte of each lane.
 template <class E>
-INLINE void encode_block(uint8_t* codes, const Block& x, int count, E encode) {
+INLINE void encode_block(uint8_t* quantized, const Block& x, int count, E encode) {
     if (__builtin_expect(count == BLOCK, 1)) {
-        each_vector([&](int i) { store(codes + i * LANES, low_bytes(encode(x.v[i], i))); });
+        each_vector([&](int i) { store(quantized + i * LANES, low_bytes(encode(x.v[i], i))); });
     } else {
         uint8_t staged[BLOCK];
         each_vector([&](int i) { store(staged + i * LANES, low_bytes(encode(x.v[i], i))); });
-        for (int i = 0; i < count; i++) codes[i] = staged[i];
+        for (int i = 0; i < count; i++) quantized[i] = staged[i];
     }
 }
 

@@ -1,5 +1,5 @@
 // fp16 in scaled blocks of 128: each block's amax is brought to 2^15, so that nothing underflows that matters.
-// Twin: ds_fp8/numerics/blocks16.py.
+// Reference: ds_fp8/numerics/blocks16.py.
 #pragma once
 
 #include "flat.h"
@@ -9,8 +9,8 @@ namespace {
 constexpr float BLOCKS16_TOP = 32768.0f;
 constexpr uint16_t NAN_HALF = 0x7e00;
 
-INLINE void decode_half_block(Block& x, const uint16_t* codes, float scale_inv, int count) {
-    read_block<Fp16>(x, codes, count);
+INLINE void decode_half_block(Block& x, const uint16_t* quantized, float scale_inv, int count) {
+    read_block<Fp16>(x, quantized, count);
     scale_block(x, scale_inv);
 }
 
@@ -37,21 +37,22 @@ INLINE Halves normal_half_stochastic(Floats x, Words random) {
 #endif
 }
 
-// Codes of one block; returns its scale_inv. `decoded`: the block becomes what the codes say. `keep_positive`: a zero
-// code of a positive number becomes the smallest code (sqrt(v), which must not divide by eps alone).
+// Quantized values of one block; returns its scale_inv. `decoded`: the block becomes what the quantized values say.
+// `keep_positive`: a zero code of a positive number becomes the smallest code (sqrt(v), which must not divide by eps
+// alone).
 template <bool decoded>
-INLINE float encode_half_block(uint16_t* codes, Block& x, int count, bool stochastic, uint32_t first_index, Source source,
+INLINE float encode_half_block(uint16_t* quantized, Block& x, int count, bool stochastic, uint32_t first_index, Source source,
                                bool keep_positive) {
     uint32_t amax = block_amax(x);
     float scale_inv = block_scale_inv(amax, BLOCKS16_TOP);
     if (__builtin_expect(amax >= INFINITE, 0)) {
-        for (int i = 0; i < count; i++) codes[i] = NAN_HALF;
+        for (int i = 0; i < count; i++) quantized[i] = NAN_HALF;
         if (decoded) each_vector([&](int i) { x.v[i] = splat(scale_inv); });
         return scale_inv;
     }
     float scale = 1.0f / scale_inv;
     uint16_t staged[BLOCK];
-    uint16_t* to = count == BLOCK ? codes : staged;
+    uint16_t* to = count == BLOCK ? quantized : staged;
     auto put = [&](int i, Halves code) {
         if (keep_positive) code = smallest_if_positive(code, x.v[i]);
         store(to + i * LANES, code);
@@ -67,7 +68,7 @@ INLINE float encode_half_block(uint16_t* codes, Block& x, int count, bool stocha
     else
         each_vector([&](int i) { put(i, float_to_half(x.v[i] * splat(scale))); });
     if (count != BLOCK)
-        for (int i = 0; i < count; i++) codes[i] = staged[i];
+        for (int i = 0; i < count; i++) quantized[i] = staged[i];
     return scale_inv;
 }
 

@@ -1,5 +1,5 @@
-// int8 in scaled blocks of 128: evenly spaced codes for the ratio m / sqrt(v), which is of one size within a block.
-// Two instructions to decode, two to encode; e4m3 takes five and nine. Twin: ds_fp8/numerics/blocks8.py.
+// int8 in scaled blocks of 128: evenly spaced values for the ratio m / sqrt(v), which is of one size within a block.
+// Two instructions to decode, two to encode; e4m3 takes five and nine. Reference: ds_fp8/numerics/blocks8.py.
 #pragma once
 
 #include "flat.h"
@@ -8,8 +8,8 @@ namespace {
 
 constexpr float BLOCKS8_TOP = 127.0f;
 
-INLINE Floats decode_int8(const int8_t* codes) {
-    return __builtin_convertvector((Ints)sign_extend(load<Chars>(codes)), Floats);
+INLINE Floats decode_int8(const int8_t* quantized) {
+    return __builtin_convertvector((Ints)sign_extend(load<Chars>(quantized)), Floats);
 }
 
 // The nearest code of x, |x| < 127.5, in the lowest byte of each lane: 1.5 * 2^23 leaves no bits for a fraction.
@@ -30,34 +30,34 @@ INLINE Words encode_int8_stochastic(Floats x, Words random) {
     return (whole ^ negative) - negative;
 }
 
-INLINE void decode_int8_block(Block& x, const int8_t* codes, float scale_inv, int count) {
+INLINE void decode_int8_block(Block& x, const int8_t* quantized, float scale_inv, int count) {
     int8_t staged[BLOCK];
     if (__builtin_expect(count != BLOCK, 0)) {
-        stage(staged, codes, count);
-        codes = staged;
+        stage(staged, quantized, count);
+        quantized = staged;
     } else {
-        prefetch(codes + AHEAD);
-        prefetch(codes + AHEAD + 64);
+        prefetch(quantized + AHEAD);
+        prefetch(quantized + AHEAD + 64);
     }
-    each_vector([&](int i) { x.v[i] = decode_int8(codes + i * LANES) * splat(scale_inv); });
+    each_vector([&](int i) { x.v[i] = decode_int8(quantized + i * LANES) * splat(scale_inv); });
 }
 
-// Codes of one block; returns its scale_inv.
-INLINE float encode_int8_block(uint8_t* codes, const Block& block, int count, bool stochastic, uint32_t first_index,
+// Quantized values of one block; returns its scale_inv.
+INLINE float encode_int8_block(uint8_t* quantized, const Block& block, int count, bool stochastic, uint32_t first_index,
                                Source source) {
     uint32_t amax = block_amax(block);
     float scale_inv = block_scale_inv(amax, BLOCKS8_TOP);
     if (__builtin_expect(amax >= INFINITE, 0)) {
-        for (int i = 0; i < count; i++) codes[i] = NAN_CODE;
+        for (int i = 0; i < count; i++) quantized[i] = NAN_CODE;
         return scale_inv;
     }
     Floats scale = splat(1.0f / scale_inv);
     if (stochastic)
-        encode_block(codes, block, count, [&](Floats v, int i) {
+        encode_block(quantized, block, count, [&](Floats v, int i) {
             return encode_int8_stochastic(v * scale, random_bits(first_index + i * LANES, source));
         });
     else
-        encode_block(codes, block, count, [&](Floats v, int) { return encode_int8(v * scale); });
+        encode_block(quantized, block, count, [&](Floats v, int) { return encode_int8(v * scale); });
     return scale_inv;
 }
 

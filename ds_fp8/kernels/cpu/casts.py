@@ -34,9 +34,9 @@ def _float8(fmt: Format) -> torch.dtype:
     return getattr(torch, fmt.torch_name)
 
 
-def format_name(codes: Tensor) -> str:
+def format_name(quantized: Tensor) -> str:
     """e4m3 or e5m2, from the dtype of a float8 tensor."""
-    return {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}[codes.dtype]
+    return {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}[quantized.dtype]
 
 
 def readable(x: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ def quantize(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
 
 
 def quantize_with_amax(x: Tensor, scale: Tensor | float, fmt: Format, *, measure: bool = True) -> tuple[Tensor, Tensor]:
-    """The codes and the amax of x (0-d fp32, inf when x holds inf or NaN), in one pass over x."""
+    """The quantized values and the amax of x (0-d fp32, inf when x holds inf or NaN), in one pass over x."""
     x = readable(x.detach())
     scale = _scalar(scale)
-    codes = torch.empty(x.shape, dtype=_float8(fmt))
+    quantized = torch.empty(x.shape, dtype=_float8(fmt))
     top = torch.zeros((), dtype=torch.float32)
     job = jobs.QuantizeJob(
-        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), top.data_ptr() if measure else None,
+        x.data_ptr(), quantized.data_ptr(), scale.data_ptr(), top.data_ptr() if measure else None,
         x.numel(), jobs.DTYPES[x.dtype], jobs.format_number(fmt),
     )  # fmt: skip
     run(jobs.QUANTIZE, job, blocks_of(x.numel()))
-    return codes, top
+    return quantized, top
 
 
 def amax(x: Tensor) -> Tensor:
@@ -78,28 +78,28 @@ def amax(x: Tensor) -> Tensor:
     return top
 
 
-def dequantize(codes: Tensor, scale_inv: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes.float() * scale_inv, rounded to dtype; codes is a float8 tensor of any shape."""
-    codes = codes.contiguous()
-    out = torch.empty(codes.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32)
-    decode_into(codes, _scalar(scale_inv), format_name(codes), out, per_block=False)
+def dequantize(quantized: Tensor, scale_inv: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """quantized.float() * scale_inv, rounded to dtype; quantized values is a float8 tensor of any shape."""
+    quantized = quantized.contiguous()
+    out = torch.empty(quantized.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32)
+    decode_into(quantized, _scalar(scale_inv), format_name(quantized), out, per_block=False)
     return out.to(dtype)
 
 
-def decode_into(codes: Tensor, scale_inv: Tensor, fmt: str, out: Tensor, *, per_block: bool) -> None:
+def decode_into(quantized: Tensor, scale_inv: Tensor, fmt: str, out: Tensor, *, per_block: bool) -> None:
     job = jobs.DequantizeJob(
-        codes.data_ptr(), scale_inv.data_ptr(), out.data_ptr(), codes.numel(), jobs.DTYPES[out.dtype],
+        quantized.data_ptr(), scale_inv.data_ptr(), out.data_ptr(), quantized.numel(), jobs.DTYPES[out.dtype],
         jobs.FORMATS[fmt], per_block, out.numel() * out.element_size() > STREAMING_BYTES,
     )  # fmt: skip
-    run(jobs.DEQUANTIZE, job, blocks_of(codes.numel()))
+    run(jobs.DEQUANTIZE, job, blocks_of(quantized.numel()))
 
 
-def _tile_job(x: Tensor, codes: Tensor, scale_inv: Tensor, fmt: str, tile_rows: int, power_of_two: bool) -> tuple:
+def _tile_job(x: Tensor, quantized: Tensor, scale_inv: Tensor, fmt: str, tile_rows: int, power_of_two: bool) -> tuple:
     """The job for [rows, columns] views, its units (rows of tiles), and how many of them are worth a thread."""
-    columns = codes.shape[-1]
-    rows = codes.numel() // columns if columns else 0
+    columns = quantized.shape[-1]
+    rows = quantized.numel() // columns if columns else 0
     job = jobs.TileJob(
-        x.data_ptr(), codes.data_ptr(), scale_inv.data_ptr(), rows, columns, tile_rows,
+        x.data_ptr(), quantized.data_ptr(), scale_inv.data_ptr(), rows, columns, tile_rows,
         jobs.DTYPES[x.dtype], jobs.FORMATS[fmt], power_of_two, 0,
     )  # fmt: skip
     return job, -(-rows // tile_rows), max(1, GRAIN_BLOCKS * BLOCK_SIZE // (tile_rows * max(columns, 1)))
@@ -107,17 +107,17 @@ def _tile_job(x: Tensor, codes: Tensor, scale_inv: Tensor, fmt: str, tile_rows: 
 
 def _quantize_tiles(x: Tensor, fmt: Format, tile_rows: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
     x = readable(x.detach())
-    codes = torch.empty(x.shape, dtype=_float8(fmt))
+    quantized = torch.empty(x.shape, dtype=_float8(fmt))
     tiles = (*x.shape[:-2], -(-x.shape[-2] // tile_rows)) if tile_rows > 1 else x.shape[:-1]
     scale_inv = torch.empty(*tiles, blocks_of(x.shape[-1]), dtype=torch.float32)
-    run(jobs.TILE_QUANTIZE, *_tile_job(x, codes, scale_inv, fmt.name, tile_rows, power_of_two))
-    return codes, scale_inv
+    run(jobs.TILE_QUANTIZE, *_tile_job(x, quantized, scale_inv, fmt.name, tile_rows, power_of_two))
+    return quantized, scale_inv
 
 
-def _dequantize_tiles(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype, tile_rows: int) -> Tensor:
-    codes, scale_inv = codes.contiguous(), scale_inv.contiguous()
-    out = torch.empty(codes.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32)
-    run(jobs.TILE_DEQUANTIZE, *_tile_job(out, codes, scale_inv, format_name(codes), tile_rows, False))
+def _dequantize_tiles(quantized: Tensor, scale_inv: Tensor, dtype: torch.dtype, tile_rows: int) -> Tensor:
+    quantized, scale_inv = quantized.contiguous(), scale_inv.contiguous()
+    out = torch.empty(quantized.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32)
+    run(jobs.TILE_DEQUANTIZE, *_tile_job(out, quantized, scale_inv, format_name(quantized), tile_rows, False))
     return out.to(dtype)
 
 
@@ -131,11 +131,11 @@ def quantize_128x128(x: Tensor, fmt: Format, power_of_two: bool = True) -> tuple
     return _quantize_tiles(x, fmt, BLOCK_SIZE, power_of_two)
 
 
-def dequantize_1x128(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_1x128(quantized: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The way back of `quantize_1x128`, rounded to fp32 and then to `dtype`."""
-    return _dequantize_tiles(codes, scale_inv, dtype, 1)
+    return _dequantize_tiles(quantized, scale_inv, dtype, 1)
 
 
-def dequantize_128x128(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_128x128(quantized: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The way back of `quantize_128x128`, rounded to fp32 and then to `dtype`."""
-    return _dequantize_tiles(codes, scale_inv, dtype, BLOCK_SIZE)
+    return _dequantize_tiles(quantized, scale_inv, dtype, BLOCK_SIZE)

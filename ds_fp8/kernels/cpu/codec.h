@@ -1,9 +1,9 @@
 // Casts with one scale for the whole tensor, and the amax of a tensor.
 //
-//     quantize     codes = sat(x * scale), and the amax of x in the same pass
-//     dequantize   out = codes * scale_inv (one, or one per block of 128), rounded to out's dtype
+//     quantize     quantized = sat(x * scale), and the amax of x in the same pass
+//     dequantize   out = quantized * scale_inv (one, or one per block of 128), rounded to out's dtype
 //
-// Twin: ds_fp8/numerics/cast.py.
+// Reference: ds_fp8/numerics/cast.py.
 #pragma once
 
 #include "blocks.h"
@@ -27,9 +27,9 @@ void quantize_range(const QuantizeJob& job, int64_t first, int64_t last) {
         Block block;
         read_block<D>(block, x + b * BLOCK, count);
         each_vector([&](int i) { top = larger(top, bits_of(block.v[i]) & MAGNITUDE); });
-        if (!job.codes) continue;
+        if (!job.quantized) continue;
         scale_block(block, scale);
-        encode_block(job.codes + b * BLOCK, block, count, [](Floats v, int) { return encode_nearest<F>(v); });
+        encode_block(job.quantized + b * BLOCK, block, count, [](Floats v, int) { return encode_nearest<F>(v); });
     }
     if (job.amax) raise_amax(job.amax, largest(top));
 }
@@ -43,7 +43,7 @@ void dequantize_range(const DequantizeJob& job, int64_t first, int64_t last) {
         int count = elements_in_block(b, job.numel);
         if (job.per_block) scale_inv = job.scale_inv[b];
         Block block;
-        decode_block<F>(block, job.codes + b * BLOCK, scale_inv, count);
+        decode_block<F>(block, job.quantized + b * BLOCK, scale_inv, count);
         if (streaming && count == BLOCK)
             each_vector([&](int i) { D::write_stream(out + b * BLOCK + i * LANES, block.v[i]); });
         else

@@ -1,6 +1,6 @@
-// e4m3 codes that stretch to the range of their block: magnitudes are raised to a power k >= 1 before the cast.
-// Every product and sum is spelled as in the twin, ds_fp8/numerics/expansion.py, which also explains them. The table of
-// decoded values comes from there.
+// e4m3 values that stretch to the range of their block: magnitudes are raised to a power k >= 1 before the cast.
+// Every product and sum is spelled as in the counterpart, ds_fp8/numerics/expansion.py, which also explains them. The
+// table of decoded values comes from there.
 #pragma once
 
 #include "flat.h"
@@ -82,15 +82,15 @@ struct Row {
 };
 #endif
 
-INLINE void decode_expanded_block(Block& x, const uint8_t* codes, float scale_inv, const float* table_row, int count) {
+INLINE void decode_expanded_block(Block& x, const uint8_t* quantized, float scale_inv, const float* table_row, int count) {
     Row row(table_row);
     uint8_t staged[BLOCK];
     if (count != BLOCK) {
-        stage(staged, codes, count);
-        codes = staged;
+        stage(staged, quantized, count);
+        quantized = staged;
     }
     each_vector([&](int i) {
-        Words code = widen(load<Bytes>(codes + i * LANES));
+        Words code = widen(load<Bytes>(quantized + i * LANES));
         Words value = bits_of(row[code] * splat(scale_inv));
         x.v[i] = floats_of(value ^ ((code & 0x80u) << 24));
     });
@@ -101,12 +101,12 @@ struct ExpandedScale {
     uint8_t expansion;
 };
 
-INLINE ExpandedScale encode_expanded_block(uint8_t* codes, const Block& x, int count, bool stochastic,
+INLINE ExpandedScale encode_expanded_block(uint8_t* quantized, const Block& x, int count, bool stochastic,
                                            uint32_t first_index, Source source, bool keep_positive) {
     uint32_t amax = block_amax(x);
     float scale_inv = block_scale_inv(amax, E4m3::MAX);
     if (__builtin_expect(amax >= INFINITE, 0)) {
-        for (int i = 0; i < count; i++) codes[i] = NAN_CODE;
+        for (int i = 0; i < count; i++) quantized[i] = NAN_CODE;
         return {scale_inv, 16};
     }
     Floats scale = splat(1.0f / scale_inv), top = splat(E4m3::MAX);
@@ -127,7 +127,7 @@ INLINE ExpandedScale encode_expanded_block(uint8_t* codes, const Block& x, int c
     wanted = wanted < 16.0f ? 16.0f : wanted > 255.0f ? 255.0f : wanted;
     uint8_t expansion = uint8_t(wanted);
     Floats power = splat(float(expansion) / 16.0f);
-    encode_block(codes, x, count, [&](Floats v, int i) {
+    encode_block(quantized, x, count, [&](Floats v, int i) {
         Floats expanded = top * exp2_of(logs.v[i] * power);
         expanded = logs.v[i] > splat(0.0f) ? splat(0.0f) : expanded;
         expanded = floats_of(bits_of(expanded) | (bits_of(v) & SIGN));

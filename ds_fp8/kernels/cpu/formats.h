@@ -41,7 +41,7 @@ INLINE Words encode_magnitude(Words magnitude) {
 }
 
 template <int MANTISSA, int BIAS>
-INLINE Floats decode_magnitude(Words code) {  // finite codes
+INLINE Floats decode_magnitude(Words code) {  // finite quantized values
     constexpr uint32_t rebias = uint32_t(127 - BIAS) << 23;
     constexpr uint32_t smallest_normal = uint32_t(128 - BIAS) << 23;
     Words shifted = code << (23 - MANTISSA);
@@ -108,7 +108,7 @@ struct Fp16 {
 
 // ---- FP8 -----------------------------------------------------------------------------------------------------------
 
-// decode(codes) * UNIT is the value; a caller that multiplies by a scale_inv anyway multiplies by scale_inv * UNIT.
+// decode(quantized) * UNIT is the value; a caller that multiplies by a scale_inv anyway multiplies by scale_inv * UNIT.
 // `finite`: there is no NaN code, or the scale_inv is NaN as well.
 struct E4m3 {
     static constexpr int MANTISSA = 3, BIAS = 7;
@@ -119,11 +119,11 @@ struct E4m3 {
     // The same bits seven places up are an fp16 that is 2^8 too small. The NaN code is the one where adding one carries
     // into the sign bit: it gets the top exponent bit of fp16, which makes it an fp16 NaN.
     template <bool finite = false>
-    static INLINE Floats decode(Bytes codes) {
+    static INLINE Floats decode(Bytes quantized) {
 #if defined(__AVX512F__)
-        Halves code = (Halves)_mm256_cvtepi8_epi16((__m128i)codes);
+        Halves code = (Halves)_mm256_cvtepi8_epi16((__m128i)quantized);
 #else
-        Halves code = (Halves)_mm_cvtepi8_epi16(_mm_cvtsi64_si128((long long)codes));
+        Halves code = (Halves)_mm_cvtepi8_epi16(_mm_cvtsi64_si128((long long)quantized));
 #endif
         Halves half = (code << 7) & 0xbf80;
         if (!finite) half |= ((code ^ (code + 1)) & 0x80) << 7;
@@ -132,8 +132,8 @@ struct E4m3 {
 #else
     static constexpr float UNIT = 1.0f;
     template <bool finite = false>
-    static INLINE Floats decode(Bytes codes) {
-        Words code = widen(codes);
+    static INLINE Floats decode(Bytes quantized) {
+        Words code = widen(quantized);
         Words magnitude = code & 0x7fu;
         Words value = bits_of(decode_magnitude<MANTISSA, BIAS>(magnitude));
         if (!finite) value = (Ints)magnitude == 0x7f ? splat(0x7fc00000u) : value;
@@ -149,13 +149,13 @@ struct E5m2 {
     static constexpr float MAX = 57344.0f;
     static constexpr float UNIT = 1.0f;
     template <bool finite = false>
-    static INLINE Floats decode(Bytes codes) {
+    static INLINE Floats decode(Bytes quantized) {
 #if defined(__AVX512F__)
-        return half_to_float((Halves)_mm256_slli_epi16(_mm256_cvtepu8_epi16((__m128i)codes), 8));
+        return half_to_float((Halves)_mm256_slli_epi16(_mm256_cvtepu8_epi16((__m128i)quantized), 8));
 #elif defined(__AVX2__)
-        return half_to_float((Halves)_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128((long long)codes)), 8));
+        return half_to_float((Halves)_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128((long long)quantized)), 8));
 #else
-        return half_to_float(narrow_to_halves(widen(codes) << 8));
+        return half_to_float(narrow_to_halves(widen(quantized) << 8));
 #endif
     }
 };

@@ -61,7 +61,7 @@ __attribute__((noinline)) void draw_words(Group& group, int64_t first_block, uin
 // The two formats of exp_avg that come here: value = decode * scale_inv * UNIT.
 struct Ratio8 {
     static constexpr float UNIT = 1.0f, TOP = BLOCKS8_TOP;
-    static INLINE Floats decode(const uint8_t* codes) { return decode_int8((const int8_t*)codes); }
+    static INLINE Floats decode(const uint8_t* quantized) { return decode_int8((const int8_t*)quantized); }
     template <bool stochastic>
     static INLINE Words encode(Floats x, const uint32_t* words) {
         return stochastic ? encode_int8_stochastic(x, load<Words>(words)) : encode_int8(x);
@@ -70,7 +70,7 @@ struct Ratio8 {
 
 struct RatioE4m3 {
     static constexpr float UNIT = E4m3::UNIT, TOP = E4m3::MAX;
-    static INLINE Floats decode(const uint8_t* codes) { return E4m3::decode<true>(load<Bytes>(codes)); }
+    static INLINE Floats decode(const uint8_t* quantized) { return E4m3::decode<true>(load<Bytes>(quantized)); }
     template <bool stochastic>
     static INLINE Words encode(Floats x, const uint32_t* words) {
         return stochastic ? encode_stochastic<E4m3>(x, load<Words>(words)) : encode_nearest_within<E4m3>(x);
@@ -83,16 +83,16 @@ struct RatioE4m3 {
 // Above this scale_inv no code but zero decodes to zero.
 constexpr float SAFE_SCALE_INV = 0x1p-100f;
 
-INLINE bool has_zero_code(const uint16_t* codes) {
+INLINE bool has_zero_code(const uint16_t* quantized) {
 #if defined(__AVX512F__)
-    __m512i low = _mm512_loadu_si512(codes);
+    __m512i low = _mm512_loadu_si512(quantized);
 #pragma GCC unroll 3
-    for (int i = 32; i < BLOCK; i += 32) low = _mm512_min_epu16(low, _mm512_loadu_si512(codes + i));
+    for (int i = 32; i < BLOCK; i += 32) low = _mm512_min_epu16(low, _mm512_loadu_si512(quantized + i));
     return _mm512_testn_epi16_mask(low, low);
 #elif defined(__AVX2__)
-    __m256i low = _mm256_loadu_si256((const __m256i*)codes);
+    __m256i low = _mm256_loadu_si256((const __m256i*)quantized);
 #pragma GCC unroll 7
-    for (int i = 16; i < BLOCK; i += 16) low = _mm256_min_epu16(low, _mm256_loadu_si256((const __m256i*)(codes + i)));
+    for (int i = 16; i < BLOCK; i += 16) low = _mm256_min_epu16(low, _mm256_loadu_si256((const __m256i*)(quantized + i)));
     return _mm256_movemask_epi8(_mm256_cmpeq_epi16(low, _mm256_setzero_si256()));
 #else
     return true;
@@ -248,9 +248,9 @@ __attribute__((noinline)) void update_weights(const AdamJob& job, Group& group, 
     }
 }
 
-// fp16 codes of one vector, as encode_half_block makes them.
+// fp16 values of one vector, as encode_half_block makes them.
 template <bool stochastic, int shift>
-INLINE Halves half_codes(Floats scaled, const uint32_t* words) {
+INLINE Halves quantized_half(Floats scaled, const uint32_t* words) {
     if (!stochastic) return float_to_half(scaled);
     Words bits = bits_of(scaled);
     Words code = encode_magnitude_stochastic<10, 15>(bits & MAGNITUDE, load<Words>(words) << shift);
@@ -258,26 +258,26 @@ INLINE Halves half_codes(Floats scaled, const uint32_t* words) {
 }
 
 template <class T>
-INLINE void fill_block(T* codes, T code) {
-    for (int i = 0; i < BLOCK; i++) codes[i] = code;
+INLINE void fill_block(T* quantized, T code) {
+    for (int i = 0; i < BLOCK; i++) quantized[i] = code;
 }
 
-// Codes of one block of roots; `plain`: all are normal numbers of fp16.
-template <bool stochastic, bool plain>
-INLINE Words encode_block_roots(Group& group, uint16_t* codes, int block, Floats scale, Floats scale_inv) {
+// Quantized values of one block of roots; `normal`: all are normal numbers of fp16.
+template <bool stochastic, bool normal>
+INLINE Words encode_block_roots(Group& group, uint16_t* quantized, int block, Floats scale, Floats scale_inv) {
     Words top = {};
 #pragma GCC unroll 2
     for (int i = block; i < block + BLOCK; i += LANES) {
         Floats r = load<Floats>(group.root + i);
         Halves code;
-        if (plain) {
+        if (normal) {
             code = stochastic ? normal_half_stochastic(r * scale, load<Words>(group.words + i) << EXP_AVG_SQ_SHIFT)
                               : float_to_half(r * scale);
         } else {
-            code = smallest_if_positive(half_codes<stochastic, EXP_AVG_SQ_SHIFT>(r * scale, group.words + i), r);
+            code = smallest_if_positive(quantized_half<stochastic, EXP_AVG_SQ_SHIFT>(r * scale, group.words + i), r);
         }
-        store(codes + i, code);
-        Floats ratio = load<Floats>(group.mean + i) / divisor_if<!plain>(half_to_float(code) * scale_inv);
+        store(quantized + i, code);
+        Floats ratio = load<Floats>(group.mean + i) / divisor_if<!normal>(half_to_float(code) * scale_inv);
         store(group.mean + i, ratio);
         top = larger(top, bits_of(ratio) & MAGNITUDE);
     }
@@ -286,24 +286,24 @@ INLINE Words encode_block_roots(Group& group, uint16_t* codes, int block, Floats
 
 template <bool stochastic>
 __attribute__((noinline)) void encode_roots(const AdamJob& job, Group& group, int64_t first_block) {
-    uint16_t* codes = static_cast<uint16_t*>(job.exp_avg_sq.data) + first_block * BLOCK;
+    uint16_t* quantized = static_cast<uint16_t*>(job.exp_avg_sq.data) + first_block * BLOCK;
     make_scales(group, job.exp_avg_sq.scale_inv + first_block, BLOCKS16_TOP);
     Words tops[GROUP];
     for (int k = 0; k < GROUP; k++) {
         int block = k * BLOCK;
         Floats scale = splat(group.scale[k]), scale_inv = splat(group.scale_inv[k]);
         tops[k] = all_reach(group.smallest[k] * scale, SMALLEST_NORMAL_HALF)
-                      ? encode_block_roots<stochastic, true>(group, codes, block, scale, scale_inv)
-                      : encode_block_roots<stochastic, false>(group, codes, block, scale, scale_inv);
+                      ? encode_block_roots<stochastic, true>(group, quantized, block, scale, scale_inv)
+                      : encode_block_roots<stochastic, false>(group, quantized, block, scale, scale_inv);
         // A block that is not finite has a NaN scale_inv: all ratios have become NaN, whatever the code.
-        if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(codes + block, NAN_HALF);
+        if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(quantized + block, NAN_HALF);
     }
     reduce_amaxes(group.amax, tops);
 }
 
 template <class R, bool stochastic>
 __attribute__((noinline)) void encode_ratios(const AdamJob& job, Group& group, int64_t first_block) {
-    uint8_t* codes = static_cast<uint8_t*>(job.exp_avg.data) + first_block * BLOCK;
+    uint8_t* quantized = static_cast<uint8_t*>(job.exp_avg.data) + first_block * BLOCK;
     make_scales(group, job.exp_avg.scale_inv + first_block, R::TOP);
     for (int k = 0; k < GROUP; k++) {
         int block = k * BLOCK;
@@ -311,15 +311,15 @@ __attribute__((noinline)) void encode_ratios(const AdamJob& job, Group& group, i
 #pragma GCC unroll 4
         for (int i = block; i < block + BLOCK; i += LANES) {
             Floats x = load<Floats>(group.mean + i) * scale;
-            store(codes + i, low_bytes(R::template encode<stochastic>(x, group.words + i)));
+            store(quantized + i, low_bytes(R::template encode<stochastic>(x, group.words + i)));
         }
-        if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(codes + block, NAN_CODE);
+        if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(quantized + block, NAN_CODE);
     }
 }
 
 template <bool stochastic>
 __attribute__((noinline)) void encode_scaled_masters(const AdamJob& job, Group& group, int64_t first_block) {
-    uint16_t* codes = static_cast<uint16_t*>(job.master.data) + first_block * BLOCK;
+    uint16_t* quantized = static_cast<uint16_t*>(job.master.data) + first_block * BLOCK;
     uint16_t* weights = static_cast<uint16_t*>(job.param) + first_block * BLOCK;
     make_scales(group, job.master.scale_inv + first_block, BLOCKS16_TOP);
     for (int k = 0; k < GROUP; k++) {
@@ -327,11 +327,11 @@ __attribute__((noinline)) void encode_scaled_masters(const AdamJob& job, Group& 
         Floats scale = splat(group.scale[k]), scale_inv = splat(group.scale_inv[k]);
 #pragma GCC unroll 2
         for (int i = block; i < block + BLOCK; i += LANES) {
-            Halves code = half_codes<stochastic, MASTER_SHIFT>(load<Floats>(group.weight + i) * scale, group.words + i);
-            store(codes + i, code);
+            Halves code = quantized_half<stochastic, MASTER_SHIFT>(load<Floats>(group.weight + i) * scale, group.words + i);
+            store(quantized + i, code);
             Bf16::write(weights + i, half_to_float(code) * scale_inv);
         }
-        if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(codes + block, NAN_HALF);
+        if (__builtin_expect(group.amax[k] >= INFINITE, 0)) fill_block(quantized + block, NAN_HALF);
     }
 }
 

@@ -1,4 +1,4 @@
-// What Python and C++ say to each other: one plain struct of pointers and sizes for each operation (a job), and one
+// What Python and C++ say to each other: one struct of pointers and sizes for each operation (a job), and one
 // function that runs it over a range of its units (blocks of 128 elements, rows, or tiles).
 //
 // The same structs are spelled in jobs.py as ctypes.Structure; `ds_fp8_job_bytes` lets the two be compared at load.
@@ -12,19 +12,19 @@ constexpr int BLOCK = 128;
 enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 enum Fp8 : int32_t { E4M3 = 0, E5M2 = 1 };
 
-// Per tensor: codes = sat(x * scale), amax of x on the way. Unit: block of 128.
+// Per tensor: quantized = sat(x * scale), amax of x on the way. Unit: block of 128.
 struct QuantizeJob {
     const void* x;
-    uint8_t* codes;      // null: amax only
+    uint8_t* quantized;      // null: amax only
     const float* scale;  // null: 1
     uint32_t* amax;      // bits of |x|'s maximum, NaN on top; null: not wanted
     int64_t numel;
     int32_t dtype, fmt;
 };
 
-// out = codes * scale_inv, rounded to dtype. Unit: block of 128.
+// out = quantized * scale_inv, rounded to dtype. Unit: block of 128.
 struct DequantizeJob {
-    const uint8_t* codes;
+    const uint8_t* quantized;
     const float* scale_inv;  // one for all, or one per block (flat)
     void* out;
     int64_t numel;
@@ -32,40 +32,40 @@ struct DequantizeJob {
     int32_t per_block, streaming;
 };
 
-// Flat partition: codes and one scale_inv per block of 128. Unit: block.
+// Flat partition: quantized values and one scale_inv per block of 128. Unit: block.
 struct FlatEncodeJob {
     const void* x;
-    uint8_t* codes;
+    uint8_t* quantized;
     float* scale_inv;
     int64_t numel;
     int32_t dtype, fmt;
     int32_t stochastic;
     uint32_t key;    // mix(seed ^ mix(step ^ mix(stream))), see rounding.h
     uint32_t first;  // number of the first element, for the random bits
-    int32_t fitted;  // the better of two scales for each block; not with `stochastic`
+    int32_t best_of_two;  // the better of two scales for each block; not with `stochastic`
 };
 
 // out = factor * (own + sum over contributions, in order); and/or the same encoded again. Unit: block.
 struct FlatSumJob {
     const void* own;         // [numel], not encoded; null: none
-    const uint8_t* codes;    // [contributions, numel], rows `codes_stride` apart
+    const uint8_t* quantized;    // [contributions, numel], rows `quantized_stride` apart
     const float* scale_inv;  // [contributions, blocks], rows `scale_stride` apart
     void* out;               // null: not wanted
-    uint8_t* out_codes;      // null: not wanted
+    uint8_t* quantized_out;      // null: not wanted
     float* out_scale_inv;
-    int64_t codes_stride, scale_stride;
+    int64_t quantized_stride, scale_stride;
     int64_t numel, contributions;
     int32_t dtype, fmt;
     float factor;
     int32_t out_fmt;
-    int32_t own_dtype, fitted;
+    int32_t own_dtype, best_of_two;
 };
 
 // GEMM operands: tiles of `tile_rows` x 128 elements share a scale; 1 row for activations, 128 for weights.
 // Unit: one row of tiles.
 struct TileJob {
     void* x;  // read by quantize, written by dequantize
-    uint8_t* codes;
+    uint8_t* quantized;
     float* scale_inv;  // [ceil(rows / tile_rows), ceil(columns / 128)]
     int64_t rows, columns;
     int64_t tile_rows;
@@ -85,8 +85,8 @@ struct State {
 };
 
 // FP8 weights of segments, made while the weights are in the cache.
-struct SegmentCodes {
-    uint8_t* codes;  // [numel]
+struct QuantizedSegments {
+    uint8_t* quantized;  // [numel]
     const int64_t* bounds;  // start, stop for each segment, ascending
     const float* scale;
     uint32_t* amax;  // zeros before
@@ -104,7 +104,7 @@ struct AdamJob {
     const float* grad_scale;  // one number
     State exp_avg, exp_avg_sq, master;  // master: expansion unused
     void* weight16;                     // null: not wanted
-    SegmentCodes segments;
+    QuantizedSegments segments;
     const float* expansion_table;  // [256, 128]
     TorchSqrt torch_sqrt;          // null: the correctly rounded root
     int64_t torch_sqrt_mode;

@@ -1,6 +1,6 @@
 """The jobs of jobs.h, spelled for ctypes, field by field in the same order.
 
-A job is plain pointers and sizes. `loader.load` compares the sizes of both spellings, so a field added on one side
+A job is pointers and sizes. `loader.load` compares the sizes of both spellings, so a field added on one side
 only is found at load and not as a crash.
 """
 
@@ -30,7 +30,7 @@ ADAM_SCALARS = (
 class QuantizeJob(ctypes.Structure):
     _fields_ = (
         ("x", c_void_p),
-        ("codes", c_void_p),
+        ("quantized", c_void_p),
         ("scale", c_void_p),
         ("amax", c_void_p),
         ("numel", c_int64),
@@ -41,7 +41,7 @@ class QuantizeJob(ctypes.Structure):
 
 class DequantizeJob(ctypes.Structure):
     _fields_ = (
-        ("codes", c_void_p),
+        ("quantized", c_void_p),
         ("scale_inv", c_void_p),
         ("out", c_void_p),
         ("numel", c_int64),
@@ -55,7 +55,7 @@ class DequantizeJob(ctypes.Structure):
 class FlatEncodeJob(ctypes.Structure):
     _fields_ = (
         ("x", c_void_p),
-        ("codes", c_void_p),
+        ("quantized", c_void_p),
         ("scale_inv", c_void_p),
         ("numel", c_int64),
         ("dtype", c_int32),
@@ -63,19 +63,19 @@ class FlatEncodeJob(ctypes.Structure):
         ("stochastic", c_int32),
         ("key", c_uint32),
         ("first", c_uint32),
-        ("fitted", c_int32),
+        ("best_of_two", c_int32),
     )
 
 
 class FlatSumJob(ctypes.Structure):
     _fields_ = (
         ("own", c_void_p),
-        ("codes", c_void_p),
+        ("quantized", c_void_p),
         ("scale_inv", c_void_p),
         ("out", c_void_p),
-        ("out_codes", c_void_p),
+        ("quantized_out", c_void_p),
         ("out_scale_inv", c_void_p),
-        ("codes_stride", c_int64),
+        ("quantized_stride", c_int64),
         ("scale_stride", c_int64),
         ("numel", c_int64),
         ("contributions", c_int64),
@@ -84,14 +84,14 @@ class FlatSumJob(ctypes.Structure):
         ("factor", c_float),
         ("out_fmt", c_int32),
         ("own_dtype", c_int32),
-        ("fitted", c_int32),
+        ("best_of_two", c_int32),
     )
 
 
 class TileJob(ctypes.Structure):
     _fields_ = (
         ("x", c_void_p),
-        ("codes", c_void_p),
+        ("quantized", c_void_p),
         ("scale_inv", c_void_p),
         ("rows", c_int64),
         ("columns", c_int64),
@@ -113,9 +113,9 @@ class State(ctypes.Structure):
     )
 
 
-class SegmentCodes(ctypes.Structure):
+class QuantizedSegments(ctypes.Structure):
     _fields_ = (
-        ("codes", c_void_p),
+        ("quantized", c_void_p),
         ("bounds", c_void_p),
         ("scale", c_void_p),
         ("amax", c_void_p),
@@ -134,7 +134,7 @@ class AdamJob(ctypes.Structure):
         ("exp_avg_sq", State),
         ("master", State),
         ("weight16", c_void_p),
-        ("segments", SegmentCodes),
+        ("segments", QuantizedSegments),
         ("expansion_table", c_void_p),
         ("torch_sqrt", c_void_p),
         ("torch_sqrt_mode", c_int64),

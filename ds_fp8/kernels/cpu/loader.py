@@ -1,8 +1,8 @@
 """Find the compiled kernels, load them, and hand them PyTorch's threads.
 
 In order: the library that the wheel brought (if it was made from exactly these sources), the user's cache, a compile
-at first use. Without a compiler there is one warning and `load()` gives None: the caller then uses the PyTorch twin,
-which is slower and computes the same bits.
+at first use. Without a compiler there is one warning and `load()` gives None: the caller then uses the PyTorch
+reference, which is slower and computes the same bits.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _share_threads(library: ctypes.CDLL) -> None:
     try:
         entries = entry("GOMP_parallel"), entry("omp_get_thread_num"), entry("omp_get_num_threads")
     except AttributeError:
-        return  # a runtime without the GNU entry points: plain threads
+        return  # a runtime without the GNU entry points: std::threads
     library.ds_fp8_set_openmp(*entries)
 
 

@@ -1,5 +1,5 @@
-// The master of one block: the 16-bit weight plus a remainder, or scaled fp16, or fp32. Twin: ds_fp8/numerics/masters.py,
-// which has the table of formats and says why the remainder is made as it is.
+// The master of one block: the 16-bit weight plus a remainder, or scaled fp16, or fp32. Reference:
+// ds_fp8/numerics/masters.py, which has the table of formats and says why the remainder is made as it is.
 #pragma once
 
 #include "blocks16.h"

@@ -1,6 +1,6 @@
 // Random bits, and rounding with them. The bits are a function of (index, seed, step, stream) and nothing else, so that
 // torch, C++ and Triton draw the same ones and a resumed job draws what the uninterrupted one would have.
-// Twin: ds_fp8/numerics/random_bits.py.
+// Reference: ds_fp8/numerics/random_bits.py.
 #pragma once
 
 #include "blocks.h"

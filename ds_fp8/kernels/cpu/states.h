@@ -1,4 +1,4 @@
-// exp_avg and exp_avg_sq of one block, in any of the six formats. Twin: ds_fp8/numerics/states.py.
+// exp_avg and exp_avg_sq of one block, in any of the six formats. Reference: ds_fp8/numerics/states.py.
 //
 // The format is looked at once per block, in a branch that always goes the same way: 6 x 5 x 5 x 4 combinations of
 // formats need no 500 copies of the code. All but fp32 are calls, which keeps the build short.
@@ -10,7 +10,7 @@
 
 namespace {
 
-__attribute__((noinline)) void read_codes(Block& x, const State& state, const float* table, int64_t b, int count) {
+__attribute__((noinline)) void read_quantized(Block& x, const State& state, const float* table, int64_t b, int count) {
     switch (state.format) {
         case STATE_BF16: return read_block<Bf16>(x, static_cast<const uint16_t*>(state.data) + b * BLOCK, count);
         case STATE_FP16:
@@ -27,7 +27,7 @@ __attribute__((noinline)) void read_codes(Block& x, const State& state, const fl
 
 INLINE void read_state(Block& x, const State& state, const float* table, int64_t b, int count) {
     if (state.format == STATE_FP32) return read_block<Fp32>(x, static_cast<const float*>(state.data) + b * BLOCK, count);
-    read_codes(x, state, table, b, count);
+    read_quantized(x, state, table, b, count);
 }
 
 // What exp_avg is divided by where it is a ratio: r = sqrt(v), 1 where that is zero.
@@ -47,7 +47,7 @@ INLINE Floats round_bf16_stochastic(Floats x, Words random) {
 }
 
 // `keep_positive` for sqrt(v). May change x.
-__attribute__((noinline)) void write_codes(const State& state, Block& x, int64_t b, int count, bool stochastic, bool keep_positive, int shift) {
+__attribute__((noinline)) void write_quantized(const State& state, Block& x, int64_t b, int count, bool stochastic, bool keep_positive, int shift) {
     uint32_t first = uint32_t(b * BLOCK);
     Source source = {state.key, shift};
     switch (state.format) {
@@ -80,7 +80,7 @@ __attribute__((noinline)) void write_codes(const State& state, Block& x, int64_t
 
 INLINE void write_state(const State& state, Block& x, int64_t b, int count, bool stochastic, bool keep_positive, int shift) {
     if (state.format == STATE_FP32) return write_block<Fp32>(static_cast<float*>(state.data) + b * BLOCK, x, count);
-    write_codes(state, x, b, count, stochastic, keep_positive, shift);
+    write_quantized(state, x, b, count, stochastic, keep_positive, shift);
 }
 
 }  // namespace

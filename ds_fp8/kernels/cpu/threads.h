@@ -3,7 +3,7 @@
 // PyTorch runs its own loops on an OpenMP runtime (libgomp, libomp or libiomp5), whose idle threads spin for a while.
 // A second pool would fight them for the cores, and linking one runtime by name might load a second copy. So Python
 // looks which runtime is already in the process and hands over its entry points; all of them export the GNU ones.
-// Without any, plain threads are made for the call.
+// Without any, std::threads are made for the call.
 #pragma once
 
 #include <stdint.h>

@@ -3,7 +3,7 @@
 //
 //     scale = format.max / amax, or 1 where amax is zero or not finite; optionally its mantissa is cleared
 //
-// Unit of work: a row of tiles. Twin: ds_fp8/numerics/gemm_blocks.py.
+// Unit of work: a row of tiles. Reference: ds_fp8/numerics/gemm_blocks.py.
 #pragma once
 
 #include "flat.h"
@@ -39,7 +39,7 @@ void tile_quantize_range(const TileJob& job, int64_t first, int64_t last) {
                 int64_t at = row * job.columns + tile * BLOCK;
                 if (bottom - top > 1) read_block<D>(block, x + at, count);
                 scale_block(block, scale);
-                encode_block(job.codes + at, block, count, [](Floats v, int) { return encode_nearest<F>(v); });
+                encode_block(job.quantized + at, block, count, [](Floats v, int) { return encode_nearest<F>(v); });
             }
         }
     }
@@ -57,7 +57,7 @@ void tile_dequantize_range(const TileJob& job, int64_t first, int64_t last) {
                 int count = elements_in_block(tile, job.columns);
                 int64_t at = row * job.columns + tile * BLOCK;
                 Block block;
-                decode_block<F>(block, job.codes + at, job.scale_inv[tile_row * tiles + tile], count);
+                decode_block<F>(block, job.quantized + at, job.scale_inv[tile_row * tiles + tile], count);
                 write_block<D>(x + at, block, count);
             }
     }

@@ -145,8 +145,8 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// The largest whole number that is not above x; |x| < 2^31. Anything else gives some number, which the caller masks: minus
-// infinity converts to INT_MIN, and the sum is taken in unsigned words, where it wraps by definition.
+// The largest whole number that is not above x; |x| < 2^31. Anything else gives some number, which the caller masks:
+// minus infinity converts to INT_MIN, and the sum is taken in unsigned words, where it wraps by definition.
 INLINE Ints floor_of(Floats x) {
     Ints whole = __builtin_convertvector(x, Ints);
     return (Ints)((Words)whole + (Words)(__builtin_convertvector(whole, Floats) > x));

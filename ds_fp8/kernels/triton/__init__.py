@@ -1,7 +1,7 @@
-"""Triton kernels: the GPU's twins of `numerics`, one pass over memory each, without a host synchronisation.
+"""Triton kernels: the GPU's counterparts of `numerics`, one pass over memory each, without a host synchronisation.
 
-    codec.py     FP8 codes by integer arithmetic or by the hardware's cast; random bits; block scales
-    cast.py      one scale per tensor: codes, transposed codes and amax from one read
+    codec.py     FP8 values by integer arithmetic or by the hardware's cast; random bits; block scales
+    cast.py      one scale per tensor: quantized values, transposed data and amax from one read
     blocks.py    1x128 groups and 128x128 tiles of matrix operands
     flat.py      flat partitions: encode, decode, sum over ranks
     states.py, masters.py, adam.py      the fused optimizer step;  adam_fast.py  its fast path
@@ -24,7 +24,7 @@ def library() -> ModuleType | None:
     """The kernels for `kernels.dispatch`; None, after one warning, where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         warnings.warn(
-            "ds_fp8: Triton is not installed, so FP8 casts and optimizer steps on this GPU run in plain PyTorch, many "
+            "ds_fp8: Triton is not installed, so FP8 casts and optimizer steps on this GPU run in PyTorch, many "
             "times slower. Install triton (pip install ds-fp8[triton]).",
             RuntimeWarning,
             stacklevel=3,

@@ -1,4 +1,5 @@
-"""The fused step of Adam on a GPU: one pass over memory, nothing on the host, the twin of `kernels.adam.reference_step`.
+"""The fused step of Adam on a GPU: one pass over memory, nothing on the host, the counterpart of
+`kernels.adam.reference_step`.
 
 A program takes ROWS blocks of 128 elements, reads gradient, states and master, computes in fp32 exactly as
 `numerics.adam` spells it, and writes states, master and weights. What it moves is what is stored: 14 bytes per parameter
@@ -35,13 +36,13 @@ FAST_ROWS, FAST_WARPS = 4, 2
 @triton.jit
 def _gradient(grad_ptr, grad_scale_inv_ptr, grad_scale_ptr, grad_scale, index, row, inside, row_inside,
               SCALE_TENSOR: tl.constexpr, GRADIENT: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """The gradient in fp32, unscaled and clipped; GRADIENT: the format of its codes, or FLOATS."""
+    """The gradient in fp32, unscaled and clipped; GRADIENT: the format of its quantized values, or FLOATS."""
     if GRADIENT == FLOATS:
         g = codec.load(grad_ptr + index, inside)
     else:
-        codes = tl.load(grad_ptr + index, mask=inside, other=0)
+        quantized = tl.load(grad_ptr + index, mask=inside, other=0)
         scale_inv = tl.load(grad_scale_inv_ptr + row, mask=row_inside, other=1.0)
-        g = codec.value_of(codes, GRADIENT, HARDWARE) * scale_inv[:, None]
+        g = codec.value_of(quantized, GRADIENT, HARDWARE) * scale_inv[:, None]
     if SCALE_TENSOR:
         g = g * tl.load(grad_scale_ptr).to(tl.float32)
     else:
@@ -189,7 +190,7 @@ def adam_step(step: AdamStep) -> None:
     lerp_weight = scalars.one_minus_beta1 if from_m else c_float(scalars.one_minus_beta1).value - 1.0
     by_tensor = isinstance(step.grad_scale, torch.Tensor)
     hardware = hardware_casts(param)
-    quick = hardware and ieee.ordinary(scalars.eps, scalars.bias_correction2_sqrt)
+    quick = hardware and ieee.has_normal_exponents(scalars.eps, scalars.bias_correction2_sqrt)
 
     def pointer(tensor: torch.Tensor | None) -> torch.Tensor:
         return param if tensor is None else tensor  # never read: its branch is compiled away
@@ -211,8 +212,8 @@ def adam_step(step: AdamStep) -> None:
             from_m, step.weight16 is not None, step.rounding == "stochastic", rows,
             n % (rows * 128) == 0 and not short, quick and not short, short, hardware, num_warps=warps, **LAUNCH,
         )  # fmt: skip
-    if step.weight_codes is not None:
-        _write_weight_codes(step)
+    if step.quantized_weight is not None:
+        _write_quantized_weight(step)
 
 
 def _has_fast_path(step: AdamStep) -> bool:
@@ -223,17 +224,19 @@ def _has_fast_path(step: AdamStep) -> bool:
         return False
     if step.master.format.startswith("split") and step.param.dtype != torch.bfloat16:
         return False
-    return ieee.ordinary(step.eps, step.scalars.bias_correction2_sqrt)
+    return ieee.has_normal_exponents(step.eps, step.scalars.bias_correction2_sqrt)
 
 
-def _write_weight_codes(step: AdamStep) -> None:
-    """FP8 codes and amaxes of the new 16-bit weight: one launch for all segments' amaxes, one for their codes."""
-    wanted = step.weight_codes
+def _write_quantized_weight(step: AdamStep) -> None:
+    """FP8 values and amaxes of the new 16-bit weight: one launch for all segments' amaxes, one for their quantized
+    values.
+    """
+    wanted = step.quantized_weight
     assert wanted is not None
     weight = step.param if step.weight16 is None else step.weight16
-    pieces = [weight[start:stop] for start, stop in wanted.segments]
-    if pieces:
-        wanted.amax.copy_(segments.amaxes(pieces))
+    chunks = [weight[start:stop] for start, stop in wanted.segments]
+    if chunks:
+        wanted.amax.copy_(segments.amaxes(chunks))
         segments.quantize(
-            pieces, wanted.scale, wanted.fmt, [wanted.codes[start:stop] for start, stop in wanted.segments]
+            chunks, wanted.scale, wanted.fmt, [wanted.quantized[start:stop] for start, stop in wanted.segments]
         )

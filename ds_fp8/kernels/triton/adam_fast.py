@@ -24,7 +24,7 @@ from . import codec, ieee, masters, states
 MOMENTS, ROOTS, MASTERS = ("int8", "e4m3"), ("fp16", "e4m3"), ("split24", "split32", "fp16", "fp32")
 """Formats of exp_avg, exp_avg_sq and master that have the fast path; a split master on a bf16 parameter."""
 
-BELOW = tl.constexpr(0x78000000)  # 120 binades in doubled bits; as plain bits 2^113
+BELOW = tl.constexpr(0x78000000)  # 120 binades in doubled bits; as fp32 bits 2^113
 
 
 @triton.jit
@@ -66,19 +66,19 @@ def _write_root(data_ptr, scale_inv_ptr, root, index, row, word, FORMAT: tl.cons
     amax = tl.max(root, axis=1)
     if FORMAT == states.FP16:
         scale, scale_inv = scales(amax, 32768.0, HARDWARE)
-        codes = states.round_finite_fp16(root * scale[:, None], word, STOCHASTIC)
-        codes = tl.maximum(codes, tl.full(codes.shape, 1, tl.int16))
-        tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, codes)
-        kept = states.fp16_value(codes) * scale_inv[:, None]
+        quantized = states.round_finite_fp16(root * scale[:, None], word, STOCHASTIC)
+        quantized = tl.maximum(quantized, tl.full(quantized.shape, 1, tl.int16))
+        tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, quantized)
+        kept = states.fp16_value(quantized) * scale_inv[:, None]
     else:
         scale, scale_inv = scales(amax, 448.0, HARDWARE)
         if STOCHASTIC:
-            codes = codec.encode_stochastic(root * scale[:, None], word, 0)
+            quantized = codec.encode_stochastic(root * scale[:, None], word, 0)
         else:
-            codes = codec.encode(root * scale[:, None], 0, HARDWARE)
-        codes = tl.maximum(codes, tl.full(codes.shape, 1, tl.uint8))
-        tl.store(data_ptr + index, codes)
-        kept = codec.value_of(codes, 0, HARDWARE) * scale_inv[:, None]
+            quantized = codec.encode(root * scale[:, None], 0, HARDWARE)
+        quantized = tl.maximum(quantized, tl.full(quantized.shape, 1, tl.uint8))
+        tl.store(data_ptr + index, quantized)
+        kept = codec.value_of(quantized, 0, HARDWARE) * scale_inv[:, None]
     tl.store(scale_inv_ptr + row, scale_inv)
     return kept
 
@@ -90,14 +90,14 @@ def _write_moment(data_ptr, scale_inv_ptr, x, index, row, word, FORMAT: tl.const
     amax = tl.max(tl.abs(x), axis=1)
     if FORMAT == states.INT8:
         scale, scale_inv = scales(amax, 127.0, HARDWARE)
-        codes = states.round_int8(x * scale[:, None], word, STOCHASTIC)
+        quantized = states.round_int8(x * scale[:, None], word, STOCHASTIC)
     else:
         scale, scale_inv = scales(amax, 448.0, HARDWARE)
         if STOCHASTIC:
-            codes = codec.encode_stochastic(x * scale[:, None], word, 0)
+            quantized = codec.encode_stochastic(x * scale[:, None], word, 0)
         else:
-            codes = codec.encode(x * scale[:, None], 0, HARDWARE)
-    tl.store(data_ptr + index, codes)
+            quantized = codec.encode(x * scale[:, None], 0, HARDWARE)
+    tl.store(data_ptr + index, quantized)
     tl.store(scale_inv_ptr + row, scale_inv)
 
 
@@ -113,10 +113,10 @@ def _write_master(param_ptr, data_ptr, scale_inv_ptr, w, index, row, word, KIND:
         codec.store_finite(param_ptr + index, held, HARDWARE)
     elif KIND == masters.FP16:
         scale, scale_inv = scales(tl.max(tl.abs(w), axis=1), 32768.0, HARDWARE)
-        codes = states.round_finite_fp16(w * scale[:, None], word, STOCHASTIC)
-        tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, codes)
+        quantized = states.round_finite_fp16(w * scale[:, None], word, STOCHASTIC)
+        tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, quantized)
         tl.store(scale_inv_ptr + row, scale_inv)
-        held = states.fp16_value(codes) * scale_inv[:, None]
+        held = states.fp16_value(quantized) * scale_inv[:, None]
         codec.store_finite(param_ptr + index, held, HARDWARE)
     elif KIND == masters.SPLIT32:
         held = w

@@ -1,7 +1,8 @@
-"""Casts of activations, weights and gradients on a GPU: one pass reads the tensor, measures it and writes the codes.
+"""Casts of activations, weights and gradients on a GPU: one pass reads the tensor, measures it and writes the quantized
+values.
 
-Hopper multiplies FP8 only as row-major by column-major, so dgrad wants the weight's codes transposed and wgrad those of
-grad_output and input: `quantize_transpose` writes both from one read. The amax is left in the caller's slot by an
+Hopper multiplies FP8 only as row-major by column-major, so dgrad wants the quantized weight transposed and wgrad that
+of grad_output and input: `quantize_transpose` writes both from one read. The amax is left in the caller's slot by an
 atomic maximum of the magnitude's bits, which order like the magnitudes: no second pass, nothing on the host.
 """
 
@@ -32,28 +33,28 @@ def raise_slot(amax_ptr, bits):
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, scale_ptr, codes_ptr, amax_ptr, n, FMT: tl.constexpr, MEASURE: tl.constexpr,
+def _quantize_kernel(x_ptr, scale_ptr, quantized_ptr, amax_ptr, n, FMT: tl.constexpr, MEASURE: tl.constexpr,
                      ELEMENTS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = index < n
     x = codec.load(x_ptr + index, inside)
-    tl.store(codes_ptr + index, codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE), mask=inside)
+    tl.store(quantized_ptr + index, codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE), mask=inside)
     if MEASURE:
         raise_slot(amax_ptr, tl.max(codec.magnitude_bits(x), axis=0))
 
 
 @triton.jit
-def _transpose_kernel(x_ptr, scale_ptr, codes_ptr, transposed_ptr, amax_ptr, rows, columns, FMT: tl.constexpr,
+def _transpose_kernel(x_ptr, scale_ptr, quantized_ptr, transposed_ptr, amax_ptr, rows, columns, FMT: tl.constexpr,
                       MEASURE: tl.constexpr, TILE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     index = row[:, None] * columns + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     x = codec.load(x_ptr + index, inside)
-    codes = codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE)
-    tl.store(codes_ptr + index, codes, mask=inside)
-    turned = column[:, None] * rows + row[None, :]
-    tl.store(transposed_ptr + turned, tl.trans(codes), mask=(column[:, None] < columns) & (row[None, :] < rows))
+    quantized = codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE)
+    tl.store(quantized_ptr + index, quantized, mask=inside)
+    transposed = column[:, None] * rows + row[None, :]
+    tl.store(transposed_ptr + transposed, tl.trans(quantized), mask=(column[:, None] < columns) & (row[None, :] < rows))
     if MEASURE:
         raise_slot(amax_ptr, tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0))
 
@@ -63,9 +64,9 @@ def _turn_kernel(source_ptr, target_ptr, rows, columns, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     source = column[:, None] * rows + row[None, :]
-    codes = tl.load(source_ptr + source, mask=(column[:, None] < columns) & (row[None, :] < rows), other=0)
+    quantized = tl.load(source_ptr + source, mask=(column[:, None] < columns) & (row[None, :] < rows), other=0)
     target = row[:, None] * columns + column[None, :]
-    tl.store(target_ptr + target, tl.trans(codes), mask=(row[:, None] < rows) & (column[None, :] < columns))
+    tl.store(target_ptr + target, tl.trans(quantized), mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
 @triton.jit
@@ -80,9 +81,10 @@ def _slot(amax: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
     return scale if amax is None else amax
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format, codes: torch.Tensor,
+def quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format, quantized: torch.Tensor,
              amax: torch.Tensor | None = None) -> None:  # fmt: skip
-    """Fill `codes` (uint8 or float8, the shape of contiguous `x`) with sat(x * scale); raise `amax` to the amax of x.
+    """Fill `quantized` (uint8 or float8, the shape of contiguous `x`) with sat(x * scale); raise `amax` to the amax of
+    x.
 
     scale   fp32, one element, on the device
     amax    fp32, one element: becomes max(amax, amax of x); None measures nothing
@@ -91,34 +93,34 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format, codes: torch.Ten
     if n:
         with on_device(x):
             _quantize_kernel[(triton.cdiv(n, ELEMENTS),)](
-                x, scale, codes.view(torch.uint8), _slot(amax, scale), n,
+                x, scale, quantized.view(torch.uint8), _slot(amax, scale), n,
                 codec.MODES[fmt.name], amax is not None, ELEMENTS, hardware_casts(x), **LAUNCH,
             )  # fmt: skip
 
 
-def quantize_transpose(x: torch.Tensor, scale: torch.Tensor, fmt: Format, codes: torch.Tensor,
+def quantize_transpose(x: torch.Tensor, scale: torch.Tensor, fmt: Format, quantized: torch.Tensor,
                        transposed: torch.Tensor, amax: torch.Tensor | None = None) -> None:  # fmt: skip
-    """Fill `codes` [M, K] and `transposed` [K, M] with sat(x * scale) of contiguous `x` [M, K]; raise `amax`."""
+    """Fill `quantized` [M, K] and `transposed` [K, M] with sat(x * scale) of contiguous `x` [M, K]; raise `amax`."""
     rows, columns = x.shape
     if x.numel():
         with on_device(x):
             _transpose_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
-                x, scale, codes.view(torch.uint8), transposed.view(torch.uint8), _slot(amax, scale), rows, columns,
+                x, scale, quantized.view(torch.uint8), transposed.view(torch.uint8), _slot(amax, scale), rows, columns,
                 codec.MODES[fmt.name], amax is not None, TILE, hardware_casts(x), **LAUNCH,
             )  # fmt: skip
 
 
-def turn(codes: torch.Tensor, out: torch.Tensor) -> None:
-    """Fill `out` [R, C], dense by rows, from `codes` [R, C] (uint8 or float8) that lie dense by columns.
+def turn(quantized: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill `out` [R, C], dense by rows, from `quantized` [R, C] (uint8 or float8) that lie dense by columns.
 
     A tile goes through shared memory, so both sides are read and written in whole lines; torch's copy of single bytes
     across strides is not.
     """
-    rows, columns = codes.shape
-    if codes.numel():
-        with on_device(codes):
+    rows, columns = quantized.shape
+    if quantized.numel():
+        with on_device(quantized):
             _turn_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
-                codes.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE, **LAUNCH
+                quantized.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE, **LAUNCH
             )
 
 

@@ -1,4 +1,4 @@
-"""FP8 codes inside Triton kernels, by integer arithmetic.
+"""FP8 values inside Triton kernels, by integer arithmetic.
 
 Triton's interpreter runs kernels on a CPU, but its FP8 casts are wrong there (6.8 % of the e4m3 values, NaN and inf too). With
 integers the same source gives the same bits in the interpreter and on a GPU, so CI checks what the GPU runs. The
@@ -34,7 +34,7 @@ def magnitude_bits(x):
 
 @triton.jit
 def encode(y, FMT: tl.constexpr, HARDWARE: tl.constexpr):
-    """uint8 codes of fp32 `y`, rounded to nearest even; too large and infinite saturate, NaN is 0x7F."""
+    """uint8 values of fp32 `y`, rounded to nearest even; too large and infinite saturate, NaN is 0x7F."""
     if HARDWARE:
         # One instruction for two values; it saturates and has the same NaN (tests/gpu looks at every case).
         if FMT == 0:
@@ -61,7 +61,7 @@ def encode(y, FMT: tl.constexpr, HARDWARE: tl.constexpr):
 
 @triton.jit
 def encode_stochastic(y, word, FMT: tl.constexpr):
-    """uint8 codes of fp32 `y`, rounded up with the probability of the fraction passed; `word` uint32 random bits.
+    """uint8 values of fp32 `y`, rounded up with the probability of the fraction passed; `word` uint32 random bits.
 
     Normals: the top bits of `word` are added below the kept mantissa. Subnormals: to the fraction, on the fixed grid.
     """
@@ -87,9 +87,9 @@ def encode_stochastic(y, word, FMT: tl.constexpr):
 
 
 @triton.jit
-def decode(codes, FMT: tl.constexpr):
-    """fp32 values of uint8 codes, exact."""
-    c = codes.to(tl.int32)
+def decode(quantized, FMT: tl.constexpr):
+    """fp32 values of uint8 values, exact."""
+    c = quantized.to(tl.int32)
     u = c & 0x7F
     sign = (c & 0x80) << 24
     if FMT == 0:
@@ -102,15 +102,15 @@ def decode(codes, FMT: tl.constexpr):
 
 
 @triton.jit
-def value_of(codes, FMT: tl.constexpr, HARDWARE: tl.constexpr):
-    """fp32 values of uint8 codes, by the device's own conversion where it has one: exact both ways."""
+def value_of(quantized, FMT: tl.constexpr, HARDWARE: tl.constexpr):
+    """fp32 values of uint8 values, by the device's own conversion where it has one: exact both ways."""
     if HARDWARE:
         if FMT == 0:
-            value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+            value = quantized.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
-            value = codes.to(tl.float8e5, bitcast=True).to(tl.float32)
+            value = quantized.to(tl.float8e5, bitcast=True).to(tl.float32)
     else:
-        value = decode(codes, FMT)
+        value = decode(quantized, FMT)
     return value
 
 

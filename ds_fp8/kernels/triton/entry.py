@@ -26,12 +26,12 @@ _FORMATS = ("e4m3", "e5m2")
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> Any:
-    """Codes of `x` under one scale."""
+    """Quantized values of `x` under one scale."""
     if x.dtype not in FLOATS or fmt.name not in _FORMATS:
         return NotImplemented
-    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
-    cast.quantize(x, _one(scale, x.device), fmt, codes)
-    return codes
+    quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    cast.quantize(x, _one(scale, x.device), fmt, quantized)
+    return quantized
 
 
 def amax(x: torch.Tensor) -> Any:
@@ -44,13 +44,13 @@ def amax(x: torch.Tensor) -> Any:
 
 
 def quantize_with_amax(x: torch.Tensor, scale: torch.Tensor | float, fmt: Format) -> Any:
-    """Codes of `x` under one scale, and its amax, 0-d fp32, from one read."""
+    """Quantized values of `x` under one scale, and its amax, 0-d fp32, from one read."""
     if x.dtype not in FLOATS or fmt.name not in _FORMATS:
         return NotImplemented
-    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
     found = torch.zeros(1, dtype=torch.float32, device=x.device)
-    cast.quantize(x, _one(scale, x.device), fmt, codes, found)
-    return codes, found[0]
+    cast.quantize(x, _one(scale, x.device), fmt, quantized, found)
+    return quantized, found[0]
 
 
 def amax_many(tensors: Sequence[torch.Tensor]) -> Any:
@@ -59,11 +59,11 @@ def amax_many(tensors: Sequence[torch.Tensor]) -> Any:
 
 
 def quantize_many(tensors: Sequence[torch.Tensor], scales: torch.Tensor, fmt: Format,
-                  codes: Sequence[torch.Tensor]) -> Any:  # fmt: skip
-    """Codes of each under its own scale, in one launch."""
+                  quantized: Sequence[torch.Tensor]) -> Any:  # fmt: skip
+    """Quantized values of each under its own scale, in one launch."""
     if not _alike(tensors) or fmt.name not in _FORMATS or not scales.is_contiguous() or scales.dtype != torch.float32:
         return NotImplemented
-    segments.quantize(tensors, scales, fmt, codes)
+    segments.quantize(tensors, scales, fmt, quantized)
     return None
 
 
@@ -77,79 +77,79 @@ def _alike(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def dense(codes: torch.Tensor) -> Any:
-    """A transposed view of FP8 codes, dense by rows."""
-    if codes.dim() != 2 or codes.element_size() != 1 or not codes.t().is_contiguous():
+def dense(quantized: torch.Tensor) -> Any:
+    """A transposed view of FP8 values, dense by rows."""
+    if quantized.dim() != 2 or quantized.element_size() != 1 or not quantized.t().is_contiguous():
         return NotImplemented
-    out = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
-    cast.turn(codes, out)
+    out = torch.empty(quantized.shape, dtype=quantized.dtype, device=quantized.device)
+    cast.turn(quantized, out)
     return out
 
 
 def quantize_1x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
-    """Codes [..., K] and scale_inv [..., ceil(K / 128)]."""
+    """Quantized values [..., K] and scale_inv [..., ceil(K / 128)]."""
     if x.dtype not in FLOATS or x.dim() == 0 or fmt.name not in _FORMATS:
         return NotImplemented
-    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
     rows = x.reshape(-1, x.shape[-1])
     scale_inv = torch.empty(rows.shape[0], blocks_of(x.shape[-1]), device=x.device)
-    blocks.quantize_groups(rows, fmt, (codes.view(rows.shape), scale_inv), None, power_of_two)
-    return codes, scale_inv.view(*x.shape[:-1], -1)
+    blocks.quantize_groups(rows, fmt, (quantized.view(rows.shape), scale_inv), None, power_of_two)
+    return quantized, scale_inv.view(*x.shape[:-1], -1)
 
 
 def quantize_128x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
-    """Codes [N, K] and scale_inv [ceil(N / 128), ceil(K / 128)]."""
+    """Quantized values [N, K] and scale_inv [ceil(N / 128), ceil(K / 128)]."""
     if x.dtype not in FLOATS or x.dim() != 2 or fmt.name not in _FORMATS:
         return NotImplemented
-    codes = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
     scale_inv = torch.empty(blocks_of(x.shape[0]), blocks_of(x.shape[1]), device=x.device)
-    blocks.quantize_tiles(x, fmt, (codes, scale_inv), power_of_two)
-    return codes, scale_inv
+    blocks.quantize_tiles(x, fmt, (quantized, scale_inv), power_of_two)
+    return quantized, scale_inv
 
 
-def flat_encode(x: torch.Tensor, fmt: Format, rounding: Stochastic | None, fitted: bool,
+def flat_encode(x: torch.Tensor, fmt: Format, rounding: Stochastic | None, best_of_two: bool,
                 out: tuple[torch.Tensor, torch.Tensor] | None) -> Any:  # fmt: skip
-    """Codes uint8 [n] and scale_inv fp32 [blocks] of a flat partition."""
+    """Quantized values uint8 [n] and scale_inv fp32 [blocks] of a flat partition."""
     if x.dtype not in FLOATS or x.dim() != 1:
         return NotImplemented
-    codes, scale_inv = out or _new_codes(x.numel(), x.device)
-    flat.encode(x, fmt, codes, scale_inv, rounding, fitted)
-    return codes, scale_inv
+    quantized, scale_inv = out or _new_quantized(x.numel(), x.device)
+    flat.encode(x, fmt, quantized, scale_inv, rounding, best_of_two)
+    return quantized, scale_inv
 
 
-def _new_codes(numel: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _new_quantized(numel: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(numel, dtype=torch.uint8, device=device), torch.empty(blocks_of(numel), device=device)
 
 
-def flat_decode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: torch.Tensor | None,
+def flat_decode(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: torch.Tensor | None,
                 dtype: torch.dtype) -> Any:  # fmt: skip
     """The values of a flat partition."""
-    out = torch.empty(codes.numel(), dtype=dtype, device=codes.device) if out is None else out
-    if out.dtype not in FLOATS or codes.dtype != torch.uint8 or not scale_inv.is_contiguous():
+    out = torch.empty(quantized.numel(), dtype=dtype, device=quantized.device) if out is None else out
+    if out.dtype not in FLOATS or quantized.dtype != torch.uint8 or not scale_inv.is_contiguous():
         return NotImplemented
-    flat.decode(codes, scale_inv, fmt, out)
+    flat.decode(quantized, scale_inv, fmt, out)
     return out
 
 
-def flat_sum(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor | None,
+def flat_sum(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor | None,
              own: torch.Tensor | None) -> Any:  # fmt: skip
     """Sum of the ranks' contributions."""
     if own is not None and own.dtype not in FLOATS:
         return NotImplemented
-    out = torch.empty(codes.shape[1], dtype=torch.float32, device=codes.device) if out is None else out
-    if out.dtype not in FLOATS or codes.dtype != torch.uint8:
+    out = torch.empty(quantized.shape[1], dtype=torch.float32, device=quantized.device) if out is None else out
+    if out.dtype not in FLOATS or quantized.dtype != torch.uint8:
         return NotImplemented
-    flat.sum_contributions(codes, scale_inv, fmt, factor, out, own)
+    flat.sum_contributions(quantized, scale_inv, fmt, factor, out, own)
     return out
 
 
-def flat_sum_encode(codes: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format,
-                    own: torch.Tensor | None, fitted: bool, out: tuple[torch.Tensor, torch.Tensor] | None) -> Any:  # fmt: skip
+def flat_sum_encode(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format,
+                    own: torch.Tensor | None, best_of_two: bool, out: tuple[torch.Tensor, torch.Tensor] | None) -> Any:  # fmt: skip
     """The same sum, requantised."""
-    if codes.dtype != torch.uint8 or (own is not None and own.dtype not in FLOATS):
+    if quantized.dtype != torch.uint8 or (own is not None and own.dtype not in FLOATS):
         return NotImplemented
-    out = out or _new_codes(codes.shape[1], codes.device)
-    flat.sum_and_encode(codes, scale_inv, fmt, factor, out_fmt, *out, own, fitted)
+    out = out or _new_quantized(quantized.shape[1], quantized.device)
+    flat.sum_and_encode(quantized, scale_inv, fmt, factor, out_fmt, *out, own, best_of_two)
     return out
 
 

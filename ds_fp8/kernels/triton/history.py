@@ -24,9 +24,9 @@ COLUMNS, ROWS = 4, 256
 class Half(NamedTuple):
     """The columns of one format: input and weight, or grad_output.
 
-    history, rolled  [length, columns] fp32: as it is, and where the folded one goes (all of it is written)
+    history, rolled  [length, columns] fp32: as it is, and where the updated one goes (all of it is written)
     fmax             largest value of the format
-    renew            whether this fold renews the scales
+    renew            whether this update renews the scales
     """
 
     history: torch.Tensor
@@ -77,12 +77,12 @@ def _update_kernel(pending_ptr, scale_ptr, frozen_ptr, forward_ptr, forward_roll
     tl.store(pending_ptr + place, tl.zeros_like(amax), mask=inside)
     one = tl.full(found.shape, 1.0, tl.float32)
     bits = found.to(tl.int32, bitcast=True)
-    ordinary = (bits > 0) & (bits < 0x7F800000)
+    positive_finite = (bits > 0) & (bits < 0x7F800000)
     fmax = tl.where(is_backward, BACKWARD_MAX, FORWARD_MAX)
-    renewed = tl.div_rn(tl.div_rn(one * fmax, tl.where(ordinary, found, 1.0)), one * MARGIN_FACTOR)
+    renewed = tl.div_rn(tl.div_rn(one * fmax, tl.where(positive_finite, found, 1.0)), one * MARGIN_FACTOR)
     renewed_bits = tl.minimum(renewed.to(tl.int32, bitcast=True), 0x7F7FFFFF)  # infinite: the largest finite fp32
     renews = tl.where(is_backward, backward_renews, forward_renews) != 0
-    scale = tl.where(seen & ordinary & renews, renewed_bits.to(tl.float32, bitcast=True), scale)
+    scale = tl.where(seen & positive_finite & renews, renewed_bits.to(tl.float32, bitcast=True), scale)
     tl.store(scale_ptr + place, scale, mask=inside)
     tl.store(frozen_ptr + place * FROZEN, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), mask=inside)
     tl.store(frozen_ptr + place * FROZEN + 1, scale, mask=inside)

@@ -1,9 +1,9 @@
 """Square root and quotients of the Adam step, rounded as IEEE asks, without a branch per element.
 
-`tl.sqrt_rn` and `tl.div_rn` compile to a short sequence, right for ordinary exponents, and a call for the others. The calls
-keep the elements of a thread from overlapping, and the step then waits for arithmetic instead of memory. Here the short
-sequences stand alone (an approximation, then corrections by fused multiply-add whose residuals are exact), and one look
-at the whole tile says whether all its exponents are ordinary; if not, the tile takes the long way.
+`tl.sqrt_rn` and `tl.div_rn` compile to a short sequence, right for normal exponents, and a call for the others. The
+calls keep the elements of a thread from overlapping, and the step then waits for arithmetic instead of memory. Here the
+short sequences stand alone (an approximation, then corrections by fused multiply-add whose residuals are exact), and
+one look at the whole tile says whether all its exponents are normal; if not, the tile takes the slow path.
 
     root    x in [2^-101, 2^128): r = rsqrt(x), g = x r, g + (x - g^2) r / 2
     quotient  r = 1 / b corrected once, q = a r corrected twice by its residual a - q b
@@ -21,8 +21,8 @@ LEAST_ROOT, LEAST_NUMERATOR = tl.constexpr(0x0D800000), tl.constexpr(0x10000000)
 SPAN = tl.constexpr(0x3C000000)  # 120 binades, in bits
 
 
-def ordinary(eps: float, bias_correction2_sqrt: float) -> bool:
-    """Whether, for `v` and numerators within the span, no denominator and no quotient leaves the ordinary exponents.
+def has_normal_exponents(eps: float, bias_correction2_sqrt: float) -> bool:
+    """Whether, for `v` and numerators within the span, no denominator and no quotient leaves the normal exponents.
 
     v in [2^-100, 2^20): root in [2^-50, 2^10), denominator in [2^-50, 2^25); numerator in [2^-95, 2^25): the quotient stays
     above 2^-120, and the residuals (47 bits further down) are exact as subnormals.
@@ -32,7 +32,7 @@ def ordinary(eps: float, bias_correction2_sqrt: float) -> bool:
 
 @triton.jit
 def root(x):
-    """sqrt(x) rounded to nearest, for ordinary exponents."""
+    """sqrt(x) rounded to nearest, for normal exponents."""
     r = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     g = x * r
     return tl.fma(tl.fma(codec.minus(g), g, x), r * 0.5, g)

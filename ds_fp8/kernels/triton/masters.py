@@ -1,4 +1,4 @@
-"""Reading and writing a master inside a kernel: the Triton twin of `numerics.masters`.
+"""Reading and writing a master inside a kernel: the Triton counterpart of `numerics.masters`.
 
 The bits of a master in 32-bit integers, whose wrapping is what the formulas ask for; the bf16 half and the remainder are
 simply its upper and lower bits after rounding. `write` returns what the master now holds, for a 16-bit weight made of it.
@@ -13,7 +13,7 @@ from . import codec
 from .states import fp16_value, round_fp16
 
 KINDS = {"own": 0, "fp32": 1, "split32": 2, "split24": 3, "fp16": 4}
-"""MasterCodes.format -> the constexpr KIND."""
+"""MasterStorage.format -> the constexpr KIND."""
 
 OWN, FP32, SPLIT32, SPLIT24, FP16 = (tl.constexpr(number) for number in KINDS.values())
 

@@ -4,7 +4,7 @@ Hopper multiplies FP8 only as row-major by column-major. So fprop and dgrad read
 transposed: both are written here from one read of the 16-bit original. The caller allocates nothing and waits for
 nothing, and the addresses of scales and amaxes never change, so a CUDA graph can replay it.
 
-    delayed   the scale is known; the amax goes to its slot in the scale book
+    delayed   the scale is known; the amax goes to its slot in the FP8 state
     current   a launch before leaves partial amaxes; every program derives the same scale from them
     block     1x128 groups both ways, or 128x128 tiles, with scales as `torch._scaled_mm` wants them (strides)
 """
@@ -33,8 +33,8 @@ FROZEN = 4
 
 
 @triton.jit(do_not_specialize=["column"])
-def _operand_kernel(x_ptr, codes_ptr, turned_ptr, frozen_ptr, amax_ptr, scale_inv_ptr, shown_ptr, rows, columns, column,
-                    FMT: tl.constexpr, FMAX: tl.constexpr, PLAIN: tl.constexpr, TURNED: tl.constexpr,
+def _operand_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, amax_ptr, scale_inv_ptr, shown_ptr, rows, columns, column,
+                    FMT: tl.constexpr, FMAX: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
                     MEASURE: tl.constexpr, CURRENT: tl.constexpr, GUARDED: tl.constexpr, EVEN: tl.constexpr,
                     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, PARTS: tl.constexpr, FROZEN: tl.constexpr,
                     HARDWARE: tl.constexpr):  # fmt: skip
@@ -44,10 +44,10 @@ def _operand_kernel(x_ptr, codes_ptr, turned_ptr, frozen_ptr, amax_ptr, scale_in
     inner = row[:, None] * columns + place[None, :]
     if EVEN:
         inside = tl.full([TILE_ROWS, TILE_COLUMNS], 1, tl.int1)
-        turned_inside = tl.full([TILE_COLUMNS, TILE_ROWS], 1, tl.int1)
+        transposed_inside = tl.full([TILE_COLUMNS, TILE_ROWS], 1, tl.int1)
     else:
         inside = (first_row + row[:, None] < rows) & (first_column + place[None, :] < columns)
-        turned_inside = (first_column + place[:, None] < columns) & (first_row + row[None, :] < rows)
+        transposed_inside = (first_column + place[:, None] < columns) & (first_row + row[None, :] < rows)
     x = codec.load(x_ptr + origin + inner, inside)
     if CURRENT:
         parts = tl.load(amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, PARTS))
@@ -58,16 +58,20 @@ def _operand_kernel(x_ptr, codes_ptr, turned_ptr, frozen_ptr, amax_ptr, scale_in
             tl.store(scale_inv_ptr + tl.arange(0, 1), scale_inv)
             if GUARDED:
                 tl.store(shown_ptr + tl.arange(0, 1), tl.where(bits >= 0x7F800000, float("nan"), scale_inv))
-        codes = codec.encode(x * scale[:, None], FMT, HARDWARE)
+        quantized = codec.encode(x * scale[:, None], FMT, HARDWARE)
     else:
-        codes = codec.encode(x * tl.load(frozen_ptr + column * FROZEN + 1), FMT, HARDWARE)
-    if PLAIN:
-        codes_bytes = codes_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-        tl.store(codes_bytes + origin + inner, codes, mask=inside)
-    if TURNED:
-        turned_bytes = turned_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-        turned_inner = place[:, None] * rows + row[None, :]
-        tl.store(turned_bytes + first_column * rows + first_row + turned_inner, tl.trans(codes), mask=turned_inside)
+        quantized = codec.encode(x * tl.load(frozen_ptr + column * FROZEN + 1), FMT, HARDWARE)
+    if STRAIGHT:
+        quantized_bytes = quantized_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+        tl.store(quantized_bytes + origin + inner, quantized, mask=inside)
+    if TRANSPOSED:
+        transposed_bytes = transposed_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+        transposed_inner = place[:, None] * rows + row[None, :]
+        tl.store(
+            transposed_bytes + first_column * rows + first_row + transposed_inner,
+            tl.trans(quantized),
+            mask=transposed_inside,
+        )
     if MEASURE:
         cast.raise_slot(amax_ptr + column, tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0))
 
@@ -85,61 +89,62 @@ def _parts_kernel(x_ptr, parts_ptr, n, PARTS: tl.constexpr, ELEMENTS: tl.constex
 
 
 Cast = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Codes [M, K] and transposed codes [K, M]; None where not asked for."""
+"""Quantized values [M, K] and transposed data [K, M]; None where not asked for."""
 
 
 def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format, pending: torch.Tensor | None, *,
-                 plain: bool = True, turned: bool = True) -> Cast:  # fmt: skip
+                 straight: bool = True, transposed: bool = True) -> Cast:  # fmt: skip
     """Cast contiguous `x` [..., K] (M rows in all) with a known scale.
 
-    frozen   [columns of the book, FROZEN] fp32: the scales of a step, of which number `column` is used
-    pending  [columns of the book] fp32: entry `column` is raised to the amax of `x`; None measures nothing
+    frozen   [columns of the fp8_state, FROZEN] fp32: the scales of a step, of which number `column` is used
+    pending  [columns of the FP8 state] fp32: entry `column` is raised to the amax of `x`; None measures nothing
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
-    codes, transposed = _empty(x, rows, columns, fmt, plain, turned)
+    quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
     launch = _launch(
-        x.dtype, fmt.name, plain, turned, pending is not None, False, False, x.data_ptr() % 16 == 0,
+        x.dtype, fmt.name, straight, transposed, pending is not None, False, False, x.data_ptr() % 16 == 0,
         rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
     )  # fmt: skip
-    any_codes = codes if transposed is None else transposed
-    assert any_codes is not None, "a cast without codes"
+    any_quantized = quantized if transposed_out is None else transposed_out
+    assert any_quantized is not None, "a cast without quantized values"
     launch(
         (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)),
-        (x, any_codes if codes is None else codes, any_codes, frozen, frozen if pending is None else pending, frozen, frozen),
+        (x, any_quantized if quantized is None else quantized, any_quantized, frozen, frozen if pending is None else pending, frozen, frozen),
         rows, columns, column,
     )  # fmt: skip
-    return codes, transposed
+    return quantized, transposed_out
 
 
 def cast_current(
-    x: torch.Tensor, fmt: Format, *, plain: bool = True, turned: bool = True, guarded: bool = False
+    x: torch.Tensor, fmt: Format, *, straight: bool = True, transposed: bool = True, guarded: bool = False
 ) -> tuple[Cast, torch.Tensor, torch.Tensor]:
-    """Cast contiguous `x` [..., K] (M rows in all) by the scale of its own amax; returns codes and two scale_inv, fp32 [1].
+    """Cast contiguous `x` [..., K] (M rows in all) by the scale of its own amax; returns quantized values and two
+    scale_inv, fp32 [1].
 
     guarded  the second scale_inv is NaN if `x` is not finite; otherwise both are the same tensor
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
     is_aligned, device = x.data_ptr() % 16 == 0, x.device
-    codes, transposed = _empty(x, rows, columns, fmt, plain, turned)
+    quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
     parts = torch.empty(PARTS, dtype=torch.float32, device=device)
     scale_inv = torch.empty(1, dtype=torch.float32, device=device)
     shown = torch.empty(1, dtype=torch.float32, device=device) if guarded else scale_inv
     n = rows * columns
     _parts_launch(x.dtype, is_aligned, _kind(n), n < 2**31)((PARTS, 1), (x, parts), n)
     launch = _launch(
-        x.dtype, fmt.name, plain, turned, False, True, guarded, is_aligned,
+        x.dtype, fmt.name, straight, transposed, False, True, guarded, is_aligned,
         rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
     )  # fmt: skip
-    any_codes = codes if transposed is None else transposed
-    assert any_codes is not None, "a cast without codes"
+    any_quantized = quantized if transposed_out is None else transposed_out
+    assert any_quantized is not None, "a cast without quantized values"
     launch(
         (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)),
-        (x, any_codes if codes is None else codes, any_codes, parts, parts, scale_inv, shown),
+        (x, any_quantized if quantized is None else quantized, any_quantized, parts, parts, scale_inv, shown),
         rows, columns, 0,
     )  # fmt: skip
-    return (codes, transposed), scale_inv, shown
+    return (quantized, transposed_out), scale_inv, shown
 
 
 def _kind(number: int) -> int:
@@ -148,11 +153,11 @@ def _kind(number: int) -> int:
 
 
 @functools.cache
-def _launch(dtype: torch.dtype, fmt: str, plain: bool, turned: bool, measure: bool, current: bool, guarded: bool,
+def _launch(dtype: torch.dtype, fmt: str, straight: bool, transposed: bool, measure: bool, current: bool, guarded: bool,
             is_aligned: bool, even: bool, rows: int, columns: int, hardware: bool) -> Launch:  # fmt: skip
     """The launch for one set of everything by which Triton compiles another kernel."""
     constants = (
-        codec.MODES[fmt], FORMATS[fmt].max, plain, turned, measure, current, guarded, even, TILE_ROWS, TILE_COLUMNS, PARTS,
+        codec.MODES[fmt], FORMATS[fmt].max, straight, transposed, measure, current, guarded, even, TILE_ROWS, TILE_COLUMNS, PARTS,
         FROZEN, hardware,
     )  # fmt: skip
     return Launch(_operand_kernel, constants, num_warps=WARPS)
@@ -163,38 +168,38 @@ def _parts_launch(dtype: torch.dtype, is_aligned: bool, n: int, is_short: bool) 
     return Launch(_parts_kernel, (PARTS, PART_ELEMENTS), num_warps=PART_WARPS)
 
 
-def _empty(x: torch.Tensor, rows: int, columns: int, fmt: Format, plain: bool, turned: bool) -> Cast:
+def _empty(x: torch.Tensor, rows: int, columns: int, fmt: Format, straight: bool, transposed: bool) -> Cast:
     dtype, device = torch_dtype(fmt), x.device
-    codes = torch.empty(rows, columns, dtype=dtype, device=device) if plain else None
-    return codes, torch.empty(columns, rows, dtype=dtype, device=device) if turned else None
+    quantized = torch.empty(rows, columns, dtype=dtype, device=device) if straight else None
+    return quantized, torch.empty(columns, rows, dtype=dtype, device=device) if transposed else None
 
 
 def cast_groups(
-    x: torch.Tensor, fmt: Format, *, plain: bool = True, turned: bool = True
+    x: torch.Tensor, fmt: Format, *, straight: bool = True, transposed: bool = True
 ) -> tuple[blocks.Coded | None, blocks.Coded | None]:
     """1x128 groups of `x` [..., K] along K, and along its M rows transposed; scale_inv with the outer axis contiguous."""
     columns = x.shape[-1]
     rows = x.numel() // columns
-    codes, transposed = _empty(x, rows, columns, fmt, plain, turned)
-    found = None if codes is None else (codes, _scales(columns // 128, rows, x.device).t())
-    found_turned = None if transposed is None else (transposed, _scales(rows // 128, columns, x.device).t())
-    blocks.quantize_groups(x, fmt, found, found_turned)
-    return found, found_turned
+    quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
+    found = None if quantized is None else (quantized, _scales(columns // 128, rows, x.device).t())
+    found_transposed = None if transposed_out is None else (transposed_out, _scales(rows // 128, columns, x.device).t())
+    blocks.quantize_groups(x, fmt, found, found_transposed)
+    return found, found_transposed
 
 
-def cast_tiles(x: torch.Tensor, fmt: Format, *, turned: bool = True) -> tuple[blocks.Coded, blocks.Coded | None]:
+def cast_tiles(x: torch.Tensor, fmt: Format, *, transposed: bool = True) -> tuple[blocks.Coded, blocks.Coded | None]:
     """128x128 tiles of `x` [N, K] and of its transpose, scale_inv [N / 128, K / 128] with padded rows."""
-    codes, transposed = _empty(x, x.shape[0], x.shape[1], fmt, True, turned)
+    quantized, transposed_out = _empty(x, x.shape[0], x.shape[1], fmt, True, transposed)
     rows, columns = x.shape[0] // 128, x.shape[1] // 128
-    assert codes is not None
-    plain = (codes, _scales(rows, columns, x.device))
-    blocks.quantize_tiles(x, fmt, plain)
-    if transposed is None:
-        return plain, None
-    cast.turn(codes.t(), transposed)
-    found_turned = (transposed, _scales(columns, rows, x.device))
-    found_turned[1].copy_(plain[1].t())
-    return plain, found_turned
+    assert quantized is not None
+    straight = (quantized, _scales(rows, columns, x.device))
+    blocks.quantize_tiles(x, fmt, straight)
+    if transposed_out is None:
+        return straight, None
+    cast.turn(quantized.t(), transposed_out)
+    found_transposed = (transposed_out, _scales(columns, rows, x.device))
+    found_transposed[1].copy_(straight[1].t())
+    return straight, found_transposed
 
 
 def _scales(rows: int, columns: int, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Many weights in one launch: amaxes, and codes with one scale for each.
+"""Many weights in one launch: amaxes, and quantized values with one scale for each.
 
 O3 casts every weight that an FP8 layer owns after each step. A launch costs the host some 30 microseconds whatever it
 does, and there are hundreds of weights. A table on the device says which weight a program works on; it is made once for
@@ -36,8 +36,8 @@ def _segments_kernel(source_ptr, target_ptr, table_ptr, owner_ptr, scale_ptr, am
     inside = index < numel
     x = codec.load(source_ptr + (source + index), inside)
     if WRITE:
-        codes = codec.encode(x * tl.load(scale_ptr + segment), FMT, HARDWARE)
-        tl.store(target_ptr + (target + index), codes, mask=inside)
+        quantized = codec.encode(x * tl.load(scale_ptr + segment), FMT, HARDWARE)
+        tl.store(target_ptr + (target + index), quantized, mask=inside)
     if MEASURE:
         raise_slot(amax_ptr + segment, tl.max(codec.magnitude_bits(x), axis=0))
 
@@ -49,18 +49,20 @@ def amaxes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return found
 
 
-def quantize(tensors: Sequence[torch.Tensor], scales: torch.Tensor, fmt: Format, codes: Sequence[torch.Tensor]) -> None:
-    """Fill `codes` (uint8, as many elements) with sat(tensor * its scale); `scales` fp32 [tensors]."""
-    _launch(tensors, codes, scales, fmt, None)
+def quantize(
+    tensors: Sequence[torch.Tensor], scales: torch.Tensor, fmt: Format, quantized: Sequence[torch.Tensor]
+) -> None:
+    """Fill `quantized` (uint8, as many elements) with sat(tensor * its scale); `scales` fp32 [tensors]."""
+    _launch(tensors, quantized, scales, fmt, None)
 
 
-def _launch(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor] | None, scales: torch.Tensor, fmt: Format,
+def _launch(tensors: Sequence[torch.Tensor], quantized: Sequence[torch.Tensor] | None, scales: torch.Tensor, fmt: Format,
             found: torch.Tensor | None) -> None:  # fmt: skip
-    first, first_target = tensors[0], tensors[0] if codes is None else codes[0]
+    first, first_target = tensors[0], tensors[0] if quantized is None else quantized[0]
     size, start = first.element_size(), first.data_ptr()
     rows = []
-    for tensor, target in zip(tensors, tensors if codes is None else codes, strict=True):
-        away = 0 if codes is None else target.data_ptr() - first_target.data_ptr()
+    for tensor, target in zip(tensors, tensors if quantized is None else quantized, strict=True):
+        away = 0 if quantized is None else target.data_ptr() - first_target.data_ptr()
         rows.append(((tensor.data_ptr() - start) // size, away, tensor.numel()))
     aligned = start % 16 == 0 and first_target.data_ptr() % 16 == 0 and not any(one % 16 for row in rows for one in row)
     table, owners = _table(tuple(rows), first.device)
@@ -69,7 +71,7 @@ def _launch(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor] | Non
     with on_device(first):
         _segments_kernel[(owners.numel(),)](
             first, first_target, table, owners, scales, scales if found is None else found,
-            codec.MODES[fmt.name], found is not None, codes is not None, aligned, ELEMENTS, hardware_casts(first), **LAUNCH,
+            codec.MODES[fmt.name], found is not None, quantized is not None, aligned, ELEMENTS, hardware_casts(first), **LAUNCH,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing an optimizer state inside a kernel: the Triton twin of `numerics.states` and its codecs.
+"""Reading and writing an optimizer state inside a kernel: the Triton counterpart of `numerics.states` and its codecs.
 
 A state is a [ROWS, 128] tile, so each row is one block with one scale. FORMAT is a constexpr: the compiler keeps one
 branch, and the pointers of the others are never touched.
@@ -98,18 +98,20 @@ def exp2(y):
 
 
 @triton.jit
-def _value(codes, scale_inv, expansion, table_ptr, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """fp32 values of the codes of a tile; `scale_inv` and `expansion` (int32) per block; int16 bits for FP16."""
+def _value(quantized, scale_inv, expansion, table_ptr, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """fp32 values of the quantized values of a tile; `scale_inv` and `expansion` (int32) per block; int16 bits for
+    FP16.
+    """
     if FORMAT == FP16:
-        value = fp16_value(codes) * scale_inv[:, None]
+        value = fp16_value(quantized) * scale_inv[:, None]
     elif FORMAT == E4M3:
-        value = codec.value_of(codes, 0, HARDWARE) * scale_inv[:, None]
+        value = codec.value_of(quantized, 0, HARDWARE) * scale_inv[:, None]
     elif FORMAT == INT8:
-        value = codes.to(tl.float32) * scale_inv[:, None]
+        value = quantized.to(tl.float32) * scale_inv[:, None]
     else:
-        entry = expansion[:, None] * 128 + (codes & 0x7F).to(tl.int32)
+        entry = expansion[:, None] * 128 + (quantized & 0x7F).to(tl.int32)
         magnitude = tl.load(table_ptr + entry, mask=inside, other=0.0) * scale_inv[:, None]
-        sign = (codes & 0x80).to(tl.int32) << 24
+        sign = (quantized & 0x80).to(tl.int32) << 24
         value = (magnitude.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     return value
 
@@ -124,12 +126,12 @@ def read(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, index, row, inside, 
         scale_inv = tl.load(scale_inv_ptr + row, mask=row_inside, other=1.0)
         expansion = row
         if FORMAT == FP16:
-            codes = tl.load(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=inside, other=0)
+            quantized = tl.load(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=inside, other=0)
         else:
-            codes = tl.load(data_ptr + index, mask=inside, other=0)
+            quantized = tl.load(data_ptr + index, mask=inside, other=0)
             if FORMAT == EXPANDED:
                 expansion = tl.load(expansion_ptr + row, mask=row_inside, other=255).to(tl.int32)
-        value = _value(codes, scale_inv, expansion, table_ptr, inside, FORMAT, HARDWARE)
+        value = _value(quantized, scale_inv, expansion, table_ptr, inside, FORMAT, HARDWARE)
     return value
 
 
@@ -180,16 +182,16 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, x, index, row, insi
         expansion = row
         if FORMAT == FP16:
             scale, scale_inv = codec.block_scale(x, 32768.0, 1, HARDWARE)
-            codes = round_fp16(x * scale[:, None], (scale_inv != scale_inv)[:, None], word, STOCHASTIC)
+            quantized = round_fp16(x * scale[:, None], (scale_inv != scale_inv)[:, None], word, STOCHASTIC)
             if ROOT:
-                codes = tl.where((codes == 0) & (x > 0.0), 1, codes.to(tl.int32)).to(tl.int16)
-            tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, codes, mask=inside)
+                quantized = tl.where((quantized == 0) & (x > 0.0), 1, quantized.to(tl.int32)).to(tl.int16)
+            tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, quantized, mask=inside)
         elif FORMAT == INT8:
             scale, scale_inv = codec.block_scale(x, 127.0, 1, HARDWARE)
-            poisoned = (scale_inv != scale_inv)[:, None]
-            codes = round_int8(tl.where(poisoned, 0.0, x * scale[:, None]), word, STOCHASTIC)
-            codes = tl.where(poisoned, 127, codes.to(tl.int32)).to(tl.int8)
-            tl.store(data_ptr + index, codes, mask=inside)
+            overflowed = (scale_inv != scale_inv)[:, None]
+            quantized = round_int8(tl.where(overflowed, 0.0, x * scale[:, None]), word, STOCHASTIC)
+            quantized = tl.where(overflowed, 127, quantized.to(tl.int32)).to(tl.int8)
+            tl.store(data_ptr + index, quantized, mask=inside)
         else:
             scale, scale_inv = codec.block_scale(x, 448.0, 1, HARDWARE)
             if FORMAT == EXPANDED:
@@ -201,12 +203,12 @@ def write(data_ptr, scale_inv_ptr, expansion_ptr, table_ptr, x, index, row, insi
             else:
                 scaled = x * scale[:, None]
             if STOCHASTIC:
-                codes = codec.encode_stochastic(scaled, word, 0)
+                quantized = codec.encode_stochastic(scaled, word, 0)
             else:
-                codes = codec.encode(scaled, 0, HARDWARE)
+                quantized = codec.encode(scaled, 0, HARDWARE)
             if ROOT:
-                codes = tl.where((codes == 0) & (x > 0.0), 1, codes.to(tl.int32)).to(tl.uint8)
-            tl.store(data_ptr + index, codes, mask=inside)
+                quantized = tl.where((quantized == 0) & (x > 0.0), 1, quantized.to(tl.int32)).to(tl.uint8)
+            tl.store(data_ptr + index, quantized, mask=inside)
         tl.store(scale_inv_ptr + row, scale_inv, mask=row_inside)
-        kept = _value(codes, scale_inv, expansion, table_ptr, inside, FORMAT, HARDWARE)
+        kept = _value(quantized, scale_inv, expansion, table_ptr, inside, FORMAT, HARDWARE)
     return kept

@@ -1,11 +1,12 @@
 """The recipes, one file each: how the operands of the three products are cast, and who else must know of it.
 
-    base      what a recipe says, and what holds for most of them
+    base                      what a recipe says, and what holds for most of them
     delayed, current, block   ours, and Transformer Engine's
     mxfp8, nvfp4              Transformer Engine's alone
 
-A recipe is an object without state. What one remembers from step to step lies in the scale book; what a job has set (margin,
-formats) in the `Recipe` of its plan. The file's name is the recipe's name in the JSON; `ds_fp8/recipe.py` has its other facts.
+A recipe is an object without state. What one remembers from step to step lies in the FP8 state; what a job has set
+(margin, formats) in the `Recipe` of its plan. The file's name is the recipe's name in the JSON; `ds_fp8/recipe.py` has
+its other facts.
 """
 
 from __future__ import annotations

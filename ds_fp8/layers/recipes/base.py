@@ -1,13 +1,13 @@
 """What a recipe says: `Scaling`, whose methods each answer one caller's question.
 
-    reference path    quantize, quantize_transposed, quantize_weight, requantize_weight     (`operands`, `products`)
-    GPU               fast_rows, quantize_on_cuda, quantize_weight_on_cuda                  (`cuda_products`)
-    compiled layers   carried_scale_shape, carries_both_scales                              (`compiled_products`)
-    O3, frozen        owner_amaxes, owner_scales, owner_quantize, quantize_frozen           (`zero`)
-    Transformer Engine   te_class, te_probe, te_quantized and their arguments               (`transformer_engine`)
+    reference path      quantize, quantize_transposed, quantize_weight, requantize_weight     (`operands`, `products`)
+    GPU                 fast_rows, quantize_on_cuda, quantize_weight_on_cuda                  (`cuda_products`)
+    compiled layers     carried_scale_shape, carries_both_scales                              (`compiled_products`)
+    O3, frozen          owner_amaxes, owner_scales, owner_quantize, quantize_frozen           (`zero`)
+    Transformer Engine  te_class, te_probe, te_quantized and their arguments               (`transformer_engine`)
 
-The defaults are those of a recipe with one scale per tensor. A recipe that is Transformer Engine's alone needs the last group
-only; one that has no fast path on a GPU leaves `fast_rows` at 0 and is computed by `products` there.
+The defaults are those of a recipe with one scale per tensor. A recipe that is Transformer Engine's alone needs the last
+group only; one that has no fast path on a GPU leaves `fast_rows` at 0 and is computed by `products` there.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from .. import grouped_rows
 from ..operands import TENSOR, Operand, QuantizedPair
 
 if TYPE_CHECKING:
-    from ..page import Call, WeightCodes
+    from ..layer_state import Call, QuantizedWeight
     from .owner import Segment
 
 
 class Scaling:
     """One recipe.
 
-    input_extent    what one scale of an input or grad_output covers (`operands`)
-    weight_extent   the same of a weight
-    transposes      data of an input or grad_output serve both orientations: they are cast once for two products
-    weight_transposes  data of a weight serve fprop and dgrad; else dgrad casts the weight again
-    carries_weight  a compiled layer carries the transposed data of a weight to its backward, instead of casting again
+    input_extent         what one scale of an input or grad_output covers (`operands`)
+    weight_extent        the same of a weight
+    transposes           data of an input or grad_output serve both orientations: they are cast once for two products
+    weight_transposes    data of a weight serve fprop and dgrad; else dgrad casts the weight again
+    carries_weight       a compiled layer carries the transposed data of a weight to its backward, instead of casting
+                         again
     fast_accumulation    fprop may accumulate in fewer bits on Hopper, as Transformer Engine does
     carries_both_scales  a compiled layer carries the scale_inv of input and weight in one fp32 [2, 4]
-    grouped         module with the products of stacked experts
-    te_class        class in transformer_engine.common.recipe; the plan keeps recipes without one to our own layers
-    te_probe        function of transformer_engine.pytorch that says whether the device runs it
-    te_quantized    module below transformer_engine.pytorch.tensor, class and parameters of a quantized weight (O3); None:
-                    no weight may be quantized outside of the layer
+    grouped              module with the products of stacked experts
+    te_class             class in transformer_engine.common.recipe; the plan keeps recipes without one to our own layers
+    te_probe             function of transformer_engine.pytorch that says whether the device runs it
+    te_quantized         module below transformer_engine.pytorch.tensor, class and parameters of a quantized weight
+                         (O3); None: no weight may be quantized outside of the layer
     """
 
     input_extent = TENSOR
@@ -107,7 +108,9 @@ class Scaling:
     def quantize_weight_on_cuda(
         self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
     ) -> Operand:
-        """The weight [N, K], and transposed. Without `straight` that alone, and an amax recorded before is not again."""
+        """The weight [N, K], and transposed. Without `straight` that alone, and an amax recorded before is not
+        again.
+        """
         raise NotImplementedError
 
     # -- compiled layers ---------------------------------------------------------------------------------------------
@@ -131,7 +134,7 @@ class Scaling:
         """
         raise NotImplementedError
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, book: Any) -> torch.Tensor:
+    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
         """The scales with which the layer itself would cast, for these amaxes of the whole weight (`shape`, `layer`).
 
         A recipe with a history has the amax recorded when the layer next uses the weight.
@@ -142,7 +145,7 @@ class Scaling:
         """Fill the segments' data; `scales` has for each segment what `owner_scales` gave for its weight."""
         raise NotImplementedError
 
-    def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> WeightCodes:
+    def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
         """Data of a weight [N, K] that is never stepped, with scales that are powers of two."""
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """`block`: a current scale for each 1x128 group of an input or grad_output, and each 128x128 tile of a weight.
 
-1x128 groups lie along the axis that the product sums over, so an operand that is used both ways (input in fprop and wgrad) is
-cast twice, each time from high precision. Tiles transpose.
+1x128 groups lie along the axis that the product sums over, so an operand that is used both ways (input in fprop and
+wgrad) is cast twice, each time from high precision. Tiles transpose.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ...formats import BLOCK_SIZE, E4M3, Format
 from ...kernels import quantize_1x128, quantize_128x128
 from ...numerics.gemm_blocks import block_scale
 from .. import grouped_blocks
+from ..layer_state import Call, QuantizedWeight
 from ..operands import GROUPS, TILES, Operand, QuantizedPair, with_overflow_shown
-from ..page import Call, WeightCodes
 from .base import Scaling
 from .owner import Segment, measure_tiles, quantize_tiles, tiles_of
 
@@ -62,7 +62,7 @@ class BlockScaling(Scaling):
     def quantize_on_cuda(
         self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool
     ) -> QuantizedPair:
-        found = library.operands.cast_groups(x, call.format_of(column), plain=straight, turned=transposed)
+        found = library.operands.cast_groups(x, call.format_of(column), straight=straight, transposed=transposed)
         pair = [(None, None) if one is None else one for one in found]
         if guarded:
             pair[transposed] = pair[transposed][0], with_overflow_shown(pair[transposed][1], library.amax(x))
@@ -71,8 +71,8 @@ class BlockScaling(Scaling):
     def quantize_weight_on_cuda(
         self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
     ) -> Operand:
-        tiles, back = library.operands.cast_tiles(weight, call.recipe.forward_format, turned=transposed)
-        return Operand(*tiles, TILES, turned=None if back is None else Operand(*back, TILES))
+        tiles, back = library.operands.cast_tiles(weight, call.recipe.forward_format, transposed=transposed)
+        return Operand(*tiles, TILES, transposed=None if back is None else Operand(*back, TILES))
 
     def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:
         return (k, (rows + BLOCK_SIZE - 1) // BLOCK_SIZE)
@@ -86,15 +86,15 @@ class BlockScaling(Scaling):
         for segment, owner in zip(segments, owners, strict=True):
             measure_tiles(segment, per_weight[owner].view(tiles_of(segment.weight.shape)))
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, book: Any) -> torch.Tensor:
+    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
         return block_scale(amaxes.view(tiles_of(weight.shape)), E4M3, power_of_two=True)
 
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         for segment, of_segment in zip(segments, scales, strict=True):
             quantize_tiles(segment, of_segment)
 
-    def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> WeightCodes:
-        return WeightCodes(*quantize_128x128(weight, fmt))
+    def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
+        return QuantizedWeight(*quantize_128x128(weight, fmt))
 
     def te_quantized_arguments(self, data: torch.Tensor, scale_inv: torch.Tensor, quantizer: Any) -> dict[str, Any]:
         rows, columns = scale_inv.shape

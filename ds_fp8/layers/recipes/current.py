@@ -12,8 +12,8 @@ from ...kernels import amax as amax_of
 from ...kernels import quantize
 from ...numerics.gemm_blocks import block_scale
 from ...numerics.scaling import scale_from_amax, scale_inv_of
+from ..layer_state import Call, QuantizedWeight
 from ..operands import TENSOR, Operand, QuantizedPair
-from ..page import Call, WeightCodes
 from .base import Scaling
 from .owner import Segment, measure_tensors, quantize_tensors
 
@@ -38,36 +38,37 @@ class CurrentScaling(Scaling):
     def quantize_on_cuda(
         self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool
     ) -> QuantizedPair:
-        (codes, back), scale_inv, shown = library.operands.cast_current(
-            x, call.format_of(column), plain=straight, turned=transposed, guarded=guarded
+        (quantized, back), scale_inv, shown = library.operands.cast_current(
+            x, call.format_of(column), straight=straight, transposed=transposed, guarded=guarded
         )
-        return (codes, scale_inv if transposed else shown), (back, shown) if transposed else (None, None)
+        return (quantized, scale_inv if transposed else shown), (back, shown) if transposed else (None, None)
 
     def quantize_weight_on_cuda(
         self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
     ) -> Operand:
-        (codes, back), scale_inv, _ = library.operands.cast_current(
-            weight, call.recipe.forward_format, plain=straight, turned=transposed
+        (quantized, back), scale_inv, _ = library.operands.cast_current(
+            weight, call.recipe.forward_format, straight=straight, transposed=transposed
         )
         scale_inv = scale_inv[0]
-        return Operand(codes, scale_inv, TENSOR, turned=None if back is None else Operand(back, scale_inv))
+        return Operand(quantized, scale_inv, TENSOR, transposed=None if back is None else Operand(back, scale_inv))
 
     def owner_measure(self, segments: Sequence[Segment], owners: Sequence[int], amaxes: torch.Tensor,
                       per_weight: Sequence[torch.Tensor]) -> None:  # fmt: skip
         measure_tensors(segments, owners, amaxes)
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, book: Any) -> torch.Tensor:
+    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
         return scale_from_amax(amaxes.view(()), E4M3)
 
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         quantize_tensors(segments, scales)
 
-    def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> WeightCodes:
+    def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
         scale = block_scale(amax_of(weight), fmt, power_of_two=True)
-        return WeightCodes(quantize(weight, scale, fmt), scale_inv_of(scale))
+        return QuantizedWeight(quantize(weight, scale, fmt), scale_inv_of(scale))
 
     def te_quantized_arguments(self, data: torch.Tensor, scale_inv: torch.Tensor, quantizer: Any) -> dict[str, Any]:
-        # To the data's device: before its first call a book without an engine lies on the CPU, and cuBLASLt would take a host address.
+        # To the data's device: before its first call the FP8 state of a model without an engine lies on the CPU, and
+        # cuBLASLt would take a host address.
         return {"data": data, "fp8_scale_inv": scale_inv.reshape(1).to(data.device), "data_transpose": None}
 
 

@@ -1,7 +1,7 @@
 """`delayed`: one scale per tensor, known beforehand from the amaxes of earlier steps (`scales.py`).
 
-One pass casts and measures. A tensor without history is cast as under `current`, with its own amax, until a step has seen one.
-The scales of all layers and their histories lie in the scale book, which an engine's step renews.
+One pass casts and measures. A tensor without history is cast as under `current`, with its own amax, until a step has
+seen one. The scales of all layers and their histories lie in the FP8 state, which an engine's step renews.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ...formats import Format
 from ...kernels import amax as amax_of
 from ...kernels import quantize, quantize_with_amax
 from ...numerics.scaling import scale_inv_of
+from ..layer_state import Call
 from ..operands import TENSOR, Operand, QuantizedPair, is_given, with_overflow_shown
-from ..page import Call
 from .current import CurrentScaling
 
 
@@ -33,13 +33,13 @@ class DelayedScaling(CurrentScaling):
         scale, scale_inv = call.scale(column)
         if not call.records:
             return Operand(quantize(x, scale, fmt), scale_inv, TENSOR, scale)
-        codes, amax = quantize_with_amax(x, scale, fmt)
+        quantized, amax = quantize_with_amax(x, scale, fmt)
         call.record(column, amax)
-        return Operand(codes, scale_inv, TENSOR, scale, amax)
+        return Operand(quantized, scale_inv, TENSOR, scale, amax)
 
     def quantize_weight(self, weight: torch.Tensor, call: Call) -> Operand:
-        column, values = call.page.weight_column, weight.detach()
-        if is_given(weight, call.page) and not call.page.book.exact:
+        column, values = call.layer_state.weight_column, weight.detach()
+        if is_given(weight, call.layer_state) and not call.layer_state.fp8_state.exact:
             return _without_history(values, call, column, call.format_of(column), amax_of(values))
         return self.quantize(values, call, column)
 
@@ -55,44 +55,45 @@ class DelayedScaling(CurrentScaling):
     ) -> QuantizedPair:
         fmt = call.format_of(column)
         if not call.knows(column):
-            (codes, back), scale_inv, shown = _unknown_on_cuda(library, x, call, column, fmt, straight, transposed)
+            (quantized, back), scale_inv, shown = _unknown_on_cuda(library, x, call, column, fmt, straight, transposed)
             shown = with_overflow_shown(scale_inv, shown) if guarded else scale_inv
         else:
             scales, pending = call.scales, call.raised(column)
             assert scales is not None
-            codes, back = library.operands.cast_delayed(
-                x, scales.frozen, column, fmt, pending, plain=straight, turned=transposed
+            quantized, back = library.operands.cast_delayed(
+                x, scales.frozen, column, fmt, pending, straight=straight, transposed=transposed
             )
             scale_inv = shown = scales.scale_inv[column]
             if guarded:
-                # The cast has just raised it; an older infinity in it poisons the same step anyway.
+                # The cast has just raised it; an older infinity in it makes the same step NaN anyway.
                 amax = library.amax(x) if pending is None else pending[column]
                 shown = with_overflow_shown(scale_inv, amax)
-        return (codes, scale_inv if transposed else shown), (back, shown) if transposed else (None, None)
+        return (quantized, scale_inv if transposed else shown), (back, shown) if transposed else (None, None)
 
     def quantize_weight_on_cuda(
         self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
     ) -> Operand:
-        column, scales = call.page.weight_column, call.scales
+        column, scales = call.layer_state.weight_column, call.scales
         assert scales is not None
         pending = call.raised(column) if straight else None
-        codes, back = library.operands.cast_delayed(
-            weight, scales.frozen, column, call.format_of(column), pending, plain=straight, turned=transposed
+        quantized, back = library.operands.cast_delayed(
+            weight, scales.frozen, column, call.format_of(column), pending, straight=straight, transposed=transposed
         )
         scale_inv = scales.scale_inv[column]
-        return Operand(codes, scale_inv, TENSOR, turned=None if back is None else Operand(back, scale_inv))
+        return Operand(quantized, scale_inv, TENSOR, transposed=None if back is None else Operand(back, scale_inv))
 
     def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:
         return (2, 4)
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, book: Any) -> torch.Tensor:
+    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
         # The step's amaxes are in the histories already: this is the scale that the layer would cast with next.
-        scale: torch.Tensor = book.weight_scale(weight.layer, amaxes.view(()))
-        book.record_weight_amax(weight.layer, amaxes.view(()))
+        scale: torch.Tensor = fp8_state.weight_scale(weight.layer, amaxes.view(()))
+        fp8_state.record_weight_amax(weight.layer, amaxes.view(()))
         return scale
 
     def te_arguments(self, formats: Any, recipe: Any) -> dict[str, Any]:
-        # The histories are the scale book's: Transformer Engine's own is one entry long, the slot where a cast leaves its amax.
+        # The histories are the FP8 state's: Transformer Engine's own is one entry long, the slot where a cast leaves
+        # its amax.
         return super().te_arguments(formats, recipe) | {"amax_history_len": 1, "reduce_amax": False}
 
 
@@ -111,9 +112,9 @@ def _unknown_on_cuda(
     scale = call.scales.of_tensor(column, amax, fmt)
     if call.records:
         call.record(column, amax)
-    frozen = torch.stack([scale_inv_of(scale), scale, scale, scale]).unsqueeze(0)  # a book of one column
+    frozen = torch.stack([scale_inv_of(scale), scale, scale, scale]).unsqueeze(0)  # scales of one column
     casts = library.operands
-    return casts.cast_delayed(x, frozen, 0, fmt, None, plain=straight, turned=transposed), frozen[0, 0], amax
+    return casts.cast_delayed(x, frozen, 0, fmt, None, straight=straight, transposed=transposed), frozen[0, 0], amax
 
 
 SCALING = DelayedScaling()

@@ -1,7 +1,8 @@
 """What the owner of a part of a weight does at O3: measure it, and cast it as the layer would cast the whole.
 
-Under ZeRO a rank owns a range of elements, which may begin and end anywhere in a weight. So amaxes are MAX-reduced between the
-owners (`zero/weights.py`), and what is here looks at one range at a time: of a tensor with one scale, or of 128x128 tiles.
+Under ZeRO a rank owns a range of elements, which may begin and end anywhere in a weight. So amaxes are MAX-reduced
+between the owners (`zero/weights.py`), and what is here looks at one range at a time: of a tensor with one scale, or of
+128x128 tiles.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from ...formats import BLOCK_SIZE, E4M3
 class Segment:
     """The part of a weight that this rank owns.
 
-    weight  the whole: `shape` (N, K)
-    start   first element within the flattened weight
-    source  flat 16-bit values
-    codes   flat uint8, same numel, where the quantized data go
+    weight     the whole: `shape` (N, K)
+    start      first element within the flattened weight
+    source     flat 16-bit values
+    quantized  flat uint8, same numel, where the quantized data go
     """
 
     weight: Any
     start: int
     source: Tensor
-    codes: Tensor
+    quantized: Tensor
 
 
 def tiles_of(shape: tuple[int, int]) -> tuple[int, int]:
@@ -54,8 +55,8 @@ def measure_tensors(segments: Sequence[Segment], owners: Sequence[int], amaxes: 
 def quantize_tensors(segments: Sequence[Segment], scales: Sequence[Tensor]) -> None:
     """Fill the segments' data, one scale (0-d) each."""
     if segments:
-        sources, codes = [segment.source for segment in segments], [segment.codes for segment in segments]
-        kernels.quantize_many(sources, torch.stack(list(scales)), E4M3, codes)
+        sources, quantized = [segment.source for segment in segments], [segment.quantized for segment in segments]
+        kernels.quantize_many(sources, torch.stack(list(scales)), E4M3, quantized)
 
 
 def row_runs(start: int, numel: int, width: int) -> list[tuple[int, int, int, int, int]]:
@@ -93,8 +94,8 @@ def quantize_tiles(segment: Segment, scales: Tensor) -> None:
     for offset, length, row, column, rows in row_runs(segment.start, segment.source.numel(), width):
         values = segment.source[offset : offset + length].float().view(rows, -1)
         scaled = values * scales[row // BLOCK_SIZE][_columns_of(column, values.shape[1], values.device)]
-        codes = kernels.quantize(scaled.view(-1), one, E4M3)
-        segment.codes[offset : offset + length].copy_(codes.view(torch.uint8))
+        quantized = kernels.quantize(scaled.view(-1), one, E4M3)
+        segment.quantized[offset : offset + length].copy_(quantized.view(torch.uint8))
 
 
 def _columns_of(column: int, length: int, device: torch.device) -> Tensor:

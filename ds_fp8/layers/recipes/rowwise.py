@@ -4,12 +4,12 @@
     dgrad   grad_output per token, weight per input        [M, 1] and [1, K]
     wgrad   grad_output per output, input per input        [N, 1] and [1, K]
 
-A row that is small beside others keeps its precision, as with blocks, but the scales are applied once to each sum, so that
-they need not be powers of two. The price: no data serve two products. Each operand is cast for each of its products from
-high precision, a weight too: dgrad casts it again in the backward.
+A row that is small beside others keeps its precision, as with blocks, but the scales are applied once to each sum, so
+that they need not be powers of two. The price: no data serve two products. Each operand is cast for each of its
+products from high precision, a weight too: dgrad casts it again in the backward.
 
-On Hopper and later `torch._scaled_mm` multiplies by rows, for bf16 results; other results, other devices and CPUs decode and
-multiply in fp32: exact in the operands. Not measured for speed yet.
+On Hopper and later `torch._scaled_mm` multiplies by rows, for bf16 results; other results, other devices and CPUs
+decode and multiply in fp32: exact in the operands. Not measured for speed yet.
 Source: torch._scaled_mm; torchao's float8 recipe `rowwise`, which takes e4m3 for all operands (`fp8_format` E4M3).
 """
 
@@ -21,8 +21,8 @@ import torch
 
 from ...formats import Format
 from ...numerics.row_scales import quantize_rows
+from ..layer_state import Call
 from ..operands import ROWS, Operand
-from ..page import Call
 from .base import Scaling
 
 

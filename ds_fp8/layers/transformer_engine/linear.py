@@ -7,7 +7,7 @@ Three habits of Transformer Engine do not fit a plug-in, and are turned here:
 2. *The global update.* On leaving the outermost autocast TE rolls the histories of **all** layers that ever ran, and in the
    backward the first layer of each autocast does it again: with one autocast per layer, N times a step. A layer takes
    part when it has no entry under `buffer_key` in `fp8_meta`; ours have one from the start, so TE's buffers stay empty.
-3. *State.* Instead the quantisers read their scale from, and leave their amax in, slots of the scale book, which folds
+3. *State.* Instead the quantisers read their scale from, and leave their amax in, slots of the FP8 state, which updates
    all layers of all backends at once, with the group that it was given. TE's casts raise the slot to a running maximum
    (seen on an H200 with 2.20.2), so several calls in a step, and a recompute, count once.
 
@@ -29,12 +29,12 @@ from ...errors import BackendError
 from ...recipe import HighPrecision
 from ..fp8_linear import as_read, is_ordinary
 from ..ran import note_by_hook
-from .codes import TakesCodes, weight_of
 from .names import TransformerEngine, load
 from .products import attach
+from .quantized_weight import TakesQuantizedWeight, weight_of
 
 if TYPE_CHECKING:
-    from ..page import WeightCodes
+    from ..layer_state import QuantizedWeight
 
 TOKEN_MULTIPLE = 16
 """FP8 GEMMs on Hopper take operands of multiples of 16 only; 8 or 24 tokens pass the forward and fail in the backward."""
@@ -43,13 +43,13 @@ ROLES = (("scaling_fwd", 0, "input"), ("scaling_fwd", 1, "weight"), ("scaling_bw
 """Where te.Linear keeps the quantiser of each operand; its output and grad_input stay in high precision."""
 
 
-class LayerState(Protocol):
+class TELayerState(Protocol):
     """What a layer asks of whoever keeps its FP8 state."""
 
     high: HighPrecision
     scaling: Any
     kind: str
-    kept_codes: Any
+    kept_quantized: Any
 
     def is_active(self, training: bool) -> bool:
         """FP8 in this call: `start_step` is reached, and it is training or `eval` is on."""
@@ -73,10 +73,12 @@ class LayerState(Protocol):
         """Before `start_step`: record the amaxes of a call in high precision; returns `output`."""
 
     def microbatch(self) -> bool | None:
-        """True: quantise the weight and keep its codes; False: the kept ones are good; None: do not keep any."""
+        """True: quantise the weight and keep its quantized values; False: the kept ones are good; None: do not keep
+        any.
+        """
 
-    def codes(self) -> WeightCodes | None:
-        """The weight's codes if somebody else made them (O3); records their amax if this call records."""
+    def quantized(self) -> QuantizedWeight | None:
+        """The quantized weight if somebody else made it (O3); records its amax if this call records."""
 
 
 @functools.cache
@@ -84,15 +86,15 @@ def linear_class() -> type[nn.Module]:
     """Our subclass of the installed te.Linear; made on first use, because Transformer Engine is optional."""
     engine = load()
 
-    class TELinear(TakesCodes, engine.pytorch.Linear):  # type: ignore[name-defined,misc]
-        """nn.Linear in FP8 by Transformer Engine; FP8 state lives in the scale book, not in `state_dict`."""
+    class TELinear(TakesQuantizedWeight, engine.pytorch.Linear):  # type: ignore[name-defined,misc]
+        """nn.Linear in FP8 by Transformer Engine; its FP8 state is not in `state_dict`."""
 
         # nn.Module saves `_extra_state` when a class overrides these; TE's is pickled, and refused on load since 2.16.
         get_extra_state = nn.Module.get_extra_state
         set_extra_state = nn.Module.set_extra_state
 
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            state: LayerState = self.__dict__["fp8_state"]
+            state: TELayerState = self.__dict__["te_state"]
             bias = self.bias if self.use_bias else None
             if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
                 note_call(self)
@@ -111,7 +113,7 @@ def linear_class() -> type[nn.Module]:
                 output = unpadded(output, tokens, input.shape)
             return attach(output, input, self.weight, bias, state.high) if any(state.high) else output
 
-        def _multiply(self, operand: torch.Tensor, state: LayerState) -> torch.Tensor:
+        def _multiply(self, operand: torch.Tensor, state: TELayerState) -> torch.Tensor:
             """The FP8 products; wgrad is left out by a weight that asks for no gradient while TE looks at it."""
             hides = state.high.wgrad and self.weight.requires_grad
             with weight_of(self, engine, state) as microbatch:
@@ -131,21 +133,21 @@ def linear_class() -> type[nn.Module]:
 
 
 def note_call(layer: Any) -> None:
-    """See `Page.note_call`."""
-    page = vars(layer).get("page")
-    if page is not None:
-        page.note_call()
+    """See `LayerFp8State.note_call`."""
+    layer_state = vars(layer).get("layer_state")
+    if layer_state is not None:
+        layer_state.note_call()
 
 
 def note_products(layer: Any, output: torch.Tensor, input: torch.Tensor, high: HighPrecision) -> None:
     """While the first step is watched: that Transformer Engine multiplied, and by a hook that it does so backward."""
-    ran = getattr(vars(layer).get("page"), "ran", None)
+    ran = getattr(vars(layer).get("layer_state"), "ran", None)
     if ran is not None:
         note_by_hook(ran, output, high, input, layer.weight)
 
 
-def bind_slots(layer: Any, engine: TransformerEngine, state: LayerState, records: bool) -> None:
-    """Put the book's scale and amax slots into the layer's quantisers; call inside autocast.
+def bind_slots(layer: Any, engine: TransformerEngine, state: TELayerState, records: bool) -> None:
+    """Put the FP8 state's scale and amax slots into the layer's quantisers; call inside autocast.
 
     Raises BackendError when the layer has no quantiser where we expect one: an unknown Transformer Engine.
     """
@@ -173,7 +175,7 @@ def unpadded(output: torch.Tensor, tokens: int, shape: torch.Size) -> torch.Tens
     return torch.ops.aten._unsafe_view.default(output[:tokens], (*shape[:-1], output.shape[-1]))
 
 
-def make_linear(source: nn.Linear, state: LayerState) -> nn.Module:
+def make_linear(source: nn.Linear, state: TELayerState) -> nn.Module:
     """A TELinear with the very Parameters of `source` (which may be empty, under zero.Init), mode and device."""
     weight = source.weight
     layer = linear_class()(
@@ -185,17 +187,17 @@ def make_linear(source: nn.Linear, state: LayerState) -> nn.Module:
         layer._parameters["bias"] = source.bias
     else:
         layer.__dict__["bias"] = torch.empty(0, dtype=weight.dtype, device=weight.device)
-    layer.__dict__["fp8_state"] = state
+    layer.__dict__["te_state"] = state
     return layer.train(source.training)
 
 
 def restore_linear(layer: Any) -> nn.Linear:
-    """The plain nn.Linear again, with the same Parameters."""
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.use_bias, device="meta")
-    plain._parameters["weight"] = layer._parameters["weight"]
+    """The unmodified nn.Linear again, with the same Parameters."""
+    unmodified = nn.Linear(layer.in_features, layer.out_features, bias=layer.use_bias, device="meta")
+    unmodified._parameters["weight"] = layer._parameters["weight"]
     if layer.use_bias:
-        plain._parameters["bias"] = layer._parameters["bias"]
-    return plain.train(layer.training)
+        unmodified._parameters["bias"] = layer._parameters["bias"]
+    return unmodified.train(layer.training)
 
 
 def __getattr__(name: str) -> Any:

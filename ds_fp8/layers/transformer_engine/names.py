@@ -6,7 +6,7 @@ with what our adapter passes, and an unknown Transformer Engine is refused with 
 
 Private is only this: the key under which a layer notes that it takes part in the global update of all scales, the
 attributes `fp8_meta`, `quantizers` and `init_fp8_metadata` of a layer (`linear.py` says why they are needed), and for O3
-its cache of quantised weights and the tensors in it (`codes.py`).
+its cache of quantised weights and the tensors in it (`quantized_weight.py`).
 Supported: 2.2 to 2.20; run on an H200 with 2.11.0 and 2.20.2.
 """
 
@@ -119,8 +119,8 @@ def load() -> TransformerEngine:
 
 
 @functools.cache
-def codes_class(kind: str) -> type[Any]:
-    """The class of a weight's codes under recipe `kind`.
+def quantized_class(kind: str) -> type[Any]:
+    """The class of a quantized weight under recipe `kind`.
 
     Raises BackendError with what differs from the class that we know.
     """

@@ -1,7 +1,8 @@
 """te.LayerNormLinear in the place of a linear layer, reading the Parameters of the norm before it; see `layers/fused.py`.
 
-The FP8 side is that of `linear.py`: an autocast of its own, slots of the scale book, no `_extra_state`. Tokens are padded by
-repeating the last one, not with zeros: the norm would turn zeros into its bias, which might be the largest amax.
+The FP8 side is that of `linear.py`: an autocast of its own, slots of the FP8 state, no `_extra_state`. Tokens are
+padded by repeating the last one, not with zeros: the norm would turn zeros into its bias, which might be the largest
+amax.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..fp8_linear import as_read, is_ordinary
-from .codes import TakesCodes, weight_of
-from .linear import TOKEN_MULTIPLE, LayerState, bind_slots, note_call, note_products, unpadded
+from .linear import TOKEN_MULTIPLE, TELayerState, bind_slots, note_call, note_products, unpadded
 from .names import load
+from .quantized_weight import TakesQuantizedWeight, weight_of
 
 
 @functools.cache
@@ -24,17 +25,17 @@ def norm_linear_class() -> type[nn.Module]:
     """Our subclass of the installed te.LayerNormLinear."""
     engine = load()
 
-    class TELayerNormLinear(TakesCodes, engine.pytorch.LayerNormLinear):  # type: ignore[name-defined,misc]
+    class TELayerNormLinear(TakesQuantizedWeight, engine.pytorch.LayerNormLinear):  # type: ignore[name-defined,misc]
         """linear(norm(x)) in one call; the norm's Parameters belong to the norm."""
 
         get_extra_state = nn.Module.get_extra_state
         set_extra_state = nn.Module.set_extra_state
 
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            state: LayerState = self.__dict__["fp8_state"]
+            state: TELayerState = self.__dict__["te_state"]
             if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
                 note_call(self)
-                normed = plain_norm(self, input)
+                normed = norm_of(self, input)
                 return state.observe(
                     normed, F.linear(normed, as_read(self.weight), self.bias if self.use_bias else None)
                 )
@@ -44,7 +45,7 @@ def norm_linear_class() -> type[nn.Module]:
             if short:
                 rows = input.reshape(tokens, self.in_features)
                 operand = torch.cat([rows, rows[-1:].detach().expand(short, -1)])
-            records = state.begin(lambda: plain_norm(self, input))
+            records = state.begin(lambda: norm_of(self, input))
             with engine.autocast(state.scaling):
                 bind_slots(self, engine, state, records)
                 with weight_of(self, engine, state) as microbatch:
@@ -57,7 +58,7 @@ def norm_linear_class() -> type[nn.Module]:
     return TELayerNormLinear
 
 
-def plain_norm(layer: Any, input: torch.Tensor) -> torch.Tensor:
+def norm_of(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """The norm by torch, for a call without FP8."""
     shape = (layer.in_features,)
     if layer.normalization == "RMSNorm":

@@ -1,4 +1,4 @@
-"""te.LayerNorm and te.RMSNorm as stand-ins for torch's: high precision, fused kernels, the same Parameters.
+"""te.LayerNorm and te.RMSNorm in place of torch's: high precision, fused kernels, the same Parameters.
 
 Neither computes in FP8; Transformer Engine's kernels are only faster, and are what its fused layers build on. They always
 have a weight, a LayerNorm also a bias, over the last dimensions: the plan keeps norms that lack one. torch's RMSNorm has
@@ -20,7 +20,7 @@ from .names import load
 
 @functools.cache
 def norm_class(kind: str) -> type[nn.Module]:
-    """Our subclass of the installed te.LayerNorm or te.RMSNorm, whose state_dict has only the plain names."""
+    """Our subclass of the installed te.LayerNorm or te.RMSNorm, whose state_dict has torch's names only."""
     base = getattr(load().pytorch, kind)
     members = {"get_extra_state": nn.Module.get_extra_state, "set_extra_state": nn.Module.set_extra_state}
     return type(f"TE{kind}", (base,), members | {"__module__": __name__, "__qualname__": f"TE{kind}"})
@@ -44,18 +44,18 @@ def make_norm(source: nn.Module) -> nn.Module:
     layer = norm_class(kind)(source.normalized_shape, eps=eps, device="meta", dtype=weight.dtype)
     for name in needed:
         layer._parameters[name] = source._parameters[name]
-    layer.__dict__["plain_arguments"] = (tuple(source.normalized_shape), source.eps)
+    layer.__dict__["norm_arguments"] = (tuple(source.normalized_shape), source.eps)
     return layer.train(source.training)
 
 
 def restore_norm(layer: Any) -> nn.Module:
     """torch's norm again, with the same Parameters."""
     kind = nn.LayerNorm if "bias" in layer._parameters else nn.RMSNorm
-    shape, eps = layer.__dict__["plain_arguments"]
-    plain = kind(shape, eps=eps, device="meta")
-    for name in plain._parameters:
-        plain._parameters[name] = layer._parameters[name]
-    return plain.train(layer.training)
+    shape, eps = layer.__dict__["norm_arguments"]
+    unmodified = kind(shape, eps=eps, device="meta")
+    for name in unmodified._parameters:
+        unmodified._parameters[name] = layer._parameters[name]
+    return unmodified.train(layer.training)
 
 
 def __getattr__(name: str) -> Any:

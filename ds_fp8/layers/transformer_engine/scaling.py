@@ -3,7 +3,7 @@
 Transformer Engine 2.x accepts any argument of a recipe in silence, a typo too, and has dropped `interval` and
 `override_linear_precision`. So it gets only what it honours, by names that were checked, and the rest is done by us:
 
-    margin, interval, amax_history_len, amax_compute_algo, reduce_amax    the scale book (delayed scaling, one for all
+    margin, interval, amax_history_len, amax_compute_algo, reduce_amax    the FP8 state (delayed scaling, one for all
                                                                           backends, so scales and checkpoints agree)
     override_linear_precision                                             `products.py`
     fp8_format, and the kind of scaling                                   Transformer Engine

@@ -32,20 +32,20 @@ class ZeroStage12:
         self.flatten = lambda tensors: self._fp8_flatten(tensors, lambda: flatten(tensors))
 
     def flatten_dense_tensors_aligned(self: Any, tensor_list: Any, alignment: Any, **options: Any) -> Tensor:
-        plain = super().flatten_dense_tensors_aligned  # type: ignore[misc]
-        return self._fp8_flatten(tensor_list, lambda: plain(tensor_list, alignment, **options))
+        original = super().flatten_dense_tensors_aligned  # type: ignore[misc]
+        return self._fp8_flatten(tensor_list, lambda: original(tensor_list, alignment, **options))
 
     def _get_preflattened_grad_partition(self: Any, group_idx: int) -> None:
         """Nothing is flat before the step."""
 
-    def _fp8_flatten(self: Any, tensors: Any, plain: Callable[[], Tensor]) -> Tensor:
+    def _fp8_flatten(self: Any, tensors: Any, original: Callable[[], Tensor]) -> Tensor:
         """Ask the mixin when the gradients of a partition are to be flattened; everything else is not concerned."""
         index = next((index for index, group in self.averaged_gradients.items() if group is tensors), None)
         if index is None or self._fp8_flattening:
-            return plain()
+            return original()
         self._fp8_flattening = True
         try:
             flat = self._get_preflattened_grad_partition(index)
         finally:
             self._fp8_flattening = False
-        return plain() if flat is None else flat
+        return original() if flat is None else flat

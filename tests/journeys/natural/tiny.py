@@ -24,7 +24,7 @@ def counting(rows: int = 64, length: int = 32):
 
 
 def training_arguments(**more) -> dict:
-    """What every Trainer here is told: on the CPU, six steps, each loss logged, no files."""
+    """What every Trainer here is given: on the CPU, six steps, each loss logged, no files."""
     return {
         "per_device_train_batch_size": 8,
         "max_steps": 6,

@@ -14,8 +14,8 @@ model = LlamaForCausalLM(LlamaConfig(**tiny.LLAMA))
 data = [{"input_ids": row, "labels": row} for row in tiny.counting(96)]
 times = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3}
 best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-told = tiny.training_arguments(max_steps=6, warmup_steps=1, per_device_train_batch_size=4)
-arguments = TrainingArguments(output_dir=out, deepspeed=config, **{**told, **times, **best})
+common = tiny.training_arguments(max_steps=6, warmup_steps=1, per_device_train_batch_size=4)
+arguments = TrainingArguments(output_dir=out, deepspeed=config, **{**common, **times, **best})
 trainer = Trainer(model=model, args=arguments, train_dataset=data[:64], eval_dataset=data[64:])
 trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
 loss = trainer.evaluate()["eval_loss"]
@@ -32,11 +32,11 @@ if trainer.is_world_process_zero():
     print("EVAL", *evals, "LAST", loss, "BEST", trainer.state.best_model_checkpoint)
     print("GENERATED", *generated[0].tolist())
     unset_hf_deepspeed_config()  # else ZeRO 3 would partition the next model too
-    plain = LlamaForCausalLM.from_pretrained(f"{out}/final", dtype=torch.bfloat16).eval()
-    names = {type(module).__name__ for module in plain.modules()}
-    assert "Fp8Linear" not in names, "a saved model is a plain model"
+    baseline = LlamaForCausalLM.from_pretrained(f"{out}/final", dtype=torch.bfloat16).eval()
+    names = {type(module).__name__ for module in baseline.modules()}
+    assert "Fp8Linear" not in names, "a saved model is an unmodified model"
     with torch.no_grad():
-        again = plain.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
+        again = baseline.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
         batch = torch.stack([row["input_ids"] for row in data[64:]])
-        print("AGAIN", *again[0].tolist(), "LOSS", plain(input_ids=batch, labels=batch).loss.item())
+        print("AGAIN", *again[0].tolist(), "LOSS", baseline(input_ids=batch, labels=batch).loss.item())
     print("FILES", *sorted(path.name for path in Path(out, "final").iterdir()), flush=True)

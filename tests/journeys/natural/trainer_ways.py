@@ -35,8 +35,8 @@ def llama():
 
 def compiled():
     """`torch_compile=True`; the default backend needs a compiler, this one traces in the same way."""
-    told = tiny.training_arguments(torch_compile=True, torch_compile_backend="aot_eager")
-    trainer = Trainer(llama(), TrainingArguments("out", deepspeed=config, **told), train_dataset=data)
+    common = tiny.training_arguments(torch_compile=True, torch_compile_backend="aot_eager")
+    trainer = Trainer(llama(), TrainingArguments("out", deepspeed=config, **common), train_dataset=data)
     trainer.train()
     from torch._dynamo.utils import counters
 
@@ -65,8 +65,8 @@ def parsed():
 def seq2seq():
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-    told = tiny.training_arguments(predict_with_generate=True, generation_max_length=8)
-    arguments = Seq2SeqTrainingArguments("out", deepspeed=config, **told)
+    common = tiny.training_arguments(predict_with_generate=True, generation_max_length=8)
+    arguments = Seq2SeqTrainingArguments("out", deepspeed=config, **common)
     trainer = Seq2SeqTrainer(model, arguments, train_dataset=data, eval_dataset=data[:8])
     trainer.train()
     print("EVAL", trainer.evaluate()["eval_loss"], trainer.predict(data[:8]).predictions.shape, flush=True)
@@ -87,16 +87,16 @@ def without_trainer():
 
     unset_hf_deepspeed_config()
     llama().save_pretrained("whole")
-    told = json.loads(Path(config).read_text())
-    told |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
-    told |= {"bf16": {"enabled": True}, "gradient_clipping": 1.0}
-    told["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
-    keep = HfDeepSpeedConfig(told)
+    common = json.loads(Path(config).read_text())
+    common |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
+    common |= {"bf16": {"enabled": True}, "gradient_clipping": 1.0}
+    common["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    keep = HfDeepSpeedConfig(common)
     model = AutoModelForCausalLM.from_pretrained("whole", dtype=torch.bfloat16)
     assert keep.is_zero3() and hasattr(model.lm_head.weight, "ds_id"), "partitioned while it was loaded"
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=model, config=told)
+    engine, *_ = deepspeed.initialize(model=model, config=common)
     engine.train()  # from_pretrained gives a model in eval mode
     losses = []
     for step in range(6):

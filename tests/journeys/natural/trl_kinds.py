@@ -25,27 +25,27 @@ backwards = [" ".join(reversed(text.split())) for text in texts]
 LlamaForCausalLM(LlamaConfig(**tiny.LLAMA)).save_pretrained("tiny_llama")
 tokenizer.save_pretrained("tiny_llama")
 model = "tiny_llama"
-told = {"output_dir": "out", "deepspeed": config, **tiny.training_arguments()}
+options = {"output_dir": "out", "deepspeed": config, **tiny.training_arguments()}
 common = {"processing_class": tokenizer}
 if kind == "sft_lora":
     data = Dataset.from_dict({"text": texts})
-    arguments = SFTConfig(max_length=32, **told)
+    arguments = SFTConfig(max_length=32, **options)
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, peft_config=lora, **common)
 elif kind in ("dpo", "dpo_lora"):
     rows = {"prompt": ["5 6 7"] * len(texts), "chosen": texts, "rejected": backwards}
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if kind == "dpo_lora" else None
-    told["learning_rate"] = 1e-3
-    arguments = DPOConfig(max_length=64, **told)
+    options["learning_rate"] = 1e-3
+    arguments = DPOConfig(max_length=64, **options)
     trainer = DPOTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(rows), peft_config=lora, **common)
 elif kind == "reward":
     model = LlamaForSequenceClassification(LlamaConfig(**tiny.LLAMA, num_labels=1))
     rows = {"chosen": texts, "rejected": backwards}
-    arguments = RewardConfig(max_length=64, **told)
+    arguments = RewardConfig(max_length=64, **options)
     trainer = RewardTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(rows), **common)
 else:
-    told |= {"max_steps": 2, "beta": 0.1, "num_generations": 4, "max_completion_length": 8}
-    arguments = GRPOConfig(**told)
+    options |= {"max_steps": 2, "beta": 0.1, "num_generations": 4, "max_completion_length": 8}
+    arguments = GRPOConfig(**options)
     trainer = GRPOTrainer(
         model=model,
         args=arguments,

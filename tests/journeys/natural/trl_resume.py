@@ -1,4 +1,6 @@
-"""SFT with LoRA that is interrupted: `python trl_resume.py ds.json out [checkpoint]`; the adapter is loaded over a plain model."""
+"""SFT with LoRA that is interrupted: `python trl_resume.py ds.json out [checkpoint]`; the adapter is loaded over an
+unmodified model.
+"""
 
 import sys
 
@@ -18,10 +20,10 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", b
 rows = tiny.counting()
 data = Dataset.from_dict({"text": [" ".join(map(str, row)) for row in rows.tolist()]})
 LlamaForCausalLM(LlamaConfig(**tiny.LLAMA)).save_pretrained("base")
-told = tiny.training_arguments(save_strategy="steps", save_steps=3)
+common = tiny.training_arguments(save_strategy="steps", save_steps=3)
 trainer = SFTTrainer(
     model="base",
-    args=SFTConfig(output_dir=out, deepspeed=config, max_length=32, **told),
+    args=SFTConfig(output_dir=out, deepspeed=config, max_length=32, **common),
     train_dataset=data,
     peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     processing_class=tokenizer,
@@ -30,7 +32,7 @@ trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
 tiny.print_losses(trainer)
 trainer.save_model(f"{out}/adapter")
 trainer.model.eval()
-plain = AutoPeftModelForCausalLM.from_pretrained(f"{out}/adapter", dtype=torch.bfloat16).eval()
+baseline = AutoPeftModelForCausalLM.from_pretrained(f"{out}/adapter", dtype=torch.bfloat16).eval()
 with torch.no_grad():
-    ours, theirs = (model(input_ids=rows[:8], labels=rows[:8]).loss.item() for model in (trainer.model, plain))
+    ours, theirs = (model(input_ids=rows[:8], labels=rows[:8]).loss.item() for model in (trainer.model, baseline))
 print("ADAPTER", ours, theirs, flush=True)

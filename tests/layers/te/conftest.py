@@ -1,4 +1,4 @@
-"""The stand-in in place of Transformer Engine, for each test of this folder, with our caches emptied before and after."""
+"""The fake Transformer Engine, for each test of this folder, with our caches emptied before and after."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from ds_fp8.layers.transformer_engine import linear, names, norm_linear, norms
 
-_spec = importlib.util.spec_from_file_location("te_stand_in", Path(__file__).parent / "stand_in.py")
+_spec = importlib.util.spec_from_file_location("fake_te", Path(__file__).parent / "fake_te.py")
 assert _spec is not None and _spec.loader is not None
-stand_in = importlib.util.module_from_spec(_spec)
-sys.modules["te_stand_in"] = stand_in
-_spec.loader.exec_module(stand_in)
+fake_te = importlib.util.module_from_spec(_spec)
+sys.modules["fake_te"] = fake_te
+_spec.loader.exec_module(fake_te)
 
 
 def _forget() -> None:
     names.load.cache_clear()
-    names.codes_class.cache_clear()
+    names.quantized_class.cache_clear()
     linear.linear_class.cache_clear()
     norms.norm_class.cache_clear()
     norm_linear.norm_linear_class.cache_clear()
@@ -28,7 +28,7 @@ def _forget() -> None:
 
 @pytest.fixture
 def te(monkeypatch):
-    """transformer_engine.pytorch of the stand-in."""
+    """transformer_engine.pytorch of the fake."""
     _forget()
-    yield stand_in.install(monkeypatch)
+    yield fake_te.install(monkeypatch)
     _forget()

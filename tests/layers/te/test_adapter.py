@@ -1,7 +1,7 @@
 """The Transformer Engine backend against the torch backend, which golden vectors hold to the real thing.
 
 Both run the same model on the same data; scales and histories must agree bit for bit, whatever happens around: gradient
-accumulation, recompute, eval, overrides, padding. The stand-in keeps Transformer Engine's habits (see `stand_in.py`).
+accumulation, recompute, eval, overrides, padding. The fake keeps Transformer Engine's habits (see `fake_te.py`).
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Pair(nn.Module):
         return x + self.down(self.rms(torch.relu(self.up(self.norm(x)))))
 
 
-def twins(recipe: Recipe | None = None, recompute: bool | None = None, managed: bool = False, **fp8):
-    """The same model under both backends, with their books; `managed`: as an engine would hold them."""
+def both_backends(recipe: Recipe | None = None, recompute: bool | None = None, managed: bool = False, **fp8):
+    """The same model under both backends, with their FP8 states; `managed`: as an engine would hold them."""
     torch.manual_seed(0)
     ours = Pair(recompute)
     theirs = copy.deepcopy(ours)
     found = []
     for model, backend in ((ours, "torch"), (theirs, "transformer_engine")):
         plan = make_plan(model, settings(recipe, **fp8))
-        book = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)), managed=managed)
-        book.optimized = frozenset(map(id, model.parameters()) if managed else ())
-        found.append((model, book))
+        fp8_state = swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend=backend)), managed=managed)
+        fp8_state.optimized = frozenset(map(id, model.parameters()) if managed else ())
+        found.append((model, fp8_state))
     return found
 
 
@@ -69,8 +69,8 @@ def run(model, steps=3, tokens=16, train=True):
 
 
 def assert_same_state(ours, theirs):
-    for book in (ours, theirs):
-        book.update_scales()
+    for fp8_state in (ours, theirs):
+        fp8_state.update_scales()
     for name, tensor in ours.state_dict().items():
         other = theirs.state_dict()[name]
         if isinstance(tensor, torch.Tensor):
@@ -91,20 +91,20 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 @pytest.mark.parametrize("fp8_format", ["HYBRID", "E4M3"])
 def test_scales_histories_and_results_are_the_torch_backends(te, fp8_format, algorithm):
-    """Delayed scaling with all its arguments: what Transformer Engine ignores is done by the book for both."""
+    """Delayed scaling with all its arguments: what Transformer Engine ignores is done by the FP8 state for both."""
     recipe = Recipe(fp8_format=fp8_format, amax_history_len=3, amax_compute_algo=algorithm, margin=1, interval=2)
-    (ours, book), (theirs, their_book) = twins(recipe)
+    (ours, fp8_state), (theirs, their_state) = both_backends(recipe)
     assert type(theirs.up).__name__ == "TELinear" and isinstance(theirs.norm, te.LayerNorm)
     assert_close(run(theirs, 5), run(ours, 5))
-    assert_same_state(book, their_book)
-    assert book.scales.unique().numel() > 3, "the scales must have moved for this to mean anything"
+    assert_same_state(fp8_state, their_state)
+    assert fp8_state.scales.unique().numel() > 3, "the scales must have moved for this to mean anything"
 
 
 def test_the_global_update_of_transformer_engine_never_touches_us(te):
     """One autocast per layer would roll all histories once per layer, forward and backward."""
-    from te_stand_in import Manager
+    from fake_te import Manager
 
-    _, (theirs, _) = twins()
+    _, (theirs, _) = both_backends()
     run(theirs, 2)
     assert Manager.updates == 0 and Manager.depth == 0
     assert Manager.buffers == {"scaling_fwd": [], "scaling_bwd": []}
@@ -113,46 +113,46 @@ def test_the_global_update_of_transformer_engine_never_touches_us(te):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recompute_records_once_and_the_backward_still_records(te, reentrant):
     """Activation checkpointing runs the forward twice; its histories must equal those without."""
-    (plain, book), _ = twins()
-    _, (theirs, their_book) = twins(recompute=reentrant)
-    assert_close(run(theirs, 4), run(plain, 4))
-    assert_same_state(book, their_book)
+    (baseline, fp8_state), _ = both_backends()
+    _, (theirs, their_state) = both_backends(recompute=reentrant)
+    assert_close(run(theirs, 4), run(baseline, 4))
+    assert_same_state(fp8_state, their_state)
 
 
 @pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad"])
 def test_override_linear_precision_takes_each_product(te, name):
     """Transformer Engine dropped this argument; the product in question must be the torch backend's high-precision one."""
     recipe = Recipe(amax_history_len=4, override_linear_precision=HighPrecision(**{name: True}))
-    (ours, _), (theirs, _) = twins(recipe)
+    (ours, _), (theirs, _) = both_backends(recipe)
     assert_close(run(theirs, 1), run(ours, 1))
 
 
 @pytest.mark.parametrize("tokens", [2, 10, 22])
 def test_tokens_are_padded_to_sixteen(te, tokens):
     """8 or 24 tokens fail in the backward on Hopper; rows of zeros change nothing for the others."""
-    (ours, book), (theirs, their_book) = twins()
+    (ours, fp8_state), (theirs, their_state) = both_backends()
     assert_close(run(theirs, 3, tokens), run(ours, 3, tokens))
-    assert_same_state(book, their_book)
+    assert_same_state(fp8_state, their_state)
 
 
 def test_current_scaling(te):
     """No history, no slots: the quantisers are left alone."""
-    (ours, _), (theirs, _) = twins(Recipe(kind="current"))
+    (ours, _), (theirs, _) = both_backends(Recipe(kind="current"))
     assert_close(run(theirs, 2), run(ours, 2))
 
 
 def test_weight_cache_quantises_once_per_optimizer_step(te):
     """Four micro-batches, one cast of the weight; after `weights_changed` one more."""
-    _, (theirs, book) = twins(weight_cache=True, managed=True)
+    _, (theirs, fp8_state) = both_backends(weight_cache=True, managed=True)
     run(theirs, 4)
     # The cached weight keeps a copy of the quantiser, which is asked when the weight has changed.
     assert theirs.up.quantizers["scaling_fwd"][1].calls == 1
     assert theirs.up._fp8_workspaces["weight"]._quantizer.calls == 0
-    book.weights_changed()
+    fp8_state.weights_changed()
     run(theirs, 2)
     assert theirs.up.quantizers["scaling_fwd"][1].calls == 1
     assert theirs.up._fp8_workspaces["weight"]._quantizer.calls == 1
-    _, (theirs, _) = twins(weight_cache=False)
+    _, (theirs, _) = both_backends(weight_cache=False)
     run(theirs, 4)
     assert theirs.up.quantizers["scaling_fwd"][1].calls == 4
 
@@ -160,23 +160,24 @@ def test_weight_cache_quantises_once_per_optimizer_step(te):
 def test_a_cached_weight_is_cast_with_the_scale_of_its_own_step(te):
     """Under delayed scaling the copy of the quantiser in the cache kept the scale of the first step, for ever.
 
-    Weights of 0.02 then lay among e4m3's subnormals. Twins: our layers, and one without a cache whose weight is the same.
+    Weights of 0.02 then lay among e4m3's subnormals. Counterparts: our layers, and one without a cache whose weight is
+    the same.
     """
-    (ours, book), (theirs, their_book) = twins(weight_cache=True, managed=True)
+    (ours, fp8_state), (theirs, their_state) = both_backends(weight_cache=True, managed=True)
     for _ in range(3):
         assert_close(run(theirs, 2), run(ours, 2))
-        assert_same_state(book, their_book)
+        assert_same_state(fp8_state, their_state)
         cached = theirs.up._fp8_workspaces["weight"]
         assert float(cached._quantizer.scale) == float(1 / cached._scale_inv)
-        for one in (book, their_book):
+        for one in (fp8_state, their_state):
             one.weights_changed()
     scale = float(1 / theirs.up._fp8_workspaces["weight"]._scale_inv)
     assert scale == pytest.approx(448 / float(theirs.up.weight.detach().abs().max()))
 
 
-def test_eval_is_plain_unless_asked_and_never_records(te):
+def test_eval_is_in_high_precision_unless_asked_and_never_records(te):
     """`eval: false` computes nn.Linear's bits; `eval: true` computes in FP8 and leaves the histories alone."""
-    _, (theirs, book) = twins()
+    _, (theirs, fp8_state) = both_backends()
     run(theirs, 2)
     x = torch.randn(4, 8, 32)
     theirs.eval()
@@ -184,47 +185,47 @@ def test_eval_is_plain_unless_asked_and_never_records(te):
         found = theirs(x)
         wanted = restore_layers(copy.deepcopy(theirs))(x)
     assert torch.equal(found, wanted)
-    _, (theirs, book) = twins(eval=True)
+    _, (theirs, fp8_state) = both_backends(eval=True)
     run(theirs, 2)
-    before = book.state_dict()
+    before = fp8_state.state_dict()
     theirs.eval()
     with torch.no_grad():
         assert not torch.equal(theirs(x * 100), wanted)
-    after = book.state_dict()
+    after = fp8_state.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in ("scales", "forward_history", "backward_history"))
 
 
 def test_start_step_is_high_precision_but_fills_the_histories(te):
     """So that FP8 starts with scales that fit, on either backend."""
-    (ours, book), (theirs, their_book) = twins(start_step=2)
+    (ours, fp8_state), (theirs, their_state) = both_backends(start_step=2)
     assert_close(run(theirs, 2), run(ours, 2))
-    assert_same_state(book, their_book)
-    assert float(their_book.state_dict()["forward_history"].max()) > 0
+    assert_same_state(fp8_state, their_state)
+    assert float(their_state.state_dict()["forward_history"].max()) > 0
 
 
-def test_parameters_names_and_state_dict_are_the_plain_models(te):
+def test_parameters_names_and_state_dict_are_the_unmodified_models(te):
     """Identity of Parameters, strict loading both ways, no `_extra_state`; and back again."""
     torch.manual_seed(0)
     model = Pair()
-    plain = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
     plan = make_plan(model, settings())
     swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend="transformer_engine")))
     assert all(value is parameters[name] for name, value in model.named_parameters())
-    assert list(model.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(model.state_dict(), strict=True)
-    model.load_state_dict(plain.state_dict(), strict=True)
+    assert list(model.state_dict()) == list(baseline.state_dict())
+    baseline.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(baseline.state_dict(), strict=True)
     restored = restore_layers(model)
     assert type(restored.up) is nn.Linear and type(restored.norm) is nn.LayerNorm and type(restored.rms) is nn.RMSNorm
     assert all(value is parameters[name] for name, value in restored.named_parameters())
     x = torch.randn(4, 32)
-    assert torch.equal(restored.eval()(x), plain.eval()(x))
+    assert torch.equal(restored.eval()(x), baseline.eval()(x))
 
 
 def test_frozen_weights_get_no_gradient(te):
     """A LoRA base: frozen stays frozen, also where wgrad is overridden."""
     for high in (HighPrecision(), HighPrecision(wgrad=True)):
-        _, (theirs, _) = twins(Recipe(amax_history_len=2, override_linear_precision=high))
+        _, (theirs, _) = both_backends(Recipe(amax_history_len=2, override_linear_precision=high))
         theirs.up.weight.requires_grad_(False)
         theirs(torch.randn(16, 32, requires_grad=True)).sum().backward()
         assert theirs.up.weight.grad is None and theirs.down.weight.grad is not None

@@ -45,25 +45,25 @@ def pair() -> nn.Module:
 def test_fused_layers_compute_what_the_two_layers_did(te, tokens):
     """Results, gradients of the norm's Parameters too, scales and histories."""
     apart, together = pair(), pair()
-    book, fused_book = swapped(apart, False), swapped(together, True)
+    fp8_state, fused_state = swapped(apart, False), swapped(together, True)
     assert type(together.up).__name__ == type(together.down).__name__ == "TELayerNormLinear"
     assert_close(run(together, 3, tokens), run(apart, 3, tokens))
-    assert_same_state(book, fused_book)
+    assert_same_state(fp8_state, fused_state)
 
 
 def test_names_parameters_and_the_way_back(te):
-    """The norm keeps its Parameters under its own name; unfused, the plain model computes as ever."""
+    """The norm keeps its Parameters under its own name; unfused, the unmodified model computes as ever."""
     model = pair()
-    plain, parameters = copy.deepcopy(model), dict(model.named_parameters())
+    baseline, parameters = copy.deepcopy(model), dict(model.named_parameters())
     swapped(model, True)
-    assert list(model.state_dict()) == list(plain.state_dict())
+    assert list(model.state_dict()) == list(baseline.state_dict())
     assert all(value is parameters[name] for name, value in model.named_parameters())
     x = torch.randn(4, 32)
     with torch.no_grad():
-        assert torch.equal(model.eval()(x), plain.eval()(x)), "without FP8 a fused layer is the two plain ones"
+        assert torch.equal(model.eval()(x), baseline.eval()(x)), "without FP8 a fused layer is the two unmodified ones"
     restored = restore_layers(model)
     assert [type(child) for child in restored.children()] == [nn.LayerNorm, nn.Linear, nn.RMSNorm, nn.Linear]
-    assert torch.equal(restored(x), plain(x))
+    assert torch.equal(restored(x), baseline(x))
 
 
 def test_refused_with_the_reason_where_it_is_not_the_same_function(te):
