@@ -28,6 +28,8 @@ from .touched import touched
 from .weights import OwnedWeight, WeightCaster, drop_quantized, set_quantized
 
 TOUCHED = {
+    "Parameter": touched(reads="_hp_mapping"),
+    "TensorFragment": touched(reads="lp_fragment_address", writes="lp_fragment"),
     "ZeroStage12": touched(
         reads="bit16_groups_flat parallel_partitioned_bit16_groups real_dp_process_group round_robin_bit16_groups round_robin_bit16_padding"
     ),
@@ -125,6 +127,11 @@ class GroupStore:
         for param, _, at in self.rest:
             shape = self.shapes[id(param)]
             param.data = self.others[at : at + shape.numel()].view(shape)
+        # DeepSpeed's map of fragments views the flat too, and would hold the whole of it.
+        for param in (*(weight.param for weight, _, _ in self.coded), *(param for param, _, _ in self.rest)):
+            mapping = getattr(param, "_hp_mapping", None)
+            if mapping is not None:
+                mapping.lp_fragment = self.others[:0]
         self.flat.data = self.flat.new_empty(0)
         for partition in self.partitions:
             partition.data = self.flat
@@ -148,6 +155,14 @@ class GroupStore:
         for param, offset, _ in self.rest:
             shape = self.shapes[id(param)]
             param.data = self.flat[offset : offset + shape.numel()].view(shape)
+        for param, offset in (
+            *((weight.param, at) for weight, at, _ in self.coded),
+            *((p, at) for p, at, _ in self.rest),
+        ):
+            mapping = getattr(param, "_hp_mapping", None)
+            if mapping is not None:
+                address = mapping.lp_fragment_address
+                mapping.lp_fragment = self.flat.narrow(0, offset + address.start, address.numel)
 
     def settle(self) -> None:
         """Torch Parameters with decoded values, without asking the other ranks."""
