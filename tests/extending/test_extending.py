@@ -50,7 +50,7 @@ swap_layers(model, make_plan(model, settings))
 x = torch.randn(8, 32).bfloat16().requires_grad_()
 y = model(x)
 y.float().square().sum().backward()
-layer, scaling = model[0], model[0].page.book.scaling
+layer, scaling = model[0], model[0].layer_state.fp8_state.scaling
 found["power of two"] = float(torch.log2(scaling.requantize_weight(layer.weight, None, settings.fp8.recipe.forward_format).scale_inv)).is_integer()
 found["gradients"] = bool(x.grad.isfinite().all() and layer.weight.grad.abs().sum() > 0)
 o3 = {**base, "fp8": {"enabled": True, "recipe": "power"}, "msamp": {"enabled": True, "opt_level": "O3"}}
