@@ -59,9 +59,9 @@ def checked(folder: Path, launcher: str, command: list[str], **variables: str) -
     code, said = launch(command, folder, **import_hook(folder), **variables)
     assert code == 0 and said.count(BANNER) == 1 and losses(said)[0] == "2", said
     run = clients.Run(said)
-    assert "all 2 planned layers ran in FP8 in step 1" in run.proof, said
+    assert "all 2 planned layers ran in FP8 in step 1" in run.first_step, said
     first, last = (f"{float(losses(said)[at]):.4f}" for at in (1, -1))
-    shown = {"hook": "yes", "banner": run.banner, "proof": run.proof.removeprefix("ds_fp8: ")}
+    shown = {"hook": "yes", "banner": run.banner, "first_step": run.first_step.removeprefix("ds_fp8: ")}
     clients.record(f"launcher: {launcher}", **shown, first=first, last=last)
 
 
