@@ -141,6 +141,7 @@ def skipped(rank: int, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
     import ds_fp8.engine
 
     settings = config(stage, "fp16", **sections)
+    torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         engine = make_engine(settings, Towers())
     losses = []
@@ -181,12 +182,8 @@ def job(rank: int, world_size: int, folder: str) -> dict[Any, Any]:
                 }
             for mode, sections in modes.items():
                 found[case.__name__, stage, mode] = train(rank, case, stage, sections)
-    for stage in (0, 1, 2):
-        for mode, sections in {
-            "control": {},
-            "delayed": {"fp8": {"enabled": True}},
-            **({"O3": O3} if stage else {}),
-        }.items():
+    for stage in (1, 2):  # DeepSpeed's stage 0 does not scale an fp16 loss, and is refused
+        for mode, sections in {"control": {}, "delayed": {"fp8": {"enabled": True}}, "O3": O3}.items():
             found["skipped", stage, mode] = skipped(rank, stage, sections)
     return found
 
