@@ -14,6 +14,7 @@ Where a release lacks a name or spells it otherwise, an adapter stands in (`adap
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -252,6 +253,12 @@ def _has(source: DeepSpeedSource, owner: str, name: str) -> bool:
     return name in source.attributes(module, cls) or name in source.hung_on(module)
 
 
+@functools.cache
+def installed_differences(version: str, msamp: bool) -> tuple[str, ...]:
+    """`differences` of the installed package: two seconds, so once per process and not for every engine."""
+    return tuple(differences(DeepSpeedSource.installed(), msamp=msamp, version=version))
+
+
 def verify(*, msamp: bool = True) -> str:
     """Raise PrivateNameError with every difference of the installed DeepSpeed; returns a line to print, mostly empty.
 
@@ -265,7 +272,7 @@ def verify(*, msamp: bool = True) -> str:
     if numbers(version) < numbers(releases.DEEPSPEED[0]):
         found.insert(0, f"it is older than {releases.DEEPSPEED[0]}, the oldest release that ds_fp8 knows")
     elif untested:
-        found = list(dict.fromkeys([*found, *differences(DeepSpeedSource.installed(), msamp=msamp, version=version)]))
+        found = list(dict.fromkeys([*found, *installed_differences(version, msamp)]))
     if found:
         oldest, newest = releases.DEEPSPEED[0], releases.DEEPSPEED[-1]
         head = f"DeepSpeed {version} differs from the releases that ds_fp8 knows ({oldest} to {newest}):"
