@@ -208,15 +208,15 @@ def assert_near(ours: dict[str, Any], baseline: dict[str, Any], where: str) -> N
     distance, lr = (ours["weights"] - baseline["weights"]).abs(), 1e-2
     rounding = 2.0**-8 * baseline["weights"].abs()
     assert (distance <= 4 * lr + rounding).all(), f"{where}: weights differ by up to {distance.max():.1e}"
-    transposed = (distance > lr / 2).float().mean()
-    assert transposed < 0.05, f"{where}: {transposed:.1%} of the weights went another way"
+    turned = (distance > lr / 2).float().mean()
+    assert turned < 0.05, f"{where}: {turned:.1%} of the weights went another way"
     ratio = ours["norms"][0] / baseline["norms"][0]
     assert abs(ratio - 1) < 2.0**-7, f"{where}: norm {ours['norms'][0]}, DeepSpeed's {baseline['norms'][0]}"
 
 
 def near(stage: int, level: str = "O2", dtype: str = "bf16", **extra: Any) -> None:
     """With coded states and gradients the job stays by DeepSpeed's, on all ranks alike."""
-    other = extra.pop("unmodified", None)
+    other = extra.pop("baseline", None)
     measure = extra if other is None else {**extra, "zero": other}
     config = configuration(stage, dtype, **extra)
     ours, baseline = run(config, **msamp(level)), run(configuration(stage, dtype, **measure))
