@@ -51,7 +51,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fp8_linear, compiled_products):
         monkeypatch.setattr(module, "takes", takes)
     for module in (compiled, compiled_products):
-        monkeypatch.setattr(module, "multiplies_turned", lambda x: True)
+        monkeypatch.setattr(module, "multiplies_transposed", lambda x: True)
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:

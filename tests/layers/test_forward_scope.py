@@ -151,13 +151,13 @@ def test_addresses_stay_and_an_old_forward_keeps_its_scales():
 
 def test_weight_cache_casts_once_per_step(monkeypatch):
     """Where it is asked for; by default every forward casts."""
-    from ds_fp8.layers import operands
+    from ds_fp8.layers.recipes import delayed
 
     casts = []
     for name in ("quantize", "quantize_with_amax"):
-        baseline = getattr(operands, name)
+        baseline = getattr(delayed, name)
         monkeypatch.setattr(
-            operands, name, lambda x, *rest, baseline=baseline: casts.append(tuple(x.shape)) or baseline(x, *rest)
+            delayed, name, lambda x, *rest, baseline=baseline: casts.append(tuple(x.shape)) or baseline(x, *rest)
         )
     for cache, expected in ((True, 1), (False, 3)):
         model = nn.Sequential(nn.Linear(32, 48))
