@@ -9,7 +9,7 @@ that they need not be powers of two. The price: no data serve two products. Each
 products from high precision, a weight too: dgrad casts it again in the backward.
 
 On Hopper and later `torch._scaled_mm` multiplies by rows, for bf16 results; other results, other devices and CPUs
-decode and multiply in fp32: exact in the operands. Not measured for speed yet.
+decode and multiply in fp32: exact in the operands. Not yet run on a GPU.
 Source: torch._scaled_mm; torchao's float8 recipe `rowwise`, which takes e4m3 for all operands (`fp8_format` E4M3).
 """
 
