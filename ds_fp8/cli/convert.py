@@ -43,7 +43,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tag", help="which checkpoint; default: the one named in `latest`")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default fp32)")
     parser.add_argument(
-        "--level", choices=[*LEVELS, "unmodified"], help="write a DeepSpeed checkpoint of this level instead"
+        "--level", choices=[*LEVELS, "plain"], help="write a DeepSpeed checkpoint of this level instead"
     )
     parser.add_argument(
         "--trust-pickle",

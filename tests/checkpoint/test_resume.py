@@ -80,7 +80,7 @@ def test_losses_after_resume_are_bit_equal(results, name):
 def test_quantized_values_are_safe_to_load(tmp_path: Path):
     """Our entry in the shard holds tensors and built-in types only: `weights_only=True` reads it."""
     run_ranks(1, save_quantized, str(tmp_path))
-    quantized = torch.load(tmp_path / "codes.pt", weights_only=True)
+    quantized = torch.load(tmp_path / "quantized.pt", weights_only=True)
     assert quantized["version"] == 1
     assert quantized["codes"][0]["version"] == 2
     assert quantized["layout"]["formats"]["exp_avg"] == "int8"
@@ -89,5 +89,5 @@ def test_quantized_values_are_safe_to_load(tmp_path: Path):
 def save_quantized(rank: int, world_size: int, folder: str) -> None:
     engine = states_jobs.job({"stage": 2, "level": "O2"})
     train(engine, range(1))
-    torch.save(engine.optimizer.state_dict()["ds_fp8"], f"{folder}/quantized values.pt")
+    torch.save(engine.optimizer.state_dict()["ds_fp8"], f"{folder}/quantized.pt")
     engine.destroy()

@@ -90,7 +90,7 @@ def test_its_own_fp8_backends(tmp_path):
     """
     clients.write(tmp_path, baseline={**BASELINE, "gradient_accumulation_steps": 1})
     clients.write(tmp_path, fp8={**BASELINE, "gradient_accumulation_steps": 1, **clients.FP8})
-    ways = [["msamp"], ["msamp without DeepSpeed"], ["msamp by its recipe", "plain.json"]]
+    ways = [["msamp"], ["msamp without DeepSpeed"], ["msamp by its recipe", "baseline.json"]]
     *msamp, torchao, engine, found = clients.run(
         tmp_path,
         "accelerate_fp8",

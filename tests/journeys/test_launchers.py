@@ -120,7 +120,7 @@ def test_bad_input_ends_the_launcher_with_an_error(folder, section, shown):
 
 def test_a_json_that_differs_between_ranks_ends_the_job(folder):
     """Rank 1 reads a JSON without our section: without a word before the first collective both would wait for ever."""
-    (folder / "plain.json").write_text(json.dumps(BASELINE))
+    (folder / "unmodified.json").write_text(json.dumps(BASELINE))
     other = 'import os, sys\nsys.argv[-1] = "unmodified.json" if os.environ["RANK"] == "1" else sys.argv[-1]\n'
     script = (folder / "train.py").read_text()
     (folder / "train.py").write_text(script.replace("import argparse\n", f"import argparse\n{other}", 1))
