@@ -52,7 +52,7 @@ class Loaded:
         for key, value in self.loss_scale.items():
             setattr(wrapper.loss_scale_config, key, value)
         if load_optimizer_states:
-            copy_groups(wrapper.optimizer, Fp32Adam(self.groups))
+            copy_groups(wrapper.optimizer, Fp32Adam(self.groups, wrapper.optimizer.moments))
         for index, param in enumerate(wrapper.fp8_masters):
             state = self.states[index] if load_optimizer_states else {}
             moments = {key: state[key].reshape(-1) for key in MOMENTS if key in state}
@@ -79,7 +79,7 @@ def write_state(wrapper: Any) -> dict[str, Any]:
             [_shaped(fp32_state(each, torch_step=True), shape) for each, shape in zip(group, of_group, strict=True)]
             for group, of_group in zip(groups, shapes, strict=True)
         ]
-    fp32_adam = Fp32Adam(fp32_groups(optimizer, masters))
+    fp32_adam = Fp32Adam(fp32_groups(optimizer, masters), optimizer.moments)
     for tensors, of_group in zip(masters, states, strict=True):
         for tensor, state in zip(tensors, of_group, strict=True):
             if state:

@@ -44,10 +44,14 @@ ADAM_GROUP_KEYS = {
 
 
 class Fp32Adam(torch.optim.Optimizer):
-    """An Adam that only holds: parameter groups and state as torch's Adam would have them in a checkpoint."""
+    """An Adam that only holds: parameter groups and state as torch's Adam would have them in a checkpoint.
 
-    def __init__(self, groups: list[dict[str, Any]]):
+    moments  names of the states, as of the optimizer that it stands for (Lion keeps one)
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], moments: tuple[str, ...]):
         super().__init__(groups, {})
+        self.moments = moments
 
 
 def fp32_groups(optimizer: torch.optim.Optimizer, params: list[list[Tensor]]) -> list[dict[str, Any]]:
@@ -129,7 +133,7 @@ class Fp32View:
             else:
                 flats.append(torch.zeros(master.numel(), dtype=torch.float32))
                 states.append({})
-        fp32_adam = Fp32Adam(fp32_groups(ours, self._fp8_group_params(flats)))
+        fp32_adam = Fp32Adam(fp32_groups(ours, self._fp8_group_params(flats)), ours.moments)
         steps = [state["step"] for state in states if state]
         if steps:
             # FusedAdam and elastic checkpoints look for the step in the group as well.
