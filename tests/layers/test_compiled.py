@@ -225,9 +225,9 @@ def test_a_wrong_input_is_an_error_that_names_the_layer(wrong):
         layer(wrong)
 
 
-def test_a_forward_that_dynamo_gives_up_is_the_eager_one(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_a_forward_that_dynamo_gives_up_is_the_eager_one():
     """Past its limit of recompilations Dynamo runs a forward as it is, and would trace what that calls."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     model, _ = make(RECIPES[1])
     layer = model[0].gate
     rows = [torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (2, 3, 5, 7)]
