@@ -153,3 +153,21 @@ def test_the_context_opens_and_closes():
     for found in run_ranks(2, contexts):
         assert found.pop("other") == [2.0, 2.0, 2.0]
         assert all(found.values()), found
+
+
+def storage_of_the_flat(rank, world_size, stage):
+    """(elements of the released 16-bit weights, whether anything still holds them) after a step at O3."""
+    engine = make_engine(stage, "O3")
+    take_steps(engine, range(2))
+    numel = sum(param.numel() for param in engine.module.parameters())
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.dtype == torch.bfloat16]
+    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() // 2 for one in tensors}
+    return numel, max(sizes.values(), default=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_16_bit_weights_are_freed_on_two_ranks(stage):
+    """DeepSpeed keeps views of its flat for every parameter; while one is left, all 2 bytes per parameter are."""
+    for numel, largest in run_ranks(2, storage_of_the_flat, stage):
+        assert largest < numel, f"a bf16 storage of {largest} elements is alive, the model has {numel}"
