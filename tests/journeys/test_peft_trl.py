@@ -69,3 +69,21 @@ def test_trl_trains_in_fp8(trainers, kind):
     if kind.startswith("dpo"):
         assert fp8.losses[0] == pytest.approx(math.log(2), abs=2e-3), "policy and reference see the same rounding"
     clients.record(f"TRL: {kind}", **clients.cells(bf16, fp8))
+
+
+def test_an_interrupted_sft_goes_on_and_its_adapter_loads_without_us(tmp_path):
+    """From the checkpoint after step 3 to the bit; the saved adapter over an unmodified base model gives the same loss."""
+    clients.write(tmp_path, fp8={**clients.AUTO, **clients.FP8})
+    whole, parts = clients.run(
+        tmp_path, "trl_resume", ["fp8.json", "whole"], ["fp8.json", "parts", "whole/checkpoint-3"]
+    )
+    assert whole.fp8_layers == 14 and parts.fp8_layers == 14, parts.said
+    assert 3 < len(whole.losses) and parts.losses[-(len(whole.losses) - 3) :] == whole.losses[3:], (
+        whole.losses,
+        parts.losses,
+    )
+    ours, theirs = map(float, parts.words("ADAPTER"))
+    assert abs(ours - theirs) < 0.01 * theirs
+    clients.record(
+        "TRL: SFT + LoRA, interrupted", save="adapter: the loss over an unmodified base", resume="losses to the bit"
+    )
