@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .settings import DeepSpeedFacts
@@ -75,7 +76,7 @@ def read_facts(data: dict[str, Any]) -> DeepSpeedFacts:
         zero_stage=zero_stage(data),
         base_dtype=base_dtype(data),
         dtype_is_auto=dtype_is_auto(data),
-        gradient_accumulation_steps=int(gas) if isinstance(gas, (int, float)) and gas >= 1 else None,
+        gradient_accumulation_steps=int(gas) if isinstance(gas, (int, float)) and 1 <= gas < math.inf else None,
         offload_optimizer=offload_device(data, "offload_optimizer"),
         offload_param=offload_device(data, "offload_param"),
         optimizer=optimizer_type(data),

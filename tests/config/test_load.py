@@ -284,3 +284,9 @@ def test_duplicate_keys_are_refused_with_their_place(tmp_path):
         config.load(file)
     twice = next(problem for problem in config.check(file) if "twice" in problem.message)
     assert (twice.line, twice.column) == (3, 3)
+
+
+def test_an_endless_number_of_micro_batches_is_no_traceback():
+    """1e400 is infinity to Python; DeepSpeed will say what it thinks of it."""
+    settings = config.load({**BOTH, "gradient_accumulation_steps": float("inf")})
+    assert settings.deepspeed.gradient_accumulation_steps is None

@@ -71,8 +71,9 @@ def test_every_json_is_answered():
         except Exception as error:
             raise AssertionError(f"seed {seed}: {data!r}") from error
         wrong = [problem for problem in problems if problem.severity == "error"]
-        # Without our sections the rest is DeepSpeed's business, which `check` looks at all the same.
-        agreed = bool(wrong) if loaded is None else not wrong or not loaded.enabled
+        # `check` looks at DeepSpeed's keys too; what `load` takes may have errors there, which DeepSpeed will refuse.
+        ours = [problem for problem in wrong if problem.path.split("/")[0] in ("fp8", "msamp")]
+        agreed = bool(wrong) if loaded is None else not ours or not loaded.enabled
         assert agreed, f"seed {seed}: check and load disagree about {data!r}: {wrong}"
         answers["errors" if loaded is None else "settings"] += 1
     assert all(answers.values()), answers
