@@ -113,12 +113,12 @@ library = ctypes.CDLL({path!r})
 library.ds_fp8_choose.restype = ctypes.c_char_p
 library.ds_fp8_run.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
 class Job(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("x", "quantized values", "scale", "amax")),
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("x", "quantized", "scale", "amax")),
                 ("numel", ctypes.c_int64), ("dtype", ctypes.c_int32), ("fmt", ctypes.c_int32)]
 values = (ctypes.c_float * 1000)(*(((i * 7919) % 2003 - 1001) / 3 for i in range(1000)))
 for best in (2, 1, 0):
-    quantized values, scale, amax = (ctypes.c_uint8 * 1000)(), ctypes.c_float(1.25), ctypes.c_float()
-    job = Job(*map(ctypes.addressof, (values, quantized values, scale, amax)), 1000, 0, 0)
+    quantized, scale, amax = (ctypes.c_uint8 * 1000)(), ctypes.c_float(1.25), ctypes.c_float()
+    job = Job(*map(ctypes.addressof, (values, quantized, scale, amax)), 1000, 0, 0)
     name = library.ds_fp8_choose(best).decode()
     library.ds_fp8_run(0, ctypes.byref(job), 8, 256, 1)
     print(name, amax.value, bytes(quantized).hex())
