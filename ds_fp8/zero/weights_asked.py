@@ -21,6 +21,9 @@ import torch
 from ..comm.meeting import PATIENCE_S, Meeting
 from ..errors import WeightError
 
+EVALUATION_PATIENCE_S = 5.0
+"""Shorter than for what must have 16 bits: a rank that evaluates alone has an answer without the others."""
+
 
 class AskedTogether:
     """Meetings of the ranks that share a store.
@@ -68,13 +71,13 @@ class AskedTogether:
         meeting = self._evaluation[id(store)]
         if self._alone_at == self.moment or meeting.is_over():
             return False
-        absent = meeting.absent(self.moment)
+        absent = meeting.absent(self.moment, EVALUATION_PATIENCE_S)
         if not absent:
             return True
         self._alone_at = self.moment
         meeting.give_up()
         print(
-            f"ds_fp8: {_ranks(absent)} did not evaluate within {PATIENCE_S:.0f} s of this rank, so from now on evaluation at O3"
+            f"ds_fp8: {_ranks(absent)} did not evaluate within {EVALUATION_PATIENCE_S:.0f} s of this rank, so from now on evaluation at O3"
             " computes with the values of the FP8 weights; evaluate inside deepspeed.zero.GatheredParameters on all ranks"
             " for 16-bit ones",
             flush=True,
