@@ -113,3 +113,23 @@ def test_its_own_fp8_backends(tmp_path):
         assert found.code == 0 and "opt_level O2 of Accelerate's MSAMPRecipeKwargs is not used" in found.said, (
             found.said
         )
+
+
+FLAGS = "--use_deepspeed --deepspeed_config_file ds.json --num_processes 1 --num_machines 1 --dynamo_backend no"
+
+
+def test_flags_alone(tmp_path):
+    """`accelerate launch --use_deepspeed`: no YAML, and a Trainer whose script does not speak of DeepSpeed."""
+    for name in ("tiny", "trainer_told"):
+        shutil.copy(clients.HERE / "natural" / f"{name}.py", tmp_path)
+    runs = []
+    for config in (clients.AUTO, {**clients.AUTO, **clients.FP8}):
+        clients.write(tmp_path, ds=config)
+        command = [sys.executable, "-m", "accelerate.commands.launch", *FLAGS.split()]
+        command += ["--main_process_port", str(free_port()), "trainer_told.py"]
+        runs.append(clients.Run(launched(command, tmp_path)))
+    bf16, fp8 = runs
+    assert "14 of 15 Linear -> Fp8Linear" in fp8.said and "ds_fp8:" not in bf16.said, fp8.said
+    assert "all 14 planned layers ran in FP8 in step 1" in fp8.said
+    assert fp8.losses != bf16.losses and fp8.is_falling()
+    clients.record("Trainer: accelerate launch by flags", **clients.cells(bf16, fp8))
