@@ -30,9 +30,12 @@ def find_browser() -> str | None:
     may_install = os.environ.get("DS_FP8_TEST_INSTALL") == "1" and os.geteuid() == 0 and shutil.which("apt-get")
     if not any(map(shutil.which, names)) and may_install and "CHROMIUM" not in os.environ:
         with contextlib.suppress(subprocess.SubprocessError):
-            subprocess.run(["apt-get", "update", "-qq"], capture_output=True, timeout=120)
-            command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
-            subprocess.run(command, capture_output=True, timeout=240)
+            # One at a time: the tests of the launchers install, too, in another worker.
+            apt = ["flock", "/tmp/ds_fp8_tests_apt.lock", "apt-get"]
+            subprocess.run([*apt, "update", "-qq"], capture_output=True, timeout=240)
+            packages = ["chromium", "fonts-dejavu-core"]
+            command = [*apt, "install", "-y", "-qq", "--no-install-recommends", *packages]
+            subprocess.run(command, capture_output=True, timeout=400)
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 

@@ -44,7 +44,9 @@ def need(*programs: str) -> None:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         wanted = sorted({PACKAGES[name] for name in missing})
         for command in (["update"], ["install", "-y", "--no-install-recommends", *wanted]):
-            subprocess.run(["apt-get", "-q", *command], env=environment, capture_output=True, timeout=300)
+            # One at a time: another worker of the tests may install, too, and apt refuses to wait for its lists.
+            command = ["flock", "/tmp/ds_fp8_tests_apt.lock", "apt-get", "-q", *command]
+            subprocess.run(command, env=environment, capture_output=True, timeout=400)
         missing = [name for name in programs if not shutil.which(name, path=path)]
     if missing:
         packages = sorted({PACKAGES[name] for name in missing})
