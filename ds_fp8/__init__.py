@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from .import_hook import install as _install_import_hook
 
-TYPE_CHECKING = (
-    False  # mypy knows this name; importing `typing` for it would cost every start of Python ten milliseconds
-)
+# mypy knows this name; importing `typing` for it would cost every start of Python ten milliseconds.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence

@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..layers.fp8_state_loading import match_state
 from ..zero.touched import touched
+from .printing import print_rank_0
 
 TOUCHED = {
     "Engine": touched(reads="global_steps"),
@@ -66,10 +67,10 @@ def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None
         # The weights are other ones: quantized values made from the old ones are stale. The steps are those of the
         # checkpoint.
         fp8_state.weights_replaced(steps=attachment.engine.global_steps)
-        _print_rank_0(f"ds_fp8: {path} has no FP8 scales (written without the plugin); amax histories start fresh")
+        print_rank_0(f"ds_fp8: {path} has no FP8 scales (written without the plugin); amax histories start fresh")
         return
     for note in fp8_state.load_state_dict(_own_state(kept, path)):
-        _print_rank_0(f"ds_fp8: {note}")
+        print_rank_0(f"ds_fp8: {note}")
 
 
 def check_state(attachment: Any, kept: Any, path: str) -> None:
@@ -111,7 +112,7 @@ def _own_state(kept: Any, path: str) -> Any:
         pending = kept.get("pending", [None] * world_size)[rank]
         return own if pending is None else {**own, "pending": pending}
     if len(kept["books"]) > 1:
-        _print_rank_0(
+        print_rank_0(
             f"ds_fp8: {path} was written by {len(state_of_rank)} ranks with scales of their own; "
             f"all {world_size} ranks start from those of rank 0"
         )
@@ -179,8 +180,3 @@ def _world() -> tuple[int, int]:
     import deepspeed.comm as dist
 
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _print_rank_0(text: str) -> None:
-    if _world()[0] == 0:
-        print(text, flush=True)

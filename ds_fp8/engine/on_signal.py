@@ -22,6 +22,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..zero.touched import touched
 from .agreed_step import PATIENCE_S, agreed_step
+from .printing import print_rank_0
 
 TOUCHED = {
     "Engine": touched(reads="global_steps save_checkpoint"),
@@ -162,7 +163,7 @@ class SignalCheckpoint:
         if agreed:
             self._save(step, name)
         else:
-            _print_rank_0(
+            print_rank_0(
                 f"ds_fp8: {name} after step {step}: not all ranks answered within {PATIENCE_S:.0f} s, nothing is saved."
                 " A rank died or hangs, or checkpoint_on_signal is missing there."
             )
@@ -172,12 +173,12 @@ class SignalCheckpoint:
     def _save(self, step: int, name: str) -> None:
         from deepspeed import comm as dist
 
-        _print_rank_0(f"ds_fp8: {name}: saving step {step} to {self.save_dir}")
+        print_rank_0(f"ds_fp8: {name}: saving step {step} to {self.save_dir}")
         self.engine.save_checkpoint(self.save_dir, client_state=self.client_state() if self.client_state else {})
         if dist.is_initialized():
             dist.barrier()  # nobody leaves, and takes the launcher along, before `latest` names it
         self.saved = True
-        _print_rank_0(f"ds_fp8: {name}: saved step {step}" + ("; leaving" if self.leave else ""))
+        print_rank_0(f"ds_fp8: {name}: saved step {step}" + ("; leaving" if self.leave else ""))
 
 
 def _step(original: Callable, engine: weakref.ref, armed: SignalCheckpoint, *args: Any, **kwargs: Any) -> Any:
@@ -224,10 +225,3 @@ def _in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_forked_child)
-
-
-def _print_rank_0(text: str) -> None:
-    from deepspeed import comm as dist
-
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)

@@ -25,6 +25,7 @@ from ..telemetry import JsonlLog, TensorStatistics, aggregate, find_alarms
 from ..telemetry.aggregate import events
 from ..telemetry.alarms import new_alarms
 from ..zero.touched import touched
+from .printing import print_rank_0
 
 TOUCHED = {
     "Engine": touched(reads="backward global_samples global_steps monitor"),
@@ -236,5 +237,5 @@ class Watch:
                     "cure": alarm.cure,
                 }
                 self.log.write("alarm", step=engine.global_steps, **shown)
-        for alarm in alarms if self.rank == 0 else ():
-            print(f"ds_fp8: step {engine.global_steps}: {alarm.text}", flush=True)
+        for alarm in alarms:
+            print_rank_0(f"step {engine.global_steps}: {alarm.text}")
