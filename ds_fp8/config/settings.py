@@ -33,11 +33,13 @@ class CompileSettings:
 
     dynamic   None leaves it to torch
     regional  the repeated blocks, and not the whole model
+    loss      beside the blocks, the loss over a vocabulary of a Hugging Face model
     """
 
     mode: str = "default"
     dynamic: bool | None = None
     regional: bool = True
+    loss: bool = True
 
     @property
     def replays_graphs(self) -> bool:

@@ -2,7 +2,8 @@
 
 Why blocks and not the whole model: equal blocks share one compilation, so starting takes seconds and not minutes; and a
 compiled block meets attention as its model calls it. (Traced as a whole, transformers' models make a mask tensor, for which
-torch has slower attention kernels only.) What a model does once, embeddings, head and loss, stays as it is.
+torch has slower attention kernels only.) What a model does once stays as it is, embeddings and head; but its loss over a
+vocabulary is compiled by itself (`compiled_loss`).
 
 `nn.Module.compile` changes how a module is called and nothing else: names, parameters, hooks and the module itself stay.
 """
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..config.settings import CompileSettings
 from ..errors import BackendError
+from .compiled_loss import compile_losses, release_losses
 
 COMPILED = "_ds_fp8_compiled"
 """Attribute of a block that was compiled here."""
@@ -34,6 +36,8 @@ def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) 
         if getattr(block, "_compiled_call_impl", None) is None:
             block.compile(mode=None if how.mode == "default" else how.mode, dynamic=how.dynamic)
             block.__dict__[COMPILED] = True
+    if blocks and how.loss:
+        compile_losses(model, how)
 
 
 def release_blocks(model: nn.Module) -> None:
@@ -41,6 +45,7 @@ def release_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.pop(COMPILED, False):
             module._compiled_call_impl = None
+    release_losses(model)
 
 
 def repeated_blocks(model: nn.Module, converted: set[str]) -> dict[str, nn.Module]:
