@@ -14,7 +14,7 @@ fast:            ## tests of one process, with the Python at hand
 	python -m pytest -q -m "not dist and not gpu"
 
 lint:            ## form only, with the Python at hand
-	ruff check . && ruff format --check . && codespell && mypy
+	ruff check . && ruff format --check . && codespell && mypy && python .ci/unused.py
 
 format:          ## rewrite the code in the house's form
 	ruff format . && ruff check --fix .

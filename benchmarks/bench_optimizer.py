@@ -3,8 +3,7 @@
     python benchmarks/bench_optimizer.py [--numel 200000000] [--threads 1 2] [--peers]
 
 All contestants start from equal weights; ours must first agree with `reference_step` to the bit on a small partition.
-Goals: O2 2.0x torch's fused fp32 AdamW at one thread and 2.2x at two; with stochastic rounding 1.9x; O3, which writes
-the FP8 weight besides, 1.8x; 12x torchao, 25x bitsandbytes, 60x the same step in eager PyTorch.
+Goals: O2 2.0x torch's fused fp32 AdamW at one thread and 2.2x at two; with stochastic rounding 1.9x; 12x torchao, 25x bitsandbytes, 60x the same step in eager PyTorch.
 `--peers` adds DeepSpeedCPUAdam, which it compiles first, and the slow ones (`pip install .[bench]`) on a tenth of the
 elements, with O2 on as many beside them; one that cannot run is a row with the reason.
 """
@@ -22,22 +21,21 @@ import torch
 from harness import Report, Timing, alternate
 
 from ds_fp8.formats import BLOCK_SIZE
-from ds_fp8.kernels.adam import AdamStep, QuantizedWeight, reference_step
+from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.cpu.adam import adam_step
 from ds_fp8.numerics import masters, states
 
 ROOT = Path(__file__).resolve().parent.parent
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
-# name: master, exp_avg, exp_avg_sq, rounding, FP8 weight besides
+# name: master, exp_avg, exp_avg_sq, rounding
 VARIANTS = {
-    "O1 (split32, fp32, fp32)": ("split32", "fp32", "fp32", "nearest", False),
-    "O2 (split24, int8, fp16)": ("split24", "int8", "fp16", "nearest", False),
-    "O2 stochastic": ("split24", "int8", "fp16", "stochastic", False),
-    "O2 with e4m3": ("split24", "e4m3", "fp16", "nearest", False),
-    "O2 fp16 master, stochastic": ("fp16", "int8", "fp16", "stochastic", False),
-    "O2 expanded": ("split24", "e4m3_expanded", "e4m3_expanded", "nearest", False),
-    "O3 (O2 + FP8 weight)": ("split24", "int8", "fp16", "nearest", True),
+    "O1 (split32, fp32, fp32)": ("split32", "fp32", "fp32", "nearest"),
+    "O2 (split24, int8, fp16)": ("split24", "int8", "fp16", "nearest"),
+    "O2 stochastic": ("split24", "int8", "fp16", "stochastic"),
+    "O2 with e4m3": ("split24", "e4m3", "fp16", "nearest"),
+    "O2 fp16 master, stochastic": ("fp16", "int8", "fp16", "stochastic"),
+    "O2 expanded": ("split24", "e4m3_expanded", "e4m3_expanded", "nearest"),
 }
 O2 = "O2 (split24, int8, fp16)"
 TORCH = "torch AdamW(fused=True) fp32"
@@ -45,9 +43,9 @@ TORCH = "torch AdamW(fused=True) fp32"
 
 def make_step(numel: int, variant: str) -> AdamStep:
     """A partition in bf16 with bf16 gradients, ten steps old as far as the bias correction is concerned."""
-    master, m, v, rounding, fp8_weight = VARIANTS[variant]
+    master, m, v, rounding = VARIANTS[variant]
     param = torch.empty(numel, dtype=torch.bfloat16).normal_(std=0.02)
-    step = AdamStep(
+    return AdamStep(
         param=param,
         grad=torch.empty(numel, dtype=torch.bfloat16).normal_(std=1e-3),
         exp_avg=states.new_state(m, numel, "cpu"),
@@ -62,25 +60,14 @@ def make_step(numel: int, variant: str) -> AdamStep:
         step=10,
         rounding=rounding,
     )
-    if fp8_weight:
-        middle = numel // 2
-        step.quantized_weight = QuantizedWeight(
-            quantized=torch.zeros(numel, dtype=torch.uint8),
-            segments=((0, middle), (middle, numel)),
-            scale=torch.tensor([4000.0, 4000.0]),
-            amax=torch.zeros(2),
-        )
-    return step
 
 
 def bytes_per_parameter(step: AdamStep) -> float:
-    """What one pass reads and writes: states, master and weight both ways, the gradient once, quantized values
-    written.
-    """
+    """What one pass reads and writes: states, master and weight both ways, the gradient once."""
     both_ways = [step.param, *step.exp_avg.tensors().values(), *step.exp_avg_sq.tensors().values()]
     both_ways += step.master.tensors().values()
     total = sum(2 * t.numel() * t.element_size() for t in both_ways) + step.grad.numel() * step.grad.element_size()
-    return (total + (step.quantized_weight.quantized.numel() if step.quantized_weight else 0)) / step.param.numel()
+    return total / step.param.numel()
 
 
 def assert_bits() -> None:
@@ -183,7 +170,7 @@ def measure(report: Report, arguments: argparse.Namespace, threads: int) -> None
         ours[variant] = per_parameter(report, variant, timings[variant], numel, f", {traffic:.1f} bytes")
         del step, contestants
     o2_goal = 2.0 if threads == 1 else 2.2
-    for variant, goal in ((O2, o2_goal), ("O2 stochastic", 1.9), ("O3 (O2 + FP8 weight)", 1.8)):
+    for variant, goal in ((O2, o2_goal), ("O2 stochastic", 1.9)):
         result = fused[variant] / ours[variant]
         reason = f"{ours[variant]:.2f} ns a parameter; torch moves 28 bytes in {fused[variant]:.2f} ns"
         peer = f"{TORCH} {fused[variant]:.2f} ns"

@@ -34,7 +34,7 @@ def exact_mean(world_size: int, numel: int, distribution: str, correlation: floa
 
 
 def on_ranks(rank: int, world_size: int, numel: int, wires: list[str]) -> list[dict[str, Any]]:
-    from ds_fp8.comm import Wire, all_reduce, reduce_to_owners
+    from ds_fp8.comm import Wire, all_reduce, reduce_slices
     from ds_fp8.comm.reduce import owner_bounds
 
     rows = []
@@ -44,7 +44,7 @@ def on_ranks(rank: int, world_size: int, numel: int, wires: list[str]) -> list[d
             exact = exact_mean(world_size, numel, distribution, correlation)
             for name in wires:
                 x = contribution(rank, numel, distribution, correlation)
-                half = reduce_to_owners(x, bounds, None, wire=Wire.named(name), average=1 / world_size)
+                half = reduce_slices(x.tensor_split(bounds[1:-1]), None, wire=Wire.named(name), average=1 / world_size)
                 share = exact[bounds[rank] : bounds[rank + 1]]
                 whole = all_reduce(x, None, wire=Wire.named(name), average=1 / world_size).double()
                 squares = torch.stack([(half.double() - share).square().sum(), share.square().sum()])

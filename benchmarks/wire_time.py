@@ -18,7 +18,7 @@ from wire_ranks import run_ranks
 def on_ranks(rank: int, world_size: int, numel: int, repeats: int, chunk_numel: int | None) -> dict[str, Any]:
     from deepspeed import comm as dist
 
-    from ds_fp8.comm import Wire, all_reduce, reduce_to_owners
+    from ds_fp8.comm import Wire, all_reduce, reduce_slices
     from ds_fp8.comm.reduce import owner_bounds
 
     wire = Wire.named("e4m3", chunk_numel)
@@ -34,7 +34,7 @@ def on_ranks(rank: int, world_size: int, numel: int, repeats: int, chunk_numel: 
         "fp8 all-reduce, bf16 gradients": (half, lambda x: all_reduce(x, None, wire=wire, average=average)),
         "fp8 to owners, bf16 gradients": (
             half,
-            lambda x: reduce_to_owners(x, bounds, None, wire=wire, average=average, out=own_sum),
+            lambda x: reduce_slices(x.tensor_split(bounds[1:-1]), None, wire=wire, average=average, out=own_sum),
         ),
     }
     taken: dict[str, list[float]] = {name: [] for name in contestants}

@@ -18,7 +18,6 @@ from typing import Any
 from .errors import PlanError
 
 FP8_SINCE = (8, 9)
-BLACKWELL_SINCE = (10, 0)
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,6 @@ class Host:
     def multiplies_fp8(self) -> bool:
         """The device has FP8 matrix products with one scale per tensor."""
         return self.at_least(FP8_SINCE)
-
-    @property
-    def is_blackwell(self) -> bool:
-        return self.at_least(BLACKWELL_SINCE)
 
     def __str__(self) -> str:
         if self.compute_capability is None:

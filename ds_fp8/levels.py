@@ -62,10 +62,6 @@ ABSENT = "none"
 """Format of a state that the algorithm does not keep (Lion's exp_avg_sq)."""
 
 MASTER_FORMATS = ("fp32", "split32", "split24", "fp16")
-ROUNDINGS = ("nearest", "stochastic")
-GRADIENT_WIRES = ("e4m3", "e5m2", "none")
-GRADIENT_WIRE_SCOPES = ("all", "inter_node")
-WEIGHT_WIRES = ("e4m3", "none")
 
 STATE_BYTES = {name: fmt.bytes for name, fmt in STATES.items()} | {ABSENT: 0.0}
 """Bytes per parameter of one optimizer state, scales included."""

@@ -24,10 +24,6 @@ from typing import NamedTuple
 
 from .formats import E4M3, E5M2, Format
 
-FP8_FORMATS = ("E4M3", "HYBRID")
-AMAX_ALGORITHMS = ("max", "most_recent")
-AMAX_RULES = ("ds_fp8", "transformer_engine")
-
 
 @dataclass(frozen=True)
 class RecipeKind:

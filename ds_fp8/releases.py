@@ -109,8 +109,3 @@ def numbers(version: str) -> tuple[int, ...]:
 def faults(version: str) -> list[str]:
     """What DeepSpeed `version` does wrong by itself."""
     return [fault.what for fault in FAULTS if numbers(fault.first) <= numbers(version) <= numbers(fault.last)]
-
-
-def is_newer_than_tested(version: str) -> bool:
-    """Whether a DeepSpeed of this version came after the newest one that was tested."""
-    return numbers(version) > numbers(DEEPSPEED[-1])

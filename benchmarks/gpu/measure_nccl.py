@@ -50,7 +50,7 @@ def exchange(rank: int, world_size: int) -> dict[str, Any]:
     """The mean of a gradient over the ranks: whole on each (as DeepSpeed's stages 0 to 2) or each owner its part."""
     from deepspeed import comm as dist
 
-    from ds_fp8.comm import Wire, all_reduce, reduce_to_owners
+    from ds_fp8.comm import Wire, all_reduce, reduce_slices
     from ds_fp8.comm.gather import all_gather_shares
     from ds_fp8.comm.reduce import owner_bounds
 
@@ -78,8 +78,8 @@ def exchange(rank: int, world_size: int) -> dict[str, Any]:
             "bf16 all-reduce": lambda: dist.all_reduce(half),
             "bf16 reduce-scatter": lambda: dist.reduce_scatter_tensor(own_half, half[: own_half.numel() * world_size]),
             "fp8 all-reduce, bf16 gradients": lambda: all_reduce(half, None, wire=wire, average=average),
-            "fp8 to owners, bf16 gradients": lambda: reduce_to_owners(
-                half, bounds, None, wire=wire, average=average, out=own_sum
+            "fp8 to owners, bf16 gradients": lambda: reduce_slices(
+                half.tensor_split(bounds[1:-1]), None, wire=wire, average=average, out=own_sum
             ),
             "bf16 all-gather of weights": lambda: dist.all_gather_into_tensor(everything, own_half),
             "all-gather of quantized values": lambda: all_gather_shares(quantized, bounds, None),

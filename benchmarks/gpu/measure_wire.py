@@ -65,7 +65,7 @@ def on_ranks(world_size: int, backend: str, what: str) -> list[Any]:
 
 def functions(rank: int, world_size: int) -> dict[str, bool]:
     """Each function with tensors here and on the CPU: the same bits?"""
-    from ds_fp8.comm import Wire, all_reduce, reduce_to_owners
+    from ds_fp8.comm import Wire, all_reduce, reduce_slices
     from ds_fp8.comm.gather import all_gather_shares
     from ds_fp8.comm.reduce import owner_bounds
 
@@ -81,7 +81,9 @@ def functions(rank: int, world_size: int) -> dict[str, bool]:
 
     quantized = gradient.view(torch.int16).to(torch.uint8)
     calls = {
-        "reduce_to_owners": lambda d: reduce_to_owners(gradient.to(d), bounds, None, wire=wire, average=average),
+        "reduce_slices": lambda d: reduce_slices(
+            gradient.to(d).tensor_split(bounds[1:-1]), None, wire=wire, average=average
+        ),
         "all_reduce": lambda d: all_reduce(gradient.to(d), None, wire=wire, average=average),
         "gather, uneven": lambda d: gathered(quantized.to(d), list(bounds)),
         "gather, even": lambda d: gathered(quantized[: NUMEL // 2 * 2].to(d), [0, NUMEL // 2, NUMEL // 2 * 2]),

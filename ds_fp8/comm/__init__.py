@@ -7,7 +7,7 @@ Read in this order: `wire` (what a message holds), `reduce` (who sums what), `ro
 from .counters import WireCounters, counters
 from .gather import all_gather_shares
 from .meeting import Meeting
-from .reduce import all_reduce, reduce_slices, reduce_to_owners
+from .reduce import all_reduce, reduce_slices
 from .route import Route, flat_route, two_level_routes
 from .wire import Wire
 
@@ -21,6 +21,5 @@ __all__ = [
     "counters",
     "flat_route",
     "reduce_slices",
-    "reduce_to_owners",
     "two_level_routes",
 ]

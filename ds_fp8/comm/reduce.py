@@ -34,23 +34,6 @@ Deliver = Callable[[int, Tensor], None]
 """deliver(start, part): elements [start, start + len(part)) of the own slice are summed."""
 
 
-def reduce_to_owners(
-    tensor: Tensor, bounds: Sequence[int], group: Any, *, wire: Wire, average: float, out: Tensor | None = None
-) -> Tensor:
-    """Sum `tensor` over the group, each owner its own slice: `tensor[bounds[d] : bounds[d + 1]]` goes to rank d.
-
-    tensor    flat, contiguous, equal size on all ranks; not changed
-    bounds    W + 1 ascending offsets; slices may be uneven or empty
-    average   factor on the sum: 1 / W for a mean
-    returns   this rank's slice, fp32
-    """
-    flat = tensor.view(-1)
-    slices = [flat[start:stop] for start, stop in pairwise(bounds)]
-    own = reduce_slices(slices, group, wire=wire, average=average, out=out)
-    assert own is not None
-    return own
-
-
 def reduce_slices(
     slices: Sequence[Tensor],
     group: Any,

@@ -14,7 +14,7 @@ from ..algorithms import moments_of
 from ..levels import ABSENT, LEVELS
 from ..recipe import HISTORY_RECIPES, RECIPE_KINDS, listed
 from . import contract
-from .facts import optimizer_type, section
+from .facts import optimizer_type
 from .positions import Path
 from .resolve import LEVEL_KEYS, explicit_keys, is_enabled, value_of
 
@@ -130,11 +130,6 @@ def checkpoint_keys_are_one(data: dict[str, Any]) -> Found:
 
 def _fp8_is_switched_off(data: dict[str, Any]) -> bool:
     return isinstance(data.get("fp8"), dict) and not is_enabled(data["fp8"])
-
-
-def _level_path(data: dict[str, Any], key: str) -> Path:
-    """The key that the user wrote: the override, or the level that brought the default."""
-    return ("msamp", key if key in explicit_keys(section(data, "msamp")) else "opt_level")
 
 
 RULES: tuple[Rule, ...] = (

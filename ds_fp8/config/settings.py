@@ -41,11 +41,6 @@ class CompileSettings:
     regional: bool = True
     loss: bool = True
 
-    @property
-    def replays_graphs(self) -> bool:
-        """CUDA graphs are recorded and replayed."""
-        return self.mode in ("reduce-overhead", "max-autotune")
-
 
 @dataclass(frozen=True)
 class TelemetrySettings:

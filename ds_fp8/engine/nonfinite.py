@@ -38,7 +38,6 @@ class NonFiniteGuard:
         self.count = self.skipped = 0
         self._losses: list[torch.Tensor] = []
         self._pending: tuple[torch.Tensor, Any] | None = None
-        self._norm: Any = None
 
     def listen(self) -> None:
         """Note the loss of each micro-batch as it comes to `engine.backward`."""

@@ -11,7 +11,7 @@ Each fast path gives the bits of its reference in `ds_fp8.numerics`. Which one r
 
 from __future__ import annotations
 
-from .adam import AdamStep, QuantizedWeight
+from .adam import AdamStep
 from .dispatch import (
     adam_step,
     amax,
@@ -38,7 +38,6 @@ from .lion import LionStep
 __all__ = [
     "AdamStep",
     "LionStep",
-    "QuantizedWeight",
     "adam_step",
     "amax",
     "amax_many",

@@ -24,7 +24,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -237,10 +236,6 @@ def adam_step(step: AdamStep) -> None:
     """One pass of Adam over a flat partition; see kernels.adam."""
     if step.param.numel() == 0:
         return
-    if step.grad_scale_inv is not None and step.param.device.type == "cpu":
-        # The C++ step reads floats; on a GPU quantized values are read as they are.
-        grad = flat_decode(step.grad, step.grad_scale_inv, step.grad_fmt)
-        step = replace(step, grad=grad, grad_scale_inv=None)
     formats = step.exp_avg.format, step.exp_avg_sq.format
     if (
         not _has_kernels(step.param.device, formats)

@@ -146,15 +146,8 @@ def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
     return layer_state.cached.operand
 
 
-def scale_of(operand: Operand) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(scale, scale_inv) with which the same quantized values can be made again; None where they follow from the tensor
-    itself.
-    """
-    return None if operand.scale is None else (operand.scale, operand.scale_inv)
-
-
 def given_weight(quantized: QuantizedWeight, call: Call) -> Operand:
-    """A quantized weight that were set from outside (O3), as an operand."""
+    """A quantized weight that was set from outside (O3), as an operand."""
     return Operand(*quantized, call.scaling.weight_extent)
 
 

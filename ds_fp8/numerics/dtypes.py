@@ -1,8 +1,7 @@
 """The one place where a `Format` becomes a torch dtype.
 
 The floors below do not import torch, so a `Format` carries only the dtype's name. An e4m3 or e5m2 code travels as
-`uint8` wherever a library cannot carry float8 (gloo, checkpoints): `as_bytes` and `as_quantized` change the view, never
-a bit, and the `Format` always stands beside the bytes.
+`uint8` wherever a library cannot carry float8 (gloo, checkpoints): a view changes no bit, and the `Format` always stands beside the bytes.
 """
 
 from __future__ import annotations
@@ -26,11 +25,6 @@ def format_of(dtype: torch.dtype) -> Format:
         if torch_dtype(fmt) == dtype:
             return fmt
     raise ValueError(f"{dtype} is none of {', '.join(FORMATS)}")
-
-
-def as_bytes(quantized: torch.Tensor) -> torch.Tensor:
-    """The same storage as uint8."""
-    return quantized.view(torch.uint8)
 
 
 def as_quantized(data: torch.Tensor, fmt: Format) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from ds_fp8.comm import Wire, all_reduce, counters, reduce_slices, reduce_to_owners, two_level_routes
+from ds_fp8.comm import Wire, all_reduce, counters, reduce_slices, two_level_routes
 from ds_fp8.formats import E4M3, E5M2
 
 pytestmark = pytest.mark.dist
@@ -28,7 +28,7 @@ def to_owners(rank, world_size, numel, bounds, wire_name, chunk_numel, dtype):
     tensor = gradient(rank, numel).to(dtype)
     wire = Wire.named(wire_name, chunk_numel)
     kept = tensor.clone()
-    own = reduce_to_owners(tensor, bounds, None, wire=wire, average=1 / world_size)
+    own = reduce_slices(tensor.tensor_split(bounds[1:-1]), None, wire=wire, average=1 / world_size)
     assert torch.equal(tensor, kept)
     return own
 
@@ -123,7 +123,8 @@ def on_two_nodes(rank, world_size):
     (route,) = two_level_routes([torch.distributed.group.WORLD], node_name=f"node{rank // 2}")
     numel = 3000
     bounds = [0, 1000, 1100, 1100, 3000]
-    own = reduce_to_owners(gradient(rank, numel), bounds, route, wire=Wire.named("e4m3"), average=1 / world_size)
+    slices = gradient(rank, numel).tensor_split(bounds[1:-1])
+    own = reduce_slices(slices, route, wire=Wire.named("e4m3"), average=1 / world_size)
     everywhere = all_reduce(gradient(rank, numel), route, wire=Wire.named("e4m3", 1024), average=1 / world_size)
     exact_inside = torch.ones(256) * (1 + rank % 2)
     all_reduce(exact_inside, route.inner, wire=Wire.named("none"))

@@ -66,16 +66,10 @@ def test_every_key_has_a_home():
     ("section", "key", "words"),
     [
         ("fp8", "recipe", recipe.RECIPES),
-        ("fp8", "fp8_format", recipe.FP8_FORMATS),
-        ("fp8", "amax_compute_algo", recipe.AMAX_ALGORITHMS),
         ("msamp", "opt_level", levels.OPT_LEVELS),
         ("msamp", "exp_avg", levels.EXP_AVG_FORMATS),
         ("msamp", "exp_avg_sq", levels.STATE_FORMATS),
         ("msamp", "master", levels.MASTER_FORMATS),
-        ("msamp", "rounding", levels.ROUNDINGS),
-        ("msamp", "gradient_wire", levels.GRADIENT_WIRES),
-        ("msamp", "gradient_wire_scope", levels.GRADIENT_WIRE_SCOPES),
-        ("msamp", "weight_wire", levels.WEIGHT_WIRES),
         ("msamp", "block_size", (levels.BLOCK_SIZE,)),
     ],
 )

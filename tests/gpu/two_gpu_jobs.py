@@ -92,7 +92,7 @@ def resumed(rank: int, world_size: int, case: dict[str, Any], folder: str) -> tu
 
 def wire_functions(rank: int, world_size: int) -> dict[str, bool]:
     """Each function of the wire on device tensors over NCCL, beside the same on CPU tensors over gloo: the same bits?"""
-    from ds_fp8.comm import Wire, all_reduce, reduce_to_owners
+    from ds_fp8.comm import Wire, all_reduce, reduce_slices
     from ds_fp8.comm.gather import all_gather_shares
     from ds_fp8.comm.reduce import owner_bounds
 
@@ -104,11 +104,11 @@ def wire_functions(rank: int, world_size: int) -> dict[str, bool]:
             # Two rounds and a short one, so that casts, sums and messages of three rounds are in flight together.
             wire = Wire.named(name, 400_000)
             calls = {
-                "reduce": lambda d, w=wire, g=gradient: reduce_to_owners(
-                    g.to(d), owner_bounds(numel, world_size), None, wire=w, average=average
+                "reduce": lambda d, w=wire, g=gradient: reduce_slices(
+                    g.to(d).tensor_split(owner_bounds(numel, world_size)[1:-1]), None, wire=w, average=average
                 ),
-                "reduce, uneven": lambda d, w=wire, g=gradient: reduce_to_owners(
-                    g.to(d), uneven, None, wire=w, average=average
+                "reduce, uneven": lambda d, w=wire, g=gradient: reduce_slices(
+                    g.to(d).tensor_split(uneven[1:-1]), None, wire=w, average=average
                 ),
                 "all-reduce": lambda d, w=wire, g=gradient: all_reduce(g.to(d), None, wire=w, average=average),
             }

@@ -72,8 +72,6 @@ def main() -> None:
             build(
                 cast._quantize_kernel, ["*bf16", "*fp32", "*u8", "*i32", "i32"], measured | {"ELEMENTS": cast.ELEMENTS}
             )
-            pointers = ["*bf16", "*fp32", "*u8", "*u8", "*i32", "i32", "i32"]
-            build(cast._transpose_kernel, pointers, measured | {"TILE": cast.TILE})
             for current in (False, True):
                 wanted = {
                     "FMAX": fmax,
@@ -106,26 +104,23 @@ def main() -> None:
     cases.append(("fp32", "e4m3", "fp16", "own"))
     for number, (base, m, v, master) in enumerate(cases):
         state = [data[m], "*fp32", "*u8", data[v], "*fp32", "*u8"]
-        coded = number % 2 == 1
+        stochastic = number % 2 == 1
         pointers = [
             f"*{base}",
-            "*u8" if coded else "*bf16",
-            "*fp32",
+            "*bf16",
             *state,
             remainder[master],
             "*fp32",
-            "*bf16",
             "*fp32",
             "*fp32",
         ]
         constants = {"M_FORMAT": states.FORMATS[m], "M_RATIO": m in RATIO_FORMATS}
         constants |= {"V_FORMAT": states.FORMATS[v], "V_ROOT": v not in ("fp32", "bf16")}
         constants |= {"MASTER": masters.KINDS[master], "HALF": base == "fp16", "SCALE_TENSOR": number % 2 == 0}
-        constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True, "WEIGHT16": number % 3 == 0}
+        constants |= {"DECAY": True, "L2": False, "LERP_SMALL": True}
         short = m in adam_fast.MOMENTS and v in adam_fast.ROOTS and kind_is_fast(base, master)
-        constants |= {"STOCHASTIC": coded, "ROWS": adam.FAST_ROWS if short else adam.ROWS, "SHORT": short}
-        constants |= {"EVEN": not coded and not short, "HARDWARE": True, "FAST": not short}
-        constants |= {"GRADIENT": 0 if coded else adam.NOT_CODED}
+        constants |= {"STOCHASTIC": stochastic, "ROWS": adam.FAST_ROWS if short else adam.ROWS, "SHORT": short}
+        constants |= {"EVEN": not stochastic and not short, "HARDWARE": True, "FAST": not short}
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 2, constants, fused=2)
     for keep in (False, True):
         constants = {"FORWARD_MAX": 448.0, "BACKWARD_MAX": 57344.0, "MARGIN_FACTOR": 2.0, "LENGTH": 1024}

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from ds_fp8 import numerics
-from ds_fp8.formats import E4M3, FORMATS
-from ds_fp8.kernels.adam import AdamStep, QuantizedWeight, reference_step
+from ds_fp8.formats import E4M3
+from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.triton import adam, adam_fast, launch, segments
 from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
-from ds_fp8.numerics import flat, masters, states
+from ds_fp8.numerics import masters, states
 
 assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
 
@@ -81,7 +81,7 @@ def gradient_of_one_size(seed: int, dtype: torch.dtype) -> torch.Tensor:
 def test_fast_path_tiles(m, v, master, rounding, monkeypatch):
     """Gradients of one size: all tiles but the last go the fast path, in each of its formats, with the same bits."""
     monkeypatch.setattr(sys.modules[__name__], "gradient", gradient_of_one_size)
-    step = make_step(torch.bfloat16, m, v, master, rounding=rounding, weight16=torch.zeros(NUMEL, dtype=torch.float16))
+    step = make_step(torch.bfloat16, m, v, master, rounding=rounding)
     assert adam._has_fast_path(step)
     compare(step)
 
@@ -90,22 +90,6 @@ def test_fast_path_tiles(m, v, master, rounding, monkeypatch):
 @pytest.mark.parametrize("v", ["fp32", "bf16", "fp16", "e4m3", "e4m3_expanded"])
 def test_int8_beside_every_root(v, rounding, short):
     compare(make_step(torch.bfloat16, "int8", v, "split24", rounding=rounding))
-
-
-@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
-def test_a_gradient_in_quantized_values(name, short):
-    """Decoded inside the step: code * scale_inv, then grad_scale; the last block is short."""
-    fmt = FORMATS[name]
-    step = make_step(torch.bfloat16, "int8", "fp16", "fp16", rounding="stochastic", grad_fmt=fmt)
-    counterpart = copy.deepcopy(step)
-    for number in (1, 2):
-        quantized, scale_inv = flat.encode(gradient(number, torch.float32), fmt)
-        for one in (step, counterpart):
-            one.step, one.grad, one.grad_scale_inv = number, quantized, scale_inv
-        adam.adam_step(step)
-        reference_step(counterpart)
-        for found, wanted in zip(step.tensors(), counterpart.tensors(), strict=True):
-            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -166,18 +150,6 @@ def test_an_infinite_gradient_spoils_its_block_alone(m):
     assert torch.equal(step.exp_avg.data, counterpart.exp_avg.data)
     assert torch.equal(step.exp_avg.scale_inv.isnan(), counterpart.exp_avg.scale_inv.isnan())
     assert torch.equal(step.param.isnan(), counterpart.param.isnan())
-
-
-@pytest.mark.parametrize("weight16", [None, torch.bfloat16, torch.float16], ids=str)
-def test_weights_are_written_in_the_same_call(weight16):
-    """A 16-bit weight from the new master, and FP8 values with amaxes for two segments of the partition."""
-    step = make_step(torch.float32 if weight16 else torch.bfloat16, "e4m3", "e4m3", "split24")
-    if weight16 is not None:
-        step.weight16 = torch.zeros(NUMEL, dtype=weight16)
-    step.quantized_weight = QuantizedWeight(
-        torch.zeros(NUMEL, dtype=torch.uint8), ((0, 300), (500, NUMEL)), torch.tensor([1000.0, 4000.0]), torch.ones(2)
-    )
-    compare(step, steps=2)
 
 
 def test_many_weights_in_one_launch():

@@ -12,9 +12,8 @@ import itertools
 import pytest
 import torch
 
-from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import cpu
-from ds_fp8.kernels.adam import AdamStep, QuantizedWeight, reference_step
+from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.cpu import loader, torch_sqrt
 from ds_fp8.kernels.cpu.adam import adam_step
 from ds_fp8.levels import EXP_AVG_FORMATS, STATE_FORMATS
@@ -244,27 +243,6 @@ def test_tiny_and_huge_moments(path):
         scaled = lambda numel, dtype, step, by=factor: gradients(numel, dtype, step) * by  # noqa: E731
         for m, v in itertools.product(("int8", "e4m3"), STATE_FORMATS):
             run_both(make_step(9 * 128 + 5, "bf16", "split24", m, v, torch.float32), 3, gradient=scaled)
-
-
-@pytest.mark.parametrize("weight16", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("base", ["bf16", "fp32"])
-@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
-def test_weights_in_16_bits_and_in_fp8_in_the_same_pass(path, base, weight16, fmt):
-    """Segments begin and end anywhere, one spans several chunks, one is empty; what lies between stays untouched."""
-    numel = 3 * 4096 + 77
-    segments = ((3, 60), (60, 5000), (5000, 5000), (5100, numel))
-    step = make_step(numel, base, "split24", "int8", "fp16", torch.float32)
-    step.weight16 = None if weight16 is None else torch.zeros(numel, dtype=weight16)
-    step.quantized_weight = QuantizedWeight(
-        quantized=torch.full((numel,), 9, dtype=torch.uint8),
-        segments=segments,
-        scale=torch.tensor([448 / 0.1, 1000.0, 1.0, 123.4]),
-        amax=torch.full((4,), 77.0),
-        fmt=fmt,
-    )
-    run_both(step, 2)
-    assert step.quantized_weight.quantized[:3].tolist() == [9, 9, 9]
-    assert (step.quantized_weight.quantized[5000:5100] == 9).all()
 
 
 def test_threads_do_not_change_a_bit(path):

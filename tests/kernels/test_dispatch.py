@@ -89,20 +89,6 @@ def test_many_tensors_are_each_by_itself(path):
         assert torch.equal(found, numerics.quantize(chunk, scale, E4M3).view(torch.uint8))
 
 
-def test_a_gradient_in_quantized_values_is_decoded_for_the_step(path):
-    """e4m3 values with block scales give the step of their values, in fp32."""
-    coded, baseline = make_step(300), make_step(300)
-    quantized, scale_inv = flat.encode(coded.grad, E4M3)
-    baseline.grad = flat.decode(quantized, scale_inv, E4M3)
-    coded.grad, coded.grad_scale_inv = quantized, scale_inv
-    reference = copy.deepcopy(coded)
-    kernels.adam_step(coded)
-    kernels.adam_step(baseline)
-    reference_step(reference)
-    for one in (baseline, reference):
-        assert torch.equal(coded.param, one.param) and torch.equal(coded.exp_avg.data, one.exp_avg.data)
-
-
 @pytest.mark.parametrize("numel", [0, 1, 130, 1000])
 def test_flat_operations_are_those_of_numerics(numel, path):
     x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
@@ -147,20 +133,6 @@ def test_chunks_do_not_show(monkeypatch):
     monkeypatch.setattr("ds_fp8.kernels.adam.CHUNK_NUMEL", 128)
     reference_step(cut)
     assert all(same_bits(a, b) for a, b in zip(whole.tensors(), cut.tensors(), strict=True))
-
-
-def test_outputs_of_the_same_pass(path):
-    """The 16-bit weight and the FP8 values that a layer would make of it, with its amaxes."""
-    amaxes, quantized = torch.zeros(2), torch.zeros(300, dtype=torch.uint8)
-    wanted = kernels.QuantizedWeight(quantized, ((0, 100), (130, 300)), torch.tensor([448.0, 100.0]), amaxes)
-    step = make_step(300, quantized_weight=wanted, weight16=torch.empty(300, dtype=torch.bfloat16))
-    kernels.adam_step(step)
-    assert torch.equal(step.weight16.float(), masters.read(step.master, step.param).bfloat16().float())
-    for (start, stop), scale, largest in zip(wanted.segments, wanted.scale, amaxes, strict=True):
-        chunk = step.weight16[start:stop]
-        assert same_bits(quantized[start:stop], numerics.quantize(chunk, scale, E4M3).view(torch.uint8))
-        assert largest == numerics.amax(chunk)
-    assert quantized[100:130].eq(0).all()
 
 
 def test_torchs_own_square_root_is_kept(path):

@@ -5,45 +5,9 @@
 // through the same arithmetic (groups.h). Compiled once for each path, with -DADAM_RANGE=adam_avx512 and so on.
 #include "path.h"
 
-#include "codec.h"
 #include "groups.h"
 
 namespace {
-
-constexpr int64_t CHUNK = 32;  // blocks between two visits of the FP8 weights: 8 KiB of 16-bit weights, still in cache
-
-template <class D, class F>
-void encode_segment(const QuantizedSegments& segments, int64_t number, const void* weight, int64_t start, int64_t stop) {
-    QuantizeJob job = {};
-    job.x = static_cast<const typename D::Type*>(weight) + start;
-    job.quantized = segments.quantized + start;
-    job.scale = segments.scale + number;
-    job.amax = segments.amax + number;
-    job.numel = stop - start;
-    quantize_range<D, F>(job, 0, (stop - start + BLOCK - 1) / BLOCK);
-}
-
-// FP8 values of the elements [start, stop) of the new weights, as far as segments ask for them. `number` is the first
-// segment that may reach here, and is moved on.
-void encode_segments(const AdamJob& job, int64_t start, int64_t stop, int64_t& number) {
-    const QuantizedSegments& segments = job.segments;
-    const void* weight = job.weight16 ? job.weight16 : job.param;
-    int32_t dtype = job.weight16 ? job.weight16_dtype : job.param_dtype;
-    while (number < segments.count && segments.bounds[2 * number + 1] <= start) number++;
-    for (int64_t s = number; s < segments.count && segments.bounds[2 * s] < stop; s++) {
-        int64_t low = segments.bounds[2 * s], high = segments.bounds[2 * s + 1];
-        low = low > start ? low : start;
-        high = high < stop ? high : stop;
-        if (low >= high) continue;
-        bool e4m3 = segments.fmt == E4M3;
-        if (dtype == FP32) e4m3 ? encode_segment<Fp32, E4m3>(segments, s, weight, low, high)
-                                : encode_segment<Fp32, E5m2>(segments, s, weight, low, high);
-        else if (dtype == BF16) e4m3 ? encode_segment<Bf16, E4m3>(segments, s, weight, low, high)
-                                     : encode_segment<Bf16, E5m2>(segments, s, weight, low, high);
-        else e4m3 ? encode_segment<Fp16, E4m3>(segments, s, weight, low, high)
-                  : encode_segment<Fp16, E5m2>(segments, s, weight, low, high);
-    }
-}
 
 INLINE bool is_root(const State& state) { return state.format >= STATE_FP16; }
 INLINE bool is_ratio(const State& state) { return state.format >= STATE_E4M3; }
@@ -85,8 +49,7 @@ __attribute__((noinline)) void step_block(const AdamJob& job, int64_t b) {
         });
     }
     write_state(job.exp_avg_sq, roots ? r : v, b, count, job.stochastic, roots, EXP_AVG_SQ_SHIFT);
-    job.weight16 ? write_master<true>(job, w, b, count) : write_master<false>(job, w, b, count);
-    if (job.weight16) write_typed(job.weight16, job.weight16_dtype, w, b, count);
+    write_master(job, w, b, count);
     if (ratios) {
         // Read back, it is by itself what the next step will see, whatever has rounded it. The master stands between
         // write and read so that the stores have arrived.
@@ -101,19 +64,11 @@ void adam_range(const void* data, int64_t first, int64_t last) {
     const AdamJob& job = *static_cast<const AdamJob*>(data);
     bool grouped = fits_groups(job);
     int64_t whole_blocks = job.numel / BLOCK;
-    int64_t segment = 0;
-    for (int64_t chunk = first; chunk < last; chunk += CHUNK) {
-        int64_t end = chunk + CHUNK < last ? chunk + CHUNK : last;
-        int64_t b = chunk;
-        Group group;
-        if (grouped)
-            for (; b + GROUP <= end && b + GROUP <= whole_blocks; b += GROUP) step_group(job, group, b);
-        for (; b < end; b++) step_block(job, b);
-        if (job.segments.count) {
-            int64_t stop = end * BLOCK < job.numel ? end * BLOCK : job.numel;
-            encode_segments(job, chunk * BLOCK, stop, segment);
-        }
-    }
+    int64_t b = first;
+    Group group;
+    if (grouped)
+        for (; b + GROUP <= last && b + GROUP <= whole_blocks; b += GROUP) step_group(job, group, b);
+    for (; b < last; b++) step_block(job, b);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ from . import jobs, torch_sqrt
 from .casts import run
 
 if TYPE_CHECKING:
-    from ..adam import AdamStep, QuantizedWeight
+    from ..adam import AdamStep
 
 GRAIN_BLOCKS = 128
 """Blocks that are worth a thread: 16K parameters, some ten microseconds of a step."""
@@ -34,12 +34,10 @@ def adam_step(step: AdamStep) -> Any:
         return NotImplemented
     scale = step.grad_scale
     scale = scale.detach().float() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
-    segments, kept = _segments(step.quantized_weight)
     sqrt = None if not step.torch_sqrt or torch_sqrt_is_ieee() else torch_sqrt.entry()
     if sqrt is None and step.torch_sqrt and not torch_sqrt_is_ieee():
         return NotImplemented
     scalars = step.scalars
-    weight16 = step.weight16
     source = step.source(EXP_AVG_SHIFT)
     key = 0 if source is None else source.key
     job = jobs.AdamJob(
@@ -49,21 +47,17 @@ def adam_step(step: AdamStep) -> Any:
         _state(step.exp_avg, key),
         _state(step.exp_avg_sq, key),
         _master(step.master, key),
-        jobs.address(weight16),
-        segments,
         _table().data_ptr() if "e4m3_expanded" in (step.exp_avg.format, step.exp_avg_sq.format) else None,
         sqrt,
         torch_sqrt.MODE,
         step.param.numel(),
         jobs.DTYPES[step.param.dtype],
         gradient_dtype,
-        0 if weight16 is None else jobs.DTYPES[weight16.dtype],
         step.rounding == "stochastic",
         *(getattr(scalars, name) for name in jobs.ADAM_SCALARS),
         step.exp_avg_sq.format == "fp32",
     )
     run(jobs.ADAM, job, blocks_of(step.param.numel()), GRAIN_BLOCKS)
-    del kept
     return None
 
 
@@ -80,24 +74,6 @@ def _state(state: StateStorage, key: int) -> jobs.State:
 def _master(master: MasterStorage, key: int) -> jobs.State:
     number = jobs.MASTER_FORMATS[master.format]
     return jobs.State(jobs.address(master.data), jobs.address(master.scale_inv), None, number, key)
-
-
-def _segments(wanted: QuantizedWeight | None) -> tuple[jobs.QuantizedSegments, Tensor | None]:
-    """The segments for C++, and the tensor of their bounds, which the caller keeps alive."""
-    if wanted is None or not wanted.segments:
-        return jobs.QuantizedSegments(), None
-    wanted.amax.zero_()
-    bounds = torch.tensor(wanted.segments, dtype=torch.int64)
-    segments = jobs.QuantizedSegments(
-        wanted.quantized.data_ptr(),
-        bounds.data_ptr(),
-        wanted.scale.data_ptr(),
-        wanted.amax.data_ptr(),
-        len(wanted.segments),
-        jobs.format_number(wanted.fmt),
-        0,
-    )
-    return segments, bounds
 
 
 @lru_cache(maxsize=1)

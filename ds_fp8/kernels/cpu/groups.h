@@ -359,7 +359,7 @@ INLINE bool fits_groups(const AdamJob& job) {
     bool has_master = master == MASTER_SPLIT24 || master == MASTER_SPLIT32 || master == MASTER_FP16;
     bool has_ratio = job.exp_avg.format == STATE_INT8 || job.exp_avg.format == STATE_E4M3;
     return has_ratio && job.exp_avg_sq.format == STATE_FP16 && has_master &&
-           job.param_dtype == BF16 && (job.grad_dtype == BF16 || job.grad_dtype == FP32) && !job.weight16 &&
+           job.param_dtype == BF16 && (job.grad_dtype == BF16 || job.grad_dtype == FP32) &&
            job.l2 == 0.0f && job.one_minus_beta1 < 0.5f;
 }
 

@@ -84,16 +84,6 @@ struct State {
     uint32_t key;  // of its random bits
 };
 
-// FP8 weights of segments, made while the weights are in the cache.
-struct QuantizedSegments {
-    uint8_t* quantized;  // [numel]
-    const int64_t* bounds;  // start, stop for each segment, ascending
-    const float* scale;
-    uint32_t* amax;  // zeros before
-    int64_t count;
-    int32_t fmt, unused;
-};
-
 // Square roots of `count` floats as torch makes them: MKL's vmsSqrt, with the mode that torch gives it.
 typedef void (*TorchSqrt)(int count, const float* x, float* roots, int64_t mode);
 
@@ -103,15 +93,13 @@ struct AdamJob {
     const void* grad;
     const float* grad_scale;  // one number
     State exp_avg, exp_avg_sq, master;  // master: expansion unused
-    void* weight16;                     // null: not wanted
-    QuantizedSegments segments;
     const float* expansion_table;  // [256, 128]
     TorchSqrt torch_sqrt;          // null: the correctly rounded root
     int64_t torch_sqrt_mode;
     int64_t numel;
     int32_t param_dtype, grad_dtype;
-    int32_t weight16_dtype, stochastic;
+    int32_t stochastic;
     float decay, l2, beta2, one_minus_beta1, one_minus_beta2, bias_correction2_sqrt, eps, step_size;
     float inverse_correction2_sqrt;  // 1 / bias_correction2_sqrt, which multiplies unless `divides`
-    int32_t divides;
+    int32_t divides, unused;
 };

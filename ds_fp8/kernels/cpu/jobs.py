@@ -113,18 +113,6 @@ class State(ctypes.Structure):
     )
 
 
-class QuantizedSegments(ctypes.Structure):
-    _fields_ = (
-        ("quantized", c_void_p),
-        ("bounds", c_void_p),
-        ("scale", c_void_p),
-        ("amax", c_void_p),
-        ("count", c_int64),
-        ("fmt", c_int32),
-        ("unused", c_int32),
-    )
-
-
 class AdamJob(ctypes.Structure):
     _fields_ = (
         ("param", c_void_p),
@@ -133,18 +121,16 @@ class AdamJob(ctypes.Structure):
         ("exp_avg", State),
         ("exp_avg_sq", State),
         ("master", State),
-        ("weight16", c_void_p),
-        ("segments", QuantizedSegments),
         ("expansion_table", c_void_p),
         ("torch_sqrt", c_void_p),
         ("torch_sqrt_mode", c_int64),
         ("numel", c_int64),
         ("param_dtype", c_int32),
         ("grad_dtype", c_int32),
-        ("weight16_dtype", c_int32),
         ("stochastic", c_int32),
         *((name, c_float) for name in ADAM_SCALARS),
         ("divides", c_int32),
+        ("unused", c_int32),
     )
 
 

@@ -98,9 +98,8 @@ INLINE void read_split(Block& w, const uint16_t* weight, const R* remainder, boo
     });
 }
 
-// Stores w; if `decoded`, leaves in it what is now stored.
-template <bool decoded, class R>
-INLINE void write_split(Block& w, uint16_t* weight, R* remainder, bool bf16, int count, bool stochastic, uint32_t first,
+template <class R>
+INLINE void write_split(const Block& w, uint16_t* weight, R* remainder, bool bf16, int count, bool stochastic, uint32_t first,
                         Source source) {
     uint16_t staged_weight[BLOCK];
     R staged[BLOCK];
@@ -115,9 +114,6 @@ INLINE void write_split(Block& w, uint16_t* weight, R* remainder, bool bf16, int
                                        : split_bf16_8(w.v[i], random_needed, random);
         store(to_weight + i * LANES, low_halves(split.weight));
         store_remainder(to_remainder + i * LANES, split.remainder);
-        if (!decoded) return;
-        bool is_low_byte = bf16 && sizeof(R) == 1;
-        w.v[i] = is_low_byte ? floats_of(split.remainder << 8) : join<R>(bf16, split.weight, split.remainder);
     });
     if (whole) return;
     for (int i = 0; i < count; i++) {
@@ -156,8 +152,7 @@ INLINE void read_master(Block& w, const AdamJob& job, int64_t b, int count) {
     }
 }
 
-// Stores master and parameter; if `decoded`, leaves in w what the master now holds.
-template <bool decoded>
+// Stores master and parameter.
 INLINE void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
     const State& master = job.master;
     uint16_t* weight = static_cast<uint16_t*>(job.param) + b * BLOCK;
@@ -169,10 +164,10 @@ INLINE void write_master(const AdamJob& job, Block& w, int64_t b, int count) {
             write_typed(master.data, FP32, w, b, count);
             return write_typed(job.param, job.param_dtype, w, b, count);
         case MASTER_SPLIT32:
-            return write_split<decoded>(w, weight, static_cast<int16_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
+            return write_split(w, weight, static_cast<int16_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
                                first, {master.key, MASTER_SHIFT});
         case MASTER_SPLIT24:
-            return write_split<decoded>(w, weight, static_cast<int8_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
+            return write_split(w, weight, static_cast<int8_t*>(master.data) + b * BLOCK, bf16, count, job.stochastic,
                                first, {master.key, MASTER_SHIFT});
         case MASTER_FP16:
             master.scale_inv[b] = encode_half_block<true>(static_cast<uint16_t*>(master.data) + b * BLOCK, w, count,

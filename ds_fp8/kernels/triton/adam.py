@@ -18,13 +18,9 @@ from ...numerics import expansion
 from ...numerics.random_bits import EXP_AVG_SHIFT
 from ...numerics.states import RATIO_FORMATS, ROOT_FORMATS
 from ..adam import AdamStep
-from . import adam_fast, codec, ieee, masters, segments, states
+from . import adam_fast, codec, ieee, masters, states
 from .flat import signed
 from .launch import LAUNCH, hardware_casts, on_device
-
-NOT_CODED = -1
-FLOATS = tl.constexpr(NOT_CODED)
-"""GRADIENT of a gradient that is not coded."""
 
 ROWS, WARPS = 8, 4
 """Blocks and warps of a program, where the general step does all tiles: 1024 elements, eight per thread."""
@@ -34,15 +30,9 @@ FAST_ROWS, FAST_WARPS = 4, 2
 
 
 @triton.jit
-def _gradient(grad_ptr, grad_scale_inv_ptr, grad_scale_ptr, grad_scale, index, row, inside, row_inside,
-              SCALE_TENSOR: tl.constexpr, GRADIENT: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """The gradient in fp32, unscaled and clipped; GRADIENT: the format of its quantized values, or FLOATS."""
-    if GRADIENT == FLOATS:
-        g = codec.load(grad_ptr + index, inside)
-    else:
-        quantized = tl.load(grad_ptr + index, mask=inside, other=0)
-        scale_inv = tl.load(grad_scale_inv_ptr + row, mask=row_inside, other=1.0)
-        g = codec.value_of(quantized, GRADIENT, HARDWARE) * scale_inv[:, None]
+def _gradient(grad_ptr, grad_scale_ptr, grad_scale, index, inside, SCALE_TENSOR: tl.constexpr):
+    """The gradient in fp32, unscaled and clipped."""
+    g = codec.load(grad_ptr + index, inside)
     if SCALE_TENSOR:
         g = g * tl.load(grad_scale_ptr).to(tl.float32)
     else:
@@ -52,11 +42,10 @@ def _gradient(grad_ptr, grad_scale_inv_ptr, grad_scale_ptr, grad_scale, index, r
 
 @triton.jit
 def _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr, master_ptr,
-             master_scale_ptr, weight16_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
+             master_scale_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
              one_minus_beta2, correction, eps, step_size, key, M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr,
              V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr, HALF: tl.constexpr, DECAY: tl.constexpr,
-             L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr,
-             EVEN: tl.constexpr, FAST: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+             L2: tl.constexpr, LERP_SMALL: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     """One tile, whatever is in it."""
     w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, row_inside, MASTER, HALF)
     m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, row_inside, M_FORMAT, HARDWARE)
@@ -113,32 +102,17 @@ def _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr,
             m = tl.div_rn(m, divisor)
     states.write(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, m, index, row, inside, row_inside, word_m, M_FORMAT, False,
                  STOCHASTIC, HARDWARE)  # fmt: skip
-    held = masters.write(
-        param_ptr,
-        master_ptr,
-        master_scale_ptr,
-        w,
-        index,
-        row,
-        inside,
-        row_inside,
-        word_w,
-        MASTER,
-        HALF,
-        STOCHASTIC,
-        HARDWARE,
-    )
-    if WEIGHT16:
-        codec.store(weight16_ptr + index, held, inside)
+    masters.write(param_ptr, master_ptr, master_scale_ptr, w, index, row, inside, row_inside, word_w, MASTER, HALF, STOCHASTIC,
+                  HARDWARE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key"])
-def _adam_kernel(param_ptr, grad_ptr, grad_scale_inv_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr,
-                 v_expansion_ptr, master_ptr, master_scale_ptr, weight16_ptr, table_ptr, grad_scale_ptr, grad_scale, decay,
+def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr,
+                 v_expansion_ptr, master_ptr, master_scale_ptr, table_ptr, grad_scale_ptr, grad_scale, decay,
                  l2, beta2, lerp_weight, one_minus_beta2, correction, eps, step_size, n, key,
                  M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr, V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr,
-                 MASTER: tl.constexpr, HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr, GRADIENT: tl.constexpr,
-                 DECAY: tl.constexpr, L2: tl.constexpr, LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr,
+                 MASTER: tl.constexpr, HALF: tl.constexpr, SCALE_TENSOR: tl.constexpr,
+                 DECAY: tl.constexpr, L2: tl.constexpr, LERP_SMALL: tl.constexpr,
                  STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
                  SHORT: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -153,26 +127,24 @@ def _adam_kernel(param_ptr, grad_ptr, grad_scale_inv_ptr, m_ptr, m_scale_ptr, m_
             whole, all_rows = tl.full([ROWS, 128], 1, tl.int1), tl.full([ROWS], 1, tl.int1)
             param, master, master_scale = param_ptr + begin, master_ptr + begin, master_scale_ptr + first
             m_data, m_scale, v_data, v_scale = m_ptr + begin, m_scale_ptr + first, v_ptr + begin, v_scale_ptr + first
-            g = _gradient(grad_ptr + begin, grad_scale_inv_ptr + first, grad_scale_ptr, grad_scale, here, tile_row, whole,
-                          all_rows, SCALE_TENSOR, GRADIENT, HARDWARE)  # fmt: skip
+            g = _gradient(grad_ptr + begin, grad_scale_ptr, grad_scale, here, whole, SCALE_TENSOR)
             w = masters.read(param, master, master_scale, here, tile_row, whole, all_rows, MASTER, HALF)
             m = states.read(m_data, m_scale, m_scale, table_ptr, here, tile_row, whole, all_rows, M_FORMAT, HARDWARE)
             v = states.read(v_data, v_scale, v_scale, table_ptr, here, tile_row, whole, all_rows, V_FORMAT, HARDWARE)
-            done = adam_fast.step(param, m_data, m_scale, v_data, v_scale, master, master_scale, weight16_ptr + begin, g, w, m,
-                                 v, here, tile_row, begin, decay, l2, beta2, lerp_weight, one_minus_beta2, correction, eps,
-                                 step_size, key, M_FORMAT, V_FORMAT, MASTER, DECAY, L2, LERP_SMALL, WEIGHT16, STOCHASTIC,
+            done = adam_fast.step(param, m_data, m_scale, v_data, v_scale, master, master_scale, g, w, m, v,
+                                 here, tile_row, begin, decay, l2, beta2, lerp_weight, one_minus_beta2, correction, eps,
+                                 step_size, key, M_FORMAT, V_FORMAT, MASTER, DECAY, L2, LERP_SMALL, STOCHASTIC,
                                  HARDWARE)  # fmt: skip
     if not done:
         if EVEN:
             inside, row_inside = tl.full([ROWS, 128], 1, tl.int1), tl.full([ROWS], 1, tl.int1)
         else:
             inside, row_inside = index < n, row * 128 < n
-        g = _gradient(grad_ptr, grad_scale_inv_ptr, grad_scale_ptr, grad_scale, index, row, inside, row_inside,
-                      SCALE_TENSOR, GRADIENT, HARDWARE)  # fmt: skip
+        g = _gradient(grad_ptr, grad_scale_ptr, grad_scale, index, inside, SCALE_TENSOR)
         _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr, master_ptr,
-                 master_scale_ptr, weight16_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
+                 master_scale_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
                  one_minus_beta2, correction, eps, step_size, key, M_FORMAT, M_RATIO, V_FORMAT, V_ROOT, MASTER, HALF, DECAY,
-                 L2, LERP_SMALL, WEIGHT16, STOCHASTIC, EVEN, FAST, HARDWARE)  # fmt: skip
+                 L2, LERP_SMALL, STOCHASTIC, EVEN, FAST, HARDWARE)  # fmt: skip
 
 
 def adam_step(step: AdamStep) -> None:
@@ -197,23 +169,19 @@ def adam_step(step: AdamStep) -> None:
 
     short = _has_fast_path(step)
     rows, warps = (FAST_ROWS, FAST_WARPS) if short else (ROWS, WARPS)
-    coded = step.grad_scale_inv is not None
     with on_device(param):
         _adam_kernel[(triton.cdiv(n, rows * 128),)](
-            param, step.grad, pointer(step.grad_scale_inv), m.data, pointer(m.scale_inv), pointer(m.expansion),
+            param, step.grad, m.data, pointer(m.scale_inv), pointer(m.expansion),
             v.data, pointer(v.scale_inv), pointer(v.expansion),
-            pointer(master.data), pointer(master.scale_inv), pointer(step.weight16), table,
+            pointer(master.data), pointer(master.scale_inv), table,
             step.grad_scale if by_tensor else param, 1.0 if by_tensor else float(step.grad_scale),
             scalars.decay, scalars.l2, scalars.beta2, lerp_weight, scalars.one_minus_beta2,
             correction, scalars.eps, scalars.step_size, n, key,
             states.FORMATS[m.format], m.format in RATIO_FORMATS, states.FORMATS[v.format], v.format in ROOT_FORMATS,
             masters.KINDS[master.format], param.dtype == torch.float16, by_tensor,
-            codec.MODES[step.grad_fmt.name] if coded else NOT_CODED, scalars.decay != 1.0, scalars.l2 != 0.0,
-            from_m, step.weight16 is not None, step.rounding == "stochastic", rows,
+            scalars.decay != 1.0, scalars.l2 != 0.0, from_m, step.rounding == "stochastic", rows,
             n % (rows * 128) == 0 and not short, quick and not short, short, hardware, num_warps=warps, **LAUNCH,
         )  # fmt: skip
-    if step.quantized_weight is not None:
-        _write_quantized_weight(step)
 
 
 def _has_fast_path(step: AdamStep) -> bool:
@@ -225,18 +193,3 @@ def _has_fast_path(step: AdamStep) -> bool:
     if step.master.format.startswith("split") and step.param.dtype != torch.bfloat16:
         return False
     return ieee.has_normal_exponents(step.eps, step.scalars.bias_correction2_sqrt)
-
-
-def _write_quantized_weight(step: AdamStep) -> None:
-    """FP8 values and amaxes of the new 16-bit weight: one launch for all segments' amaxes, one for their quantized
-    values.
-    """
-    wanted = step.quantized_weight
-    assert wanted is not None
-    weight = step.param if step.weight16 is None else step.weight16
-    chunks = [weight[start:stop] for start, stop in wanted.segments]
-    if chunks:
-        wanted.amax.copy_(segments.amaxes(chunks))
-        segments.quantize(
-            chunks, wanted.scale, wanted.fmt, [wanted.quantized[start:stop] for start, stop in wanted.segments]
-        )

@@ -104,22 +104,19 @@ def _write_moment(data_ptr, scale_inv_ptr, x, index, row, word, FORMAT: tl.const
 @triton.jit
 def _write_master(param_ptr, data_ptr, scale_inv_ptr, w, index, row, word, KIND: tl.constexpr, STOCHASTIC: tl.constexpr,
                   HARDWARE: tl.constexpr):  # fmt: skip
-    """Store finite `w`; returns the fp32 value that the master now holds."""
+    """Store finite `w` as master and parameter."""
     half_ptr = param_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index
     bits = w.to(tl.int32, bitcast=True)
     if KIND == masters.FP32:
-        held = w
-        tl.store(data_ptr + index, held)
-        codec.store_finite(param_ptr + index, held, HARDWARE)
+        tl.store(data_ptr + index, w)
+        codec.store_finite(param_ptr + index, w, HARDWARE)
     elif KIND == masters.FP16:
         scale, scale_inv = scales(tl.max(tl.abs(w), axis=1), 32768.0, HARDWARE)
         quantized = states.round_finite_fp16(w * scale[:, None], word, STOCHASTIC)
         tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, quantized)
         tl.store(scale_inv_ptr + row, scale_inv)
-        held = states.fp16_value(quantized) * scale_inv[:, None]
-        codec.store_finite(param_ptr + index, held, HARDWARE)
+        codec.store_finite(param_ptr + index, states.fp16_value(quantized) * scale_inv[:, None], HARDWARE)
     elif KIND == masters.SPLIT32:
-        held = w
         tl.store(half_ptr, ((bits + 0x8000) >> 16).to(tl.int16))
         tl.store(data_ptr + index, bits.to(tl.int16))
     else:
@@ -130,15 +127,13 @@ def _write_master(param_ptr, data_ptr, scale_inv_ptr, w, index, row, word, KIND:
         # Rounded down to 24 bits and half up to 16 in one: the low byte never carries.
         tl.store(half_ptr, ((bits + 0x8000) >> 16).to(tl.int16))
         tl.store(data_ptr + index, (bits >> 8).to(tl.int8))
-        held = (bits & -256).to(tl.float32, bitcast=True)
-    return held
 
 
 @triton.jit
-def step(param_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr, master_ptr, master_scale_ptr, weight16_ptr, g, w, m, v, index,
+def step(param_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr, master_ptr, master_scale_ptr, g, w, m, v, index,
          row, begin, decay, l2, beta2, lerp_weight, one_minus_beta2, correction, eps, step_size, key, M_FORMAT: tl.constexpr,
          V_FORMAT: tl.constexpr, MASTER: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr,
-         LERP_SMALL: tl.constexpr, WEIGHT16: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+         LERP_SMALL: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     """A whole tile of gradient, master and states as they were read: stores the new ones and returns True, or returns False."""
     one = tl.full(g.shape, 1.0, tl.float32)
     m = m * states.divisor(v, True)
@@ -172,9 +167,5 @@ def step(param_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr, master_ptr, master_s
         kept = _write_root(v_ptr, v_scale_ptr, root, index, row, word_v, V_FORMAT, STOCHASTIC, HARDWARE)
         ratio = _quotient(m, kept, HARDWARE)
         _write_moment(m_ptr, m_scale_ptr, ratio, index, row, word_m, M_FORMAT, STOCHASTIC, HARDWARE)
-        held = _write_master(
-            param_ptr, master_ptr, master_scale_ptr, w, index, row, word_w, MASTER, STOCHASTIC, HARDWARE
-        )
-        if WEIGHT16:
-            codec.store_finite(weight16_ptr + index, held, HARDWARE)
+        _write_master(param_ptr, master_ptr, master_scale_ptr, w, index, row, word_w, MASTER, STOCHASTIC, HARDWARE)
     return fine

@@ -2,7 +2,7 @@
 values.
 
 Hopper multiplies FP8 only as row-major by column-major, so dgrad wants the quantized weight transposed and wgrad that
-of grad_output and input: `quantize_transpose` writes both from one read. The amax is left in the caller's slot by an
+of grad_output and input: operands.py writes both from one read; `turn` transposes what is quantized already. The amax is left in the caller's slot by an
 atomic maximum of the magnitude's bits, which order like the magnitudes: no second pass, nothing on the host.
 """
 
@@ -44,22 +44,6 @@ def _quantize_kernel(x_ptr, scale_ptr, quantized_ptr, amax_ptr, n, FMT: tl.const
 
 
 @triton.jit
-def _transpose_kernel(x_ptr, scale_ptr, quantized_ptr, transposed_ptr, amax_ptr, rows, columns, FMT: tl.constexpr,
-                      MEASURE: tl.constexpr, TILE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    index = row[:, None] * columns + column[None, :]
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    x = codec.load(x_ptr + index, inside)
-    quantized = codec.encode(x * tl.load(scale_ptr), FMT, HARDWARE)
-    tl.store(quantized_ptr + index, quantized, mask=inside)
-    transposed = column[:, None] * rows + row[None, :]
-    tl.store(transposed_ptr + transposed, tl.trans(quantized), mask=(column[:, None] < columns) & (row[None, :] < rows))
-    if MEASURE:
-        raise_slot(amax_ptr, tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0))
-
-
-@triton.jit
 def _turn_kernel(source_ptr, target_ptr, rows, columns, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -95,18 +79,6 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format, quantized: torch
             _quantize_kernel[(triton.cdiv(n, ELEMENTS),)](
                 x, scale, quantized.view(torch.uint8), _slot(amax, scale), n,
                 codec.MODES[fmt.name], amax is not None, ELEMENTS, hardware_casts(x), **LAUNCH,
-            )  # fmt: skip
-
-
-def quantize_transpose(x: torch.Tensor, scale: torch.Tensor, fmt: Format, quantized: torch.Tensor,
-                       transposed: torch.Tensor, amax: torch.Tensor | None = None) -> None:  # fmt: skip
-    """Fill `quantized` [M, K] and `transposed` [K, M] with sat(x * scale) of contiguous `x` [M, K]; raise `amax`."""
-    rows, columns = x.shape
-    if x.numel():
-        with on_device(x):
-            _transpose_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
-                x, scale, quantized.view(torch.uint8), transposed.view(torch.uint8), _slot(amax, scale), rows, columns,
-                codec.MODES[fmt.name], amax is not None, TILE, hardware_casts(x), **LAUNCH,
             )  # fmt: skip
 
 

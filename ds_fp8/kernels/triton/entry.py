@@ -155,11 +155,7 @@ def flat_sum_encode(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Forma
 
 def adam_step(step: AdamStep) -> Any:
     """One fused step in place."""
-    coded = step.grad_scale_inv is not None
-    tensors = [step.param, *([] if coded else [step.grad]), *([] if step.weight16 is None else [step.weight16])]
-    if any(tensor.dtype not in FLOATS for tensor in tensors):
-        return NotImplemented
-    if coded and (step.grad.dtype != torch.uint8 or step.grad_fmt.name not in _FORMATS):
+    if step.param.dtype not in FLOATS or step.grad.dtype not in FLOATS:
         return NotImplemented
     adam.adam_step(step)
     return None

@@ -20,7 +20,6 @@ LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this variable when a kernel is decorated; the interpreter runs kernels on CPU tensors."""
 
-_hardware = True
 _HERE = nullcontext()
 
 _LAUNCHER_IS_KNOWN = triton.__version__.startswith("3.6.") and not INTERPRETED
@@ -75,16 +74,9 @@ class Launch:
         )
 
 
-def use_hardware_casts(wanted: bool) -> bool:
-    """Choose between the device's FP8 casts and integer arithmetic (equal results; for tests); returns the old choice."""
-    global _hardware
-    before, _hardware = _hardware, wanted
-    return before
-
-
 def hardware_casts(tensor: torch.Tensor) -> bool:
     """Whether kernels on this tensor's device may use FP8 conversion instructions (Ada, Hopper and later)."""
-    if INTERPRETED or not _hardware or not tensor.is_cuda:
+    if INTERPRETED or not tensor.is_cuda:
         return False
     return _converts_fp8(tensor.device)
 

@@ -1,7 +1,7 @@
 """Reading and writing a master inside a kernel: the Triton counterpart of `numerics.masters`.
 
 The bits of a master in 32-bit integers, whose wrapping is what the formulas ask for; the bf16 half and the remainder are
-simply its upper and lower bits after rounding. `write` returns what the master now holds, for a 16-bit weight made of it.
+simply its upper and lower bits after rounding.
 """
 
 from __future__ import annotations
@@ -53,22 +53,19 @@ def read(param_ptr, data_ptr, scale_inv_ptr, index, row, inside, row_inside, KIN
 @triton.jit
 def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, row_inside, word, KIND: tl.constexpr,
           HALF: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """Store fp32 `w` as master and parameter; returns the fp32 value that the master now holds."""
+    """Store fp32 `w` as master and parameter."""
     half_ptr = param_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index
     if KIND == OWN:
-        held = w
-        tl.store(param_ptr + index, held, mask=inside)
+        tl.store(param_ptr + index, w, mask=inside)
     elif KIND == FP32:
-        held = w
-        tl.store(data_ptr + index, held, mask=inside)
-        codec.store(param_ptr + index, held, inside)
+        tl.store(data_ptr + index, w, mask=inside)
+        codec.store(param_ptr + index, w, inside)
     elif KIND == FP16:
         scale, scale_inv = codec.block_scale(w, 32768.0, 1, HARDWARE)
         bits = round_fp16(w * scale[:, None], (scale_inv != scale_inv)[:, None], word, STOCHASTIC)
         tl.store(data_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, bits, mask=inside)
         tl.store(scale_inv_ptr + row, scale_inv, mask=row_inside)
-        held = fp16_value(bits) * scale_inv[:, None]
-        codec.store(param_ptr + index, held, inside)
+        codec.store(param_ptr + index, fp16_value(bits) * scale_inv[:, None], inside)
     elif HALF:
         weight = round_fp16(w, w != w, word, False)
         infinite = (weight.to(tl.int32) & 0x7C00) == 0x7C00
@@ -82,7 +79,6 @@ def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, row_inside,
         remainder = tl.where(infinite, 0.0, remainder).to(tl.int32)
         tl.store(half_ptr, weight, mask=inside)
         tl.store(data_ptr + index, remainder.to(data_ptr.dtype.element_ty), mask=inside)
-        held = fp16_value(weight) + remainder.to(tl.float32) * unit
     else:
         bits = tl.where(w != w, 0x7FC00000, w.to(tl.int32, bitcast=True))
         if KIND == SPLIT32:
@@ -97,6 +93,3 @@ def write(param_ptr, data_ptr, scale_inv_ptr, w, index, row, inside, row_inside,
             upper = bits >> 8
             tl.store(half_ptr, ((upper + 0x80) >> 8).to(tl.int16), mask=inside)
             tl.store(data_ptr + index, upper.to(tl.int8), mask=inside)
-            bits = bits & -256
-        held = bits.to(tl.float32, bitcast=True)
-    return held
