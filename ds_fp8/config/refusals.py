@@ -118,10 +118,13 @@ def compiled_blocks_keep_their_parameters(settings: Settings, host: Host | None)
 
 
 def graphs_replay_fixed_memory(settings: Settings, host: Host | None) -> Iterator[Refusal]:
-    """At O3 the data of weights arrive in new memory at each step; a CUDA graph would read the old one."""
+    """A CUDA graph reads the memory that it was recorded with, whatever the host has found out since."""
     compile, level = settings.fp8.compile, settings.msamp.level  # noqa: A001 (the key's name)
     if compile is None or compile.mode not in ("reduce-overhead", "max-autotune"):
         return
+    if settings.fp8.weight_cache:
+        what = f"'{compile.mode}' replays CUDA graphs, which cast each weight in every replay: nothing can be kept"
+        yield Refusal(("fp8", "weight_cache"), what, "Drop weight_cache, or set fp8/compile/mode to default")
     if settings.msamp.enabled and level is not None and level.weight_wire != "none":
         what = (
             f"'{compile.mode}' replays CUDA graphs, which read weights at fixed places; with msamp/weight_wire "

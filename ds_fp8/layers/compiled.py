@@ -46,11 +46,11 @@ RECIPE = 512
 _library = torch.library.Library("ds_fp8", "DEF")
 _library.define(
     "linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor anchor, int n, int flags) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? bias, Tensor quantized_input, "
-    "Tensor input_scale_inv, Tensor quantized_weight, Tensor weight_scale_inv, Tensor anchor, int k, int flags) "
+    "Tensor scale_inv, Tensor quantized_weight, Tensor anchor, int k, int flags) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -166,7 +166,7 @@ def _(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) -> tuple[
     rows = x.numel() // k
     scaling = scaling_of(RECIPES[flags // RECIPE])
     shape = (rows, k) if carries_rows(x, scaling) else (k, rows)
-    scales, both = scaling.carried_scale_shape(k, rows), scaling.carries_both_scales
+    both = scaling.transposes  # one scale per tensor: that of the weight is carried beside that of the input
 
     def made(bits: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return x.new_empty(shape if flags & bits else (0,), dtype=dtype)
@@ -174,23 +174,22 @@ def _(x: Any, weight: Any, bias: Any, anchor: Any, n: int, flags: int) -> tuple[
     return (
         x.new_empty((*x.shape[:-1], n)),
         made(CARRIES_INPUT, shape, torch_dtype(E4M3)),
-        made(CARRIES_INPUT | CARRIES_WEIGHT * both, scales),
+        made(CARRIES_INPUT | CARRIES_WEIGHT * both, scaling.carried_scale_shape(k, rows)),
         made(CARRIES_WEIGHT, (k, n), torch_dtype(E4M3)),
-        made(CARRIES_WEIGHT * (not both), (1,)),
     )
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_output: Any, x: Any, weight: Any, bias: Any, quantized_input: Any, input_scale_inv: Any, quantized_weight: Any,
-    weight_scale_inv: Any, anchor: Any, k: int, flags: int,
+    grad_output: Any, x: Any, weight: Any, bias: Any, quantized_input: Any, scale_inv: Any, quantized_weight: Any,
+    anchor: Any, k: int, flags: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     found = run_backward(
         grad_output,
         x,
         weight,
         bias,
-        Carried(quantized_input, input_scale_inv, quantized_weight, weight_scale_inv),
+        Carried(quantized_input, scale_inv, quantized_weight),
         layer_state_of(anchor),
         training=bool(flags & TRAINING),
         needs=(bool(flags & DGRAD), bool(flags & WGRAD), bool(flags & BGRAD)),
@@ -200,8 +199,8 @@ def _backward(
 
 @torch.library.register_fake("ds_fp8::linear_backward", lib=_library)
 def _(
-    grad_output: Any, x: Any, weight: Any, bias: Any, quantized_input: Any, input_scale_inv: Any, quantized_weight: Any,
-    weight_scale_inv: Any, anchor: Any, k: int, flags: int,
+    grad_output: Any, x: Any, weight: Any, bias: Any, quantized_input: Any, scale_inv: Any, quantized_weight: Any,
+    anchor: Any, k: int, flags: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     n = grad_output.shape[-1]
     return (

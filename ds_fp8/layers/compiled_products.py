@@ -25,6 +25,8 @@ from .operands import cast_transposed, cast_weight
 from .products import as_shape, backward_products, forward_products
 from .recipes import Scaling
 
+CODES = torch_dtype(E4M3)
+
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -33,16 +35,14 @@ class Carried(NamedTuple):
 
     input             quantized values: [K, M]; or [M, K] on a CPU where a scale is that of a tensor, which serves both
                       ways round
-    input_scale_inv   fp32 [1], or [K, ceil(M / 128)] under the block recipe; under delayed scaling [2, 4], whose rows begin
-                      with that of the input and that of the weight, where cuBLASLt can read them
+    scale_inv         fp32 [2, 4], whose rows begin with that of the input and that of the weight, where cuBLASLt can read
+                      them; under other than scales of tensors that of the input alone, [K, ceil(M / 128)] or [K]
     weight            quantized [K, N]
-    weight_scale_inv  fp32 [1]; empty under delayed scaling
     """
 
     input: torch.Tensor
-    input_scale_inv: torch.Tensor
+    scale_inv: torch.Tensor
     weight: torch.Tensor
-    weight_scale_inv: torch.Tensor
 
 
 def carries_rows(x: torch.Tensor, scaling: Scaling) -> bool:
@@ -68,25 +68,38 @@ def run_forward(
 ) -> tuple[torch.Tensor, Carried]:
     """(output [..., N], what is carried) for contiguous `input` [..., K] in the compute dtype."""
     call = _call(layer_state, training=training, grad=grad, x=input)
-    kept_input = kept_weight = (None, None)
     with _no_autocast(input.device.type):
         if takes(input, weight, call):
-            output, ready, transposed = forward_on_cuda(
-                input, weight, bias, call, dgrad=carries_weight, wgrad=carries_input
-            )
-            kept_input = transposed
-            if carries_weight:
-                kept_weight = ready.dgrad.t(), ready.dgrad_scale_inv  # type: ignore[union-attr]
-        else:
-            rows = input.view(-1, input.shape[-1])
-            output, kept = forward_products(rows, weight, bias, call, dgrad=carries_weight, wgrad=carries_input)
-            output = as_shape(output, (*input.shape[:-1], output.shape[1]))
-            if carries_input:
-                quantized = kept["input_data"].t() if carries_rows(input, call.scaling) else kept["input_data"]
-                kept_input = quantized, kept["input_scale_inv"]
-            if carries_weight:
-                kept_weight = kept["weight_data"].t(), kept["weight_scale_inv"]
+            return _forward_on_cuda(input, weight, bias, call, carries_input, carries_weight)
+        rows = input.view(-1, input.shape[-1])
+        output, kept = forward_products(rows, weight, bias, call, dgrad=carries_weight, wgrad=carries_input)
+        output = as_shape(output, (*input.shape[:-1], output.shape[1]))
+        kept_input = kept_weight = (None, None)
+        if carries_input:
+            quantized = kept["input_data"].t() if carries_rows(input, call.scaling) else kept["input_data"]
+            kept_input = quantized, kept["input_scale_inv"]
+        if carries_weight:
+            kept_weight = kept["weight_data"].t(), kept["weight_scale_inv"]
     return output, _carried(kept_input, kept_weight, call)
+
+
+def _forward_on_cuda(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, carries_input: bool, carries_weight: bool
+) -> tuple[torch.Tensor, Carried]:  # fmt: skip
+    """Here the host's time counts: casts write what is carried where it is carried."""
+    pair, rows = None, (None, None)
+    if call.scaling.transposes and (carries_input or carries_weight):
+        pair = torch.empty(2, 4, dtype=torch.float32, device=input.device)
+        rows = pair.select(1, 0).unbind(0)
+    output, ready, (quantized, scale_inv) = forward_on_cuda(
+        input, weight, bias, call, dgrad=carries_weight, wgrad=carries_input, kept=rows
+    )
+    transposed = None
+    if carries_weight:
+        made = ready.source.transposed
+        transposed = ready.dgrad.t() if made is None else made.data  # type: ignore[union-attr]
+    scale_inv = pair if pair is not None or scale_inv is None else scale_inv.contiguous()
+    return output, _filled(quantized, scale_inv, transposed, input.device)
 
 
 def run_backward(
@@ -146,6 +159,11 @@ def _refuse_graph(layer_state: LayerFp8State) -> None:
             f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed engine steps: "
             "nothing would renew the scales of delayed scaling.\n  Train it in an engine, or set fp8/recipe to current."
         )
+    if layer_state.fp8_state.plan.weight_cache:
+        raise LayerError(
+            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), which casts each weight in every replay; with "
+            "fp8/weight_cache it would replay one that is old.\n  Compile without CUDA graphs, or drop weight_cache."
+        )
     if layer_state.quantized_weight is not None:
         raise LayerError(
             f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), but at O3 weights arrive in quantized form in new "
@@ -162,45 +180,37 @@ Kept = tuple[torch.Tensor | None, torch.Tensor | None]
 
 def _carried(input: Kept, weight: Kept, call: Call) -> Carried:
     """What the products kept, as `Carried` has it. The graph owns that, and may write into it: no state of ours."""
-    layer_state, quantized = call.layer_state, [None if one is None else dense(one) for one in (input[0], weight[0])]
-    given = [None if one is None else one.contiguous() for one in (input[1], weight[1])]
-    if call.scaling.carries_both_scales and (given[0] is not None or given[1] is not None):
-        given = [_both_scales(given, call), None]
-    elif call.scaling.transposes:
-        given = [None if one is None else one.reshape(1) for one in given]
-    found = (quantized[0], given[0], quantized[1], given[1])
-    device = layer_state.anchor.device  # type: ignore[union-attr]
-    dtypes = (torch_dtype(E4M3), torch.float32) * 2
+    quantized = [None if one is None else dense(one) for one in (input[0], weight[0])]
+    if call.scaling.transposes and (input[1] is not None or weight[1] is not None):
+        scale_inv: torch.Tensor | None = _both_scales((input[1], weight[1]), call)
+    else:
+        scale_inv = None if input[1] is None else input[1].contiguous()
+    return _filled(quantized[0], scale_inv, quantized[1], call.layer_state.anchor.device)  # type: ignore[union-attr]
+
+
+def _filled(
+    input: torch.Tensor | None, scale_inv: torch.Tensor | None, weight: torch.Tensor | None, device: torch.device
+) -> Carried:
+    """`Carried`, with empty tensors in the place of nothing."""
     return Carried(
-        *(
-            torch.empty(0, dtype=dtype, device=device) if one is None else one
-            for one, dtype in zip(found, dtypes, strict=True)
-        )
+        torch.empty(0, dtype=CODES, device=device) if input is None else input,
+        torch.empty(0, dtype=torch.float32, device=device) if scale_inv is None else scale_inv,
+        torch.empty(0, dtype=CODES, device=device) if weight is None else weight,
     )
 
 
-def _both_scales(given: list[torch.Tensor | None], call: Call) -> torch.Tensor:
+def _both_scales(given: Kept, call: Call) -> torch.Tensor:
     """fp32 [2, 4], fresh: scale_inv of input and weight at the head of a row each."""
-    layer_state, scales = call.layer_state, call.scales
-    if scales is not None and call.knows(layer_state.input_column) and call.knows(layer_state.weight_column):
-        return scales.frozen[layer_state.input_column : layer_state.weight_column + 1].clone()
-    both = layer_state.anchor.new_ones(2, 4, dtype=torch.float32)  # type: ignore[union-attr]
+    both = call.layer_state.anchor.new_ones(2, 4, dtype=torch.float32)  # type: ignore[union-attr]
     for row, one in enumerate(given):
         if one is not None:
             both[row, 0] = one
     return both
 
 
-def _scale_inv(carried: Carried, row: int, layer_state: LayerFp8State) -> torch.Tensor:
-    """fp32 [1]: that of the input (0) or the weight (1)."""
-    if layer_state.fp8_state.scaling.carries_both_scales:
-        return carried.input_scale_inv[row, :1]
-    return carried.weight_scale_inv if row else carried.input_scale_inv
-
-
 def _weight_on_cuda(weight: torch.Tensor, carried: Carried, call: Call) -> tuple[Any, Any]:
     if carried.weight.numel():
-        return carried.weight.t(), _scale_inv(carried, 1, call.layer_state)
+        return carried.weight.t(), carried.scale_inv[1, 0]
     ready = ready_weight(weight, call, transposed=True)
     return ready.dgrad, ready.dgrad_scale_inv
 
@@ -209,18 +219,15 @@ def _input_on_cuda(input: torch.Tensor | None, carried: Carried, call: Call) -> 
     if input is not None:
         return cast_input_transposed(input, call)
     if not call.scaling.transposes:
-        return carried.input, carried.input_scale_inv.t().contiguous().t()
-    return carried.input, _scale_inv(carried, 0, call.layer_state)
+        return carried.input, carried.scale_inv.t().contiguous().t()
+    return carried.input, carried.scale_inv[0, 0]
 
 
 def _kept_weight(weight: torch.Tensor, carried: Carried, call: Call) -> dict[str, torch.Tensor]:
     if call.high.dgrad or not call.scaling.weight_transposes:
         return {"weight": weight}
     if carried.weight.numel():
-        return {
-            "weight_data": carried.weight.t(),
-            "weight_scale_inv": _scale_inv(carried, 1, call.layer_state).reshape(()),
-        }
+        return {"weight_data": carried.weight.t(), "weight_scale_inv": carried.scale_inv[1, 0]}
     operand = cast_weight(weight, call)
     return {"weight_data": operand.data, "weight_scale_inv": operand.scale_inv}
 
@@ -235,5 +242,5 @@ def _kept_input(input: torch.Tensor | None, carried: Carried, call: Call) -> dic
         operand = cast_transposed(rows, quantized, call, layer_state.input_column)
         return {"input_data": operand.data, "input_scale_inv": operand.scale_inv}
     transposed = carried.input.t() if carries_rows(carried.input, scaling) else carried.input
-    scale_inv = _scale_inv(carried, 0, layer_state).reshape(()) if scaling.transposes else carried.input_scale_inv
+    scale_inv = carried.scale_inv[0, 0] if scaling.transposes else carried.scale_inv
     return {"input_data": transposed, "input_scale_inv": scale_inv}

@@ -15,6 +15,7 @@ path does not take (`takes`) goes there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,12 +96,16 @@ class CudaProducts(torch.autograd.Function):
 
 
 def forward_on_cuda(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
-) -> tuple[torch.Tensor, ReadyWeight, Quantized]:
-    """(output [..., N], the weight, the transposed input [K, M] for wgrad) for `input` [..., K]; see `takes`."""
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool,
+    kept: Sequence[torch.Tensor | None] = (None, None),
+) -> tuple[torch.Tensor, ReadyWeight, Quantized]:  # fmt: skip
+    """(output [..., N], the weight, the transposed input [K, M] for wgrad) for `input` [..., K]; see `takes`.
+
+    kept  0-d fp32 at multiples of 16 bytes that get the scale_inv of input and weight, where a tensor has one
+    """
     layer_state, dtype, shape = call.layer_state, input.dtype, input.shape
-    straight, transposed = _cast(input, call, layer_state.input_column, True, wgrad)
-    ready = ready_weight(weight, call, transposed=dgrad)
+    straight, transposed = _cast(input, call, layer_state.input_column, True, wgrad, kept=kept[0])
+    ready = ready_weight(weight, call, transposed=dgrad, kept=kept[1])
     # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
     output = torch._scaled_mm(
         straight[0],
@@ -162,12 +167,19 @@ def backward_on_cuda(
 
 
 def _cast(
-    x: torch.Tensor, call: Call, column: int, straight: bool, transposed: bool, *, guarded: bool = False
+    x: torch.Tensor,
+    call: Call,
+    column: int,
+    straight: bool,
+    transposed: bool,
+    *,
+    guarded: bool = False,
+    kept: torch.Tensor | None = None,
 ) -> QuantizedPair:
     """See `Scaling.quantize_on_cuda`."""
     library = library_for(x.device)
     return call.scaling.quantize_on_cuda(
-        library, x, call, column, straight=straight, transposed=transposed, guarded=guarded
+        library, x, call, column, straight=straight, transposed=transposed, guarded=guarded, kept=kept
     )
 
 
@@ -191,15 +203,25 @@ class ReadyWeight(NamedTuple):
     source: Operand
 
 
-def ready_weight(weight: torch.Tensor, call: Call, *, transposed: bool) -> ReadyWeight:
+def ready_weight(
+    weight: torch.Tensor, call: Call, *, transposed: bool, kept: torch.Tensor | None = None
+) -> ReadyWeight:
     """The weight [N, K] for fprop, and for dgrad if `transposed`: set from outside (O3), cached, or cast now; see
-    `cast_weight`.
+    `cast_weight`. `kept` as in `forward_on_cuda`.
     """
+    if call.quantized_weight is None and not call.may_cache(weight):
+        return _ready(_cast_weight_now(weight, call, transposed=transposed, kept=kept), transposed=transposed)
+    ready = _kept_weight(weight, call, transposed=transposed)
+    if kept is not None:
+        kept.copy_(ready.fprop_scale_inv.view(()))
+    return ready
+
+
+def _kept_weight(weight: torch.Tensor, call: Call, *, transposed: bool) -> ReadyWeight:
+    """One that was set from outside, or that this layer has kept."""
     layer_state = call.layer_state
     if call.quantized_weight is not None:
         return _ready(cast_weight(weight, call), transposed=transposed)
-    if not call.may_cache(weight):
-        return _ready(_cast_weight_now(weight, call, transposed=transposed), transposed=transposed)
     cached, ready = layer_state.cached, layer_state.ready
     if cached is None or not cached.is_of(weight):
         operand = _cast_weight_now(weight, call, transposed=transposed)
@@ -235,11 +257,13 @@ def _ready(operand: Operand, *, transposed: bool) -> ReadyWeight:
     return ReadyWeight(operand.data.t(), _t(_fit(operand.scale_inv)), back, back_scale_inv, operand)
 
 
-def _cast_weight_now(weight: torch.Tensor, call: Call, *, transposed: bool, straight: bool = True) -> Operand:
+def _cast_weight_now(
+    weight: torch.Tensor, call: Call, *, transposed: bool, straight: bool = True, kept: torch.Tensor | None = None
+) -> Operand:
     """See `Scaling.quantize_weight_on_cuda`."""
     library = library_for(weight.device)
     return call.scaling.quantize_weight_on_cuda(
-        library, weight.detach(), call, straight=straight, transposed=transposed
+        library, weight.detach(), call, straight=straight, transposed=transposed, kept=kept
     )
 
 

@@ -159,6 +159,11 @@ class ModelFp8State:
         slot = self.tensors.pending_slots[column]
         torch.maximum(slot, amax, out=slot)
 
+    def raised(self) -> torch.Tensor:
+        """The pending amaxes, for a kernel that raises its column itself."""
+        self._recorded = True
+        return self.tensors.pending
+
     def slot(self, column: int) -> torch.Tensor:
         """fp32 [1], a view into the pending amaxes, for somebody who raises it himself: a kernel, Transformer Engine."""
         self._recorded = True

@@ -212,8 +212,7 @@ class Call:
         """The FP8 state's pending amaxes, whose entry `column` a kernel itself raises; None where it does not count."""
         if not self.records:
             return None
-        self.layer_state.fp8_state.slot(column)
-        return self.layer_state.fp8_state.pending
+        return self.layer_state.fp8_state.raised()
 
     def in_backward(self) -> None:
         """The backward of this call has begun."""

@@ -107,6 +107,11 @@ REFUSED = [
         "fp8/compile/mode",
         {**msamp("O2"), **fp8(compile={"mode": "reduce-overhead"})},
     ),
+    (
+        fp8(compile={"mode": "max-autotune"}, weight_cache=True),
+        "fp8/weight_cache",
+        fp8(compile={"mode": "max-autotune-no-cudagraphs"}, weight_cache=True),
+    ),
     ({**fp8(), "compile": {"deepcompile": True}}, "compile/deepcompile", {**fp8(), "compile": {"deepcompile": False}}),
     ({**msamp(), **zero(zenflow={})}, "zero_optimization/zenflow", {**fp8(), **zero(zenflow={})}),
     (

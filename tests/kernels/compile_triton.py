@@ -80,7 +80,7 @@ def main() -> None:
                     "MEASURE": not current,
                     "CURRENT": current,
                 }
-                wanted |= {"GUARDED": current, "PARTS": operands.PARTS, "FROZEN": operands.FROZEN}
+                wanted |= {"GUARDED": current, "KEPT": not current, "PARTS": operands.PARTS, "FROZEN": operands.FROZEN}
                 wanted |= {"EVEN": current, "TILE_ROWS": operands.TILE_ROWS, "TILE_COLUMNS": operands.TILE_COLUMNS}
                 pointers = ["*bf16", "*u8", "*u8"] + ["*fp32"] * 4 + ["i32"] * 3
                 build(operands._operand_kernel, pointers, same | wanted)

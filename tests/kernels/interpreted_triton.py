@@ -170,10 +170,12 @@ def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
     x = wide(shape[0] * shape[1]).view(shape).to(dtype).clamp(-6e4, 6e4)
     pending, frozen = torch.zeros(3), torch.full((3, operands.FROZEN), float("nan"))
     frozen[1, 1] = 3.7
-    quantized, transposed = operands.cast_delayed(x.view(2, shape[0] // 2, -1), frozen, 1, fmt, pending)
+    frozen[1, 0], kept = 0.27, torch.zeros(4)
+    quantized, transposed = operands.cast_delayed(x.view(2, shape[0] // 2, -1), frozen, 1, fmt, pending, kept=kept)
     wanted = reference_cast.quantize(x, 3.7, fmt)
     assert same_quantized(quantized, wanted) and same_quantized(transposed, wanted.t().contiguous())
     assert pending.tolist() == [0, reference_cast.amax(x).item(), 0]
+    assert torch.equal(kept, torch.tensor([0.27, 0, 0, 0]))
     alone, none = operands.cast_delayed(x, frozen, 1, fmt, None, transposed=False)
     assert none is None and same_quantized(alone, wanted)
 
@@ -182,6 +184,7 @@ def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
     wanted = reference_cast.quantize(x, scale, fmt)
     assert same_quantized(quantized, wanted) and same_quantized(transposed, wanted.t().contiguous())
     assert scale_inv.item() == scaling.scale_inv_of(scale).item() and shown is scale_inv
+    assert operands.cast_current(x, fmt, kept=kept[0])[1] is not scale_inv and kept[0] == scale_inv
 
 
 @pytest.mark.parametrize("spoiled", [None, float("inf"), float("nan")])

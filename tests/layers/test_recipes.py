@@ -25,7 +25,7 @@ def test_the_entry_and_the_file_of_a_recipe_agree(name):
     if name in OUR_RECIPES:
         assert (facts.scale_extent == "tensor") == (scaling.input_extent == TENSOR)
         assert (facts.scale_extent == "row") == (scaling.input_extent == ROWS)
-        assert scaling.carries_both_scales == facts.keeps_history
+        assert scaling.transposes == (scaling.carried_scale_shape(64, 32) == (2, 4))
         made_elsewhere = type(scaling).quantize_frozen is not type(scaling).__mro__[-2].quantize_frozen
         assert made_elsewhere == (not facts.not_by_owner)
 

@@ -35,7 +35,7 @@ FROZEN = 4
 @triton.jit(do_not_specialize=["column"])
 def _operand_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, amax_ptr, scale_inv_ptr, shown_ptr, rows, columns, column,
                     FMT: tl.constexpr, FMAX: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
-                    MEASURE: tl.constexpr, CURRENT: tl.constexpr, GUARDED: tl.constexpr, EVEN: tl.constexpr,
+                    MEASURE: tl.constexpr, CURRENT: tl.constexpr, GUARDED: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
                     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, PARTS: tl.constexpr, FROZEN: tl.constexpr,
                     HARDWARE: tl.constexpr):  # fmt: skip
     first_row, first_column = tl.program_id(0).to(tl.int64) * TILE_ROWS, tl.program_id(1).to(tl.int64) * TILE_COLUMNS
@@ -61,6 +61,8 @@ def _operand_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, amax_ptr, 
         quantized = codec.encode(x * scale[:, None], FMT, HARDWARE)
     else:
         quantized = codec.encode(x * tl.load(frozen_ptr + column * FROZEN + 1), FMT, HARDWARE)
+        if KEPT and tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(scale_inv_ptr, tl.load(frozen_ptr + column * FROZEN))
     if STRAIGHT:
         quantized_bytes = quantized_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
         tl.store(quantized_bytes + origin + inner, quantized, mask=inside)
@@ -93,48 +95,57 @@ Cast = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format, pending: torch.Tensor | None, *,
-                 straight: bool = True, transposed: bool = True) -> Cast:  # fmt: skip
+                 straight: bool = True, transposed: bool = True, kept: torch.Tensor | None = None) -> Cast:  # fmt: skip
     """Cast contiguous `x` [..., K] (M rows in all) with a known scale.
 
     frozen   [columns of the fp8_state, FROZEN] fp32: the scales of a step, of which number `column` is used
     pending  [columns of the FP8 state] fp32: entry `column` is raised to the amax of `x`; None measures nothing
+    kept     fp32 at a multiple of 16 bytes, whose first element gets the scale_inv
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
     quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
     launch = _launch(
-        x.dtype, fmt.name, straight, transposed, pending is not None, False, False, x.data_ptr() % 16 == 0,
+        x.dtype, fmt.name, straight, transposed, pending is not None, False, False, kept is not None, x.data_ptr() % 16 == 0,
         rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
     )  # fmt: skip
     any_quantized = quantized if transposed_out is None else transposed_out
     assert any_quantized is not None, "a cast without quantized values"
     launch(
         (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)),
-        (x, any_quantized if quantized is None else quantized, any_quantized, frozen, frozen if pending is None else pending, frozen, frozen),
+        (x, any_quantized if quantized is None else quantized, any_quantized, frozen, frozen if pending is None else pending,
+         frozen if kept is None else kept, frozen),
         rows, columns, column,
     )  # fmt: skip
     return quantized, transposed_out
 
 
 def cast_current(
-    x: torch.Tensor, fmt: Format, *, straight: bool = True, transposed: bool = True, guarded: bool = False
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    straight: bool = True,
+    transposed: bool = True,
+    guarded: bool = False,
+    kept: torch.Tensor | None = None,
 ) -> tuple[Cast, torch.Tensor, torch.Tensor]:
     """Cast contiguous `x` [..., K] (M rows in all) by the scale of its own amax; returns quantized values and two
     scale_inv, fp32 [1].
 
     guarded  the second scale_inv is NaN if `x` is not finite; otherwise both are the same tensor
+    kept     fp32, one element at a multiple of 16 bytes, that the first scale_inv shall be
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
     is_aligned, device = x.data_ptr() % 16 == 0, x.device
     quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
     parts = torch.empty(PARTS, dtype=torch.float32, device=device)
-    scale_inv = torch.empty(1, dtype=torch.float32, device=device)
+    scale_inv = torch.empty(1, dtype=torch.float32, device=device) if kept is None else kept
     shown = torch.empty(1, dtype=torch.float32, device=device) if guarded else scale_inv
     n = rows * columns
     _parts_launch(x.dtype, is_aligned, _kind(n), n < 2**31)((PARTS, 1), (x, parts), n)
     launch = _launch(
-        x.dtype, fmt.name, straight, transposed, False, True, guarded, is_aligned,
+        x.dtype, fmt.name, straight, transposed, False, True, guarded, False, is_aligned,
         rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
     )  # fmt: skip
     any_quantized = quantized if transposed_out is None else transposed_out
@@ -153,12 +164,12 @@ def _kind(number: int) -> int:
 
 
 @functools.cache
-def _launch(dtype: torch.dtype, fmt: str, straight: bool, transposed: bool, measure: bool, current: bool, guarded: bool,
+def _launch(dtype: torch.dtype, fmt: str, straight: bool, transposed: bool, measure: bool, current: bool, guarded: bool, kept: bool,
             is_aligned: bool, even: bool, rows: int, columns: int, hardware: bool) -> Launch:  # fmt: skip
     """The launch for one set of everything by which Triton compiles another kernel."""
     constants = (
-        codec.MODES[fmt], FORMATS[fmt].max, straight, transposed, measure, current, guarded, even, TILE_ROWS, TILE_COLUMNS, PARTS,
-        FROZEN, hardware,
+        codec.MODES[fmt], FORMATS[fmt].max, straight, transposed, measure, current, guarded, kept, even, TILE_ROWS, TILE_COLUMNS,
+        PARTS, FROZEN, hardware,
     )  # fmt: skip
     return Launch(_operand_kernel, constants, num_warps=WARPS)
 

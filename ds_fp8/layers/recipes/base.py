@@ -2,7 +2,7 @@
 
     reference path      quantize, quantize_transposed, quantize_weight, requantize_weight     (`operands`, `products`)
     GPU                 fast_rows, quantize_on_cuda, quantize_weight_on_cuda                  (`cuda_products`)
-    compiled layers     carried_scale_shape, carries_both_scales                              (`compiled_products`)
+    compiled layers     carried_scale_shape                                                   (`compiled_products`)
     O3, frozen          owner_amaxes, owner_scales, owner_quantize, quantize_frozen           (`zero`)
     Transformer Engine  te_class, te_probe, te_quantized and their arguments               (`transformer_engine`)
 
@@ -37,7 +37,6 @@ class Scaling:
     carries_weight       a compiled layer carries the transposed data of a weight to its backward, instead of casting
                          again
     fast_accumulation    fprop may accumulate in fewer bits on Hopper, as Transformer Engine does
-    carries_both_scales  a compiled layer carries the scale_inv of input and weight in one fp32 [2, 4]
     grouped              module with the products of stacked experts
     te_class             class in transformer_engine.common.recipe; the plan keeps recipes without one to our own layers
     te_probe             function of transformer_engine.pytorch that says whether the device runs it
@@ -51,7 +50,6 @@ class Scaling:
     weight_transposes = True
     carries_weight = True
     fast_accumulation = True
-    carries_both_scales = False
     grouped: ModuleType = grouped_rows
     te_class = ""
     te_probe = "is_fp8_available"
@@ -95,29 +93,34 @@ class Scaling:
         return 0
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool
-    ) -> QuantizedPair:
+        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        kept: torch.Tensor | None = None,
+    ) -> QuantizedPair:  # fmt: skip
         """An input or grad_output [..., K] as [M, K], and as [K, M] dense; (None, None) for what is not asked for.
 
         library  the kernels of the device
         guarded  nothing in high precision shows an overflow of `x`, and a cast saturates infinities: the scale_inv of
                  what is asked for last (transposed, else straight) is NaN then
+        kept     0-d fp32 at a multiple of 16 bytes, which gets the scale_inv where there is one; not with `guarded`
         """
         raise NotImplementedError
 
     def quantize_weight_on_cuda(
-        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
-    ) -> Operand:
+        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool,
+        kept: torch.Tensor | None = None,
+    ) -> Operand:  # fmt: skip
         """The weight [N, K], and transposed. Without `straight` that alone, and an amax recorded before is not
-        again.
+        again. `kept` as above.
         """
         raise NotImplementedError
 
     # -- compiled layers ---------------------------------------------------------------------------------------------
 
     def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:
-        """Shape of the scale_inv of an input [rows, k] that a compiled layer keeps for its backward."""
-        return (1,)
+        """Shape of the scale_inv that a compiled layer keeps for its backward, of an input [rows, k]; where a tensor has
+        one, those of input and weight at the head of a row each.
+        """
+        return (2, 4)
 
     # -- O3 and frozen weights: the owner casts ----------------------------------------------------------------------
 

@@ -60,8 +60,9 @@ class BlockScaling(Scaling):
         return 0 if any(size % TILE_STEP for size in weight.shape) else BLOCK_SIZE
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool
-    ) -> QuantizedPair:
+        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        kept: torch.Tensor | None = None,
+    ) -> QuantizedPair:  # fmt: skip
         found = library.operands.cast_groups(x, call.format_of(column), straight=straight, transposed=transposed)
         pair = [(None, None) if one is None else one for one in found]
         if guarded:
@@ -69,8 +70,9 @@ class BlockScaling(Scaling):
         return pair[0], pair[1]
 
     def quantize_weight_on_cuda(
-        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
-    ) -> Operand:
+        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool,
+        kept: torch.Tensor | None = None,
+    ) -> Operand:  # fmt: skip
         tiles, back = library.operands.cast_tiles(weight, call.recipe.forward_format, transposed=transposed)
         return Operand(*tiles, TILES, transposed=None if back is None else Operand(*back, TILES))
 

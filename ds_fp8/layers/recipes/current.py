@@ -36,20 +36,22 @@ class CurrentScaling(Scaling):
         return 0 if any(size % STEP for size in weight.shape) else STEP
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool
-    ) -> QuantizedPair:
+        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        kept: torch.Tensor | None = None,
+    ) -> QuantizedPair:  # fmt: skip
         (quantized, back), scale_inv, shown = library.operands.cast_current(
-            x, call.format_of(column), straight=straight, transposed=transposed, guarded=guarded
+            x, call.format_of(column), straight=straight, transposed=transposed, guarded=guarded, kept=kept
         )
         return (quantized, scale_inv if transposed else shown), (back, shown) if transposed else (None, None)
 
     def quantize_weight_on_cuda(
-        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
-    ) -> Operand:
+        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool,
+        kept: torch.Tensor | None = None,
+    ) -> Operand:  # fmt: skip
         (quantized, back), scale_inv, _ = library.operands.cast_current(
-            weight, call.recipe.forward_format, straight=straight, transposed=transposed
+            weight, call.recipe.forward_format, straight=straight, transposed=transposed, kept=kept
         )
-        scale_inv = scale_inv[0]
+        scale_inv = scale_inv.view(())
         return Operand(quantized, scale_inv, TENSOR, transposed=None if back is None else Operand(back, scale_inv))
 
     def owner_measure(self, segments: Sequence[Segment], owners: Sequence[int], amaxes: torch.Tensor,

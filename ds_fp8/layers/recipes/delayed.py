@@ -20,7 +20,6 @@ from .current import CurrentScaling
 
 
 class DelayedScaling(CurrentScaling):
-    carries_both_scales = True
     te_class = "DelayedScaling"
 
     def quantize(self, x: torch.Tensor, call: Call, column: int) -> Operand:
@@ -51,17 +50,20 @@ class DelayedScaling(CurrentScaling):
         return Operand(quantize(weight.detach(), scale[0], fmt), scale[1], TENSOR, scale[0])
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool
-    ) -> QuantizedPair:
+        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        kept: torch.Tensor | None = None,
+    ) -> QuantizedPair:  # fmt: skip
         fmt = call.format_of(column)
         if not call.knows(column):
-            (quantized, back), scale_inv, shown = _unknown_on_cuda(library, x, call, column, fmt, straight, transposed)
+            (quantized, back), scale_inv, shown = _unknown_on_cuda(
+                library, x, call, column, fmt, straight, transposed, kept
+            )
             shown = with_overflow_shown(scale_inv, shown) if guarded else scale_inv
         else:
             scales, pending = call.scales, call.raised(column)
             assert scales is not None
             quantized, back = library.operands.cast_delayed(
-                x, scales.frozen, column, fmt, pending, straight=straight, transposed=transposed
+                x, scales.frozen, column, fmt, pending, straight=straight, transposed=transposed, kept=kept
             )
             scale_inv = shown = scales.scale_inv[column]
             if guarded:
@@ -71,19 +73,24 @@ class DelayedScaling(CurrentScaling):
         return (quantized, scale_inv if transposed else shown), (back, shown) if transposed else (None, None)
 
     def quantize_weight_on_cuda(
-        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool
-    ) -> Operand:
+        self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool,
+        kept: torch.Tensor | None = None,
+    ) -> Operand:  # fmt: skip
         column, scales = call.layer_state.weight_column, call.scales
         assert scales is not None
         pending = call.raised(column) if straight else None
         quantized, back = library.operands.cast_delayed(
-            weight, scales.frozen, column, call.format_of(column), pending, straight=straight, transposed=transposed
+            weight,
+            scales.frozen,
+            column,
+            call.format_of(column),
+            pending,
+            straight=straight,
+            transposed=transposed,
+            kept=kept,
         )
         scale_inv = scales.scale_inv[column]
         return Operand(quantized, scale_inv, TENSOR, transposed=None if back is None else Operand(back, scale_inv))
-
-    def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:
-        return (2, 4)
 
     def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
         # The step's amaxes are in the histories already: this is the scale that the layer would cast with next.
@@ -104,7 +111,14 @@ def _without_history(x: torch.Tensor, call: Call, column: int, fmt: Format, amax
 
 
 def _unknown_on_cuda(
-    library: Any, x: torch.Tensor, call: Call, column: int, fmt: Format, straight: bool, transposed: bool
+    library: Any,
+    x: torch.Tensor,
+    call: Call,
+    column: int,
+    fmt: Format,
+    straight: bool,
+    transposed: bool,
+    kept: torch.Tensor | None,
 ) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], torch.Tensor, torch.Tensor]:
     """((data, transposed data), scale_inv, amax) of a tensor without history: two passes, for some steps only."""
     amax = library.amax(x)
@@ -114,7 +128,8 @@ def _unknown_on_cuda(
         call.record(column, amax)
     frozen = torch.stack([scale_inv_of(scale), scale, scale, scale]).unsqueeze(0)  # scales of one column
     casts = library.operands
-    return casts.cast_delayed(x, frozen, 0, fmt, None, straight=straight, transposed=transposed), frozen[0, 0], amax
+    cast = casts.cast_delayed(x, frozen, 0, fmt, None, straight=straight, transposed=transposed, kept=kept)
+    return cast, frozen[0, 0], amax
 
 
 SCALING = DelayedScaling()
