@@ -11,28 +11,30 @@ import torch
 from ..formats import Format
 from ..kernels import quantize_1x128, quantize_128x128
 from .gemm import matmul
-from .groups import Groups
+from .groups import Groups, Stack
 from .operands import GROUPS, TILES, Operand
 
 
-def fprop(x: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, fmt: Format) -> torch.Tensor:
+def fprop(x: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, fmt: Format) -> torch.Tensor:
     """x [S, K] with weight [E, N, K] -> [S, N]."""
-    out = x.new_zeros((groups.rows, weight.shape[1]), dtype=dtype)
+    stack = weight.straight
+    out = x.new_zeros((groups.rows, stack.shape[1]), dtype=dtype)
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
-            out[first:last] = matmul(_rows(x[first:last], fmt), _tiles(weight[expert], fmt), dtype)
+            out[first:last] = matmul(_rows(x[first:last], fmt), _tiles(stack[expert], fmt), dtype)
     return out
 
 
 def dgrad(
-    grad_output: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, fmt: Format, backward: Format
+    grad_output: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, fmt: Format, backward: Format
 ) -> torch.Tensor:
     """grad_output [S, N] with weight [E, N, K] -> [S, K]."""
-    out = grad_output.new_zeros((groups.rows, weight.shape[2]), dtype=dtype)
+    stack = weight.straight
+    out = grad_output.new_zeros((groups.rows, stack.shape[2]), dtype=dtype)
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
             left = _rows(grad_output[first:last], backward)
-            out[first:last] = matmul(left, _tiles(weight[expert], fmt).t(), dtype)
+            out[first:last] = matmul(left, _tiles(stack[expert], fmt).t(), dtype)
     return out
 
 
@@ -51,8 +53,9 @@ def wgrad(
     groups: Groups,
     dtype: torch.dtype,
     backward: Format,
+    transposed: bool = False,
 ) -> torch.Tensor:
-    """grad_output [S, N] with the kept input -> [E, N, K]; zeros for experts without rows."""
+    """grad_output [S, N] with the kept input -> [E, N, K], or [E, K, N]; zeros for experts without rows."""
     quantized, scales = kept
     out = grad_output.new_zeros((groups.experts, grad_output.shape[1], quantized.shape[0]), dtype=dtype)
     place = 0
@@ -62,7 +65,7 @@ def wgrad(
             place += width.shape[1]
             right = Operand(quantized[:, first:last].contiguous(), width, GROUPS)
             out[expert] = matmul(_rows(grad_output[first:last].t().contiguous(), backward), right, dtype)
-    return out
+    return out.transpose(1, 2).contiguous() if transposed else out
 
 
 def _rows(x: torch.Tensor, fmt: Format) -> Operand:

@@ -13,7 +13,8 @@ import torch
 
 from ..errors import LayerError
 from ..recipe import Recipe
-from .groups import Groups
+from . import grouped_high
+from .groups import Groups, Stack
 from .recipes import scaling_of
 
 
@@ -30,20 +31,18 @@ class GroupedProducts(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Groups, recipe: Recipe, transposed: bool, grad: bool
     ) -> torch.Tensor:
-        high, grouped = recipe.override_linear_precision, scaling_of(recipe.kind).grouped
-        stack, dtype = _stack(weight, transposed), x.dtype
+        high, grouped, dtype = recipe.override_linear_precision, scaling_of(recipe.kind).grouped, x.dtype
+        dgrad_follows = grad and ctx.needs_input_grad[0] and not high.dgrad
+        stack = Stack(weight, transposed, dgrad_follows=dgrad_follows)
         # fprop   output [S, N] = input [S, K] @ weight.T [K, N]     e4m3 x e4m3
         if high.fprop:
-            output = _in_high_precision(x, stack, groups)
+            output = grouped_high.by_rows(x, stack.straight, groups)
         else:
             output = grouped.fprop(x, stack, groups, dtype, recipe.forward_format)
-        kept: list[torch.Tensor] = [weight]
+        kept: tuple[torch.Tensor, ...] = ()
         if grad and ctx.needs_input_grad[1]:
-            if high.wgrad:
-                kept.append(x)
-            else:
-                kept += grouped.keep_for_wgrad(x, groups, recipe.forward_format)
-        ctx.save_for_backward(*kept)
+            kept = (x,) if high.wgrad else grouped.keep_for_wgrad(x, groups, recipe.forward_format)
+        ctx.save_for_backward(weight, stack.column_amaxes, *kept)
         ctx.groups, ctx.recipe, ctx.transposed, ctx.dtype = groups, recipe, transposed, dtype
         return output
 
@@ -54,7 +53,7 @@ class GroupedProducts(torch.autograd.Function):
                 "experts in FP8: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
                 "  Exclude the experts in fp8/layers/exclude, or differentiate once."
             )
-        weight, *kept = ctx.saved_tensors
+        weight, column_amaxes, *kept = ctx.saved_tensors
         groups, recipe, dtype = ctx.groups, ctx.recipe, ctx.dtype
         high, grouped = recipe.override_linear_precision, scaling_of(recipe.kind).grouped
         formats = recipe.forward_format, recipe.backward_format
@@ -63,42 +62,17 @@ class GroupedProducts(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             # dgrad   grad_input [S, K] = grad_output [S, N] @ weight [N, K]
             if ctx.needs_input_grad[0]:
-                stack = _stack(weight, ctx.transposed)
+                stack = Stack(weight, ctx.transposed, column_amaxes)
                 if high.dgrad:
-                    grad_input = _in_high_precision(grad_output, stack.transpose(1, 2), groups)
+                    grad_input = grouped_high.by_rows(grad_output, stack.straight.transpose(1, 2), groups)
                 else:
                     grad_input = grouped.dgrad(grad_output, stack, groups, dtype, *formats)
-            # wgrad   grad_weight [E, N, K] = grad_output.T @ input, for each expert
+            # wgrad   grad_weight [E, N, K] = grad_output.T @ input, for each expert, as the weight lies
             if ctx.needs_input_grad[1]:
                 if high.wgrad:
-                    grad_weight = _wgrad_in_high_precision(grad_output, kept[0], groups, weight.dtype)
+                    grad_weight = grouped_high.wgrad(grad_output, kept[0], groups, weight.dtype, ctx.transposed)
                 else:
-                    grad_weight = grouped.wgrad(grad_output, tuple(kept), groups, weight.dtype, formats[1])
-                if ctx.transposed:
-                    grad_weight = grad_weight.transpose(1, 2).contiguous()
+                    grad_weight = grouped.wgrad(
+                        grad_output, tuple(kept), groups, weight.dtype, formats[1], transposed=ctx.transposed
+                    )
         return grad_input, grad_weight, None, None, None, None
-
-
-def _stack(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """The weights as [E, N, K], however they lie."""
-    weight = weight.detach()
-    return weight.transpose(1, 2) if transposed else weight
-
-
-def _in_high_precision(x: torch.Tensor, stack: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """x [S, K] with [E, N, K] -> [S, N] in x's dtype; zeros for rows of no expert."""
-    out = x.new_zeros((groups.rows, stack.shape[1]))
-    for expert, (first, last) in enumerate(groups.bounds):
-        if last > first:
-            out[first:last] = x[first:last] @ stack[expert].t().to(x.dtype)
-    return out
-
-
-def _wgrad_in_high_precision(
-    grad_output: torch.Tensor, x: torch.Tensor, groups: Groups, dtype: torch.dtype
-) -> torch.Tensor:
-    out = x.new_zeros((groups.experts, grad_output.shape[1], x.shape[1]), dtype=dtype)
-    for expert, (first, last) in enumerate(groups.bounds):
-        if last > first:
-            out[expert] = (grad_output[first:last].t() @ x[first:last]).to(dtype)
-    return out

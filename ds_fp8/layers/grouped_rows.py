@@ -20,59 +20,62 @@ import torch
 
 from ..capabilities import FP8_SINCE
 from ..formats import E4M3, Format
-from ..numerics.row_scales import quantize_columns, quantize_rows
-from .groups import Groups
+from ..kernels import grouped as casts
+from .groups import Groups, Stack
 
 Coded = tuple[torch.Tensor, torch.Tensor]
-"""Quantized values [.., rows, columns] and scale_inv [.., rows]; for an operand of wgrad quantized [S, columns],
+"""Quantized values [.., rows, columns] and scale_inv [.., rows]; an operand of wgrad is [columns, room] (`Groups.room`) with
 scale_inv [E, columns].
 """
 
 
-def fprop(x: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
-    """x [S, K] with weight [E, N, K] -> [S, N]."""
-    return _by_rows(quantize_rows(x, E4M3), quantize_rows(weight, E4M3), groups, dtype)
+def fprop(x: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
+    """x [S, K] with the weights [E, N, K] -> [S, N]."""
+    return by_rows(casts.quantize_rows(x, E4M3), along_inputs(weight), groups, dtype)
 
 
-def dgrad(
-    grad_output: torch.Tensor, weight: torch.Tensor, groups: Groups, dtype: torch.dtype, *_: Format
-) -> torch.Tensor:
-    """grad_output [S, N] with weight [E, N, K] -> [S, K]."""
-    return _by_rows(quantize_rows(grad_output, E4M3), quantize_rows(weight.transpose(1, 2), E4M3), groups, dtype)
+def dgrad(grad_output: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
+    """grad_output [S, N] with the weights [E, N, K] -> [S, K]."""
+    return by_rows(casts.quantize_rows(grad_output, E4M3), along_outputs(weight), groups, dtype)
 
 
 def keep_for_wgrad(x: torch.Tensor, groups: Groups, *_: Format) -> Coded:
     """An operand of wgrad in quantized form: one byte for each element until the backward."""
-    return quantize_columns(x, groups.owner, groups.experts, E4M3)
+    return casts.quantize_columns(x, casts.column_amaxes(x, groups.table), E4M3, groups.table, groups.room)
 
 
-def wgrad(grad_output: torch.Tensor, kept: Coded, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
-    """grad_output [S, N] with the kept input [S, K] -> [E, N, K]; zeros for experts without rows."""
-    left, right = keep_for_wgrad(grad_output, groups), kept
-    if groups_in_one_launch(grad_output.device):
-        ends, places, room = groups.aligned()
-        out = torch._scaled_grouped_mm(
-            _transposed(left[0], places, room),
-            _transposed(right[0], places, room).t(),
-            left[1].flatten(),
-            right[1].flatten(),
-            offs=ends,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=False,
-        )
-        return out.masked_fill_((groups.counts == 0).view(-1, 1, 1), 0).to(dtype)
-    out = grad_output.new_zeros((groups.experts, left[0].shape[1], right[0].shape[1]), dtype=dtype)
-    for expert, (first, last) in enumerate(groups.bounds):
-        if last > first:
-            a = _dense(left[0][first:last]), left[1][expert]
-            b = _dense(right[0][first:last]), right[1][expert]
-            out[expert] = _product(a, b, dtype)
-    return out
+def wgrad(grad_output: torch.Tensor, kept: Coded, groups: Groups, dtype: torch.dtype, *_: Format,
+          transposed: bool = False) -> torch.Tensor:  # fmt: skip
+    """grad_output [S, N] with the kept input [S, K] -> [E, N, K], or [E, K, N]; zeros for experts without rows."""
+    return by_columns(keep_for_wgrad(grad_output, groups), kept, groups, dtype, transposed)
 
 
-def _by_rows(rows: Coded, weight: Coded, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+def along_inputs(weight: Stack) -> Coded:
+    """Quantized [E, N, K] and scale_inv [E, N]: for fprop, which sums over the inputs."""
+    if weight.transposed:
+        return casts.quantize_columns(weight.data, _amaxes(weight), E4M3, None, 0)
+    if not weight.dgrad_follows:
+        return casts.quantize_rows(weight.data, E4M3)
+    coded, weight.column_amaxes = casts.quantize_rows_measured(weight.data, E4M3, None)
+    return coded
+
+
+def along_outputs(weight: Stack) -> Coded:
+    """Quantized [E, K, N] and scale_inv [E, K]: for dgrad, which sums over the outputs."""
+    if weight.transposed:
+        return casts.quantize_rows(weight.data, E4M3)
+    return casts.quantize_columns(weight.data, _amaxes(weight), E4M3, None, 0)
+
+
+def _amaxes(weight: Stack) -> torch.Tensor:
+    if weight.column_amaxes is None:
+        weight.column_amaxes = casts.column_amaxes(weight.data, None)
+    return weight.column_amaxes
+
+
+def by_rows(rows: Coded, weight: Coded, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
     """[S, Q] rows with [E, R, Q] weights -> [S, R]; zeros for rows of no expert."""
-    if groups_in_one_launch(rows[0].device):
+    if groups.rows and groups_in_one_launch(rows[0].device):
         out = torch._scaled_grouped_mm(
             rows[0],
             weight[0].transpose(1, 2),
@@ -82,7 +85,7 @@ def _by_rows(rows: Coded, weight: Coded, groups: Groups, dtype: torch.dtype) -> 
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return out.masked_fill_((groups.owner == groups.experts).unsqueeze(1), 0).to(dtype)
+        return groups.tail_zero(out).to(dtype)
     out = rows[1].new_zeros((groups.rows, weight[0].shape[1]), dtype=dtype)
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
@@ -91,28 +94,40 @@ def _by_rows(rows: Coded, weight: Coded, groups: Groups, dtype: torch.dtype) -> 
     return out
 
 
+def by_columns(left: Coded, right: Coded, groups: Groups, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    """Sums over each expert's rows of two operands cast for wgrad, [P, room] and [R, room] -> [E, P, R]; [E, R, P] if
+    `transposed`.
+    """
+    if transposed:
+        left, right = right, left
+    if groups_in_one_launch(left[0].device):
+        out = torch._scaled_grouped_mm(
+            left[0],
+            right[0].t(),
+            left[1].flatten(),
+            right[1].flatten(),
+            offs=groups.table[2],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=False,
+        )
+        return groups.without_rows_zero(out).to(dtype)
+    out = left[1].new_zeros((groups.experts, left[0].shape[0], right[0].shape[0]), dtype=dtype)
+    for expert, (first, last) in enumerate(groups.aligned_bounds):
+        if last > first:
+            a = left[0][:, first:last].contiguous(), left[1][expert]
+            b = right[0][:, first:last].contiguous(), right[1][expert]
+            out[expert] = _product(a, b, dtype)
+    return out
+
+
 def _product(a: Coded, b: Coded, dtype: torch.dtype) -> torch.Tensor:
     """[P, Q] with [R, Q], both summed over their last axis, one scale for each row -> [P, R]."""
     if a[0].is_cuda and torch.cuda.get_device_capability(a[0].device) >= FP8_SINCE:
-        short = -a[0].shape[1] % 16
-        left, right = (torch.nn.functional.pad(c.view(torch.uint8), (0, short)).view(c.dtype) for c in (a[0], b[0]))
         out = torch._scaled_mm(
-            left, right.t(), scale_a=a[1].unsqueeze(1), scale_b=b[1].unsqueeze(0), out_dtype=torch.bfloat16
+            a[0], b[0].t(), scale_a=a[1].unsqueeze(1), scale_b=b[1].unsqueeze(0), out_dtype=torch.bfloat16
         )
         return out.to(dtype)
     return ((a[0].float() @ b[0].float().t()) * a[1].unsqueeze(1) * b[1].unsqueeze(0)).to(dtype)
-
-
-def _dense(quantized: torch.Tensor) -> torch.Tensor:
-    """Quantized values [rows, columns] transposed, dense in memory."""
-    return quantized.t().contiguous()
-
-
-def _transposed(quantized: torch.Tensor, places: torch.Tensor, room: int) -> torch.Tensor:
-    """Quantized values [S, columns] as [columns, room], each row at its place; a zero adds nothing to a sum."""
-    wide = quantized.new_zeros((room, quantized.shape[1]), dtype=torch.uint8)
-    wide.index_copy_(0, places, quantized.view(torch.uint8))
-    return wide.t().contiguous().view(quantized.dtype)
 
 
 def groups_in_one_launch(device: torch.device) -> bool:

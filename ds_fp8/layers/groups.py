@@ -1,11 +1,16 @@
-"""Rows sorted by expert: where each expert's rows begin and end, on the device and, where a loop needs it, on the host."""
+"""Rows sorted by expert, and the stack of their weights: what lies where, on the device and, where a loop needs it, on the host."""
 
 from __future__ import annotations
 
 import torch
 
+from ..kernels.grouped import zero_experts, zero_tail
+
 ALIGNMENT = 16
 """A grouped product that sums over the rows reads 16 bytes at a time: there each expert's rows begin at a multiple."""
+
+TILE = 128
+"""Rows of a tile, which is one expert's, in kernels that look at columns."""
 
 
 class Groups:
@@ -18,35 +23,73 @@ class Groups:
     def __init__(self, counts: torch.Tensor, rows: int):
         self.counts, self.rows = counts, rows
         self.experts = counts.numel()
-        self.ends = counts.cumsum(0, dtype=torch.int32)
-        self._bounds: list[tuple[int, int]] | None = None
-        self._owner: torch.Tensor | None = None
+        self._table: torch.Tensor | None = None
+        self._ends: list[list[int]] | None = None
 
     @property
-    def owner(self) -> torch.Tensor:
-        """[rows] int64: the expert of each row, `experts` for rows of none. Waits for nothing."""
-        if self._owner is None:
-            places = torch.arange(self.rows, device=self.counts.device, dtype=torch.int32)
-            self._owner = torch.searchsorted(self.ends, places, right=True)
-        return self._owner
+    def table(self) -> torch.Tensor:
+        """[3, experts] int32, contiguous: sums up to and with each expert of tiles of TILE rows, of rows, and of rows rounded
+        up to ALIGNMENT. Waits for nothing.
+        """
+        if self._table is None:
+            counts = self.counts.to(torch.int32)
+            tiles, aligned = (counts + TILE - 1) // TILE, (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+            self._table = torch.stack([tiles, counts, aligned]).cumsum(1, dtype=torch.int32)
+        return self._table
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """[experts] int32: behind each expert's last row."""
+        return self.table[1]
+
+    @property
+    def room(self) -> int:
+        """Rows of the layout where each expert begins at a multiple of ALIGNMENT, itself a multiple: the most that any
+        distribution wants, so that nobody looks at the counts.
+        """
+        return -(-(self.rows + self.experts * (ALIGNMENT - 1)) // ALIGNMENT) * ALIGNMENT
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
         """(first row, row behind the last) of each expert, on the host: waits for the device once."""
-        if self._bounds is None:
-            ends = self.ends.tolist()
-            self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-        return self._bounds
+        return self._on_host(1)
 
-    def aligned(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Room for each expert up to a multiple of ALIGNMENT: (ends [experts] int32, place of each row [rows] int64, room).
+    @property
+    def aligned_bounds(self) -> list[tuple[int, int]]:
+        """The same in the layout with `room`, zeros behind each expert's rows included."""
+        return self._on_host(2)
 
-        `room` needs no look at the counts: the most that could be wanted, and one place for rows of none.
-        """
-        padded = (self.counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-        ends = padded.cumsum(0)
-        shift = torch.cat([ends - padded - (self.ends.long() - self.counts), ends.new_zeros(1)])
-        places = torch.arange(self.rows, device=ends.device) + shift[self.owner]
-        room = self.rows + self.experts * ALIGNMENT
-        room = -(-room // ALIGNMENT) * ALIGNMENT + ALIGNMENT
-        return ends.to(torch.int32), torch.where(self.owner < self.experts, places, room - 1), room
+    def tail_zero(self, out: torch.Tensor) -> torch.Tensor:
+        """`out` [rows, .] with zeros in rows of no expert, in place: a grouped product does not write them."""
+        zero_tail(out, self.ends[-1:])
+        return out
+
+    def without_rows_zero(self, out: torch.Tensor) -> torch.Tensor:
+        """`out` [experts, ., .] with zeros for experts without rows, in place: a product over nothing writes nothing."""
+        zero_experts(out, self.ends)
+        return out
+
+    def _on_host(self, line: int) -> list[tuple[int, int]]:
+        if self._ends is None:
+            self._ends = self.table.tolist()
+        ends = self._ends[line]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+class Stack:
+    """The weights of all experts, [E, N, K], during one forward or backward.
+
+    data           the Parameter's values, [E, N, K], or [E, K, N] if `transposed`
+    column_amaxes  fp32 [E, columns of `data`], once somebody has found them; a backward gets those of its forward
+    dgrad_follows  a backward will want them
+    """
+
+    def __init__(self, weight: torch.Tensor, transposed: bool, column_amaxes: torch.Tensor | None = None,
+                 dgrad_follows: bool = False):  # fmt: skip
+        self.data, self.transposed = weight.detach().contiguous(), transposed
+        self.column_amaxes, self.dgrad_follows = column_amaxes, dgrad_follows
+
+    @property
+    def straight(self) -> torch.Tensor:
+        """[E, N, K], however the weights lie."""
+        return self.data.transpose(1, 2) if self.transposed else self.data

@@ -32,3 +32,54 @@ def test_the_device_computes_what_the_reference_does(recipe, counts):
     for ours, reference in zip(passes(recipe, COUNTS[counts], extra, "cuda"), expected, strict=True):
         assert torch.isfinite(ours).all()
         assert (ours - reference).norm() <= 2**-7 * reference.norm()
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 196], [0, 60, 130], [0, 0, 0], [200, 0, 0]], ids=str)
+@pytest.mark.parametrize("columns", [96, 2880, 28672])
+def test_casts_give_the_references_bits(columns, counts):
+    """Rows of tokens, columns of each expert, both directions of a weight; zeros, infinities and NaN in them."""
+    from ds_fp8.formats import E4M3
+    from ds_fp8.kernels import grouped
+    from ds_fp8.layers.groups import Groups
+    from ds_fp8.numerics import row_scales
+
+    torch.manual_seed(0)
+    x = (torch.randn(200, columns) * torch.exp2(torch.randint(-12, 12, (200, 1)).float())).bfloat16()
+    x[3], x[5, 7], x[60, 9] = 0, float("inf"), float("nan")
+    groups, there = Groups(torch.tensor(counts), 200), Groups(torch.tensor(counts, device="cuda"), 200)
+    rows, used = sum(counts), int(groups.table[2, -1])
+    same(grouped.quantize_rows(x.cuda(), E4M3), row_scales.quantize_rows(x, E4M3))
+    coded, amax = grouped.quantize_rows_measured(x.cuda(), E4M3, there.table)
+    wanted = row_scales.quantize_rows_measured(x, E4M3, groups.table)
+    same([one[:rows] for one in coded], [one[:rows] for one in wanted[0]])
+    assert torch.equal(amax.cpu(), wanted[1])
+    assert torch.equal(grouped.column_amaxes(x.cuda(), there.table), amax)
+    found = grouped.quantize_columns(x.cuda(), amax, E4M3, there.table, there.room)
+    wanted = row_scales.quantize_columns(x, wanted[1], E4M3, groups.table, groups.room)
+    same((found[0][:, :used], found[1]), (wanted[0][:, :used], wanted[1]))
+    weight = x[:192].view(2, 96, columns)
+    coded, amax = grouped.quantize_rows_measured(weight.cuda(), E4M3, None)
+    same(coded, row_scales.quantize_rows(weight, E4M3))
+    same(
+        grouped.quantize_columns(weight.cuda(), amax, E4M3, None, 0),
+        row_scales.quantize_rows(weight.transpose(1, 2), E4M3),
+    )
+
+
+def same(found, wanted) -> None:
+    """Quantized values byte for byte, but for the sign of a NaN; scale_inv by value."""
+    codes, expected = found[0].cpu().contiguous().view(torch.uint8), wanted[0].contiguous().view(torch.uint8)
+    assert (((codes & 0x7F) == 0x7F) == ((expected & 0x7F) == 0x7F)).all()
+    assert ((codes == expected) | ((expected & 0x7F) == 0x7F)).all()
+    scales = found[1].cpu()
+    assert torch.equal(scales.isnan(), wanted[1].isnan()) and torch.equal(scales.nan_to_num(), wanted[1].nan_to_num())
+
+
+def test_zeros_where_a_grouped_product_writes_nothing():
+    from ds_fp8.layers.groups import Groups
+
+    groups = Groups(torch.tensor([5, 0, 30, 0], device="cuda"), 50)
+    out, stack = torch.ones(50, 300, device="cuda").bfloat16(), torch.ones(4, 70, 90, device="cuda").bfloat16()
+    groups.tail_zero(out), groups.without_rows_zero(stack)
+    assert out[:35].all() and not out[35:].any()
+    assert stack[[0, 2]].all() and not stack[[1, 3]].any()

@@ -1,0 +1,55 @@
+"""Casts of stacked experts, whatever the device: one Triton launch for all experts on a GPU, PyTorch elsewhere.
+
+Names and arguments are those of `numerics.row_scales`, and so are the bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..formats import Format
+from ..numerics import row_scales
+from .dispatch import library_for
+
+Coded = tuple[torch.Tensor, torch.Tensor]
+"""Quantized values and scale_inv."""
+
+
+def quantize_rows(x: torch.Tensor, fmt: Format) -> Coded:
+    """See numerics.row_scales: one scale for each row."""
+    return _casts(x, whole_rows=True).quantize_rows(x, fmt)
+
+
+def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | None) -> tuple[Coded, torch.Tensor]:
+    """See numerics.row_scales: one scale for each row, and the amaxes of columns beside."""
+    return _casts(x, whole_rows=True).quantize_rows_measured(x, fmt, table)
+
+
+def column_amaxes(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """See numerics.row_scales: fp32 [experts, columns]."""
+    return _casts(x).column_amaxes(x, table)
+
+
+def quantize_columns(x: torch.Tensor, amax: torch.Tensor, fmt: Format, table: torch.Tensor | None, room: int) -> Coded:
+    """See numerics.row_scales: one scale for each column of each expert, values transposed."""
+    return _casts(x).quantize_columns(x, amax, fmt, table, room)
+
+
+def zero_tail(out: torch.Tensor, end: torch.Tensor) -> None:
+    """See numerics.row_scales: zeros in the rows behind the last expert's."""
+    _casts(out).zero_tail(out, end)
+
+
+def zero_experts(out: torch.Tensor, ends: torch.Tensor) -> None:
+    """See numerics.row_scales: zeros in the matrices of experts without rows."""
+    _casts(out).zero_experts(out, ends)
+
+
+def _casts(x: torch.Tensor, *, whole_rows: bool = False) -> Any:
+    """What takes this tensor: the module of kernels, or the reference."""
+    found = getattr(library_for(x.device), "grouped", None)
+    if found is None or not x.is_contiguous() or x.dtype not in found.FLOATS:
+        return row_scales
+    return row_scales if whole_rows and x.shape[-1] > found.WIDEST else found
