@@ -47,6 +47,16 @@ def zero_experts(out: torch.Tensor, ends: torch.Tensor) -> None:
     _casts(out).zero_experts(out, ends)
 
 
+def add_rows(x: torch.Tensor, bias: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See numerics.row_scales: the bias of each row's expert."""
+    return _casts(x).add_rows(x, bias, table)
+
+
+def sum_rows(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See numerics.row_scales: fp32 sums of each expert's rows, in an order of the device's own."""
+    return _casts(x).sum_rows(x, table)
+
+
 def _casts(x: torch.Tensor, *, whole_rows: bool = False) -> Any:
     """What takes this tensor: the module of kernels, or the reference."""
     found = getattr(library_for(x.device), "grouped", None)

@@ -21,6 +21,8 @@ from .. import experts
 from ..errors import BackendError, LayerError
 from ..plan.expert_rules import ExpertRule, rule_of
 from .as_original import ORIGINAL
+from . import expert_gates
+from .expert_rows import Visits, biased
 from .grouped_products import GroupedProducts
 from .groups import Groups
 from .opaque import opaque
@@ -162,26 +164,23 @@ def _transformers(
     One stable sort puts the visits in the order of the experts; index `num_experts` stands for an expert of another rank.
     """
     first, second = linear.state.rule.weights
-    visits, count = top_k_index.shape[-1], module.num_experts
-    owner, order = top_k_index.reshape(-1).sort(stable=True)
-    counts = torch.zeros(count + 1, dtype=torch.int64, device=owner.device)
-    counts = counts.scatter_add_(0, owner, torch.ones_like(owner, dtype=torch.int64))[:count]
-    inside = owner.clamp(max=count - 1)
-    rows = linear(first, hidden_states[order // visits], counts)
-    rows = _biased(module, first, rows, inside)
-    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    rows = _biased(module, second, linear(second, rows, counts), inside)
+    visits, count = Visits(top_k_index), module.num_experts
+    counts = torch.zeros(count + 1, dtype=torch.int64, device=top_k_index.device)
+    counts = counts.scatter_add_(0, visits.owner, torch.ones_like(visits.owner, dtype=torch.int64))[:count]
+    rows = linear(first, visits.spread(hidden_states), counts)
+    rows = _biased(module, first, rows, linear)
+    rows = expert_gates.apply(module, rows) if module.has_gate else module.act_fn(rows)
+    rows = _biased(module, second, linear(second, rows, counts), linear)
     if getattr(module, "has_post_expert_norm", False):
         rows = module.post_expert_norm(rows)
-    rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    rows = rows * visits.sorted(top_k_weights.reshape(-1)).unsqueeze(-1)
     if getattr(module, "_is_expert_parallel", False):
-        rows = rows.masked_fill((owner >= count).unsqueeze(-1), 0.0)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return rows[back].view(-1, visits, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+        rows = rows.masked_fill((visits.owner >= count).unsqueeze(-1), 0.0)
+    return visits.returned(rows).view(-1, visits.each, rows.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
-def _biased(module: Any, name: str, rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    return rows + getattr(module, f"{name}_bias")[owner].to(rows.dtype) if module.has_bias else rows
+def _biased(module: Any, name: str, rows: torch.Tensor, linear: _Linear) -> torch.Tensor:
+    return biased(rows, getattr(module, f"{name}_bias"), linear.groups) if module.has_bias else rows  # type: ignore[arg-type]
 
 
 def _deepspeed(module: Any, linear: _Linear, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,19 @@ def zero_experts(out: torch.Tensor, ends: torch.Tensor) -> None:
     out.masked_fill_((ends == torch.cat([ends.new_zeros(1), ends[:-1]])).view(-1, 1, 1), 0)
 
 
+def add_rows(x: torch.Tensor, bias: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`x` [S, columns] plus the row of `bias` [E, columns] of each one's expert; zeros for rows of none."""
+    owner = owners(table, x.shape[0])
+    out = x + bias.to(x.dtype)[owner.clamp(max=table.shape[1] - 1)]
+    return out.masked_fill_((owner == table.shape[1]).unsqueeze(1), 0)
+
+
+def sum_rows(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Sums of each expert's rows of `x` [S, columns]: fp32 [E, columns], 0 without rows."""
+    found = torch.zeros(table.shape[1] + 1, x.shape[1], dtype=torch.float32, device=x.device)
+    return found.index_add_(0, owners(table, x.shape[0]), x.float())[:-1]
+
+
 def owners(table: torch.Tensor, rows: int) -> torch.Tensor:
     """[rows] int64: the expert of each row, E for rows of none."""
     places = torch.arange(rows, device=table.device, dtype=torch.int32)

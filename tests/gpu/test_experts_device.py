@@ -83,3 +83,41 @@ def test_zeros_where_a_grouped_product_writes_nothing():
     groups.tail_zero(out), groups.without_rows_zero(stack)
     assert out[:35].all() and not out[35:].any()
     assert stack[[0, 2]].all() and not stack[[1, 3]].any()
+
+
+def silu_gate(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def clamped_gate(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+@pytest.mark.parametrize("kind", ["silu", "clamped"])
+def test_gates_are_those_of_pytorch(kind):
+    """Rounded where PyTorch rounds: at most one element in a thousand differs, by the last bit of an exponential."""
+    from ds_fp8.kernels.triton import gates
+
+    torch.manual_seed(0)
+    x = (torch.randn(77, 2 * 560, device="cuda") * 4).bfloat16().requires_grad_()
+    gradient = torch.randn(77, 560, device="cuda").bfloat16()
+    wanted = (silu_gate if kind == "silu" else clamped_gate)(x)
+    wanted.backward(gradient)
+    found = gates.forward(x.detach(), kind, 1.702, 7.0)
+    backward = gates.backward(x.detach(), gradient, kind, 1.702, 7.0)
+    for ours, reference in ((found, wanted.detach()), (backward, x.grad)):
+        assert (ours != reference).float().mean() < 1e-3 and (ours - reference).norm() < 1e-3 * reference.norm()
+
+
+def test_biases_by_expert():
+    from ds_fp8.kernels import grouped
+    from ds_fp8.layers.groups import Groups
+    from ds_fp8.numerics import row_scales
+
+    torch.manual_seed(0)
+    x, bias = torch.randn(200, 272).bfloat16(), torch.randn(3, 272).bfloat16()
+    table, there = (Groups(torch.tensor([3, 0, 150], device=device), 200).table for device in ("cpu", "cuda"))
+    assert torch.equal(grouped.add_rows(x.cuda(), bias.cuda(), there).cpu(), row_scales.add_rows(x, bias, table))
+    assert torch.allclose(grouped.sum_rows(x.cuda(), there).cpu(), row_scales.sum_rows(x, table), rtol=1e-5, atol=1e-4)

@@ -184,6 +184,36 @@ def _empty_kernel(out_ptr, ends_ptr, numel, STEP: tl.constexpr):
             start += tl.num_programs(1) * STEP
 
 
+@triton.jit
+def _add_rows_kernel(x_ptr, bias_ptr, out_ptr, table_ptr, experts, columns, EXPERTS: tl.constexpr,
+                     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):  # fmt: skip
+    expert, first, last, number = _tile(tl.program_id(0), table_ptr, experts, 0, False, EXPERTS, TILE_ROWS)
+    first += number * TILE_ROWS
+    row, column = tl.arange(0, TILE_ROWS), tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    is_column = column < columns
+    inside = (first + row < last)[:, None] & is_column[None, :]
+    inner = first * columns + row[:, None] * columns + column[None, :]
+    bias = codec.load(bias_ptr + expert.to(tl.int64) * columns + column, is_column)
+    if x_ptr.dtype.element_ty == tl.bfloat16 and bias_ptr.dtype.element_ty == tl.float32:
+        bias = (codec.bf16_bits(bias) << 16).to(tl.float32, bitcast=True)
+    codec.store(out_ptr + inner, codec.load(x_ptr + inner, inside) + bias[None, :], inside)
+
+
+@triton.jit
+def _sum_rows_kernel(x_ptr, out_ptr, table_ptr, experts, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """fp32 sums of each expert's rows, in an order that depends on the number of its rows only."""
+    expert, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(table_ptr + experts + expert - 1, mask=expert > 0, other=0).to(tl.int64)
+    last = tl.load(table_ptr + experts + expert).to(tl.int64)
+    is_column = column < columns
+    row, total = tl.arange(0, ROWS), tl.zeros([ROWS, COLUMNS], tl.float32)
+    while start < last:
+        inside = (start + row < last)[:, None] & is_column[None, :]
+        total += codec.load(x_ptr + start * columns + row[:, None] * columns + column[None, :], inside)
+        start += ROWS
+    tl.store(out_ptr + expert.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=is_column)
+
+
 Coded = tuple[torch.Tensor, torch.Tensor]
 """Quantized values and scale_inv."""
 
@@ -269,6 +299,32 @@ def zero_experts(out: torch.Tensor, ends: torch.Tensor) -> None:
         numel = out[0].numel()
         with on_device(out):
             _empty_kernel[(out.shape[0], min(64, triton.cdiv(numel, 4096)))](out, ends, numel, 4096, **LAUNCH)
+
+
+def add_rows(x: torch.Tensor, bias: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Contiguous `x` [S, columns] plus the row of `bias` [E, columns] of each one's expert; zeros for rows of none."""
+    out = torch.empty_like(x)
+    if x.numel():
+        rows, columns = x.shape
+        with on_device(x):
+            _add_rows_kernel[(_tiles(x, table, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
+                x, bias, out, table, table.shape[1], columns, triton.next_power_of_2(table.shape[1]), TILE_ROWS,
+                TILE_COLUMNS, num_warps=WARPS, **LAUNCH,
+            )  # fmt: skip
+            _tail_kernel[(triton.cdiv(rows, 16),)](out, table[1, -1:], rows, columns, 16, 256, **LAUNCH)
+    return out
+
+
+def sum_rows(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Sums of each expert's rows of contiguous `x` [S, columns]: fp32 [E, columns], 0 without rows."""
+    columns = x.shape[1]
+    out = torch.empty(table.shape[1], columns, dtype=torch.float32, device=x.device)
+    if out.numel():
+        with on_device(x):
+            _sum_rows_kernel[(table.shape[1], triton.cdiv(columns, 64))](
+                x, out, table, table.shape[1], columns, 32, 64, num_warps=4, **LAUNCH
+            )
+    return out
 
 
 def _held(columns: int) -> tuple[int, int, int]:
