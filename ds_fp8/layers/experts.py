@@ -20,8 +20,8 @@ from torch import nn
 from .. import experts
 from ..errors import BackendError, LayerError
 from ..plan.expert_rules import ExpertRule, rule_of
-from .as_original import ORIGINAL
 from . import expert_gates
+from .as_original import ORIGINAL
 from .expert_rows import Visits, biased
 from .grouped_products import GroupedProducts
 from .groups import Groups

@@ -10,7 +10,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_fp8.kernels.triton import adam, adam_fast, blocks, cast, flat, history, masters, operands, segments, states
+from ds_fp8.kernels.triton import (
+    adam,
+    adam_fast,
+    blocks,
+    cast,
+    flat,
+    gates,
+    grouped,
+    history,
+    masters,
+    operands,
+    segments,
+    states,
+)  # fmt: skip
 from ds_fp8.kernels.triton.launch import LAUNCH
 from ds_fp8.numerics.states import RATIO_FORMATS
 
@@ -48,7 +61,35 @@ def kind_is_fast(base: str, master: str) -> bool:
     return master in adam_fast.MASTERS and (base == "bf16" or not master.startswith("split"))
 
 
+def experts() -> None:
+    """Kernels of stacked experts."""
+    tiles = {"TILE_ROWS": grouped.TILE_ROWS, "TILE_COLUMNS": grouped.TILE_COLUMNS}
+    for hardware in (False, True):
+        fmt = {"FMT": 0, "FMAX": 448.0, "HARDWARE": hardware}
+        for columns, held in ((4096, 1), (1024, 4), (grouped.WIDEST, 1)):
+            build(
+                grouped._rows_kernel, ["*bf16", "*u8", "*fp32", "i32", "i32"], fmt | {"ROWS": held, "COLUMNS": columns}
+            )
+        for equal in (False, True):
+            place = {"EQUAL": equal, "EXPERTS": 8}
+            pointers = ["*bf16", "*u8", "*fp32", "*fp32", "*i32"]
+            held = {"TILE_ROWS": grouped.TILE_ROWS, "ROWS": 1, "COLUMNS": 4096}
+            build(grouped._rows_measured_kernel, pointers + ["i32"] * 3, fmt | place | held)
+            build(grouped._columns_kernel, pointers + ["i32"] * 4, fmt | place | tiles)
+            build(grouped._column_amax_kernel, ["*bf16", "*fp32", "*i32"] + ["i32"] * 3, place | tiles)
+    build(grouped._add_rows_kernel, ["*bf16", "*fp32", "*bf16", "*i32", "i32", "i32"], tiles | {"EXPERTS": 8})
+    build(grouped._sum_rows_kernel, ["*bf16", "*fp32", "*i32", "i32", "i32"], {"ROWS": 32, "COLUMNS": 64})
+    build(grouped._tail_kernel, ["*bf16", "*i32", "i32", "i32"], {"ROWS": 16, "COLUMNS": 256})
+    build(grouped._empty_kernel, ["*bf16", "*i32", "i32"], {"STEP": 4096})
+    for kind in gates.KINDS.values():
+        how = {"KIND": kind, "ROWS": gates.ROWS, "COLUMNS": gates.COLUMNS}
+        for data in ("*bf16", "*fp16", "*fp32"):
+            build(gates._gate_kernel, [data, data, "i32", "i32", "fp32", "fp32"], how)
+            build(gates._gate_backward_kernel, [data, data, data, "i32", "i32", "fp32", "fp32"], how)
+
+
 def main() -> None:
+    experts()
     for hardware in (False, True):
         for fmt, fmax in ((0, 448.0), (1, 57344.0)):
             same = {"FMT": fmt, "HARDWARE": hardware}

@@ -23,7 +23,9 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["interpreted_triton.py", "interpreted_triton_adam.py"])
+@pytest.mark.parametrize(
+    "name", ["interpreted_triton.py", "interpreted_triton_adam.py", "interpreted_triton_grouped.py"]
+)
 def test_interpreted_kernels_equal_the_reference(name):
     """Every kernel against its PyTorch reference, bit for bit, by Triton's interpreter on CPU tensors."""
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)], TRITON_INTERPRET="1")
