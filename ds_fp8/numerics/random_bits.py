@@ -50,6 +50,27 @@ def mix(h: int) -> int:
     return h ^ (h >> 16)
 
 
+def unmix(h: int) -> int:
+    """The integer that `mix` makes `h` of: every step of it can be undone."""
+    h ^= h >> 16
+    h = h * pow(0x846CA68B, -1, 1 << 32) & _WORD
+    h ^= (h >> 15) ^ (h >> 30)
+    h = h * pow(0x7FEB352D, -1, 1 << 32) & _WORD
+    return h ^ (h >> 16)
+
+
+def seed_at(first: int, seed: int, step: int, stream: int) -> int:
+    """A seed with which a chunk that counts from 0 draws the words that its partition draws from element `first` on.
+
+    `first` is a multiple of a power of two that is no less than the chunk's length, so that first + i = first ^ i, and the
+    key of the chunk is the partition's ^ first.
+    """
+    if not first:
+        return seed
+    inner = mix(step ^ mix(stream))
+    return unmix(mix(seed ^ inner) ^ (first & _WORD)) ^ inner
+
+
 def mix_tensor(h: torch.Tensor) -> torch.Tensor:
     """The same for a tensor of int64 that hold 32-bit words. int64 products wrap, their low 32 bits stay right."""
     h = h ^ (h >> 16)

@@ -1,9 +1,9 @@
 """ScaledOptimizer: what every optimizer with states and masters in 8 and 16 bits shares; an algorithm is a subclass.
 
 A parameter is a flat ZeRO partition or a regular tensor, in bf16 or fp16 (the 16-bit weight itself, half of its
-master) or fp32 (its own master). The gradient is `param.grad`, or `optimizer.gradients[param]` when it must have
-another dtype than the parameter: torch refuses an fp32 `.grad` on a bf16 tensor. `grad_scale` multiplies every gradient
-inside the pass: unscaling and clipping cost nothing.
+master) or fp32 (its own master). The gradient is `param.grad`, or `optimizer.gradients[param]`: a tensor of another dtype
+than the parameter's (torch refuses an fp32 `.grad` on a bf16 tensor), or `Pieces`, which the step frees as it goes.
+`grad_scale` multiplies every gradient inside the pass: unscaling and clipping cost nothing.
 
 `state[param]`, all tensors flat, updated in place and never rebound:
 
@@ -22,9 +22,10 @@ import torch
 from ..errors import CheckpointError, PlanError
 from ..levels import LEVELS, Level
 from ..numerics.dtypes import BASE_DTYPES
-from ..numerics.random_bits import mix
+from ..numerics.random_bits import ADAM_STREAM, mix, seed_at
 from . import checkpointing, codecs, masters
 from .algorithm import check_gradient, check_numbers, refuse_options
+from .pieces import Pieces, state_at
 
 
 class ScaledOptimizer(torch.optim.Optimizer):
@@ -51,7 +52,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
         self.base_dtype = base_dtype
         self.seed = int(seed)
         self.grad_scale: float | torch.Tensor = 1.0
-        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+        self.gradients: dict[torch.Tensor, torch.Tensor | Pieces] = {}
         super().__init__(params, defaults)
 
     def check_numbers(self, numbers: dict[str, Any]) -> None:
@@ -63,7 +64,10 @@ class ScaledOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def step_flat(self, flat: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
-        """One update of a flat parameter, its state and master, in place; `state["step"]` counts this step already."""
+        """One update of a flat parameter, its state and master, in place; `state["step"]` counts this step already.
+
+        It may get the parameter in ranges of whole blocks, each with its part of the gradient and of the state.
+        """
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -105,7 +109,9 @@ class ScaledOptimizer(torch.optim.Optimizer):
             options = self.step_options(group)
             for param in group["params"]:
                 grad = self.gradients.get(param, param.grad)
-                if grad is not None:
+                if isinstance(grad, Pieces):
+                    self._step_pieces(param, grad, options)
+                elif grad is not None:
                     check_gradient(param, grad)
                     self._step_param(param, grad, options)
         return loss
@@ -118,9 +124,25 @@ class ScaledOptimizer(torch.optim.Optimizer):
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
 
+    def _step_pieces(self, param: torch.Tensor, pieces: Pieces, options: dict[str, Any]) -> None:
+        """The same update, to the bit, of a flat parameter whose gradient is in pieces."""
+        state = self.state_of(param)
+        state["step"] += 1
+        flat = param.detach()
+        assert flat.dim() == 1 and flat.is_contiguous() and flat.numel() == pieces.numel
+        for start, grad in pieces.chunks():
+            stop = start + grad.numel()
+            part = state_at(state, self.moments, self.level, flat, start, stop)
+            self.step_flat(flat[start:stop], grad, part, options)
+            del grad  # before the next one is made
+
     def rounding_of(self, state: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a step: how it rounds."""
-        return {"rounding": self.level.rounding, "seed": mix(self.seed + mix(state["partition"]))}
+        seed = mix(self.seed + mix(state["partition"]))
+        return {
+            "rounding": self.level.rounding,
+            "seed": seed_at(state.get("first", 0), seed, state["step"], ADAM_STREAM),
+        }
 
     def state_of(self, param: torch.Tensor) -> dict[str, Any]:
         """The state of `param`, made (zero moments, master equal to the parameter) if there is none yet."""

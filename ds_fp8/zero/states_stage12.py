@@ -13,6 +13,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from ..optim.pieces import Pieces
 from .states import ScaledStates
 from .states_fragments import link_coded_fragments
 from .states_norm import FusedGradNormAndOverflow
@@ -21,7 +22,7 @@ from .touched import touched
 TOUCHED = {
     "ZeroStage12": touched(
         overrides="_get_offload_gradient_dict _get_preflattened_grad_partition _link_all_hp_params _optimizer_step load_hp_checkpoint_state_from_checkpoint_dir unscale_and_clip_grads",
-        reads="averaged_gradients bit16_groups cpu_offload flatten_dense_tensors_aligned optimizer parallel_partitioned_bit16_groups partition_size real_dp_process_group round_robin_bit16_groups update_lp_params",
+        reads="averaged_gradients bit16_groups cpu_offload optimizer parallel_partitioned_bit16_groups real_dp_process_group round_robin_bit16_groups update_lp_params",
         writes="bit16_groups",
     ),
 }
@@ -70,19 +71,18 @@ class StatesStage12(FusedGradNormAndOverflow, ScaledStates):
         self._fp8_set_grad_scale(total_norm)
 
     def _get_preflattened_grad_partition(self: Any, group_idx: int) -> Tensor | None:
-        """Keep fp32 gradients fp32: DeepSpeed would round them to the master's dtype to fit `.grad`.
+        """Keep the gradients where they lie, in the dtype that they were summed in.
 
-        It gets a placeholder of the right shape and dtype and no memory; the step reads the real ones.
+        DeepSpeed would flatten them, so that they are there twice, and round them to the master's dtype to fit `.grad`. It
+        gets a placeholder of the right shape and dtype and no memory; the step reads the real ones, and frees them.
         """
-        grads = self.averaged_gradients[group_idx]
-        master = self.fp8_masters[group_idx]
-        if not grads or grads[0].dtype == master.dtype:
-            return super()._get_preflattened_grad_partition(group_idx)
         flat = super()._get_preflattened_grad_partition(group_idx)
-        if flat is None:
-            flat = self.flatten_dense_tensors_aligned(grads, int(self.partition_size[group_idx]))
-        self.optimizer.gradients[master] = flat
-        return torch.zeros((), dtype=master.dtype, device=flat.device).expand(flat.numel())
+        grads = self.averaged_gradients[group_idx] if flat is None else [flat]
+        if not grads:  # no backward before this step: DeepSpeed's own error
+            return flat
+        master = self.fp8_masters[group_idx]
+        self.optimizer.gradients[master] = Pieces(grads, master.numel())
+        return torch.zeros((), dtype=master.dtype, device=master.device).expand(master.numel())
 
     def _optimizer_step(self: Any, group_no: int) -> None:
         super()._optimizer_step(group_no)

@@ -1,6 +1,7 @@
 """0.19.1 and before: `step` flattens the gradients of a partition itself, and rounds them to the master's dtype.
 
-Later releases ask `_get_preflattened_grad_partition` first, which is where the states mixin keeps fp32 gradients fp32.
+Later releases ask `_get_preflattened_grad_partition` first, which is where the states mixin keeps the gradients as they
+are.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ TOUCHED = {
 class ZeroStage12:
     """Over `DeepSpeedZeroOptimizer`."""
 
-    _fp8_flattening = False
-
     def fp8_adapt(self: Any) -> None:
         super().fp8_adapt()  # type: ignore[misc]
         flatten = self.flatten
@@ -41,11 +40,5 @@ class ZeroStage12:
     def _fp8_flatten(self: Any, tensors: Any, original: Callable[[], Tensor]) -> Tensor:
         """Ask the mixin when the gradients of a partition are to be flattened; everything else is not concerned."""
         index = next((index for index, group in self.averaged_gradients.items() if group is tensors), None)
-        if index is None or self._fp8_flattening:
-            return original()
-        self._fp8_flattening = True
-        try:
-            flat = self._get_preflattened_grad_partition(index)
-        finally:
-            self._fp8_flattening = False
+        flat = None if index is None else self._get_preflattened_grad_partition(index)
         return original() if flat is None else flat
