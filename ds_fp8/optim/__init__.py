@@ -4,6 +4,7 @@
     masters                   the same for the master
     algorithm                 checks of options, numbers and gradients that all algorithms share
     scaled_optimizer          what they share: a torch.optim.Optimizer over flat partitions or separate parameters
+    pieces                    a gradient that a step takes chunk by chunk, and frees
     scaled_adam, scaled_lion  the algorithms: which states, and the step
     checkpointing             exact quantized values in a state_dict, validated before anything is touched
     client_optimizer          a client's optimizer becomes ours, with hyper-parameters, groups and state
