@@ -125,7 +125,7 @@ class _ActivatingLoader:
 
 def _is_asked_by_accelerate() -> bool:
     """Whether the innermost callers, importlib and other finders aside, are Accelerate's."""
-    frame, left = sys._getframe(2), 8
+    frame, left = sys._getframe(1).f_back, 8
     while frame is not None and left:
         name = frame.f_globals.get("__name__", "")
         if name.startswith("accelerate."):

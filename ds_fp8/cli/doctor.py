@@ -100,10 +100,11 @@ def _fit(findings: Sequence[Finding], file: str, other_hook: bool) -> Iterator[F
     errors = [problem for problem in config.check(file) if problem.severity == "error"]
     settings = None if errors else config.load(file)
     for finding in findings:
-        is_asked = settings is not None and finding.status == "note"
-        is_missed = is_asked and finding.what == "activation hook" and settings.enabled and not other_hook
-        is_refused = is_asked and finding.what == MSAMP_NAMES and settings.msamp.enabled
-        yield replace(finding, status="fail") if is_missed or is_refused else finding
+        failed = False
+        if settings is not None and finding.status == "note":
+            is_missed = finding.what == "activation hook" and settings.enabled and not other_hook
+            failed = is_missed or (finding.what == MSAMP_NAMES and settings.msamp.enabled)
+        yield replace(finding, status="fail") if failed else finding
     if settings is None:
         yield Finding(file, f"errors: {len(errors)}", "fail", f"`ds_fp8 check {file}` lists them")
     else:

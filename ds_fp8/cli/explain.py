@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import config
 from ..capabilities import ASSUMED, MACHINES, machine
@@ -25,6 +25,9 @@ from ..errors import ConfigError, DsFp8Error
 from ..levels import LEVELS
 from .estimate import human
 from .tables import print_table
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 ELSEWHERE = frozenset({"recipe", "layers", "telemetry", "implied", "level", "explicit"})
 """Fields of a section's settings that are shown apart, or are no keys of the JSON."""
@@ -186,7 +189,7 @@ def _print_plan(model: Any, settings: config.Settings, options: argparse.Namespa
     return 0
 
 
-def _print_products(plan: Any) -> None:
+def _print_products(plan: Plan) -> None:
     """Where the model's matrix FLOPs are, largest first."""
     total = sum(product.macs for product in plan.products)
     rows = [

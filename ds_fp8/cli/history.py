@@ -132,9 +132,9 @@ def _step(event: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _alarm(event: dict[str, Any]) -> SeenAlarm | None:
-    kind, fqn, text = (event.get(key) for key in ("kind", "fqn", "text"))
-    if type(event.get("step")) is not int or not all(isinstance(value, str) for value in (kind, fqn, text)):
+    step, kind, fqn, text = (event.get(key) for key in ("step", "kind", "fqn", "text"))
+    if type(step) is not int or not (isinstance(kind, str) and isinstance(fqn, str) and isinstance(text, str)):
         return None
     role = event.get("role") or next((role for role in ROLES if f": {role} " in text), "")
     cure = event.get("cure") or text.rpartition("; ")[2]
-    return SeenAlarm(event["step"], kind, fqn, str(role), text, str(cure))
+    return SeenAlarm(step, kind, fqn, str(role), text, str(cure))

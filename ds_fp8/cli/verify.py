@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if not found:
         print(f"ds_fp8 verify: {options.folder}: no checkpoint of DeepSpeed there", file=sys.stderr)
         return 2
-    results = []
+    results: list[dict[str, Any]] = []
     for each in found:
         folder = options.folder / each.tag
         faults = [*each.faults, *_content_faults(folder)]

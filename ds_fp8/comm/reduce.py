@@ -34,6 +34,10 @@ Deliver = Callable[[int, Tensor], None]
 """deliver(start, part): elements [start, start + len(part)) of the own slice are summed."""
 
 
+Gathering = tuple[Any, list[Tensor], list[Tensor], list[Tensor]]
+"""A gather of sums on its way: handle, one row per rank, buffers to give back, the parts that the rows belong to."""
+
+
 def reduce_slices(
     slices: Sequence[Tensor],
     group: Any,
@@ -52,14 +56,14 @@ def reduce_slices(
              no fp32 tensor of the slice's size is ever needed; it may overwrite that part of the own slice
     """
     route = group if isinstance(group, Route) else flat_route(group)
-    own = slices[route.rank] if route.is_flat else slices[route.owner(route.outer.rank, route.inner.rank)]
+    own = slices[_own_slice(route)]
     if deliver is None and out is None:
         out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
     if not route.is_flat:
         _reduce_two_level(slices, route, wire=wire, average=average, out=out, deliver=deliver)
         return out
     assert len(slices) == route.world_size, f"{len(slices)} slices for {route.world_size} ranks"
-    in_flight = None
+    in_flight: tuple[Exchange | None, Tensor, int] | None = None
     for cut in wire.chunks([s.numel() for s in slices], own.device):
         parts = [s[start:stop] for s, (start, stop) in zip(slices, cut, strict=True)]
         exchange = _start_exchange(parts, route, wire)
@@ -71,8 +75,22 @@ def reduce_slices(
     return out
 
 
+def _own_slice(route: Route) -> int:
+    """Which of the slices this rank owns."""
+    if route.is_flat:
+        return route.rank
+    inner, outer = route.levels
+    return route.owner(outer.rank, inner.rank)
+
+
 def _finish(
-    exchange: Exchange, own: Tensor, start: int, wire: Wire, average: float, out: Tensor | None, deliver: Deliver | None
+    exchange: Exchange | None,
+    own: Tensor,
+    start: int,
+    wire: Wire,
+    average: float,
+    out: Tensor | None,
+    deliver: Deliver | None,
 ) -> None:
     """One round has arrived: sum it, and put it where it belongs."""
     numel = own.numel()
@@ -132,8 +150,9 @@ def _sum_received(exchange: Exchange | None, own: Tensor, wire: Wire, average: f
     """
     quantized = _wait_for_quantized(exchange, own, wire)
     if quantized is not None:
-        total = kernels.flat_sum(*quantized, wire.fmt, factor=average, out=out, own=own)  # type: ignore[arg-type]
-        exchange.give_back()  # type: ignore[union-attr]
+        assert exchange is not None and wire.fmt is not None
+        total = kernels.flat_sum(*quantized, wire.fmt, factor=average, out=out, own=own)
+        exchange.give_back()
         return total
     if out is None:
         out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
@@ -182,8 +201,8 @@ def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) 
         counters.add("gradient", all_reduce_bytes(flat.numel(), flat.element_size(), route.world_size))
         flat.mul_(average)
         return tensor
-    reducing: tuple[Any, ...] | None = None
-    gathering: tuple[Any, ...] | None = None
+    reducing: tuple[Exchange | None, list[Tensor]] | None = None
+    gathering: Gathering | None = None
     for ((start, stop),) in wire.chunks([flat.numel()], flat.device):
         chunk = flat[start:stop]
         bounds = owner_bounds(chunk.numel(), route.world_size)
@@ -191,12 +210,13 @@ def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) 
         exchange = _start_exchange(parts, route, wire)
         if reducing is not None:
             if gathering is not None:
-                _decode_gathered(*gathering, wire)
+                _decode_gathered(gathering, wire)
             gathering = _start_gather(*reducing, route, wire, average)
         reducing = (exchange, parts)
     if gathering is not None:
-        _decode_gathered(*gathering, wire)
-    _decode_gathered(*_start_gather(*reducing, route, wire, average), wire)  # type: ignore[misc]
+        _decode_gathered(gathering, wire)
+    assert reducing is not None, "a tensor with elements has a round"
+    _decode_gathered(_start_gather(*reducing, route, wire, average), wire)
     return tensor
 
 
@@ -208,7 +228,7 @@ def owner_bounds(numel: int, world_size: int) -> list[int]:
 
 def _start_gather(
     exchange: Exchange | None, parts: list[Tensor], route: Route, wire: Wire, average: float
-) -> tuple[Any, list[Tensor], list[Tensor], list[Tensor]]:
+) -> Gathering:
     """Finish the sum of the own share, cast it again and send it to everyone."""
     own = parts[route.rank]
     received = _wait_for_quantized(exchange, own, wire)
@@ -216,8 +236,9 @@ def _start_gather(
     size = message_bytes(parts[0].numel())
     message = scratch.take(size, own.device)
     if received is not None:
+        assert wire.fmt is not None
         target = message_views(message, own.numel())
-        kernels.flat_sum_encode(*received, wire.fmt, factor=average, own=own, best_of_two=True, out=target)  # type: ignore[arg-type]
+        kernels.flat_sum_encode(*received, wire.fmt, factor=average, own=own, best_of_two=True, out=target)
     if exchange is not None:
         exchange.give_back()
     work, rows, buffers = gather_messages(message, route)
@@ -227,7 +248,9 @@ def _start_gather(
     return work, rows, buffers, parts
 
 
-def _decode_gathered(work: Any, rows: list[Tensor], buffers: list[Tensor], parts: list[Tensor], wire: Wire) -> None:
+def _decode_gathered(gathering: Gathering, wire: Wire) -> None:
+    work, rows, buffers, parts = gathering
+    assert wire.fmt is not None
     if work is not None:
         work.wait()
     for row, part in zip(rows, parts, strict=True):
@@ -247,32 +270,36 @@ def _reduce_two_level(
     deliver: Deliver | None,
 ) -> None:
     """High precision inside the node, then the wire between ranks of equal place in their nodes."""
+    inner, outer = route.levels
     inside = []
-    for place in range(route.inner.world_size):
-        of_nodes = [slices[route.owner(node, place)] for node in range(route.outer.world_size)]
+    for place in range(inner.world_size):
+        of_nodes = [slices[route.owner(node, place)] for node in range(outer.world_size)]
         inside.append(torch.cat(of_nodes) if len(of_nodes) > 1 else of_nodes[0])
-    own = reduce_slices(inside, route.inner, wire=Wire(None, wire.chunk_numel))
-    sizes = [slices[route.owner(node, route.inner.rank)].numel() for node in range(route.outer.world_size)]
-    reduce_slices(own.split(sizes), route.outer, wire=wire, average=average, out=out, deliver=deliver)
+    own = reduce_slices(inside, inner, wire=Wire(None, wire.chunk_numel))
+    assert own is not None, "without `deliver` the sum comes back"
+    sizes = [slices[route.owner(node, inner.rank)].numel() for node in range(outer.world_size)]
+    reduce_slices(own.split(sizes), outer, wire=wire, average=average, out=out, deliver=deliver)
 
 
 def _all_reduce_two_level(tensor: Tensor, route: Route, *, wire: Wire, average: float) -> Tensor:
     """Reduce inside the node to shares, all-reduce each share between nodes in FP8, gather inside the node."""
     flat = tensor.view(-1)
-    places = route.inner.world_size
+    inner, outer = route.levels
+    places = inner.world_size
     for ((start, stop),) in wire.chunks([flat.numel()], flat.device):
         chunk = flat[start:stop]
         bounds = owner_bounds(chunk.numel(), places)
         parts = [chunk[a:b] for a, b in pairwise(bounds)]
-        own = reduce_slices(parts, route.inner, wire=Wire(None, wire.chunk_numel))
-        all_reduce(own, route.outer, wire=wire, average=average)
+        own = reduce_slices(parts, inner, wire=Wire(None, wire.chunk_numel))
+        assert own is not None, "without `deliver` the sum comes back"
+        all_reduce(own, outer, wire=wire, average=average)
         if places == 1:
             parts[0].copy_(own)
             continue
         share = torch.zeros(parts[0].numel(), dtype=chunk.dtype, device=chunk.device)
         share[: own.numel()].copy_(own)
         gathered = torch.empty(places * share.numel(), dtype=chunk.dtype, device=chunk.device)
-        dist.all_gather_into_tensor(gathered, share, group=route.inner.group)
+        dist.all_gather_into_tensor(gathered, share, group=inner.group)
         counters.add("gradient", all_gather_bytes(share.numel() * share.element_size(), places))
         for row, part in zip(gathered.view(places, -1), parts, strict=True):
             part.copy_(row[: part.numel()])

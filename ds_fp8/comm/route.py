@@ -40,6 +40,12 @@ class Route:
     def is_flat(self) -> bool:
         return self.inner is None
 
+    @property
+    def levels(self) -> tuple[Route, Route]:
+        """(inner, outer) of a route that is not flat."""
+        assert self.inner is not None and self.outer is not None
+        return self.inner, self.outer
+
     def owner(self, node: int, place: int) -> int:
         return self.owners[node][place]
 

@@ -22,6 +22,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from ..errors import DsFp8Error
 from . import msamp_shim
@@ -40,7 +41,7 @@ class _Distribution(importlib.metadata.Distribution):
             return None
         return f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {msamp_shim.VERSION}\nSummary: shim of ds_fp8\n"
 
-    def locate_file(self, path: object) -> object:
+    def locate_file(self, path: Any) -> Any:
         return path
 
 

@@ -54,6 +54,7 @@ def initialize(model: Any, optimizer: Any = None, opt_level: str = "O1", use_te:
         where="msamp.initialize",
     )
     plan = make_plan(model, settings, device=next(model.parameters()).device, world_size=1)
+    assert plan.optim is not None, "the settings have a msamp section"
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters())
     ours = optim.replace_client_optimizer(optimizer, level=plan.optim.level, base_dtype=base_dtype, seed=0x5EED)

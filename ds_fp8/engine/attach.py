@@ -14,7 +14,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..algorithms import ALGORITHMS, moments_of
 from ..errors import DsFp8Error, PlanError
@@ -28,6 +28,11 @@ from .on_signal import check_can_arm, checkpoint_on_signal, disarm
 from .other_fp8 import refuse_other_fp8
 from .printing import print_rank_0
 from .source_file import source_name
+
+if TYPE_CHECKING:
+    from ..config.settings import Settings
+    from ..layers import ModelFp8State
+    from ..plan import Plan
 
 TOUCHED = {
     "Engine": touched(
@@ -55,9 +60,9 @@ class Attachment:
 
     engine: Any
     model: Any
-    settings: Any
-    plan: Any
-    fp8_state: Any = None
+    settings: Settings
+    plan: Plan
+    fp8_state: ModelFp8State | None = None
     watch: Any = None
     frozen: Any = None
     first_step: Any = None
@@ -213,7 +218,8 @@ class Attachment:
 
 def optimized_parameters(engine: Any) -> frozenset[int]:
     """ids of the model's Parameters that the engine's optimizer steps; ZeRO's groups hold flats, and name them elsewhere."""
-    optimizer, found = engine.optimizer, set()
+    optimizer = engine.optimizer
+    found: set[int] = set()
     groups = [group["params"] for group in getattr(optimizer, "param_groups", ())]
     for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
         groups += getattr(optimizer, name, None) or ()
@@ -239,6 +245,7 @@ def attach(engine: Any, model: Any) -> Attachment | None:
     except DsFp8Error as found:
         error = found
     agree(_finding(engine, model, settings, plan, error), error)
+    assert settings is not None, "`agree` has raised"
     if plan is None:
         for note in () if has_optimizer(engine) else settings.notes:
             print_rank_0(note)
@@ -293,7 +300,7 @@ def _settings(engine: Any) -> Any:
     return settings
 
 
-def _of_client(settings: Any, client: Any) -> Any:
+def _of_client(settings: Settings, client: Any) -> Any:
     """The settings with the algorithm of a client's optimizer, which the JSON cannot tell: the states that will be
     kept.
     """
@@ -307,6 +314,7 @@ def _of_client(settings: Any, client: Any) -> Any:
         raise PlanError(
             f"msamp/exp_avg_sq: {name} keeps no exp_avg_sq, so its format has no effect.\n  Remove the key."
         )
+    assert settings.msamp.level is not None, "it is enabled"
     level = settings.msamp.level.keeping(moments)
     return replace(
         settings,
@@ -315,7 +323,7 @@ def _of_client(settings: Any, client: Any) -> Any:
     )
 
 
-def _plan(engine: Any, model: Any, settings: Any) -> Any:
+def _plan(engine: Any, model: Any, settings: Settings) -> Plan:
     from ..plan import make_plan
 
     if settings.fp8.enabled:
@@ -336,12 +344,14 @@ def _data_parallel_size(engine: Any) -> int:
     return dist.get_world_size()
 
 
-def _finding(engine: Any, model: Any, settings: Any, plan: Any, error: DsFp8Error | None) -> Finding:
+def _finding(
+    engine: Any, model: Any, settings: Settings | None, plan: Plan | None, error: DsFp8Error | None
+) -> Finding:
     """This rank's word for `agree`. Stages of a pipeline hold different layers, and so make different plans."""
     stage = getattr(model, "stage_id", None)
     part = "" if stage is None else f"pipeline stage {stage}"
     facts = common_facts(engine)
-    if plan is None:
+    if plan is None or settings is None:
         return Finding(error=None if error is None else str(error), part=part, facts=facts)
     partial = plan.partial and settings.fp8.enabled
     layers = tuple(decision.fqn for decision in plan.modules) if plan.unmatched else ()

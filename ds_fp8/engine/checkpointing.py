@@ -132,7 +132,7 @@ def _distinct(state: Any) -> tuple[list[Any], list[int], list[Any]]:
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, (_fingerprint(state), pending))
     prints = [fingerprint for fingerprint, _ in found]
-    owners = {}
+    owners: dict[str, int] = {}
     for other, fingerprint in enumerate(prints):
         owners.setdefault(fingerprint, other)
     fp8_states: list[Any] = [state] * world_size

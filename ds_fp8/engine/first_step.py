@@ -21,7 +21,7 @@ import torch
 
 from ..errors import PlanError
 from ..layers.ran import has, watch
-from ..plan import flops_share
+from ..plan import Plan, flops_share
 from ..zero.touched import touched
 from .printing import print_rank_0
 
@@ -115,7 +115,7 @@ def _together(attachment: Any, names: list[str], bits: bytes) -> dict[str, int]:
     return seen
 
 
-def verdict(seen: dict[str, int], step: int, plan: Any) -> tuple[str, bool]:
+def verdict(seen: dict[str, int], step: int, plan: Plan) -> tuple[str, bool]:
     """What to say of a step in which the layers did `seen` (bits by name), and whether all of them did what was planned."""
     failed = {name: reason for name, bits in seen.items() if (reason := _failure(bits))}
     share = flops_share(plan, without=failed)

@@ -183,9 +183,10 @@ class SignalCheckpoint:
 
 def _step(original: Callable, engine: weakref.ref, armed: SignalCheckpoint, *args: Any, **kwargs: Any) -> Any:
     """The engine's step or train_batch; an accumulation step that updates nothing is no boundary."""
-    before = engine().global_steps
+    stepping: Any = engine()
+    before = stepping.global_steps
     result = original(*args, **kwargs)
-    if engine().global_steps != before:
+    if stepping.global_steps != before:
         armed.at_boundary()
     return result
 

@@ -17,7 +17,7 @@ def print_rank_0(text: str) -> None:
 def _print(text: str) -> None:
     """A line of its own: where a trainer's progress bar stands on the last line, tqdm takes it away meanwhile."""
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if getattr(bars, "_instances", None):
+    if bars is not None and getattr(bars, "_instances", None):
         bars.write(text)
         sys.stdout.flush()
     else:

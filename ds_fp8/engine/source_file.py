@@ -54,7 +54,7 @@ def _of_environment() -> str | None:
 
 def _of_trainer() -> str | None:
     """The Trainer's own arguments remember what they were given."""
-    frame = sys._getframe(1)
+    frame = sys._getframe().f_back
     while frame is not None:
         name = getattr(getattr(frame.f_locals.get("self"), "args", None), "deepspeed", None)
         if isinstance(name, str) and Path(name).suffix in SUFFIXES:

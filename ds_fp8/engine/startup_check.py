@@ -37,13 +37,13 @@ def pass_by() -> None:
     Raises PlanError when another rank has said already that it has one; the store itself cannot make an unmodified job
     fail.
     """
-    number, others = next(_engines), 0
+    number, others, call = next(_engines), 0, None
     with contextlib.suppress(RuntimeError):
         call = _startup_check(number)
         if call is not None:
             call.leave_word("unmodified")
             others = call.count()
-    if others:
+    if call is not None and others:
         raise PlanError(
             f"rank {call.rank} made a DeepSpeed engine without an fp8 or msamp section; {others} other"
             f"{' has' if others == 1 else 's have'} one.\n  {SAME_JSON}"

@@ -122,7 +122,7 @@ class Watch:
         return loss if math.isfinite(loss) else None
 
     def _operands(self, layer_state: Any) -> Any:
-        def before(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        def before(module: Any, args: tuple[Any, ...]) -> None:
             if not (module.training and torch.is_grad_enabled() and args) or in_backward():
                 return
             self._measure(layer_state, "input", args[0], layer_state.input_column)

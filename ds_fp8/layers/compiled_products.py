@@ -21,7 +21,7 @@ from ..kernels import dense
 from ..numerics.dtypes import torch_dtype
 from .cuda_products import backward_on_cuda, cast_input_transposed, forward_on_cuda, ready_weight, takes
 from .layer_state import Call, LayerFp8State
-from .operands import cast_transposed, cast_weight
+from .operands import Quantized, cast_transposed, cast_weight
 from .products import as_shape, backward_products, forward_products
 from .recipes import Scaling
 
@@ -74,7 +74,8 @@ def run_forward(
         rows = input.view(-1, input.shape[-1])
         output, kept = forward_products(rows, weight, bias, call, dgrad=carries_weight, wgrad=carries_input)
         output = as_shape(output, (*input.shape[:-1], output.shape[1]))
-        kept_input = kept_weight = (None, None)
+        kept_input: Quantized = (None, None)
+        kept_weight: Quantized = (None, None)
         if carries_input:
             quantized = kept["input_data"].t() if carries_rows(input, call.scaling) else kept["input_data"]
             kept_input = quantized, kept["input_scale_inv"]
@@ -87,7 +88,8 @@ def _forward_on_cuda(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, carries_input: bool, carries_weight: bool
 ) -> tuple[torch.Tensor, Carried]:  # fmt: skip
     """Here the host's time counts: casts write what is carried where it is carried."""
-    pair, rows = None, (None, None)
+    pair: torch.Tensor | None = None
+    rows: tuple[torch.Tensor | None, ...] = (None, None)
     if call.scaling.transposes and (carries_input or carries_weight):
         pair = torch.empty(2, 4, dtype=torch.float32, device=input.device)
         rows = pair.select(1, 0).unbind(0)
@@ -145,6 +147,7 @@ def _call(layer_state: LayerFp8State, *, training: bool, grad: bool, x: torch.Te
     if call is None:
         return Call(layer_state, warming=True)
     if call.scope is not None:
+        assert layer_state.fp8_state.scopes is not None
         layer_state.fp8_state.scopes.hold(call.scope)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         _refuse_graph(layer_state)
@@ -175,10 +178,7 @@ def _no_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-Kept = tuple[torch.Tensor | None, torch.Tensor | None]
-
-
-def _carried(input: Kept, weight: Kept, call: Call) -> Carried:
+def _carried(input: Quantized, weight: Quantized, call: Call) -> Carried:
     """What the products kept, as `Carried` has it. The graph owns that, and may write into it: no state of ours."""
     quantized = [None if one is None else dense(one) for one in (input[0], weight[0])]
     if call.scaling.transposes and (input[1] is not None or weight[1] is not None):
@@ -199,7 +199,7 @@ def _filled(
     )
 
 
-def _both_scales(given: Kept, call: Call) -> torch.Tensor:
+def _both_scales(given: Quantized, call: Call) -> torch.Tensor:
     """fp32 [2, 4], fresh: scale_inv of input and weight at the head of a row each."""
     both = call.layer_state.anchor.new_ones(2, 4, dtype=torch.float32)  # type: ignore[union-attr]
     for row, one in enumerate(given):

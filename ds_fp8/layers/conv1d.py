@@ -8,7 +8,6 @@ gathered again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from . import compiled
 from .as_original import ORIGINAL
 from .fp8_linear import multiply
 from .layer_state import LayerFp8State
+from .once import once_for_each
 
 
 class Fp8Conv1D:
@@ -49,7 +49,7 @@ class Fp8Conv1D:
         return _rebuilt, (self.__dict__[ORIGINAL], self.layer_state, attributes)
 
 
-@functools.cache
+@once_for_each
 def fp8_class(original: type[nn.Module]) -> type[nn.Module]:
     """The FP8 version of a class of layers."""
     return type(f"Fp8{original.__name__}", (Fp8Conv1D, original), {"__module__": __name__})

@@ -106,11 +106,13 @@ def forward_on_cuda(
     layer_state, dtype, shape = call.layer_state, input.dtype, input.shape
     straight, transposed = _cast(input, call, layer_state.input_column, True, wgrad, kept=kept[0])
     ready = ready_weight(weight, call, transposed=dgrad, kept=kept[1])
+    data, scale_inv = straight
+    assert data is not None and scale_inv is not None
     # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
     output = torch._scaled_mm(
-        straight[0],
+        data,
         ready.fprop,
-        scale_a=straight[1],
+        scale_a=scale_inv,
         scale_b=ready.fprop_scale_inv,
         bias=bias if bias is None or bias.dtype == dtype else bias.to(dtype),
         out_dtype=dtype,
@@ -148,15 +150,19 @@ def backward_on_cuda(
         straight, transposed = _cast(grad_output, call, column, needs_dgrad, needs_wgrad, guarded=not needs_bias)
         # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
         if needs_dgrad:
-            grad_input = torch._scaled_mm(
-                straight[0], weight[0], scale_a=straight[1], scale_b=weight[1], out_dtype=dtype
-            )
+            (left, left_scale_inv), (right, right_scale_inv) = straight, weight
+            assert left is not None and left_scale_inv is not None
+            assert right is not None and right_scale_inv is not None
+            grad_input = torch._scaled_mm(left, right, scale_a=left_scale_inv, scale_b=right_scale_inv, out_dtype=dtype)
             if grad_output.dim() != 2:
                 grad_input.resize_(*grad_output.shape[:-1], grad_input.shape[1])
         # wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input [M, K]     e5m2 x e4m3  (HYBRID)
         if needs_wgrad:
+            (left, left_scale_inv), (right, right_scale_inv) = transposed, input
+            assert left is not None and left_scale_inv is not None
+            assert right is not None and right_scale_inv is not None
             grad_weight = torch._scaled_mm(
-                transposed[0], input[0].t(), scale_a=transposed[1], scale_b=_t(input[1]), out_dtype=weight_dtype
+                left, right.t(), scale_a=left_scale_inv, scale_b=_t(right_scale_inv), out_dtype=weight_dtype
             )
     if needs_bias:
         rows = grad_output if grad_output.dim() == 2 else grad_output.view(-1, grad_output.shape[-1])
@@ -223,13 +229,14 @@ def _kept_weight(weight: torch.Tensor, call: Call, *, transposed: bool) -> Ready
     if call.quantized_weight is not None:
         return _ready(cast_weight(weight, call), transposed=transposed)
     cached, ready = layer_state.cached, layer_state.ready
-    if cached is None or not cached.is_of(weight):
+    operand = cached.operand if cached is not None and cached.is_of(weight) else None
+    if operand is None:
         operand = _cast_weight_now(weight, call, transposed=transposed)
         layer_state.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
-    elif ready is not None and ready.source is cached.operand and (ready.dgrad is not None or not transposed):
+    elif ready is not None and ready.source is operand and (ready.dgrad is not None or not transposed):
         return ready
-    layer_state.ready = _ready(layer_state.cached.operand, transposed=transposed)
-    return layer_state.ready
+    ready = layer_state.ready = _ready(operand, transposed=transposed)
+    return ready
 
 
 def comes_again(weight: torch.Tensor, call: Call) -> bool:

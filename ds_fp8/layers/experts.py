@@ -9,7 +9,6 @@ module computes as it would have: by whatever implementation its configuration n
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from .as_original import ORIGINAL
 from .expert_rows import Visits, biased
 from .grouped_products import GroupedProducts
 from .groups import Groups
+from .once import once_for_each
 from .opaque import opaque
 from .ran import Ran, note_by_hook
 
@@ -105,7 +105,7 @@ def restore(module: nn.Module) -> nn.Module:
     return module
 
 
-@functools.cache
+@once_for_each
 def fp8_class(original: type[nn.Module]) -> type[nn.Module]:
     """The FP8 version of a class of experts."""
     return type(f"Fp8{original.__name__}", (Fp8Experts, original), {"__module__": __name__})

@@ -81,8 +81,9 @@ class ForwardScopes:
         self._depth -= 1
         if self._depth == 0:
             for tensor in tensors_of(output):
-                if self._open is not None and tensor.grad_fn is not None:
-                    tensor.grad_fn.metadata[ForwardScope] = self._open
+                node: Any = tensor.grad_fn  # its `metadata` is a dict, which torch's stubs take for a function
+                if self._open is not None and node is not None:
+                    node.metadata[ForwardScope] = self._open
             self._open = None
 
     def _begin(self) -> ForwardScope:

@@ -230,7 +230,7 @@ class ModelFp8State:
         self._layer_state_of(layer).staged_weight_amax = amax
 
     def _layer_state_of(self, layer: torch.nn.Module | str) -> LayerFp8State:
-        return self._by_name[layer] if isinstance(layer, str) else layer.layer_state
+        return self._by_name[layer] if isinstance(layer, str) else vars(layer)["layer_state"]
 
     # -- state -------------------------------------------------------------------------------------------------------
 

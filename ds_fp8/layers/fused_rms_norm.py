@@ -6,7 +6,6 @@ multiplies with the weight. The fused kernel reads and writes it once, and round
 
 from __future__ import annotations
 
-import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..plan.known_norms import RmsNorm, rms_norm_of
 from .as_original import ORIGINAL
+from .once import once_for_each
 
 RULE = "_ds_fp8_rms_norm"
 """Attribute with the module's `RmsNorm`."""
@@ -45,7 +45,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, rule: RmsNorm) -> torch.Tens
         return F.rms_norm(x.float(), weight.shape, scale, rule.eps).to(x.dtype)
 
 
-@functools.cache
+@once_for_each
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The fused version of a class of norms."""
     return type(f"Fp8{original.__name__}", (FusedRmsNorm, original), {"__module__": __name__})

@@ -7,6 +7,8 @@ by some devices. Without autocast, and with one dtype, an Fp8LayerNorm computes 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,7 +45,7 @@ class Fp8RMSNorm(nn.RMSNorm):
             return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), eps).to(x.dtype)
 
 
-CLASSES: dict[str, type[nn.Module]] = {"LayerNorm": Fp8LayerNorm, "RMSNorm": Fp8RMSNorm}
+CLASSES: dict[str, type[Any]] = {"LayerNorm": Fp8LayerNorm, "RMSNorm": Fp8RMSNorm}
 
 
 def convert(module: nn.Module, kind: str) -> nn.Module:

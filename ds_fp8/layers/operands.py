@@ -140,10 +140,12 @@ def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
         return given_weight(call.quantized_weight, call)
     if not call.may_cache(weight):
         return call.scaling.quantize_weight(weight, call)
-    if layer_state.cached is None or not layer_state.cached.is_of(weight):
+    cached = layer_state.cached
+    operand = cached.operand if cached is not None and cached.is_of(weight) else None
+    if operand is None:
         operand = call.scaling.quantize_weight(weight, call)
         layer_state.cached = CachedWeight(weight, weight._version, weight.data_ptr(), operand)
-    return layer_state.cached.operand
+    return operand
 
 
 def given_weight(quantized: QuantizedWeight, call: Call) -> Operand:

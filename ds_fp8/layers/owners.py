@@ -52,20 +52,18 @@ def owners_of(module: nn.Module) -> list[Owner]:
 
 def take_form(module: nn.Module, owner: Owner | None) -> None:
     """Make a layer of the torch backend what `owner` made of it; None: what it was before anybody swapped it."""
-    if owner is not None and isinstance(owner.layer_state, ExpertsState):
-        take_state(module, owner.layer_state)
+    layer_state = None if owner is None else owner.layer_state
+    if isinstance(layer_state, ExpertsState):
+        take_state(module, layer_state)
     elif STATE in vars(module):
         take_state(module, None)
     elif owner is None:
         module.__class__ = module.__dict__[ORIGINAL]
-    elif is_conv1d(module):
-        module.__class__ = fp8_class(module.__dict__[ORIGINAL])
-        module.__dict__["layer_state"] = owner.layer_state
-        owner.layer_state.settle(module.weight.device)
-    elif owner.layer_state is not None:
-        module.__class__ = Fp8Linear
-        module.__dict__["layer_state"] = owner.layer_state
-        owner.layer_state.settle(module.weight.device)
+    elif layer_state is not None:
+        module.__class__ = fp8_class(module.__dict__[ORIGINAL]) if is_conv1d(module) else Fp8Linear
+        module.__dict__["layer_state"] = layer_state
+        weight: Any = module.weight
+        layer_state.settle(weight.device)
     else:
         module.__class__ = norms.form_of(module.__dict__[ORIGINAL])
 

@@ -100,7 +100,8 @@ def forward_products(
         call.record(layer_state.input_column, amax_of(input))
         call.record(layer_state.weight_column, amax_of(weight.detach()))
 
-    quantized_input = quantized_weight = None
+    quantized_input: Operand | None = None
+    quantized_weight: Operand | None = None
     if not high.fprop or (wgrad and not high.wgrad and scaling.transposes):
         quantized_input = scaling.quantize(input, call, layer_state.input_column)
     if not (high.fprop and high.dgrad):
@@ -110,6 +111,7 @@ def forward_products(
     if high.fprop:
         output = F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
+        assert quantized_input is not None and quantized_weight is not None
         output = matmul(quantized_input, quantized_weight, dtype, bias=bias, fast=True)
 
     kept: dict[str, torch.Tensor] = {}
@@ -121,6 +123,7 @@ def forward_products(
             if quantized_weight is not None and quantized_weight.scale is not None:
                 kept["weight_scale"], kept["weight_scale_inv"] = quantized_weight.scale, quantized_weight.scale_inv
         else:
+            assert quantized_weight is not None
             kept["weight_data"], kept["weight_scale_inv"] = quantized_weight.data, quantized_weight.scale_inv
     if wgrad:
         if high.wgrad:
@@ -148,7 +151,7 @@ def backward_products(
     grad_input = grad_weight = grad_bias = None
     if call.warming and call.records:
         call.record(layer_state.grad_output_column, amax_of(grad_output))
-    quantized = None
+    quantized: Operand | None = None
     if (needs_dgrad and not high.dgrad) or (needs_wgrad and not high.wgrad and scaling.transposes):
         quantized = scaling.quantize(grad_output, call, layer_state.grad_output_column)
         if needs_dgrad and needs_wgrad and not high.dgrad and not high.wgrad:
@@ -159,6 +162,7 @@ def backward_products(
     if needs_dgrad and high.dgrad:
         grad_input = grad_output @ kept["weight"].to(dtype)
     elif needs_dgrad:
+        assert quantized is not None
         quantized = _propagate_nan(quantized, grad_output) if hidden and not needs_wgrad else quantized
         grad_input = matmul(quantized, _transposed_weight(kept, call), dtype)
 

@@ -209,7 +209,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
             if values is not None and values.numel() != param.numel():
                 raise CheckpointError(f"{name} of {values.numel()} elements for a partition of {param.numel()}.")
         state = self.state_of(param)
-        moments = {name: None if given.get(name) is None else given[name].reshape(-1) for name in self.moments}
+        moments = {name: None if (values := given.get(name)) is None else values.reshape(-1) for name in self.moments}
         codecs.import_moments(state, self.formats(), moments)
         if master is not None:
             flat = param.detach().reshape(-1)

@@ -23,6 +23,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from .. import optim
 from ..errors import PlanError
+from ..layers import ModelFp8State
+from ..plan import Plan
 from . import wire
 from .adapters import adapters
 from .states import ScaledStates
@@ -97,7 +99,12 @@ def compose(zero_optimizer: Any, mixins: Sequence[type], kind: str | None = None
 
 
 def configure_optimizer(
-    original: Callable, engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any, fp8_state: Any = None
+    original: Callable,
+    engine: Any,
+    client_optimizer: Any,
+    model_parameters: Any,
+    plan: Plan,
+    fp8_state: ModelFp8State | None = None,
 ) -> None:
     """DeepSpeed's `_configure_optimizer` with our Adam, states and wire. `engine.optimizer` is set afterwards."""
     plan = wire.settle_scope(plan)
@@ -115,7 +122,7 @@ def configure_optimizer(
     def fp16(optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         return _stage0(engine, optimizer, low_precision_dtype, layout)
 
-    hooks = {
+    hooks: dict[str, Callable] = {
         "_configure_basic_optimizer": basic,
         "_configure_fp16_optimizer": fp16,
         "_configure_zero_optimizer": partitioned(engine._configure_zero_optimizer),
@@ -134,8 +141,8 @@ def configure_optimizer(
 def specialize(
     engine: Any,
     zero_optimizer: Any,
-    plan: Any,
-    fp8_state: Any = None,
+    plan: Plan,
+    fp8_state: ModelFp8State | None = None,
     *,
     layout: str = "fused",
     given: ClientStates | None = None,
@@ -148,9 +155,10 @@ def specialize(
     if isinstance(zero_optimizer, (ScaledStates, Stage0Optimizer)):
         return zero_optimizer
     row = served(zero_optimizer)
-    if type(zero_optimizer) is not row.wrapper:
+    kind = type(zero_optimizer)
+    if kind is not row.wrapper:
         raise PlanError(
-            f"msamp knows DeepSpeed's {row.wrapper.__name__}, and {type(zero_optimizer).__name__} changes it in ways that"
+            f"msamp knows DeepSpeed's {row.wrapper.__name__}, and {kind.__name__} changes it in ways that"
             " it does not know.\n  Remove the msamp section, or what brings this wrapper."
         )
     zero_optimizer.fp8_engine, zero_optimizer.fp8_plan, zero_optimizer.fp8_layers_state = engine, plan, fp8_state
@@ -164,9 +172,9 @@ def specialize(
     return zero_optimizer
 
 
-def wire_mixins(row: Served, plan: Any) -> tuple[type, ...]:
+def wire_mixins(row: Served, plan: Plan) -> tuple[type, ...]:
     """What the plan's wire puts in front of the states; may be empty."""
-    found = []
+    found: list[type | None] = []
     if plan.comm is not None and plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
         if row.weights is None:
             raise PlanError(
@@ -180,7 +188,7 @@ def wire_mixins(row: Served, plan: Any) -> tuple[type, ...]:
     return tuple(mixin for mixin in found if mixin is not None)
 
 
-def _attach_wire(engine: Any, optimizer: Any, plan: Any, fp8_state: Any) -> None:
+def _attach_wire(engine: Any, optimizer: Any, plan: Plan, fp8_state: ModelFp8State | None) -> None:
     wire.attach(engine, optimizer, plan, fp8_state)
 
 

@@ -25,6 +25,8 @@ from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, ZER
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..layers import ModelFp8State
+from ..plan import Plan
 from .states_client import Fragment
 from .states_view import Fp32Adam, Fp32View
 from .touched import touched
@@ -49,18 +51,19 @@ class ScaledStates(Fp32View):
     """Mixin over one of DeepSpeed's optimizer wrappers; `fp8_*` attributes are set by `specialize`."""
 
     fp8_engine: Any
-    fp8_plan: Any
-    fp8_layers_state: Any
+    fp8_plan: Plan
+    fp8_layers_state: ModelFp8State | None
+    loss_scale: Any
 
-    def fp8_slices(self: Any) -> list[Tensor]:
+    def fp8_slices(self) -> list[Tensor]:
         """This rank's own slice of the 16-bit weights, one per master."""
         raise TypeError(f"{type(self).__name__} has no 16-bit slices")
 
-    def fp8_shares_storage(self: Any) -> bool:
+    def fp8_shares_storage(self) -> bool:
         """Whether masters may be the slices themselves: not under offload (another device)."""
         return True
 
-    def fp8_alias_masters(self: Any) -> None:
+    def fp8_alias_masters(self) -> None:
         """Point every master at its 16-bit slice; DeepSpeed's clone of it is freed."""
         if self.fp8_shares_storage():
             for master, own in zip(self.fp8_masters, self.fp8_slices(), strict=True):
@@ -68,11 +71,11 @@ class ScaledStates(Fp32View):
                     master.data = own.data
         self._fp8_relink()
 
-    def fp8_params(self: Any, index: int) -> list[Any]:
+    def fp8_params(self, index: int) -> list[Any]:
         """The 16-bit parameters that master `index` belongs to, those of other ranks' partitions too."""
         raise TypeError(f"{type(self).__name__} has no list of parameters")
 
-    def fp8_fragments(self: Any, index: int) -> list[Fragment]:
+    def fp8_fragments(self, index: int) -> list[Fragment]:
         """Which parts of which parameters lie in master `index`: by default, DeepSpeed's fragments."""
         fragments = []
         for param in self.fp8_params(index):
@@ -81,15 +84,15 @@ class ScaledStates(Fp32View):
                 fragments.append(Fragment(param, of_param.start, of_flat.start, of_flat.numel))
         return fragments
 
-    def fp8_weights_changed(self: Any) -> None:
+    def fp8_weights_changed(self) -> None:
         """Weights were written outside of a step. Nothing to do here: O3 gathers its quantized values again."""
 
-    def fp8_set_weight(self: Any, param: Any, value: Tensor) -> None:
+    def fp8_set_weight(self, param: Any, value: Tensor) -> None:
         """Write a whole 16-bit parameter on this rank (its upper half of the new master)."""
         if param.data.numel() == value.numel() and param.untyped_storage().size():
             param.data.copy_(value.reshape(param.shape))
 
-    def _fp8_set_grad_scale(self: Any, total_norm: Any) -> None:
+    def _fp8_set_grad_scale(self, total_norm: Any) -> None:
         """The factor that DeepSpeed would multiply gradients with, in the same arithmetic, handed to the step."""
         combined: Any = self.loss_scale
         if self.clip_grad > 0.0:
@@ -97,11 +100,11 @@ class ScaledStates(Fp32View):
             combined = torch.clamp(torch.as_tensor(clip), min=1.0) * self.loss_scale
         self.optimizer.grad_scale = 1.0 / combined
 
-    def _lazy_init_hp_params_optimizer_state(self: Any) -> None:
+    def _lazy_init_hp_params_optimizer_state(self) -> None:
         """Coded fragments need no link to states: they decode when asked."""
         self._hp_optimizer_states_linked = True
 
-    def fp8_layout(self: Any) -> dict[str, Any]:
+    def fp8_layout(self) -> dict[str, Any]:
         """What must be equal for quantized values to be taken as they are: formats, sizes, and which part of the whole
         this is.
         """
@@ -115,7 +118,7 @@ class ScaledStates(Fp32View):
             "formats": self.optimizer.formats(),
         }
 
-    def state_dict(self: Any) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """DeepSpeed's own, in fp32, plus our quantized values. Views of a copy: later steps do not change it."""
         with self.fp8_fp32_view(export=True) as (fp32_adam, _):
             state = super().state_dict()
@@ -123,7 +126,7 @@ class ScaledStates(Fp32View):
         state[KEY] = quantized_state(self.optimizer, self.fp8_masters, self.fp8_layout())
         return state
 
-    def _fp8_serve_other_stages(self: Any, state: dict[str, Any], fp32_adam: Fp32Adam) -> None:
+    def _fp8_serve_other_stages(self, state: dict[str, Any], fp32_adam: Fp32Adam) -> None:
         """What universal conversion passes on unread, and what a job in another stage looks for in it.
 
         Stages 1 and 2 ask for DeepSpeed's version, which stage 3 does not write; stage 3 asks for a step where stages 1
@@ -139,7 +142,7 @@ class ScaledStates(Fp32View):
             step = next((int(entry["step"]) for entry in fp32_adam.state.values()), 0)
             state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, "param_groups": groups}
 
-    def load_state_dict(self: Any, state_dict_list: Any, *args: Any, **kwargs: Any) -> None:
+    def load_state_dict(self, state_dict_list: Any, *args: Any, **kwargs: Any) -> None:
         """Any layout that DeepSpeed reads; exact quantized values if this rank's shard has them for this very
         layout.
         """
@@ -152,15 +155,15 @@ class ScaledStates(Fp32View):
             load_quantized(self.optimizer, self.fp8_masters, own.get(KEY), self.fp8_layout())
         self.fp8_gather_weights()
 
-    def _fp8_took_fp32(self: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _fp8_took_fp32(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether DeepSpeed restored masters from the shard, and not from the 16-bit weights."""
         return bool(kwargs.get("load_from_fp32_weights", args[1] if len(args) > 1 else False))
 
-    def fp8_gather_weights(self: Any) -> None:
+    def fp8_gather_weights(self) -> None:
         """Make every rank's 16-bit weights those of the owners, after a load."""
         self.fp8_weights_changed()
 
-    def _restore_from_bit16_weights(self: Any) -> None:
+    def _restore_from_bit16_weights(self) -> None:
         """Masters from the 16-bit weights: the remainder of an older master must go, not be added to new weights."""
         if self._fp8_viewing:
             super()._restore_from_bit16_weights()
@@ -168,7 +171,7 @@ class ScaledStates(Fp32View):
         for master, own in zip(self.fp8_masters, self.fp8_slices(), strict=True):
             self.optimizer.import_fp32(master, master=own.detach().float().to(master.device))
 
-    def refresh_fp32_params(self: Any) -> None:
+    def refresh_fp32_params(self) -> None:
         self._restore_from_bit16_weights()
 
 

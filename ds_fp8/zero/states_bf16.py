@@ -10,7 +10,7 @@ other does not accumulate into that buffer. Ours is another, so the engine is to
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -20,6 +20,11 @@ from torch import Tensor
 from .states import ScaledStates
 from .states_fragments import link_coded_fragments
 from .touched import touched
+
+if TYPE_CHECKING:
+    from .deepspeed_wrappers import Bf16 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "Bf16": touched(
@@ -33,24 +38,25 @@ TOUCHED = {
 }
 
 
-class StatesBF16(ScaledStates):
+class StatesBF16(ScaledStates, Base):
     """Mixin over `BF16_Optimizer`."""
 
     FP8_MASTERS = "fp32_groups_flat_partition"
 
-    def fp8_slices(self: Any) -> list[Tensor]:
+    def fp8_slices(self) -> list[Tensor]:
         return [
             partitions[dist.get_rank(group=group)]
             for partitions, group in zip(self.bf16_partitioned_groups, self.real_dp_process_group, strict=True)
         ]
 
-    def fp8_params(self: Any, index: int) -> list[Any]:
+    def fp8_params(self, index: int) -> list[Any]:
         return self.bf16_groups[index]
 
-    def fp8_shares_storage(self: Any) -> bool:
-        return self.fp8_plan.comm.weight_wire == "none" or not self.fp8_plan.comm.fp8_weights
+    def fp8_shares_storage(self) -> bool:
+        comm = self.fp8_plan.comm
+        return comm is None or comm.weight_wire == "none" or not comm.fp8_weights
 
-    def fp8_alias_masters(self: Any) -> None:
+    def fp8_alias_masters(self) -> None:
         # This wrapper knows no base-dtype master: its fp32 clone shrinks to the base dtype here, once.
         for index, (master, own) in enumerate(zip(self.fp8_masters, self.fp8_slices(), strict=True)):
             share = own.data if self.fp8_shares_storage() else own.detach().clone()
@@ -62,15 +68,15 @@ class StatesBF16(ScaledStates):
         if isinstance(self.fp8_engine, PipelineEngine):
             print_pipeline(self.fp8_engine)
 
-    def _fp8_relink(self: Any) -> None:
+    def _fp8_relink(self) -> None:
         self._link_all_hp_params()
 
-    def _link_all_hp_params(self: Any) -> None:
+    def _link_all_hp_params(self) -> None:
         super()._link_all_hp_params()
         if not self._fp8_viewing:
             link_coded_fragments(self, self.bf16_groups, self.fp8_masters)
 
-    def get_grads_for_norm(self: Any, for_clipping: bool = False) -> Any:
+    def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
         """For clipping, none: the factor goes into the step instead of over every gradient buffer."""
         if not for_clipping:
             return super().get_grads_for_norm(for_clipping)
@@ -78,7 +84,7 @@ class StatesBF16(ScaledStates):
         self.optimizer.grad_scale = torch.clamp(torch.as_tensor(coefficient), max=1.0)
         return []
 
-    def step(self: Any, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:
         self.optimizer.grad_scale = 1.0
         grads = self.fp32_groups_gradient_flat_partition
         placeholders = []
@@ -98,7 +104,7 @@ class StatesBF16(ScaledStates):
             for master in self.fp8_masters:
                 master.grad = None
 
-    def fp8_gather_weights(self: Any) -> None:
+    def fp8_gather_weights(self) -> None:
         self.update_lp_params()
         self.fp8_weights_changed()
 

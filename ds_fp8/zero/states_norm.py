@@ -8,12 +8,17 @@ fp64 well). DeepSpeed's own methods still do the reductions over ranks and model
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .touched import touched
+
+if TYPE_CHECKING:
+    from .deepspeed_wrappers import Partitioned, ZeroStage12
+else:
+    Partitioned = ZeroStage12 = object
 
 TOUCHED = {
     "ZeroStage12 ZeroStage3": touched(overrides="get_grad_norm_direct"),
@@ -39,10 +44,10 @@ def _counts_apart(param: Any) -> bool:
     )
 
 
-class FusedGradNorm:
+class FusedGradNorm(Partitioned):
     """Mixin over DeepSpeed's ZeRO optimizers of every stage; on other devices the norm stays DeepSpeed's."""
 
-    def get_grad_norm_direct(self: Any, gradients: Any, params: Any, norm_type: float = 2) -> Any:
+    def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> Any:
         kept = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         if norm_type != 2 or any(map(_counts_apart, params)) or not on_gpu(kept):
             return super().get_grad_norm_direct(gradients, params, norm_type)
@@ -50,10 +55,10 @@ class FusedGradNorm:
         return super().get_grad_norm_direct([norms_of(kept[: len(params)])], params[:1], norm_type)
 
 
-class FusedGradNormAndOverflow(FusedGradNorm):
+class FusedGradNormAndOverflow(FusedGradNorm, ZeroStage12):
     """Mixin over `DeepSpeedZeroOptimizer`: its overflow check as well. Stage 3 checks its one flat buffer by itself."""
 
-    def has_overflow_partitioned_grads_serial(self: Any) -> Tensor:
+    def has_overflow_partitioned_grads_serial(self) -> Tensor:
         gradients = [
             g for group in self.averaged_gradients.values() for g in group or () if g is not None and g.numel()
         ]

@@ -18,6 +18,7 @@ from .. import optim
 from ..algorithms import ALGORITHMS, REFUSED_OPTIONS, labels
 from ..errors import PlanError
 from ..optim.algorithm import refuse_options
+from ..plan import Plan
 from .states_client import ClientStates
 from .touched import touched
 
@@ -32,7 +33,7 @@ SEED = 0x5EED
 """Where stochastic rounding starts; each partition adds its own number, replicas share it. Kept in checkpoints."""
 
 
-def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Any) -> Any:
+def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Plan) -> Any:
     """ScaledAdam, ScaledAdamW or ScaledLion from DeepSpeed's `optimizer` section; PlanError for any other type or
     key.
     """
@@ -71,7 +72,7 @@ def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Any) -> 
 
 
 def replace_client_optimizer(
-    engine: Any, client_optimizer: Any, model_parameters: Any, plan: Any
+    engine: Any, client_optimizer: Any, model_parameters: Any, plan: Plan
 ) -> tuple[Any, ClientStates]:
     """Our Adam with a client's parameters and hyper-parameters, and the states to cut to ZeRO's partitions.
 
@@ -98,11 +99,13 @@ def replace_client_optimizer(
     return ours, given
 
 
-def _formats(plan: Any, names: Iterable[str]) -> dict[str, str]:
+def _formats(plan: Plan, names: Iterable[str]) -> dict[str, str]:
+    assert plan.optim is not None
     return {name: getattr(plan.optim.level, name) for name in names}
 
 
-def _ours(engine: Any, plan: Any) -> dict[str, Any]:
+def _ours(engine: Any, plan: Plan) -> dict[str, Any]:
+    assert plan.optim is not None
     return {"level": plan.optim.level, "base_dtype": plan.optim.base_dtype, "seed": _seed(engine)}
 
 

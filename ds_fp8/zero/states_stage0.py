@@ -14,7 +14,7 @@ Rounding draws the same bits on all ranks, because replicas must stay equal.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.moe.utils import split_params_grads_into_shared_and_expert_params
@@ -25,6 +25,11 @@ from .states import KEY, load_quantized, quantized_state
 from .states_stage0_formats import Loaded, read_state, write_state
 from .states_stage0_scale import LossScale, is_invalid_norm
 from .touched import touched
+
+if TYPE_CHECKING:
+    from .adapters.vocabulary import Stage0 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "Engine": touched(reads="param_names"),
@@ -55,7 +60,7 @@ class LossScaleAdapter:
         """The optimizer moves its own loss scale, after its own overflow check."""
 
 
-class Stage0Optimizer:
+class Stage0Optimizer(Base):
     """Mixin that makes an `FP16_UnfusedOptimizer` for every base dtype, with the model's parameters in place of fp32 copies.
 
     layout  form of the fp32 part of checkpoints: that of the wrapper which DeepSpeed would have chosen without us
@@ -64,9 +69,7 @@ class Stage0Optimizer:
 
     layout: str
 
-    def __init__(
-        self: Any, optimizer: Any, engine: Any, *, loss_scale: LossScale, clip_grad: float, mpu: Any, layout: str
-    ):
+    def __init__(self, optimizer: Any, engine: Any, *, loss_scale: LossScale, clip_grad: float, mpu: Any, layout: str):
         self.optimizer = optimizer
         self.fp8_engine = engine
         self.layout = layout
@@ -99,7 +102,7 @@ class Stage0Optimizer:
         return [param for group in self.fp16_groups for param in group]
 
     @property
-    def loss_scale(self: Any) -> float:
+    def loss_scale(self) -> float:
         return self.external_loss_scale if self.custom_loss_scaler else self.loss_scale_config.cur_scale
 
     cur_scale = loss_scale
@@ -145,7 +148,7 @@ class Stage0Optimizer:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
 
-    def _skip(self: Any) -> bool:
+    def _skip(self) -> bool:
         """No update from gradients that are not finite; a dynamic loss scale goes down."""
         self.overflow = True
         self._global_grad_norm = float("inf")

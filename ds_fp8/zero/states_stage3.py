@@ -7,7 +7,7 @@ forward read. Nothing is gathered after the step except the parameters that Deep
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -22,6 +22,11 @@ from .states_norm import FusedGradNorm
 from .touched import touched
 from .wire import join
 
+if TYPE_CHECKING:
+    from .deepspeed_wrappers import ZeroStage3 as Base
+else:
+    Base = object
+
 TOUCHED = {
     "Parameter": touched(reads="ds_numel ds_shape ds_tensor"),
     "ZeroStage3": touched(
@@ -32,18 +37,18 @@ TOUCHED = {
 }
 
 
-class StatesStage3(FusedGradNorm, ScaledStates):
+class StatesStage3(FusedGradNorm, ScaledStates, Base):
     """Mixin over `DeepSpeedZeroOptimizer_Stage3`."""
 
     FP8_MASTERS = "fp32_partitioned_groups_flat"
 
-    def fp8_slices(self: Any) -> list[Tensor]:
+    def fp8_slices(self) -> list[Tensor]:
         return self.fp16_partitioned_groups_flat
 
-    def fp8_params(self: Any, index: int) -> list[Any]:
+    def fp8_params(self, index: int) -> list[Any]:
         return self.fp16_groups[index]
 
-    def fp8_fragments(self: Any, index: int) -> list[Fragment]:
+    def fp8_fragments(self, index: int) -> list[Fragment]:
         """This rank's shares; the last rank's ends in padding."""
         fragments = []
         for param in self.fp16_groups[index]:
@@ -54,20 +59,20 @@ class StatesStage3(FusedGradNorm, ScaledStates):
                 fragments.append(Fragment(param, start, start_in_flat, numel))
         return fragments
 
-    def fp8_shares_storage(self: Any) -> bool:
+    def fp8_shares_storage(self) -> bool:
         return not self.offload_optimizer
 
-    def _fp8_group_params(self: Any, flats: list[Tensor]) -> list[list[Tensor]]:
+    def _fp8_group_params(self, flats: list[Tensor]) -> list[list[Tensor]]:
         # Stage 3 leaves the groups empty between steps and fills them when it saves and loads.
         return [[] for _ in self.optimizer.param_groups]
 
-    def _fp8_took_fp32(self: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _fp8_took_fp32(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         return True
 
-    def unscale_and_clip_grads(self: Any, sub_group_id: int, total_norm: Any) -> None:
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
         self._fp8_set_grad_scale(total_norm)
 
-    def _prepare_fp32_grad_for_sub_group(self: Any, sub_group_id: int) -> None:
+    def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
         """Hand the sub-group's gradients to the step as they lie: one contiguous run, in the dtype they were summed in."""
         master = self.fp8_masters[sub_group_id]
         flat = join([grad.reshape(-1) for grad in self.averaged_gradients[sub_group_id]])
@@ -81,11 +86,11 @@ class StatesStage3(FusedGradNorm, ScaledStates):
             master.grad = torch.zeros((), dtype=master.dtype, device=flat.device).expand(flat.numel())
         self.averaged_gradients[sub_group_id] = None
 
-    def _optimizer_step(self: Any, sub_group_id: int) -> None:
+    def _optimizer_step(self, sub_group_id: int) -> None:
         super()._optimizer_step(sub_group_id)
         self.optimizer.gradients.clear()
 
-    def _post_step(self: Any, timer_names: Any) -> None:
+    def _post_step(self, timer_names: Any) -> None:
         """DeepSpeed's epilogue, which gathers the parameters that stay whole; most of them are there before."""
         whole = self.persistent_parameters
         self.persistent_parameters = gather_together(whole, self._get_param_partition_group)
@@ -95,7 +100,7 @@ class StatesStage3(FusedGradNorm, ScaledStates):
             self.persistent_parameters = whole
 
     def _get_fp32_opt_state_partition(
-        self: Any, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
+        self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
     ) -> tuple[Tensor, int]:
         """This rank's share of a parameter's master or state, decoded to fp32."""
         group_idx, dest_offset, num_elements = self.grad_position[self.get_param_id(param)]
@@ -103,7 +108,7 @@ class StatesStage3(FusedGradNorm, ScaledStates):
         share = read_slice(self.optimizer, self.fp8_masters[group_idx], key, int(dest_offset), int(num_elements))
         return share, group_idx
 
-    def _fp32_state_allgather(self: Any, param: Any, fp32_state_partition: Tensor) -> Tensor:
+    def _fp32_state_allgather(self, param: Any, fp32_state_partition: Tensor) -> Tensor:
         """As DeepSpeed's, but in fp32: masters have the base dtype here, what is decoded from them has not."""
         group = self._get_param_partition_group(param)
         share = fp32_state_partition.to(param.device, torch.float32).contiguous()
@@ -111,7 +116,7 @@ class StatesStage3(FusedGradNorm, ScaledStates):
         dist.all_gather_into_tensor(full, share, group=group)
         return full.narrow(0, 0, param.ds_numel).view(param.ds_shape)
 
-    def set_full_hp_param(self: Any, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
+    def set_full_hp_param(self, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
         if not param.requires_grad:
             return
         assert value.numel() == param.ds_numel, f"{value.numel()} values for a parameter of {param.ds_numel}"
@@ -122,7 +127,7 @@ class StatesStage3(FusedGradNorm, ScaledStates):
         share[: mine.numel()].copy_(mine)
         self._fp8_write_share(param, share, optim_state_key)
 
-    def set_local_hp_param(self: Any, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
+    def set_local_hp_param(self, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
         if not param.requires_grad:
             return
         assert value.numel() == param.ds_tensor.numel(), (
@@ -130,20 +135,20 @@ class StatesStage3(FusedGradNorm, ScaledStates):
         )
         self._fp8_write_share(param, value.detach().reshape(-1).float(), optim_state_key)
 
-    def _fp8_write_share(self: Any, param: Any, share: Tensor, optim_state_key: str | None) -> None:
+    def _fp8_write_share(self, param: Any, share: Tensor, optim_state_key: str | None) -> None:
         group_idx, dest_offset, _ = self.grad_position[self.get_param_id(param)]
         write_slice(self.optimizer, self.fp8_masters[group_idx], optim_state_key or "master", int(dest_offset), share)
         if optim_state_key is None:
             self._fp8_publish(group_idx)
 
-    def _fp8_publish(self: Any, group_idx: int) -> None:
+    def _fp8_publish(self, group_idx: int) -> None:
         """The 16-bit half of a master that was written outside of a step, to where the gathers read it."""
         own = self.fp8_slices()[group_idx]
         if own is not None:
             own.data.copy_(self.fp8_masters[group_idx].data)
         self.fp8_weights_changed()
 
-    def fp8_gather_weights(self: Any) -> None:
+    def fp8_gather_weights(self) -> None:
         """After a load: 16-bit flats are the masters' upper halves; whole parameters are gathered by DeepSpeed's epilogue."""
         for index, own in enumerate(self.fp8_slices()):
             if own is not None:
@@ -151,13 +156,13 @@ class StatesStage3(FusedGradNorm, ScaledStates):
                 self._unflatten_partitioned_parameters(index)
         self.fp8_weights_changed()
 
-    def get_hp_param_device(self: Any, param: Any, optim_state_key: str | None = None) -> torch.device | None:
+    def get_hp_param_device(self, param: Any, optim_state_key: str | None = None) -> torch.device | None:
         if not param.requires_grad:
             return None
         group_idx, _, _ = self.grad_position[self.get_param_id(param)]
         return self.fp8_masters[group_idx].device
 
-    def offload_states(self: Any, *args: Any, **kwargs: Any) -> None:
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
             f"{type(self).__name__}.offload_states: DeepSpeed moves fp32 masters and states apart from the 16-bit weights;"
             " with msamp the master *is* the 16-bit weight plus a remainder.\n"

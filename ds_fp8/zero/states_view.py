@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from torch import Tensor
 from ..algorithms import MOMENTS
 from ..errors import CheckpointError
 from .touched import touched
+
+if TYPE_CHECKING:
+    from .deepspeed_wrappers import AnyWrapper as Base
+else:
+    Base = object
 
 TOUCHED = {
     "AnyWrapper": touched(reads="optimizer", writes="optimizer"),
@@ -96,7 +101,7 @@ def check_moments(loaded: dict[str, Any], optimizer: Any) -> None:
         )
 
 
-class Fp32View:
+class Fp32View(Base):
     """Mixin: `fp8_fp32_view` for an optimizer wrapper whose masters lie in the list attribute `FP8_MASTERS`.
 
     Subclasses say how flats belong to parameter groups (`_fp8_group_params`), and what else has to be pointed at the
@@ -108,19 +113,19 @@ class Fp32View:
     _fp8_viewing = False
 
     @property
-    def fp8_masters(self: Any) -> list[Tensor]:
+    def fp8_masters(self) -> list[Tensor]:
         """This rank's partitions, in the base dtype."""
         return getattr(self, self.FP8_MASTERS)
 
-    def _fp8_group_params(self: Any, flats: list[Tensor]) -> list[list[Tensor]]:
+    def _fp8_group_params(self, flats: list[Tensor]) -> list[list[Tensor]]:
         """Which flats stand in which parameter group, as DeepSpeed expects to find them between two steps."""
         return [[flat] for flat in flats]
 
-    def _fp8_relink(self: Any) -> None:
+    def _fp8_relink(self) -> None:
         """Point tensor fragments at the current `fp8_masters`."""
 
     @contextmanager
-    def fp8_fp32_view(self: Any, *, export: bool) -> Iterator[tuple[Fp32Adam, list[Tensor]]]:
+    def fp8_fp32_view(self, *, export: bool) -> Iterator[tuple[Fp32Adam, list[Tensor]]]:
         """Torch's Adam and fp32 flats in place of ours; `export` fills them, else they start at zero."""
         ours, masters = self.optimizer, self.fp8_masters
         flats: list[Tensor] = []
@@ -142,7 +147,7 @@ class Fp32View:
         for flat, state in zip(flats, states, strict=True):
             if state:
                 fp32_adam.state[flat] = state
-        self.optimizer = fp32_adam
+        self.optimizer = cast("Any", fp32_adam)
         setattr(self, self.FP8_MASTERS, flats)
         self._fp8_viewing = True
         try:
@@ -156,7 +161,7 @@ class Fp32View:
             if not export:
                 self._fp8_relink()
 
-    def fp8_import(self: Any, fp32_adam: Fp32Adam, flats: list[Tensor]) -> None:
+    def fp8_import(self, fp32_adam: Fp32Adam, flats: list[Tensor]) -> None:
         """Encode what a load has left in the fp32 view. Moments that were not loaded stay as they are."""
         copy_groups(self.optimizer, fp32_adam)
         group_step = fp32_adam.param_groups[0].get("step")

@@ -89,17 +89,14 @@ def touched(overrides: str = "", reads: str = "", writes: str = "", later: str =
 def of_file(file: Path) -> dict[str, Touched]:
     """`TOUCHED` of a source file, without importing it; {} when it declares nothing."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        target = (
-            node.targets[0]
-            if isinstance(node, ast.Assign)
-            else node.target
-            if isinstance(node, ast.AnnAssign)
-            else None
-        )
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if isinstance(target, ast.Name) and target.id == "TOUCHED" and isinstance(node.value, ast.Dict):
             found = {}
             for key, call in zip(node.value.keys, node.value.values, strict=True):
-                words = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+                assert key is not None and isinstance(call, ast.Call), f"{file}: TOUCHED is no plain dictionary"
+                words = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
                 found[ast.literal_eval(key)] = touched(**words)
             return found
     return {}
@@ -132,9 +129,9 @@ def imports(version: str) -> Iterator[tuple[str, str, str]]:
     """(file, module, name) of everything that is imported from DeepSpeed by name."""
     for file in files(version):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("deepspeed"):
+            if isinstance(node, ast.ImportFrom) and not node.level and str(node.module).startswith("deepspeed"):
                 for one in node.names:
-                    yield file.relative_to(ROOT).as_posix(), node.module, one.name
+                    yield file.relative_to(ROOT).as_posix(), str(node.module), one.name
 
 
 def check_instance(instance: Any, kind: str, base: type) -> None:

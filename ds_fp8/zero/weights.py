@@ -25,9 +25,10 @@ from torch import Tensor
 
 from ..comm.counters import all_reduce_bytes, counters
 from ..errors import PlanError
-from ..layers import QuantizedWeight
+from ..layers import ModelFp8State, QuantizedWeight
 from ..layers.recipes import scaling_of
 from ..layers.recipes.owner import Segment
+from ..plan import Plan
 from .touched import touched
 
 TOUCHED = {
@@ -53,7 +54,9 @@ class OwnedWeight:
 class WeightCaster:
     """Casts this rank's segments with the scales of the layers' recipe. Every method is collective over `group`."""
 
-    def __init__(self, weights: Sequence[OwnedWeight], fp8_state: Any, plan: Any, group: Any, device: torch.device):
+    def __init__(
+        self, weights: Sequence[OwnedWeight], fp8_state: ModelFp8State, plan: Plan, group: Any, device: torch.device
+    ):
         self.weights, self.fp8_state, self.group, self.device = list(weights), fp8_state, group, device
         self.scaling = scaling_of(plan.fp8.recipe.kind)
         self.index = {id(weight): number for number, weight in enumerate(self.weights)}
@@ -115,7 +118,8 @@ def drop_quantized(weight: OwnedWeight) -> None:
         weight.layer.quantized_weight = None
 
 
-def attach_weights(engine: Any, zero_optimizer: Any, plan: Any, fp8_state: Any) -> None:
+def attach_weights(engine: Any, zero_optimizer: Any, plan: Plan, fp8_state: ModelFp8State) -> None:
     """Lay out stores for the weights of the plan; from the first step on their quantized values travel."""
+    assert plan.comm is not None
     weights = find_owned(engine.module, plan.comm.fp8_weights)
     zero_optimizer.fp8_lay_out_weights(engine, weights, plan, fp8_state)

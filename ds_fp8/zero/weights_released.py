@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import WeightError
 from ..layers import QuantizedWeight
+from ..layers.once import once_for_each
 from ..numerics.gemm_blocks import dequantize_128x128
 
 SOURCE = "_ds_fp8_source"
@@ -48,7 +49,8 @@ class Source:
     __slots__ = ("kept", "name", "quantized")
 
     def __init__(self, name: str, quantized: QuantizedWeight):
-        self.name, self.quantized, self.kept = name, quantized, None
+        self.name, self.quantized = name, quantized
+        self.kept: Tensor | None = None
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`, new memory."""
@@ -124,7 +126,7 @@ def _is_looked_at_by_a_compiler() -> bool:
     return not torch.compiler.is_dynamo_compiling() and torch._guards.TracingContext.try_get() is not None
 
 
-@functools.cache
+@once_for_each
 def _released_class(original: type) -> type:
     return type("ReleasedWeight", (Released, original), {"__module__": __name__})
 
@@ -199,7 +201,7 @@ def _call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             thaw(None if is_released(written) else _whole(written))  # a frozen weight (`frozen_weights.py`)
     if torch._C._get_tracing_state() is not None:
         _refuse_trace(func, args, kwargs)
-    first = args[0] if args else None
+    first: Any = args[0] if args else None
     if is_released(first):
         if func == _GET_DATA or func == Tensor.detach:
             return first.__dict__[SOURCE].decoded(first.dtype)
@@ -269,9 +271,10 @@ def _source(found: Any) -> Source | None:
 
 def _whole(decoded: Tensor) -> Tensor:
     """The whole weight that a decoded tensor, or a view of it, lies in."""
-    shape = decoded.__dict__[SOURCE].quantized.data.shape
+    data: Tensor = decoded.__dict__[SOURCE].quantized.data
     with raw():
-        return torch.empty(0, dtype=decoded.dtype, device=decoded.device).set_(decoded.untyped_storage(), 0, shape)
+        whole = torch.empty(0, dtype=decoded.dtype, device=decoded.device)
+        return whole.set_(decoded.untyped_storage(), 0, data.shape)  # type: ignore[call-overload]  # stubs want a stride
 
 
 def _is_what_it_reads(param: Any, value: Any) -> bool:

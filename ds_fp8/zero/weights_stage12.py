@@ -20,13 +20,15 @@ import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
 from ..comm.route import group_ranks
+from ..layers import ModelFp8State
+from ..plan import Plan
 from . import weights_gathered, weights_wrapped
 from .states_fragments import CodedFragment
 from .touched import touched
@@ -34,6 +36,11 @@ from .weights import OwnedWeight
 from .weights_asked import AskedTogether, watch_modules
 from .weights_released import raw
 from .weights_store import GroupStore, flat_layout
+
+if TYPE_CHECKING:
+    from .states_stage12 import StatesStage12 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "Engine": touched(overrides="load_checkpoint save_16bit_model save_checkpoint", reads="module"),
@@ -54,13 +61,15 @@ COLLECTIVE = ("save_checkpoint", "save_16bit_model", "load_checkpoint", "eval_ba
 """Methods of the engine that all ranks call, and that read or write 16-bit weights."""
 
 
-class WeightsStage12:
+class WeightsStage12(Base):
     """Mixin over `DeepSpeedZeroOptimizer`: the gather after the step carries quantized values."""
 
     fp8_stores: list[GroupStore]
     _fp8_stepping = False
 
-    def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, fp8_state: Any) -> None:
+    def fp8_lay_out_weights(
+        self, engine: Any, weights: list[OwnedWeight], plan: Plan, fp8_state: ModelFp8State
+    ) -> None:
         self.fp8_weight_plan, self.fp8_layers_state = plan, fp8_state
         self.fp8_stores = [
             GroupStore(self, index, weights, fp8_state, plan) for index in range(len(self.bit16_groups_flat))
@@ -74,7 +83,7 @@ class WeightsStage12:
             if hasattr(engine, name) and not (name == "eval_batch" and plan.fp8.eval):
                 setattr(engine, name, self._fp8_with_weights(getattr(engine, name), name == "load_checkpoint"))
 
-    def _fp8_with_weights(self: Any, method: Any, is_load: bool) -> Any:
+    def _fp8_with_weights(self, method: Any, is_load: bool) -> Any:
         """DeepSpeed's savers call state_dict() on some ranks only: gather before, on all of them."""
 
         @functools.wraps(method)
@@ -87,7 +96,7 @@ class WeightsStage12:
 
         return wrapped
 
-    def fp8_weights_replaced(self: Any) -> None:
+    def fp8_weights_replaced(self) -> None:
         """Weights are written from outside, on all ranks: 16-bit ones everywhere, and no quantized values until the
         next step.
         """
@@ -96,7 +105,7 @@ class WeightsStage12:
             store.forget_quantized()
 
     @contextmanager
-    def fp8_high_precision_weights(self: Any) -> Iterator[None]:
+    def fp8_high_precision_weights(self) -> Iterator[None]:
         """16-bit weights for the length of a block; collective."""
         released = [store for store in self.fp8_stores if store.is_released]
         self.fp8_restore_weights()
@@ -109,7 +118,7 @@ class WeightsStage12:
                     store.keep_rest()
                     store.release()
 
-    def fp8_give_back(self: Any) -> None:
+    def fp8_give_back(self) -> None:
         """The end of the engine: weights in torch Parameters, hooks off the model.
 
         In 16 bits where all ranks end it together; a rank that does so alone keeps the decoded values.
@@ -129,14 +138,14 @@ class WeightsStage12:
         weights_wrapped.end(self)
         self.fp8_hooks, self.fp8_stores = [], []
 
-    def fp8_stored_params(self: Any) -> Iterator[Any]:
+    def fp8_stored_params(self) -> Iterator[Any]:
         """Every parameter that may be released, or whose memory moves when weights are."""
         for store in self.fp8_stores:
             yield from (weight.param for weight, _, _ in store.coded)
             yield from (param for param, _, _ in store.rest)
 
     @contextmanager
-    def fp8_gathered(self: Any, params: list[Any], modifier_rank: int | None) -> Iterator[None]:
+    def fp8_gathered(self, params: list[Any], modifier_rank: int | None) -> Iterator[None]:
         """What `GatheredParameters` does with these parameters (see weights_gathered); collective."""
         with self.fp8_high_precision_weights():
             before = None
@@ -148,7 +157,7 @@ class WeightsStage12:
                     for own, store in zip(before, self.fp8_stores, strict=True)
                 ]
             yield
-            if before is None:
+            if before is None or modifier_rank is None:
                 return
             chosen = {id(param) for param in params}
             for index, store in enumerate(self.fp8_stores):
@@ -174,31 +183,31 @@ class WeightsStage12:
                 else:
                     master.copy_(value)
 
-    def fp8_restore_weights(self: Any) -> None:
+    def fp8_restore_weights(self) -> None:
         """16-bit weights in torch Parameters, until the next step; collective."""
         for index, store in enumerate(self.fp8_stores):
             if store.is_released:
                 store.restore(self._fp8_own16(index))
 
-    def fp8_restore_if_all_ask(self: Any, asked: str) -> None:
+    def fp8_restore_if_all_ask(self, asked: str) -> None:
         """The same for a call that one rank may have made alone: raises WeightError there."""
         for index, store in enumerate(self.fp8_stores):
             if store.is_released:
                 self.fp8_asked.require(store, asked)
                 store.restore(self._fp8_own16(index))
 
-    def fp8_restore_for_evaluation(self: Any) -> None:
+    def fp8_restore_for_evaluation(self) -> None:
         """The same for a forward in high precision: a rank that evaluates alone goes on with decoded weights."""
         for index, store in enumerate(self.fp8_stores):
             if store.is_released and self.fp8_asked.evaluates_together(store):
                 store.restore(self._fp8_own16(index))
 
-    def fp8_set_weight(self: Any, param: Any, value: Tensor) -> None:
+    def fp8_set_weight(self, param: Any, value: Tensor) -> None:
         """A setter of fp32 values (`safe_set_full_fp32_param`) writes the 16-bit weight too: it must be there."""
         self.fp8_restore_if_all_ask("a setter of DeepSpeed's")
         super().fp8_set_weight(param, value)
 
-    def fp8_weights_changed(self: Any) -> None:
+    def fp8_weights_changed(self) -> None:
         """New masters (a load, a setter): no quantized values until the next step."""
         self.fp8_restore_if_all_ask("a setter of DeepSpeed's")
         self.fp8_weights_replaced()
@@ -206,21 +215,21 @@ class WeightsStage12:
         if changed is not None:
             changed()
 
-    def _fp8_own16(self: Any, index: int) -> Tensor:
+    def _fp8_own16(self, index: int) -> Tensor:
         """This rank's 16-bit partition, on the device of the weights."""
         return self.single_partition_of_fp32_groups[index].detach().to(self.fp8_stores[index].others)
 
-    def _fp8_quantized_next(self: Any) -> bool:
+    def _fp8_quantized_next(self) -> bool:
         """Whether the forward after this step will use quantized values; not before `start_step`."""
         fp8_state = self.fp8_layers_state
         return fp8_state is not None and fp8_state.steps + 1 >= self.fp8_weight_plan.fp8.start_step
 
-    def reduce_ready_partitions_and_remove_grads(self: Any, param: Any, i: int) -> None:
+    def reduce_ready_partitions_and_remove_grads(self, param: Any, i: int) -> None:
         # DeepSpeed looks at a parameter some twenty times here, and wants it as it is.
         with raw():
             super().reduce_ready_partitions_and_remove_grads(param, i)
 
-    def step(self: Any, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:
         """DeepSpeed's step without its gather, then ours.
 
         Also after a skipped step: layers that cast for themselves would cast the same weights under a newer scale now.
@@ -249,7 +258,7 @@ class WeightsStage12:
                 store.refresh(self._fp8_own16(index))
         self.fp8_asked.moment += 1
 
-    def _fp8_part_masters(self: Any) -> None:
+    def _fp8_part_masters(self) -> None:
         """Masters that lie in a flat about to be released get memory of their own; the whole of a flat is that already."""
         moved = False
         for master, store in zip(self.single_partition_of_fp32_groups, self.fp8_stores, strict=True):
@@ -260,22 +269,22 @@ class WeightsStage12:
         if moved:
             self._fp8_relink()
 
-    def _fp8_master_copy(self: Any, index: int) -> Tensor:
+    def _fp8_master_copy(self, index: int) -> Tensor:
         if self.cpu_offload:
             return self.param_buffer_of_bit16_for_cpu_offload_groups[index]
         return self.single_partition_of_fp32_groups[index].detach()
 
-    def _update_model_bit16_weights(self: Any, group_index: int) -> None:
+    def _update_model_bit16_weights(self, group_index: int) -> None:
         if not self._fp8_stepping:
             super()._update_model_bit16_weights(group_index)
 
-    def update_lp_params(self: Any) -> None:
+    def update_lp_params(self) -> None:
         """New masters (a load, a setter): 16-bit weights of all ranks again, and no quantized values until the next
         step.
         """
         self.fp8_weights_replaced()
         super().update_lp_params()
 
-    def _restore_from_bit16_weights(self: Any) -> None:
+    def _restore_from_bit16_weights(self) -> None:
         self.fp8_weights_replaced()
         super()._restore_from_bit16_weights()

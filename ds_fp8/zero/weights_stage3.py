@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -24,7 +24,9 @@ from torch import Tensor
 
 from ..comm.counters import all_gather_bytes, counters
 from ..errors import PlanError
+from ..layers import ModelFp8State
 from ..layers.recipes.owner import Segment
+from ..plan import Plan
 from . import weights_released, weights_wrapped
 from .touched import touched
 from .weights import OwnedWeight, WeightCaster, drop_quantized, set_quantized
@@ -33,6 +35,11 @@ PREFETCH = "_PartitionedParameterCoordinator__prefetch_bucket_sz"
 """Elements that DeepSpeed's coordinator gathers ahead. It counts elements whatever their size; quantized values are
 half of them.
 """
+
+if TYPE_CHECKING:
+    from .states_stage3 import StatesStage3 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "Engine": touched(overrides="load_checkpoint load_module_state_dict", reads="module"),
@@ -105,6 +112,7 @@ class QuantizedHandle:
         for one, row in zip(self.coded, rows, strict=True):
             weight = one.weight
             whole = row.reshape(-1)[: weight.numel]
+            assert one.scale_inv is not None, "cast before it travels"
             set_quantized(weight, whole, one.scale_inv)
             source = weights_released.Source(weight.name, weight.layer.quantized_weight)
             weights_released.release(weight.param, one.dtype, whole.device, weight.shape, source)
@@ -140,12 +148,14 @@ def lay_out_chunks(weights: list[OwnedWeight]) -> dict[int, CodedWeight]:
     return found
 
 
-class WeightsStage3:
+class WeightsStage3(Base):
     """Mixin over `DeepSpeedZeroOptimizer_Stage3`: quantized values are made after each step and gathered when layers
     need them.
     """
 
-    def fp8_lay_out_weights(self: Any, engine: Any, weights: list[OwnedWeight], plan: Any, fp8_state: Any) -> None:
+    def fp8_lay_out_weights(
+        self, engine: Any, weights: list[OwnedWeight], plan: Plan, fp8_state: ModelFp8State
+    ) -> None:
         self.fp8_weight_plan, self.fp8_layers_state = plan, fp8_state
         weights_wrapped.begin(self)
         kept = [weight for weight in weights if not weight.param.ds_persist]
@@ -157,8 +167,9 @@ class WeightsStage3:
                     " parameters to cpu."
                 )
         # Laid out with the first quantized values: until then gathers are 16-bit, and the job rests where O2 does.
-        self.fp8_kept, self.fp8_coded = kept, {}
-        self.fp8_cast_event = None
+        self.fp8_kept = kept
+        self.fp8_coded: dict[int, CodedWeight] = {}
+        self.fp8_cast_event: Any = None
         every = [param for param in engine.module.parameters() if param.requires_grad and not param.ds_persist]
         of_quantized = sum(weight.numel for weight in kept)
         total = sum(param.ds_numel for param in every)
@@ -183,19 +194,19 @@ class WeightsStage3:
             self._fp8_replace(param, "all_gather", self._fp8_bring_16bit(param, param.all_gather))
             self._fp8_replace(param, "partition", self._fp8_partition_instead(param, param.partition))
 
-    def _fp8_set_fresh(self: Any, fresh: bool) -> None:
+    def _fp8_set_fresh(self, fresh: bool) -> None:
         """Whether the next gathers of weights carry quantized values, and so how far ahead they may be."""
         self.fp8_quantized_fresh = fresh
         coordinator = self._get_param_coordinator()
         if hasattr(coordinator, PREFETCH):
             setattr(coordinator, PREFETCH, self.fp8_prefetch[fresh])
 
-    def _fp8_replace(self: Any, param: Any, name: str, method: Any) -> None:
+    def _fp8_replace(self, param: Any, name: str, method: Any) -> None:
         """DeepSpeed's methods of a parameter hang on the object; what was there is kept for the end."""
         self._fp8_methods.append((param, name, getattr(param, name)))
         setattr(param, name, method)
 
-    def fp8_give_back(self: Any) -> None:
+    def fp8_give_back(self) -> None:
         """The end of the engine: no quantized values in the layers, DeepSpeed's own methods on the parameters."""
         self._fp8_set_fresh(False)
         for coded in self.fp8_coded.values():
@@ -210,7 +221,7 @@ class WeightsStage3:
         self._fp8_methods, self.fp8_coded, self.fp8_casters, self.fp8_kept = [], {}, [], []
         weights_wrapped.end(self)
 
-    def _fp8_forgetting(self: Any, method: Any) -> Any:
+    def _fp8_forgetting(self, method: Any) -> Any:
         """A load replaces the weights that the quantized values stand for: 16-bit gathers until the next step."""
 
         @functools.wraps(method)
@@ -220,10 +231,10 @@ class WeightsStage3:
 
         return wrapped
 
-    def _fp8_wants_quantized(self: Any) -> bool:
+    def _fp8_wants_quantized(self) -> bool:
         return self.fp8_quantized_fresh and (self.fp8_root.training or self.fp8_weight_plan.fp8.eval)
 
-    def _fp8_gather_instead(self: Any, original: Any) -> Any:
+    def _fp8_gather_instead(self, original: Any) -> Any:
         def all_gather_coalesced(params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
             params = list(params)
             coded = [p for p in params if id(p) in self.fp8_coded] if self._fp8_wants_quantized() else []
@@ -245,7 +256,7 @@ class WeightsStage3:
 
         return all_gather_coalesced
 
-    def _fp8_bring_16bit(self: Any, param: Any, original: Any) -> Any:
+    def _fp8_bring_16bit(self, param: Any, original: Any) -> Any:
         """GatheredParameters and its kind: 16 bits, also for a weight whose quantized values are here at this
         moment.
         """
@@ -259,7 +270,7 @@ class WeightsStage3:
 
         return all_gather
 
-    def _fp8_partition_instead(self: Any, param: Any, original: Any) -> Any:
+    def _fp8_partition_instead(self, param: Any, original: Any) -> Any:
         """Quantized values go when the parameter goes. Values written in GatheredParameters make all of them stale."""
 
         def partition(param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, **kwargs: Any) -> Any:
@@ -276,17 +287,17 @@ class WeightsStage3:
 
         return partition
 
-    def reduce_ready_partitions_and_remove_grads(self: Any, param: Any) -> None:
+    def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
         # DeepSpeed looks at a parameter many times here, and wants it as it is.
         with weights_released.raw():
             super().reduce_ready_partitions_and_remove_grads(param)
 
-    def step(self: Any, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:
         super().step(closure)
         # Also after a skipped step: layers that cast for themselves would do it under a newer scale now.
         self.fp8_quantize_weights()
 
-    def fp8_quantize_weights(self: Any) -> None:
+    def fp8_quantize_weights(self) -> None:
         """Cast this rank's chunks from its new 16-bit partitions; collective for the amaxes only."""
         fp8_state = self.fp8_layers_state
         if not self.fp8_casters:
@@ -304,7 +315,7 @@ class WeightsStage3:
             self.fp8_cast_event = get_accelerator().Event()
             self.fp8_cast_event.record()
 
-    def fp8_weights_changed(self: Any) -> None:
+    def fp8_weights_changed(self) -> None:
         """New masters (a load, a setter): gathers are 16-bit until the next step."""
         self._fp8_set_fresh(False)
         changed = getattr(super(), "fp8_weights_changed", None)

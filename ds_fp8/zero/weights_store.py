@@ -22,7 +22,9 @@ from torch import Tensor
 
 from ..comm.counters import all_gather_bytes, counters
 from ..comm.gather import all_gather_shares
+from ..layers import ModelFp8State
 from ..layers.recipes.owner import Segment
+from ..plan import Plan
 from . import weights_released
 from .touched import touched
 from .weights import OwnedWeight, WeightCaster, drop_quantized, set_quantized
@@ -46,7 +48,7 @@ class GroupStore:
     is_released  whether the 16-bit weights are away
     """
 
-    def __init__(self, optimizer: Any, index: int, weights: list[OwnedWeight], fp8_state: Any, plan: Any):
+    def __init__(self, optimizer: Any, index: int, weights: list[OwnedWeight], fp8_state: ModelFp8State, plan: Plan):
         self.group = optimizer.real_dp_process_group[index]
         self.world_size, self.rank = dist.get_world_size(group=self.group), dist.get_rank(group=self.group)
         self.flat: Tensor = optimizer.bit16_groups_flat[index]

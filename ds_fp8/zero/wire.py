@@ -26,6 +26,8 @@ from ..comm import Route, Wire, counters, flat_route, reduce_slices, two_level_r
 from ..comm.counters import all_reduce_bytes
 from ..comm.topology import choose_scope
 from ..errors import PlanError
+from ..layers import ModelFp8State
+from ..plan import Plan
 from .touched import touched
 
 TOUCHED = {
@@ -68,7 +70,7 @@ def make_gradient_wire(comm: Any, groups: Sequence[Any], *, node_name: str | Non
     return result
 
 
-def settle_scope(plan: Any) -> Any:
+def settle_scope(plan: Plan) -> Plan:
     """The plan with `gradient_wire_scope: auto` decided (see comm.topology); rank 0 says what and why. Collective."""
     comm = plan.comm
     if comm is None or comm.gradient_wire == "none" or comm.gradient_wire_scope != "auto":
@@ -171,7 +173,7 @@ def spread_over(targets: Sequence[Tensor], start: int, part: Tensor) -> Iterator
         first += target.numel()
 
 
-def attach(engine: Any, zero_optimizer: Any, plan: Any, fp8_state: Any) -> None:
+def attach(engine: Any, zero_optimizer: Any, plan: Plan, fp8_state: ModelFp8State | None) -> None:
     """Give the specialised instance what its mixins need. Collective when routes or weights are laid out."""
     if plan.comm is None:
         return
@@ -185,4 +187,5 @@ def attach(engine: Any, zero_optimizer: Any, plan: Any, fp8_state: Any) -> None:
     if plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
         from .weights import attach_weights
 
+        assert fp8_state is not None, "weights that travel in FP8 belong to FP8 layers"
         attach_weights(engine, zero_optimizer, plan, fp8_state)

@@ -17,7 +17,7 @@ Slices that another rank owns keep this rank's local values: as in DeepSpeed, no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -26,6 +26,11 @@ from torch import Tensor
 
 from .touched import touched
 from .wire import GradientWire, reduce_chunks, spread_over
+
+if TYPE_CHECKING:
+    from .adapters.vocabulary import ZeroStage12 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "ZeroStage12": touched(
@@ -38,13 +43,13 @@ Fragment = tuple[int, Tensor, "Tensor | None"]
 """(owner rank in the group, flat view of the gradient, fp32 partition slice to add to or None)."""
 
 
-class WireStage12:
+class WireStage12(Base):
     """Mixin over `DeepSpeedZeroOptimizer`; `fp8_gradient_wire` is set when the instance is specialised."""
 
     fp8_gradient_wire: GradientWire
     _fp8_average = 1.0
 
-    def average_tensor(self: Any, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
         """As DeepSpeed's, with the division by the world size moved into the fp32 sum: no pass and no rounding."""
         if not (self.reduce_scatter and self.gradient_average):
             super().average_tensor(tensor, communication_data_type)
@@ -57,7 +62,7 @@ class WireStage12:
             self._fp8_average = 1.0
 
     def allreduce_and_scatter(
-        self: Any,
+        self,
         bucket: Sequence[Any],
         communication_data_type: torch.dtype,
         numel_per_bucket: int = 500000000,
@@ -77,7 +82,7 @@ class WireStage12:
         self._fp8_reduce(fragments, process_group, self._fp8_factor(divide))
 
     def allreduce_no_retain(
-        self: Any,
+        self,
         bucket: Sequence[Tensor],
         communication_data_type: torch.dtype,
         numel_per_bucket: int = 500000000,
@@ -96,7 +101,7 @@ class WireStage12:
         fragments = [(rank, tensor, output) for tensor, output in zip(bucket, outputs, strict=True)]
         self._fp8_reduce(fragments, process_group, self._fp8_factor(divide))
 
-    def gradient_reduction_w_predivide(self: Any, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
+    def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
         """reduce_scatter: false. Where the division stands (before, after, split) makes no difference in an fp32 sum."""
         if tensor.numel() == 0:
             return tensor
@@ -110,12 +115,12 @@ class WireStage12:
         return tensor
 
     def _add_full_reduction_to_compact_grad_partition(
-        self: Any, reduced_tensor: Tensor, communication_data_type: torch.dtype
+        self, reduced_tensor: Tensor, communication_data_type: torch.dtype
     ) -> None:
         """Done by gradient_reduction_w_predivide already, from the fp32 sum instead of its 16-bit copy."""
 
     def buffered_reduce_fallback(
-        self: Any,
+        self,
         rank: int | None,
         grads: Sequence[Tensor],
         communication_data_type: torch.dtype,
@@ -126,7 +131,7 @@ class WireStage12:
         self._fp8_reduce_separate(grads, self.ipg_buckets[communication_data_type].params)
 
     def _buffered_reduce_fallback_preserving_fp32(
-        self: Any,
+        self,
         grads: Sequence[Tensor],
         grad_params: Sequence[tuple[int, int, int]],
         communication_data_type: torch.dtype,
@@ -134,7 +139,7 @@ class WireStage12:
     ) -> None:
         self._fp8_reduce_separate(grads, grad_params)
 
-    def _fp8_reduce_separate(self: Any, grads: Sequence[Tensor], grad_params: Sequence[tuple[int, int, int]]) -> None:
+    def _fp8_reduce_separate(self, grads: Sequence[Tensor], grad_params: Sequence[tuple[int, int, int]]) -> None:
         accelerator = get_accelerator()
         stream = accelerator.current_stream()
         if self.overlap_comm:
@@ -152,7 +157,7 @@ class WireStage12:
             for (group, _), fragments in by_kind.items():
                 self._fp8_reduce(fragments, group, self._fp8_factor(divide=True))
 
-    def _fp8_owned_fragments(self: Any, group_index: int, param_id: int, grad: Tensor) -> Iterator[Fragment]:
+    def _fp8_owned_fragments(self, group_index: int, param_id: int, grad: Tensor) -> Iterator[Fragment]:
         """Cut one flat gradient at the partition boundaries that it straddles."""
         starts = sorted(
             (self.grad_start_offset[group_index][owner][param_id], owner)
@@ -163,14 +168,14 @@ class WireStage12:
             output = self._get_compact_grad_partition_slice(group_index, owner, param_id, stop - start)
             yield owner, grad[int(start) : int(stop)], output
 
-    def _fp8_mean_factor(self: Any) -> float:
+    def _fp8_mean_factor(self) -> float:
         return float(self.sequence_parallel_size) / dist.get_world_size(group=self.dp_process_group)
 
-    def _fp8_factor(self: Any, divide: bool) -> float:
+    def _fp8_factor(self, divide: bool) -> float:
         """Factor on the sum: what average_tensor left to us, or the mean where the caller asks for one."""
         return self._fp8_mean_factor() if divide and self.gradient_average else self._fp8_average
 
-    def _fp8_reduce(self: Any, fragments: Sequence[Fragment], group: Any, average: float) -> None:
+    def _fp8_reduce(self, fragments: Sequence[Fragment], group: Any, average: float) -> None:
         """Send every fragment to its owner; write the own ones back, and add them to their partition."""
         group = self.dp_process_group if group is None else group
         world_size, rank = dist.get_world_size(group=group), dist.get_rank(group=group)

@@ -8,7 +8,7 @@ each rank only the chunks of the others and give it its own: one exchange, whate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -16,6 +16,11 @@ from torch import Tensor
 
 from .touched import touched
 from .wire import GradientWire, reduce_chunks
+
+if TYPE_CHECKING:
+    from .deepspeed_wrappers import ZeroStage3 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "Parameter": touched(reads="partition_numel"),
@@ -26,19 +31,19 @@ TOUCHED = {
 }
 
 
-class WireStage3:
+class WireStage3(Base):
     """Mixin over `DeepSpeedZeroOptimizer_Stage3`; the names are Python's mangled private ones."""
 
     fp8_gradient_wire: GradientWire
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802  DeepSpeed's name
-        self: Any, params_to_reduce: Sequence[Any], communication_data_type: torch.dtype
+        self, params_to_reduce: Sequence[Any], communication_data_type: torch.dtype
     ) -> list[Tensor]:
         """One chunk per parameter, without padding."""
         return self._fp8_scatter(params_to_reduce, [param.grad.view(-1) for param in params_to_reduce])
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(  # noqa: N802  DeepSpeed's name
-        self: Any, buffer_to_reduce: Tensor, communication_data_type: torch.dtype
+        self, buffer_to_reduce: Tensor, communication_data_type: torch.dtype
     ) -> list[Tensor]:
         """reduce_scatter: false. The same chunks, each padded with zeros to the partition's size."""
         params = self.ipg_buckets[communication_data_type].params
@@ -51,7 +56,7 @@ class WireStage3:
         return partitions
 
     def _fp8_scatter(
-        self: Any, params: Sequence[Any], grads: Sequence[Tensor], sequence_parallel_size: float = 1.0
+        self, params: Sequence[Any], grads: Sequence[Tensor], sequence_parallel_size: float = 1.0
     ) -> list[Tensor]:
         # DeepSpeed 0.19.8 corrects for sequence parallelism only where it all-reduces; we give what it gives.
         self._assert_same_partition_group(params)
@@ -77,7 +82,7 @@ class WireStage3:
         reduce_chunks(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
         return list(own.split(own_numels))
 
-    def _fp8_mean_factor(self: Any, params: Sequence[Any], world_size: int) -> float:
+    def _fp8_mean_factor(self, params: Sequence[Any], world_size: int) -> float:
         """DeepSpeed's factor, predivide included; experts are averaged over the dense world size, not their own."""
         averaging_world_size = self._gradient_averaging_world_size(params, world_size)
         predivide = self.gradient_predivide_factor if self.postscale_gradients else 1.0

@@ -16,7 +16,7 @@ from ...kernels import quantize_1x128, quantize_128x128
 from ...numerics.gemm_blocks import block_scale
 from .. import grouped_blocks
 from ..layer_state import Call, QuantizedWeight
-from ..operands import GROUPS, TILES, Operand, QuantizedPair, with_overflow_shown
+from ..operands import GROUPS, TILES, Operand, Quantized, QuantizedPair, with_overflow_shown
 from .base import Scaling
 from .owner import Segment, measure_tiles, quantize_tiles, tiles_of
 
@@ -64,17 +64,20 @@ class BlockScaling(Scaling):
         kept: torch.Tensor | None = None,
     ) -> QuantizedPair:  # fmt: skip
         found = library.operands.cast_groups(x, call.format_of(column), straight=straight, transposed=transposed)
-        pair = [(None, None) if one is None else one for one in found]
+        pair = list(found)
         if guarded:
-            pair[transposed] = pair[transposed][0], with_overflow_shown(pair[transposed][1], library.amax(x))
-        return pair[0], pair[1]
+            data, scale_inv = pair[transposed]
+            pair[transposed] = data, with_overflow_shown(scale_inv, library.amax(x))
+        none: Quantized = (None, None)
+        return pair[0] or none, pair[1] or none
 
     def quantize_weight_on_cuda(
         self, library: Any, weight: torch.Tensor, call: Call, *, straight: bool, transposed: bool,
         kept: torch.Tensor | None = None,
     ) -> Operand:  # fmt: skip
         tiles, back = library.operands.cast_tiles(weight, call.recipe.forward_format, transposed=transposed)
-        return Operand(*tiles, TILES, transposed=None if back is None else Operand(*back, TILES))
+        turned = None if back is None else Operand(back[0], back[1], TILES)
+        return Operand(tiles[0], tiles[1], TILES, transposed=turned)
 
     def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:
         return (k, (rows + BLOCK_SIZE - 1) // BLOCK_SIZE)

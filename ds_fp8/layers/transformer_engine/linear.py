@@ -177,14 +177,15 @@ def unpadded(output: torch.Tensor, tokens: int, shape: torch.Size) -> torch.Tens
 
 def make_linear(source: nn.Linear, state: TELayerState) -> nn.Module:
     """A TELinear with the very Parameters of `source` (which may be empty, under zero.Init), mode and device."""
-    weight = source.weight
+    weight, bias = source._parameters["weight"], source._parameters["bias"]
+    assert weight is not None
     layer = linear_class()(
-        source.in_features, source.out_features, bias=source.bias is not None, params_dtype=weight.dtype, device="meta"
+        source.in_features, source.out_features, bias=bias is not None, params_dtype=weight.dtype, device="meta"
     )
     # Into the dictionary, not by attribute: TE's register_parameter wants an initialiser for each.
     layer._parameters["weight"] = weight
-    if source.bias is not None:
-        layer._parameters["bias"] = source.bias
+    if bias is not None:
+        layer._parameters["bias"] = bias
     else:
         layer.__dict__["bias"] = torch.empty(0, dtype=weight.dtype, device=weight.device)
     layer.__dict__["te_state"] = state

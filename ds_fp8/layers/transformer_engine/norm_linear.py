@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..fp8_linear import as_read, is_ordinary
+from ..once import once_for_each
 from .linear import TOKEN_MULTIPLE, TELayerState, bind_slots, note_call, note_products, unpadded
 from .names import load
 from .quantized_weight import TakesQuantizedWeight, weight_of
@@ -66,7 +67,7 @@ def norm_of(layer: Any, input: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(input, shape, layer.layer_norm_weight, layer.layer_norm_bias, layer.eps)
 
 
-@functools.cache
+@once_for_each
 def passing_class(norm: type[nn.Module]) -> type[nn.Module]:
     """A norm that passes its input on: its reader normalises. Parameters and names stay where they were."""
 

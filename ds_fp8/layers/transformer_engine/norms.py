@@ -26,7 +26,7 @@ def norm_class(kind: str) -> type[nn.Module]:
     return type(f"TE{kind}", (base,), members | {"__module__": __name__, "__qualname__": f"TE{kind}"})
 
 
-def make_norm(source: nn.Module) -> nn.Module:
+def make_norm(source: Any) -> nn.Module:
     """The Transformer Engine norm with the Parameters of `source`, an nn.LayerNorm or nn.RMSNorm.
 
     Raises BackendError when it has no weight, or a LayerNorm no bias: Transformer Engine cannot represent that.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...numerics.dtypes import BASE_DTYPES
 
+if TYPE_CHECKING:
+    from ..states import ScaledStates as Base
+else:
+    Base = object
 
-class _Fp32Masters:
-    def fp8_shrink_masters(self: Any) -> None:
+
+class _Fp32Masters(Base):
+    def fp8_shrink_masters(self) -> None:
         """Masters that were built in fp32 shrink to the base dtype, as the same tensors: others hold on to them."""
+        assert self.fp8_plan.optim is not None
         dtype = BASE_DTYPES[self.fp8_plan.optim.base_dtype]
         for master in self.fp8_masters:
             if master.dtype != dtype:
@@ -30,5 +36,5 @@ class ZeroStage3(_Fp32Masters):
 class Stage0:
     """Over our `Stage0Optimizer`."""
 
-    def fp8_scale_losses(self: Any, scaler: Any) -> None:
+    def fp8_scale_losses(self, scaler: Any) -> None:
         """Our `backward` scales; a GradScaler would be asked to step as well."""

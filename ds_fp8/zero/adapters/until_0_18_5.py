@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..touched import touched
+
+if TYPE_CHECKING:
+    from .vocabulary import Stage0 as Base
+else:
+    Base = object
 
 TOUCHED = {"Stage0": touched(reads="zero_grad")}
 
 
-class Stage0:
+class Stage0(Base):
     """Over our `Stage0Optimizer`."""
 
-    def fp8_stepped(self: Any) -> None:
+    def fp8_stepped(self) -> None:
         self.zero_grad(set_to_none=True)

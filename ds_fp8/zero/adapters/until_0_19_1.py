@@ -7,11 +7,16 @@ are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..touched import touched
+
+if TYPE_CHECKING:
+    from .vocabulary import ZeroStage12 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "ZeroStage12": touched(
@@ -22,22 +27,25 @@ TOUCHED = {
 }
 
 
-class ZeroStage12:
+class ZeroStage12(Base):
     """Over `DeepSpeedZeroOptimizer`."""
 
-    def fp8_adapt(self: Any) -> None:
-        super().fp8_adapt()  # type: ignore[misc]
+    def fp8_adapt(self) -> None:
+        super().fp8_adapt()
         flatten = self.flatten
         self.flatten = lambda tensors: self._fp8_flatten(tensors, lambda: flatten(tensors))
 
-    def flatten_dense_tensors_aligned(self: Any, tensor_list: Any, alignment: Any, **options: Any) -> Tensor:
-        original = super().flatten_dense_tensors_aligned  # type: ignore[misc]
-        return self._fp8_flatten(tensor_list, lambda: original(tensor_list, alignment, **options))
+    def flatten_dense_tensors_aligned(
+        self, tensor_list: Any, alignment: Any, *arguments: Any, **options: Any
+    ) -> Tensor:
+        original = super().flatten_dense_tensors_aligned
+        return self._fp8_flatten(tensor_list, lambda: original(tensor_list, alignment, *arguments, **options))
 
-    def _get_preflattened_grad_partition(self: Any, group_idx: int) -> None:
+    def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
         """Nothing is flat before the step."""
+        return None
 
-    def _fp8_flatten(self: Any, tensors: Any, original: Callable[[], Tensor]) -> Tensor:
+    def _fp8_flatten(self, tensors: Any, original: Callable[[], Tensor]) -> Tensor:
         """Ask the mixin when the gradients of a partition are to be flattened; everything else is not concerned."""
         index = next((index for index, group in self.averaged_gradients.items() if group is tensors), None)
         flat = None if index is None else self._get_preflattened_grad_partition(index)

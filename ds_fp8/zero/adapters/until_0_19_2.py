@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepspeed import comm as dist
 
 from ..touched import touched
+
+if TYPE_CHECKING:
+    from .vocabulary import ZeroStage3 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "ZeroStage3": touched(
@@ -17,17 +22,17 @@ TOUCHED = {
 }
 
 
-class ZeroStage3:
+class ZeroStage3(Base):
     """Over `DeepSpeedZeroOptimizer_Stage3`."""
 
-    def _get_param_partition_group(self: Any, param: Any) -> Any:
+    def _get_param_partition_group(self, param: Any) -> Any:
         return self.dp_process_group
 
-    def _get_param_partition_rank(self: Any, param: Any) -> int:
+    def _get_param_partition_rank(self, param: Any) -> int:
         return dist.get_rank(group=self.dp_process_group)
 
-    def _assert_same_partition_group(self: Any, params: Sequence[Any]) -> None:
+    def _assert_same_partition_group(self, params: Sequence[Any]) -> None:
         """There is one."""
 
-    def _gradient_averaging_world_size(self: Any, params: Sequence[Any], partition_world_size: int) -> int:
+    def _gradient_averaging_world_size(self, params: Sequence[Any], partition_world_size: int) -> int:
         return partition_world_size

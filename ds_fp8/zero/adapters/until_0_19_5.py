@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deepspeed import comm as dist
 
 from ..touched import touched
+
+if TYPE_CHECKING:
+    from .vocabulary import ZeroStage12 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "ZeroStage12": touched(reads="dp_process_group sequence_parallel_size", writes="sequence_parallel_size"),
 }
 
 
-class ZeroStage12:
+class ZeroStage12(Base):
     """Over `DeepSpeedZeroOptimizer`."""
 
     gradient_average = True
 
     @contextmanager
-    def fp8_undivided(self: Any) -> Iterator[None]:
+    def fp8_undivided(self) -> Iterator[None]:
         """The divisor is world size / sequence parallel size: made one, which no element notices."""
         sequence_parallel_size = self.sequence_parallel_size
         self.sequence_parallel_size = dist.get_world_size(group=self.dp_process_group)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..touched import touched
+
+if TYPE_CHECKING:
+    from .vocabulary import ZeroStage12 as Base
+else:
+    Base = object
 
 TOUCHED = {
     "ZeroStage12": touched(
@@ -13,21 +18,21 @@ TOUCHED = {
 }
 
 
-class ZeroStage12:
+class ZeroStage12(Base):
     """Over `DeepSpeedZeroOptimizer`."""
 
-    def allreduce_no_retain(self: Any, *arguments: Any) -> None:
+    def allreduce_no_retain(self, *arguments: Any) -> None:
         """Without the last argument, the slices of partitions to add to."""
-        super().allreduce_no_retain(*arguments[:-1])  # type: ignore[misc]
+        super().allreduce_no_retain(*arguments[:-1])
 
-    def _buffered_reduce_fallback_preserving_fp32(self: Any, *arguments: Any) -> None:
+    def _buffered_reduce_fallback_preserving_fp32(self, *arguments: Any) -> None:
         """Nobody calls it."""
 
-    def _add_full_reduction_to_compact_grad_partition(self: Any, *arguments: Any) -> None:
+    def _add_full_reduction_to_compact_grad_partition(self, *arguments: Any) -> None:
         """Nobody calls it."""
 
-    def _add_to_grad_partition_buffer(self: Any, output: Any, source: Any) -> None:
+    def _add_to_grad_partition_buffer(self, output: Any, source: Any) -> None:
         """No slice, nothing to add to it."""
 
-    def _get_compact_grad_partition_slice(self: Any, *place: Any) -> None:
+    def _get_compact_grad_partition_slice(self, *place: Any) -> None:
         """No such slice."""

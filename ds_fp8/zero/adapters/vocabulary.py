@@ -11,9 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from ..touched import touched
+
+if TYPE_CHECKING:
+    from .. import deepspeed_wrappers as deepspeed
+else:
+    deepspeed = SimpleNamespace(ZeroStage12=object, ZeroStage3=object, Bf16=object, Stage0=object)
 
 TOUCHED = {
     "Engine": touched(writes="torch_autocast_z0_gradscaler"),
@@ -24,18 +30,18 @@ TOUCHED = {
 class Adapted:
     """What every wrapper understands."""
 
-    def fp8_adapt(self: Any) -> None:
+    def fp8_adapt(self) -> None:
         """The newest release needs nothing."""
 
-    def fp8_shrink_masters(self: Any) -> None:
+    def fp8_shrink_masters(self) -> None:
         """They have the base dtype: `_configure_master_weights` was told so (`specializing.base_dtype_masters`)."""
 
 
-class ZeroStage12(Adapted):
+class ZeroStage12(Adapted, deepspeed.ZeroStage12):
     """Over `DeepSpeedZeroOptimizer`."""
 
     @contextmanager
-    def fp8_undivided(self: Any) -> Iterator[None]:
+    def fp8_undivided(self) -> Iterator[None]:
         self.gradient_average = False
         try:
             yield
@@ -43,20 +49,22 @@ class ZeroStage12(Adapted):
             self.gradient_average = True
 
 
-class ZeroStage3(Adapted):
+class ZeroStage3(Adapted, deepspeed.ZeroStage3):
     """Over `DeepSpeedZeroOptimizer_Stage3`."""
 
 
-class Bf16(Adapted):
+class Bf16(Adapted, deepspeed.Bf16):
     """Over `BF16_Optimizer`."""
 
 
-class Stage0(Adapted):
+class Stage0(Adapted, deepspeed.Stage0):
     """Over our `Stage0Optimizer`."""
 
-    def fp8_scale_losses(self: Any, scaler: Any) -> None:
+    fp8_engine: Any
+
+    def fp8_scale_losses(self, scaler: Any) -> None:
         """`engine.backward` scales the loss of ZeRO's optimizers only, and that of torch.autocast's GradScaler."""
         self.fp8_engine.torch_autocast_z0_gradscaler = scaler
 
-    def fp8_stepped(self: Any) -> None:
+    def fp8_stepped(self) -> None:
         """The engine clears the gradients."""
