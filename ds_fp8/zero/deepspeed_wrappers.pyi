@@ -42,7 +42,6 @@ class ZeroStage12(Partitioned):
     parallel_partitioned_bit16_groups: list[list[Tensor]]
     param_buffer_of_bit16_for_cpu_offload_groups: list[Tensor]
     single_partition_of_fp32_groups: list[Tensor]
-    partition_size: list[Any]
     param_to_partition_ids: dict[int, dict[int, Sequence[int]]]
     grad_start_offset: dict[int, dict[int, dict[int, int]]]
     cpu_offload: bool

@@ -163,8 +163,7 @@ def test_the_cache_is_private_whatever_the_umask(tmp_path, monkeypatch):
 
 
 NOBODY = """
-import os, sys
-sys.path.insert(0, {root!r})
+import os
 import torch
 os.setgid(54321); os.setuid(54321)
 for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME"):
@@ -194,10 +193,11 @@ def test_nobody_without_a_home_or_a_folder_trains_with_pytorch(tmp_path):
     """
     place = tmp_path / "read-only"
     place.mkdir(mode=0o555)
-    code = NOBODY.format(root=str(ROOT), place=str(place))
+    code = NOBODY.format(place=str(place))
     for rank in "01":
         done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "LOCAL_RANK": rank, "DS_FP8_DISABLE": "1"},
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": rank, "DS_FP8_DISABLE": "1"},
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]

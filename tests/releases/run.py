@@ -20,13 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 LIMIT_S = 600
 
 
 def rank_main(rank: int, rendezvous: str, names: list[str], results: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    sys.path.insert(0, str(HERE))
     import deepspeed
     import torch
     from deepspeed.ops import __compatible_ops__

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 ADAPTERS = Path(__file__).resolve().parents[2] / "ds_fp8" / "zero" / "adapters"
 ALONE = "DeepSpeed alone"
 UNCALLED_BEFORE = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -14,7 +13,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_fp8 import zero
-from ds_fp8.levels import LEVELS
+from ds_fp8.levels import BLOCK_SIZE, LEVELS
+from ds_fp8.plan import Plan
+from ds_fp8.plan.decisions import CommPlan, Fp8Plan, OptimPlan
 
 
 class OddNet(nn.Module):
@@ -31,14 +32,19 @@ class OddNet(nn.Module):
         return self.head(self.norm(torch.relu(self.wide(torch.relu(self.embed(x))))))
 
 
-def make_plan(level: str = "O1", *, dtype: str = "bf16", stage: int = 2, wire: str = "none", **overrides: Any) -> Any:
-    """The parts of a plan that states and wire read; the gradient wire is off unless it is asked for."""
+def make_plan(level: str = "O1", *, dtype: str = "bf16", stage: int = 2, wire: str = "none", **overrides: Any) -> Plan:
+    """A plan for states and gradient wire alone, without FP8 layers; the wire is off unless it is asked for."""
     chosen = replace(LEVELS[level], gradient_wire=wire, weight_wire="none").override(**overrides)
-    comm = SimpleNamespace(
-        gradient_wire=wire, gradient_wire_scope="all", weight_wire="none", block_size=128, fp8_weights=()
-    )
-    return SimpleNamespace(
-        optim=SimpleNamespace(level=chosen, base_dtype=dtype, zero_stage=stage, offload_optimizer=None), comm=comm
+    return Plan(
+        modules=(),
+        parameters=(),
+        fp8=Fp8Plan(),
+        optim=OptimPlan(level=chosen, base_dtype=dtype, zero_stage=stage),
+        comm=CommPlan(gradient_wire=wire, gradient_wire_scope="all", weight_wire="none", block_size=BLOCK_SIZE),
+        zero_stage=stage,
+        world_size=2,
+        base_dtype=dtype,
+        device="cpu",
     )
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "comm"))
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "comm"))
 from ranks import run_ranks
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tools_jobs import tied_since, transformed, written_down
 
 pytestmark = pytest.mark.dist

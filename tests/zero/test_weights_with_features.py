@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "comm"))
 from ranks import run_ranks
+from torch import nn
 
 pytestmark = pytest.mark.dist
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "comm"))
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from ranks import run_ranks
 
 from ds_fp8.errors import PlanError
@@ -136,5 +131,5 @@ def test_deepspeeds_own_quantised_collectives_are_refused_by_name(key, value):
     from ds_fp8.zero.wire import refuse_conflicts
 
     with pytest.raises(PlanError, match=key):
-        refuse_conflicts(SimpleNamespace(**{"zero_hpz_partition_size": 1, key: value}), LEVELS["O3"])
-    refuse_conflicts(SimpleNamespace(zero_hpz_partition_size=1), LEVELS["O3"])
+        refuse_conflicts(DeepSpeedZeroConfig(**{"stage": 3, key: value}), LEVELS["O3"])
+    refuse_conflicts(DeepSpeedZeroConfig(), LEVELS["O3"])

@@ -7,13 +7,9 @@ below must give DeepSpeed's own weights *bit for bit*: that holds each slice to 
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "comm"))
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist

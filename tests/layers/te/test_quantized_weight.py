@@ -18,6 +18,7 @@ import pytest
 import torch
 from layers.small_models import settings
 from layers.te.test_adapter import Pair, run
+from ranks import run_ranks
 from torch import nn
 
 from ds_fp8 import kernels
@@ -30,9 +31,6 @@ from ds_fp8.numerics.scaling import scale_from_amax
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import HighPrecision, Recipe
 from ds_fp8.zero.weights_released import is_released
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "comm"))
-from ranks import run_ranks
 
 RECIPES = [Recipe(amax_history_len=4), Recipe(amax_history_len=3, margin=1, interval=2), Recipe(kind="current")]
 
@@ -228,7 +226,6 @@ def test_a_scale_on_the_host_follows_its_quantized_values(monkeypatch):
 def trained(rank, world_size, stage, kind, gas):
     """O2 and O3 of one rank, with the fake Transformer Engine."""
     folder = Path(__file__).parent
-    sys.path.insert(0, str(folder.parents[1] / "zero"))
     spec = importlib.util.spec_from_file_location("fake_te", folder / "fake_te.py")
     found = sys.modules["fake_te"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
