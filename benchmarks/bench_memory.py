@@ -145,7 +145,7 @@ def measure(name: str, base: str, stage: int, width: int, depth: int) -> dict[st
     if attachment is not None:
         from ds_fp8.plan.estimate import cached_weight
 
-        cached = cached_weight(attachment.plan)
+        cached = cached_weight(attachment.plan.fp8)
 
     def resident() -> int:
         scratch._free.clear()  # message buffers that a CPU keeps between exchanges: at most eight of a round's size

@@ -1,7 +1,8 @@
 """`ds_fp8 estimate FILE --params N --world-size W`: memory and wire of every level and ZeRO stage, side by side.
 
 It helps to choose a level before there is a model to load. With `--model MODULE:FACTORY` instead of `--params` the
-model is counted, and the share of its matrix FLOPs that computes in FP8 is printed. Without a file it compares the
+model's parameters are counted by what a plan does with them (frozen ones, heads, norms), and the share of its matrix FLOPs
+that computes in FP8 is printed. Without a file it compares the
 levels for a bf16 job. Exit code 1 when the file has problems or the plan is refused, 2 when file or model cannot be
 read.
 """
@@ -10,22 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import config
 from ..algorithms import moments_of
-from ..cost.memory import Bytes, Kept, Placement, bucket_bytes, bytes_of
-from ..cost.wire import gradient_bytes, weight_bytes
+from ..capabilities import MACHINES, machine
+from ..cost.job import Cost, cost_of
+from ..cost.memory import Placement, bucket_bytes
 from ..errors import ConfigError, DsFp8Error
 from ..levels import LEVELS, Level
+from .parameter_kinds import DEEPSPEED, Kind, kinds_of
 from .tables import print_table
 
 STAGES = (0, 1, 2, 3)
-
-DEEPSPEED = Level("DeepSpeed", exp_avg="fp32", exp_avg_sq="fp32", master="fp32", gradient_wire="none")
-"""DeepSpeed's mixed precision: fp32 states and master."""
 
 ROWS = {"AMP": DEEPSPEED, "fp8": DEEPSPEED, **LEVELS}
 """`fp8` alone changes neither states nor communication, but its layers may keep FP8 data of their weights."""
@@ -35,11 +35,12 @@ SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 @dataclass(frozen=True)
 class Job:
-    """A number of parameters, and where they lie."""
+    """A number of parameters, and where they lie; `kinds` of them where a model was given."""
 
     params: int
     where: Placement
     reduce_bucket: float = 5e8
+    kinds: Mapping[Kind, int] | None = None
 
     def at(self, stage: int, row: str) -> Placement:
         """The same job in another ZeRO stage; only rows with FP8 layers keep FP8 data of weights."""
@@ -52,19 +53,12 @@ def is_possible(level: Level, stage: int) -> bool:
     return level.weight_wire == "none" or stage > 0
 
 
-def kept_bytes(row: str, level: Level, stage: int, job: Job) -> tuple[Bytes, Bytes]:
-    """(device, host) bytes of one rank."""
-    ours = level.name != DEEPSPEED.name
-    kept = Kept(level.exp_avg, level.exp_avg_sq, level.master, ours, level.weight_wire != "none")
-    device, host = bytes_of(kept, job.at(stage, row))
-    return device.times(job.params), host.times(job.params)
-
-
-def sent_bytes(row: str, level: Level, stage: int, job: Job) -> tuple[float, float]:
-    """(gradient bytes, weight bytes) that one rank sends per optimizer step."""
-    where = job.at(stage, row)
-    gradients, weights = gradient_bytes(level.gradient_wire, where), weight_bytes(level.weight_wire, where)
-    return job.params * gradients, job.params * weights
+def cost(row: str, level: Level, stage: int, job: Job) -> Cost:
+    """Bytes of one rank at a level, in a stage."""
+    kinds = {Kind(): job.params} if job.kinds is None else job.kinds
+    if row == "AMP":
+        kinds = {replace(kind, is_fp8_alone=False): numel for kind, numel in kinds.items()}
+    return cost_of((kind.at(level, numel) for kind, numel in kinds.items()), job.at(stage, row))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,17 +70,16 @@ def main(argv: Sequence[str]) -> int:
         print(error)
         return 2 if any(not problem.path for problem in error.problems) else 1
     facts = settings.deepspeed
-    share = None
-    if options.model is not None:
-        try:
-            options.params, share = _count(options.model, settings)
-        except DsFp8Error as error:
-            print(f"{type(error).__name__}: {error}")
-            return 1
-        except Exception as error:  # noqa: BLE001  # the factory is the user's code: whatever it raises is reported
-            print(f"--model {options.model}: {type(error).__name__}: {error}")
-            return 2
-    job = _job(options, settings)
+    try:
+        job, share = _job(options, settings)
+    except DsFp8Error as error:
+        print(f"{type(error).__name__}: {error}")
+        return 1
+    except Exception as error:  # the factory is the user's code: whatever it raises is reported
+        if options.model is None:
+            raise
+        print(f"--model {options.model}: {type(error).__name__}: {error}")
+        return 2
     moments = moments_of(facts.optimizer)
     rows = {name: level.keeping(moments) for name, level in ROWS.items()}
     level = settings.msamp.level
@@ -119,15 +112,29 @@ def main(argv: Sequence[str]) -> int:
     bucket = human(bucket_bytes(replace(where, zero_stage=3), job.reduce_bucket, job.params))
     print(
         f"Activations and buffers come on top; in ZeRO 3 DeepSpeed's reduction bucket too ({bucket}). "
-        "O3: as if FP8 layers owned every weight. '-': not possible."
+        + ("" if job.kinds else "O3: as if FP8 layers owned every weight. ")
+        + "'-': not possible."
     )
     return 0
 
 
-def _job(options: argparse.Namespace, settings: config.Settings) -> Job:
+def _job(options: argparse.Namespace, settings: config.Settings) -> tuple[Job, str | None]:
+    """(the job, the plan's sentence about FLOPs; None without a model or without fp8)."""
     facts = settings.deepspeed
     zero = facts.raw.get("zero_optimization")
     bucket = zero.get("reduce_bucket_size") if isinstance(zero, dict) else None
+    kinds, share, cached = None, None, 0
+    if options.model is not None:
+        from ..plan import share_line
+        from .explain import build_model
+
+        host = machine(options.device)
+        model = build_model(options.model, no_meta=False)
+        kinds, plan = kinds_of(model, settings, options.device, host)
+        options.params = sum(kinds.values())
+        share = share_line(plan) if settings.fp8.enabled else None
+    if settings.fp8.weight_cache:
+        cached = _cached_weight(options, settings)
     where = Placement(
         facts.zero_stage,
         options.world_size,
@@ -135,19 +142,18 @@ def _job(options: argparse.Namespace, settings: config.Settings) -> Job:
         options.gas or facts.gradient_accumulation_steps or 1,
         facts.offload_optimizer is not None,
         facts.offload_param is not None,
-        2 if settings.fp8.weight_cache else 0,
+        cached,
     )
-    return Job(options.params, where, bucket if isinstance(bucket, (int, float)) else 5e8)
+    return Job(options.params, where, bucket if isinstance(bucket, (int, float)) else 5e8, kinds), share
 
 
-def _count(name: str, settings: config.Settings) -> tuple[int, str | None]:
-    """(parameters of the model, the plan's sentence about FLOPs; None without fp8)."""
-    from ..plan import make_plan, share_line
-    from .explain import build_model
+def _cached_weight(options: argparse.Namespace, settings: config.Settings) -> int:
+    """What a layer keeps of its weight depends on the device's products: as the plan has it."""
+    from ..capabilities import host
+    from ..plan.effective import decide_settings
+    from ..plan.estimate import cached_weight
 
-    model = build_model(name, no_meta=False)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return params, share_line(make_plan(model, settings)) if settings.fp8.enabled else None
+    return cached_weight(decide_settings(settings, machine(options.device) or host(options.device)).fp8)
 
 
 def as_json(rows: dict[str, Level], job: Job) -> dict[str, Any]:
@@ -156,15 +162,14 @@ def as_json(rows: dict[str, Level], job: Job) -> dict[str, Any]:
     for name, level in rows.items():
         table[name] = []
         for stage in STAGES:
-            device, host = kept_bytes(name, level, stage, job)
-            gradients, weights = sent_bytes(name, level, stage, job)
+            found = cost(name, level, stage, job)
             entry = {
                 "stage": stage,
-                "resident_bytes": round(device.total),
-                "host_bytes": round(host.total),
-                **{f"{part}_bytes": round(size) for part, size in asdict(device).items()},
-                "sent_gradient_bytes": round(gradients),
-                "sent_weight_bytes": round(weights),
+                "resident_bytes": round(found.device.total),
+                "host_bytes": round(found.host.total),
+                **{f"{part}_bytes": round(size) for part, size in asdict(found.device).items()},
+                "sent_gradient_bytes": round(found.gradient_wire_bytes),
+                "sent_weight_bytes": round(found.weight_wire_bytes),
             }
             table[name].append(entry if is_possible(level, stage) else None)
     where = job.where
@@ -181,20 +186,27 @@ def _rows(rows: dict[str, Level], cell: Callable[[str, Level, int], str]) -> lis
 
 def _memory(rows: dict[str, Level], job: Job, *, host: bool = False) -> list[list[str]]:
     def cell(name: str, level: Level, stage: int) -> str:
-        size = kept_bytes(name, level, stage, job)[host].total
+        found = cost(name, level, stage, job)
+        size = (found.host if host else found.device).total
         return f"{human(size)} ({size / job.params:.2f} B/param)"
 
     return _rows(rows, cell)
 
 
 def _wire(rows: dict[str, Level], job: Job) -> list[list[str]]:
-    return _rows(rows, lambda name, level, stage: " + ".join(map(human, sent_bytes(name, level, stage, job))))
+    def cell(name: str, level: Level, stage: int) -> str:
+        found = cost(name, level, stage, job)
+        return f"{human(found.gradient_wire_bytes)} + {human(found.weight_wire_bytes)}"
+
+    return _rows(rows, cell)
 
 
 def _seconds(rows: dict[str, Level], job: Job, gigabits: float) -> list[list[str]]:
-    return _rows(
-        rows, lambda name, level, stage: f"{sum(sent_bytes(name, level, stage, job)) * 8 / gigabits / 1e9:.3g}"
-    )
+    def cell(name: str, level: Level, stage: int) -> str:
+        found = cost(name, level, stage, job)
+        return f"{(found.gradient_wire_bytes + found.weight_wire_bytes) * 8 / gigabits / 1e9:.3g}"
+
+    return _rows(rows, cell)
 
 
 def human(size: float) -> str:
@@ -244,6 +256,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--world-size", type=_positive, required=True, metavar="W", help="data-parallel ranks")
     parser.add_argument("--gas", type=_positive, help="micro-batches per optimizer step (default: the file's, else 1)")
     parser.add_argument("--base", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: the file's)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help=f"device to plan for: one of this machine's (cpu, cuda), or {', '.join(MACHINES)} (default: cpu)",
+    )
     parser.add_argument("--bandwidth", type=_above_zero, metavar="GBIT", help="of the network per rank, in Gbit/s")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)

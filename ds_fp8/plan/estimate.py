@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cost.memory import Bytes, Kept, Placement, bytes_of
-from ..cost.wire import gradient_bytes, weight_bytes
-from .decisions import ParameterDecision, Plan
+from ..cost.job import Part, cost_of
+from ..cost.memory import Bytes, Kept, Placement
+from .decisions import Fp8Plan, ParameterDecision, Plan
 
 
 @dataclass(frozen=True)
@@ -55,39 +55,45 @@ def estimate(
         micro_batches,
         offload_optimizer,
         offload_param,
-        cached_weight(plan),
+        cached_weight(plan.fp8),
     )
-    multiplied = {module.fqn for module in plan.swaps if module.kind in ("Linear", "Conv1D")}
-    device, host, gradients, weights = Bytes(), Bytes(), 0.0, 0.0
-    for parameter in plan.parameters:
-        kept = _kept(parameter, plan, multiplied)
-        on_device, on_host = bytes_of(kept, where)
-        device, host = device + on_device.times(parameter.numel), host + on_host.times(parameter.numel)
-        weights += parameter.numel * weight_bytes(parameter.weight_wire, where)
-        if not parameter.frozen:
-            gradients += parameter.numel * gradient_bytes(parameter.gradient_wire, where)
-    return Estimate(where.zero_stage, where.world_size, device, host, gradients, weights)
+    multiplied = multiplied_layers(plan)
+    cost = cost_of((_part(parameter, plan, multiplied) for parameter in plan.parameters), where)
+    wires = cost.gradient_wire_bytes, cost.weight_wire_bytes
+    return Estimate(where.zero_stage, where.world_size, cost.device, cost.host, *wires)
 
 
-def cached_weight(plan: Plan) -> int:
+def cached_weight(fp8: Fp8Plan) -> int:
     """FP8 bytes that a layer keeps of each weight element between forwards (`weight_cache`).
 
     Hopper's products want the transpose for dgrad as well; Blackwell's, and emulated ones, do not.
     """
-    if not (plan.fp8.enabled and plan.fp8.weight_cache):
+    if not (fp8.enabled and fp8.weight_cache):
         return 0
-    high = any(plan.fp8.recipe.override_linear_precision)
-    return 2 if plan.fp8.backend == "transformer_engine" or not (plan.fp8.emulated or high) else 1
+    high = any(fp8.recipe.override_linear_precision)
+    return 2 if fp8.backend == "transformer_engine" or not (fp8.emulated or high) else 1
 
 
-def _kept(parameter: ParameterDecision, plan: Plan, multiplied: set[str]) -> Kept:
+def multiplied_layers(plan: Plan) -> set[str]:
+    """Names of the layers whose weight is an operand of FP8 products."""
+    return {module.fqn for module in plan.swaps if module.kind in ("Linear", "Conv1D")}
+
+
+def is_fp8_alone(parameter: ParameterDecision, plan: Plan) -> bool:
+    """Whether the FP8 data of a frozen weight is all that is kept of it (`frozen_weights`)."""
     holder, _, name = parameter.fqn.rpartition(".")
-    return Kept(
+    return holder in plan.fp8.frozen_weights and name == "weight"
+
+
+def _part(parameter: ParameterDecision, plan: Plan, multiplied: set[str]) -> Part:
+    holder, _, name = parameter.fqn.rpartition(".")
+    kept = Kept(
         parameter.exp_avg,
         parameter.exp_avg_sq,
         parameter.master,
         ours=plan.optim is not None,
         fp8_weight=parameter.weight_wire == "e4m3",
         is_multiplied=holder in multiplied and name == "weight",
-        is_fp8_alone=holder in plan.fp8.frozen_weights and name == "weight",
+        is_fp8_alone=is_fp8_alone(parameter, plan),
     )
+    return Part(parameter.numel, kept, parameter.gradient_wire, parameter.weight_wire)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import capabilities
+from ..algorithms import moments_of
 from ..config.settings import Settings
 from ..errors import PlanError
 from . import performance
@@ -64,7 +65,8 @@ def make_plan(
     facts = settings.deepspeed
     recipe = effective.fp8.recipe if effective.fp8.enabled else None
     excluded = settings.msamp.weight_wire_exclude
-    parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype, excluded)
+    moments = moments_of(facts.optimizer)
+    parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype, excluded, moments)
     unmatched = (*unmatched, *_unmatched_weights(model, excluded, partial))
     return Plan(
         modules=modules,

@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..levels import Level
+from ..algorithms import MOMENTS
+from ..levels import ABSENT, Level
 from ..recipe import Recipe
 from .decisions import ModuleDecision, ParameterDecision
 from .shapes import numel_of, shape_of
@@ -26,10 +27,12 @@ def decide_parameters(
     level: Level | None,
     base_dtype: str,
     excluded: Sequence[str] = (),
+    moments: Sequence[str] = MOMENTS,
 ) -> tuple[ParameterDecision, ...]:
     """One decision for each Parameter object; a shared one appears once, under its first name.
 
     excluded  globs of parameters that travel in 16 bits (msamp/weight_wire_exclude)
+    moments   the states that DeepSpeed's optimizer keeps where `level` is None
     """
     owners = _owners(model, modules, recipe)
     decisions = []
@@ -45,7 +48,7 @@ def decide_parameters(
                 dtype=base_dtype,
                 frozen=frozen,
                 exp_avg=kept.exp_avg if kept else _plain(frozen),
-                exp_avg_sq=kept.exp_avg_sq if kept else _plain(frozen),
+                exp_avg_sq=kept.exp_avg_sq if kept else _plain(frozen or "exp_avg_sq" not in moments),
                 master=kept.master if kept else _plain(frozen),
                 gradient_wire=kept.gradient_wire if kept else "none",
                 weight_wire=kept.weight_wire if kept and owner is not None and not _is_named(fqn, excluded) else "none",
@@ -77,8 +80,8 @@ def frozen_layers(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe:
     )
 
 
-def _plain(frozen: bool) -> str:
-    return "none" if frozen else "fp32"
+def _plain(absent: bool) -> str:
+    return ABSENT if absent else "fp32"
 
 
 def _owners(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe | None) -> dict[int, str]:

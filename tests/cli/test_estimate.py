@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ds_fp8.cli.estimate import DEEPSPEED, ROWS, Job, count, human, is_possible, kept_bytes, sent_bytes
+from ds_fp8.cli.estimate import DEEPSPEED, ROWS, Job, cost, count, human, is_possible
 from ds_fp8.cli.main import main
 from ds_fp8.cost.memory import Placement
 from ds_fp8.levels import LEVELS
@@ -17,11 +17,12 @@ EXPANDED = LEVELS["O3"].override(exp_avg="e4m3_expanded", exp_avg_sq="e4m3_expan
 def kept(name, stage, world_size=1, params=1, level=None, **where):
     """Bytes of one rank on the device."""
     job = Job(params, Placement(stage, world_size, **where))
-    return kept_bytes(name, level or ROWS[name], stage, job)[0].total
+    return cost(name, level or ROWS[name], stage, job).device.total
 
 
 def sent(name, stage, world_size, gas=1):
-    return sent_bytes(name, ROWS[name], stage, Job(1, Placement(stage, world_size, micro_batches=gas)))
+    found = cost(name, ROWS[name], stage, Job(1, Placement(stage, world_size, micro_batches=gas)))
+    return found.gradient_wire_bytes, found.weight_wire_bytes
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
@@ -64,10 +65,10 @@ def test_an_fp32_weight_is_its_own_master(name, stage, size):
 def test_an_offloaded_optimizer_leaves_the_weights():
     """ZeRO-2, W = 4: on the device 2 bytes; on the host 12 / W and DeepSpeed's fp32 gradients."""
     job = Job(1, Placement(2, 4, offload_optimizer=True))
-    device, host = kept_bytes("AMP", DEEPSPEED, 2, job)
-    assert (device.total, host.total) == (2.0, 4.0)
-    device, host = kept_bytes("AMP", DEEPSPEED, 3, Job(1, Placement(3, 4, offload_optimizer=True, offload_param=True)))
-    assert (device.total, host.weights) == (0.0, 0.5)
+    found = cost("AMP", DEEPSPEED, 2, job)
+    assert (found.device.total, found.host.total) == (2.0, 4.0)
+    found = cost("AMP", DEEPSPEED, 3, Job(1, Placement(3, 4, offload_optimizer=True, offload_param=True)))
+    assert (found.device.total, found.host.weights) == (0.0, 0.5)
 
 
 def test_gradients_of_zero_2_with_four_micro_batches():

@@ -169,29 +169,6 @@ def test_weight_cache_is_counted():
     assert estimate(decoded).device.cached == estimate(plan).device.cached, "the reference path keeps one orientation"
 
 
-@pytest.mark.parametrize("base", ["bf16", "fp32"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("level", [None, "O1", "O2", "O3"])
-def test_explain_and_estimate_are_one_model(level, stage, base):
-    """Where every parameter is a weight of an FP8 layer both commands say the same bytes, at every W."""
-    from ds_fp8.cli.estimate import ROWS, Job, kept_bytes, sent_bytes
-    from ds_fp8.cost.memory import Placement
-    from ds_fp8.plan.estimate import cached_weight
-
-    if level == "O3" and stage == 0:
-        return
-    model = nn.Sequential(nn.Linear(256, 256, bias=False))
-    plan = plan_at(level, model=model, stage=stage, base=base)
-    for world_size in (1, 2, 8):
-        found = estimate(plan, world_size=world_size, micro_batches=2)
-        where = Placement(stage, world_size, base, 2, cached_weight=cached_weight(plan))
-        name = level or "fp8"
-        device, _ = kept_bytes(name, ROWS[name], stage, Job(256 * 256, where))
-        assert found.device == device
-        sent = sent_bytes(name, ROWS[name], stage, Job(256 * 256, where))
-        assert (found.gradient_wire_bytes, found.weight_wire_bytes) == pytest.approx(sent)
-
-
 def test_o3_says_which_fp8_weights_travel_in_16_bits():
     """A Conv1D and stacked experts have no quantized values that the wire carries: reported beside layers that have,
     refused without.
