@@ -90,7 +90,7 @@ def compile_model(engine: Any, job: dict[str, Any]) -> None:
     if job.get("compiled") == "engine":
         engine.compile()
     elif job.get("compiled") == "blocks":
-        for layer in engine.module.model.layers:
+        for layer in engine.module.model.layers if "llama" in job else engine.module.blocks:
             layer.compile()
 
 

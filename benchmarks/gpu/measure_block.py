@@ -73,7 +73,7 @@ def body(ledger: Ledger) -> None:
             models[name] = make(baseline, recipe.DelayedScaling())
         except Exception as error:  # noqa: BLE001 - which peers are there is a finding
             ledger.problem(name, f"{type(error).__name__}: {str(error)[:300]}")
-    for name in ("bf16", "torchao", "torch current"):
+    for name in ("bf16", "torchao", "torch delayed", "torch current"):
         if name in models:
             models[f"{name}, compiled"] = compiled(*models[name])
     free()
@@ -100,6 +100,9 @@ def body(ledger: Ledger) -> None:
             "block": name,
             **found,
             "x bf16": round(times["bf16"]["ms"] / found["ms"], 3),
+            "x bf16, compiled": round(times["bf16, compiled"]["ms"] / found["ms"], 3)
+            if "bf16, compiled" in times
+            else "",
             "host ms": host_ms(works[name], repeats=10),
         }
         for name, found in times.items()
