@@ -22,7 +22,7 @@ class LayerSettings:
     exclude: tuple[str, ...] = ()
     linear: bool = True
     norm: bool = True
-    library_norms: bool = False
+    library_norms: bool | None = None
     first_last_high_precision: bool = False
     min_features: int | None = None
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from ..errors import BackendError
 from ..plan import Plan
+from .fused_rms_norm import RULE
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _conversion_check(parent: nn.Module, norm: str, calls: dict[Any, list[fx.Nod
         module = parent.get_submodule(name)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f"{name} has hooks, which would see other tensors"
+    if RULE in vars(parent.get_submodule(norm)):
+        return "it is a model library's, which Transformer Engine's layers do not replace"
     shape = getattr(parent.get_submodule(norm), "norm_arguments", ((0, 0), None))[0]
     if len(shape) != 1:
         return "it normalises over several dimensions"

@@ -48,9 +48,14 @@ class Fp8RMSNorm(nn.RMSNorm):
 CLASSES: dict[str, type[Any]] = {"LayerNorm": Fp8LayerNorm, "RMSNorm": Fp8RMSNorm}
 
 
+def is_library(module: nn.Module) -> bool:
+    """A norm of a model library: torch's kernel runs it beside either backend's layers."""
+    return not isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+
+
 def convert(module: nn.Module, kind: str) -> nn.Module:
     """Turn a norm into ours, in place."""
-    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    if is_library(module):
         return fused_rms_norm.convert(module)
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = CLASSES[kind]

@@ -134,7 +134,7 @@ def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, fp8_state: Mod
         conv1d.convert(module, fp8_state.layer_state(decision.fqn))
         module.__dict__[OWNERS] = owners
         return
-    if plan.fp8.backend == "torch":
+    if plan.fp8.backend == "torch" or (layer_state is None and norms.is_library(module)):
         if layer_state is not None:
             fp8_linear.convert(module, layer_state)  # type: ignore[arg-type]
         else:

@@ -32,7 +32,8 @@ class Rules:
     """Everything that decides about a module, apart from the module.
 
     first, last  there is a first, a last Linear here to keep: false in the middle of a pipeline
-    on_gpu       stacked experts stay in high precision unless a pattern names them: there they were measured slower
+    on_gpu       stacked experts stay in high precision unless a pattern names them: there they were measured slower; norms of
+                 model libraries are replaced unless `library_norms` says otherwise: there they were measured faster
     """
 
     layers: LayerSettings
@@ -71,9 +72,11 @@ def find_candidates(model: nn.Module, rules: Rules) -> list[CandidateModule]:
         roles |= {
             fqn: slow_experts(fqn) for fqn, module in model.named_modules() if fqn and kind_of(module) == "Experts"
         }
+    wanted = rules.layers.library_norms
+    library_norms = rules.on_gpu if wanted is None else wanted
     candidates = []
     for fqn, module in model.named_modules():
-        kind = kind_of(module, library_norms=rules.layers.library_norms)
+        kind = kind_of(module, library_norms=library_norms)
         if kind is None or (fqn == "" and kind not in MATRICES):
             continue
         if "Fp8" in type(module).__name__ and type(module).__module__.startswith("ds_fp8."):
@@ -159,14 +162,9 @@ def _decide(candidate: CandidateModule, name: patterns.ModuleNames, rules: Rules
 
 
 def _swap(candidate: CandidateModule, rules: Rules, shape: tuple[int, ...], reason: str) -> ModuleDecision:
-    return ModuleDecision(
-        candidate.fqn,
-        candidate.kind,
-        "swap",
-        OURS.get(candidate.kind) or TARGETS[rules.backend][candidate.kind],
-        reason,
-        shape,
-    )
+    ours = candidate.kind == "RMSNorm" and not isinstance(candidate.module, nn.RMSNorm)  # a model library's
+    target = OURS.get(candidate.kind) or TARGETS["torch" if ours else rules.backend][candidate.kind]
+    return ModuleDecision(candidate.fqn, candidate.kind, "swap", target, reason, shape)
 
 
 def _cure(candidate: CandidateModule) -> str:

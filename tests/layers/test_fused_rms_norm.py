@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from ds_fp8.capabilities import Host
 from ds_fp8.config.settings import LayerSettings
 from ds_fp8.layers import restore_layers
+from ds_fp8.plan import make_plan
 from ds_fp8.plan.known_norms import RmsNorm, rms_norm_of
-from tests.layers.small_models import swapped
+from tests.layers.small_models import settings, swapped
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,3 +115,17 @@ def test_without_the_key_the_norm_stays():
     cls = type(model.norm)
     swapped(model)
     assert type(model.norm) is cls
+
+
+def test_auto_replaces_them_on_a_gpu_only():
+    """Whichever backend: Transformer Engine's norms replace torch's alone."""
+    model = Model(norms()["llama"])
+    for backend in ("torch", "transformer_engine"):
+        host = Host("cuda", "NVIDIA H100", (9, 0), "2.20.2", "")
+        targets = {module.fqn: module.target for module in make_plan(model, settings(backend=backend), host=host).swaps}
+        assert targets["norm"] == "Fp8RMSNorm"
+        layers = LayerSettings(library_norms=False)
+        assert "norm" not in [
+            one.fqn for one in make_plan(model, settings(backend=backend, layers=layers), host=host).swaps
+        ]
+    assert "norm" not in [one.fqn for one in make_plan(model, settings(), host=Host()).swaps]

@@ -9,7 +9,9 @@ import torch
 from layers.small_models import settings
 from torch import nn
 
+from ds_fp8.config.settings import LayerSettings
 from ds_fp8.layers import restore_layers, swap_layers
+from ds_fp8.layers.fused_rms_norm import FusedRmsNorm
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
 
@@ -52,3 +54,16 @@ def test_both_backends_compute_the_same(te, kind):
         assert (type(model.up), type(model.down).__name__) == (nn.Linear, "Conv1D")
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) and ours.any()
+
+
+def test_a_library_norm_runs_torchs_kernel_beside_te(te):
+    """Transformer Engine's norms replace nn.RMSNorm alone; `library_norms` is done for both backends."""
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(32)
+    model = nn.Sequential(norm, nn.Linear(32, 48))
+    plan = make_plan(model, settings(layers=LayerSettings(library_norms=True)))
+    swap_layers(model, replace(plan, fp8=replace(plan.fp8, backend="transformer_engine")))
+    assert model[0] is norm and isinstance(norm, FusedRmsNorm)
+    assert type(model[1]).__name__ == "TELinear"
+    assert model(torch.randn(16, 32)).shape == (16, 48)
+    restore_layers(model)
+    assert not isinstance(norm, FusedRmsNorm) and type(model[1]) is nn.Linear
