@@ -60,16 +60,6 @@ class Meeting:
         missing = tuple(rank for rank in self.ranks if not store.check([f"{key}/{rank}"]))
         return missing or tuple(rank for rank in self.ranks if rank != dist.get_rank())
 
-    def give_up(self) -> None:
-        """No meeting about this subject any more, on any rank."""
-        store = _store()
-        if store is not None:
-            store.set(f"{self.prefix}/over", "1")
-
-    def is_over(self) -> bool:
-        store = _store()
-        return store is not None and len(self.ranks) > 1 and bool(store.check([f"{self.prefix}/over"]))
-
 
 def _store() -> Any | None:
     """None where the process group has no store to ask (MPI)."""

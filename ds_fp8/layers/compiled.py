@@ -1,7 +1,8 @@
-"""FP8 layers as torch.compile reads them: two operators per layer, and nothing that a guard would watch.
+"""FP8 layers as torch.compile reads them: operators, and nothing that a guard would watch.
 
     ds_fp8::linear_forward    casts input and weight, fprop
     ds_fp8::linear_backward   casts grad_output, dgrad, wgrad
+    ds_fp8::weight_values     a released weight's values, for a product in high precision (O3, eval mode)
 
 An eager layer reads Python state in each call: whether `start_step` is reached, scales of this step, quantized values
 set from outside. A compiler would make constants of it, and compile anew when it changes. So a traced layer is an
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import has_torch_function_unary
 
 from ..errors import LayerError
 from ..formats import E4M3
@@ -53,6 +55,7 @@ _library.define(
     "Tensor scale_inv, Tensor quantized_weight, Tensor anchor, int k, int flags) "
     "-> (Tensor, Tensor, Tensor)"
 )
+_library.define("weight_values(Tensor weight, Tensor anchor) -> Tensor")
 
 
 def linear(
@@ -68,6 +71,9 @@ def linear(
     Reads of `layer_state` only what never changes: all else would be guarded, or differ between equal layers.
     """
     if not (training or layer_state.runs_in_eval):
+        if has_torch_function_unary(weight) and not torch.compiler.is_exporting():  # released (O3)
+            with torch._C.DisableTorchFunctionSubclass():
+                return F.linear(input, _Values.apply(weight, layer_state.anchor), bias)
         return F.linear(input, weight, bias)
     with torch._C.DisableTorchFunctionSubclass():  # a weight that is released (O3) is passed on, not decoded
         return _operator(input, weight, bias, layer_state, shape, training)
@@ -143,6 +149,30 @@ class _Linear(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _Values(torch.autograd.Function):
+    """A released weight as it reads; the gradient is the weight's own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.ops.ds_fp8.weight_values(weight, anchor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+@torch.library.impl(_library, "weight_values", "CompositeExplicitAutograd")
+def _weight_values(weight: Any, anchor: Any) -> torch.Tensor:
+    quantized = layer_state_of(anchor).quantized_weight
+    assert quantized is not None, "a released weight has quantized values"
+    return quantized.values(weight.dtype)
+
+
+@torch.library.register_fake("ds_fp8::weight_values", lib=_library)
+def _(weight: Any, anchor: Any) -> torch.Tensor:
+    return weight.new_empty(weight.shape)
 
 
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..formats import Format
+from ..kernels import dequantize
+from ..numerics.gemm_blocks import dequantize_128x128
 from ..recipe import RECIPES, HighPrecision, Recipe
 from .anchors import make_anchor
 from .forward_scope import ForwardScope
@@ -36,6 +38,11 @@ class QuantizedWeight(NamedTuple):
 
     data: torch.Tensor
     scale_inv: torch.Tensor
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """[N, K] decoded to `dtype`, new memory."""
+        decode = dequantize_128x128 if self.scale_inv.dim() == 2 else dequantize
+        return decode(self.data, self.scale_inv, dtype)
 
 
 class LayerFp8State:

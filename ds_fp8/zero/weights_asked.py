@@ -1,13 +1,12 @@
 """Who asks for O3's 16-bit weights, and whether all ranks do.
 
-Hooks on the model notice `state_dict()`, `load_state_dict()` and a forward in high precision. Any of them may happen on one
-rank alone, where unmodified ZeRO 1 and 2 need nobody else. So a rank asks in the store first (`comm.meeting`):
+Hooks on the model notice `state_dict()` and `load_state_dict()`. Either may happen on one rank alone, where unmodified ZeRO 1
+and 2 need nobody else. So a rank asks in the store first (`comm.meeting`):
 
     state_dict, load_state_dict   alone: WeightError, with the ranks that are missing and the ways out
     the end of the engine         alone: the model keeps decoded weights
-    evaluation                    alone: goes on with decoded weights, says so once, and nobody waits for it again
 
-The hooks belong to this model: a copy or a pickle of it (an average, a teacher) has none of them.
+A forward asks nobody: in eval mode it reads the weights that this rank has. The hooks belong to this model: a copy or a pickle of it (an average, a teacher) has none of them.
 """
 
 from __future__ import annotations
@@ -21,9 +20,6 @@ import torch
 from ..comm.meeting import PATIENCE_S, Meeting
 from ..errors import WeightError
 
-EVALUATION_PATIENCE_S = 5.0
-"""Shorter than for what must have 16 bits: a rank that evaluates alone has an answer without the others."""
-
 
 class AskedTogether:
     """Meetings of the ranks that share a store.
@@ -33,14 +29,10 @@ class AskedTogether:
 
     def __init__(self, number: int, stores: Sequence[Any]):
         self.moment = 0
-        self._asked, self._evaluation = (
-            {
-                id(store): Meeting(f"{subject}/engine{number}/group{index}", store.group)
-                for index, store in enumerate(stores)
-            }
-            for subject in ("weights", "evaluation")
-        )
-        self._alone_at = -1
+        self._asked = {
+            id(store): Meeting(f"weights/engine{number}/group{index}", store.group)
+            for index, store in enumerate(stores)
+        }
 
     def require(self, store: Any, asked: str) -> None:
         """Return when all ranks of the store ask; raises WeightError when some have not come."""
@@ -66,24 +58,6 @@ class AskedTogether:
             )
         return not absent
 
-    def evaluates_together(self, store: Any) -> bool:
-        """Whether all ranks of the store are about to evaluate in high precision."""
-        meeting = self._evaluation[id(store)]
-        if self._alone_at == self.moment or meeting.is_over():
-            return False
-        absent = meeting.absent(self.moment, EVALUATION_PATIENCE_S)
-        if not absent:
-            return True
-        self._alone_at = self.moment
-        meeting.give_up()
-        print(
-            f"ds_fp8: {_ranks(absent)} did not evaluate within {EVALUATION_PATIENCE_S:.0f} s of this rank, so from now on evaluation at O3"
-            " computes with the values of the FP8 weights; evaluate inside deepspeed.zero.GatheredParameters on all ranks"
-            " for 16-bit ones",
-            flush=True,
-        )
-        return False
-
 
 def _ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
@@ -99,19 +73,7 @@ class _Hook:
         self.optimizer, self.module = weakref.ref(optimizer), weakref.ref(module)
 
     def __call__(self, module: torch.nn.Module, *args: Any) -> None:
-        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-            return  # what is written into a graph must not change under it
-        if torch.compiler.is_compiling():
-            # Evaluation may change the weights before its forward, which no graph can; training never does.
-            if not module.training:
-                _outside_graphs(self, module)
-            return
-        self.run(module)
-
-    def run(self, module: torch.nn.Module) -> None:
-        if module is not self.module():
-            return
-        optimizer = self.optimizer()
+        optimizer = self.optimizer() if module is self.module() else None
         if optimizer is not None:
             self.act(optimizer, module)
 
@@ -125,23 +87,12 @@ class _Hook:
         return _get_nothing, ()
 
 
-@torch.compiler.disable
-def _outside_graphs(hook: _Hook, module: torch.nn.Module) -> None:
-    hook.run(module)
-
-
 def nothing(*args: Any) -> None:
     """What a hook is in a copied or unpickled module."""
 
 
 def _get_nothing() -> Any:
     return nothing
-
-
-class _BeforeForward(_Hook):
-    def act(self, optimizer: Any, module: torch.nn.Module) -> None:
-        if not module.training and not optimizer.fp8_weight_plan.fp8.eval:
-            optimizer.fp8_restore_for_evaluation()
 
 
 class _BeforeStateDict(_Hook):
@@ -156,12 +107,11 @@ class _BeforeLoad(_Hook):
 
 
 def watch_modules(optimizer: Any, root: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[Any]:
-    """Hooks on the root, and on each layer with quantized values, so that state_dict() of any module that holds one is
-    noticed.
+    """Hooks on the root and on each layer with quantized values: state_dict() of any module that holds one is noticed.
 
     Returns handles that take them off. A hook holds neither the model nor the optimizer.
     """
-    handles = [root.register_forward_pre_hook(_BeforeForward(optimizer, root), prepend=True)]
+    handles = []
     for module in dict.fromkeys([root, *layers]):
         handles.append(module.register_state_dict_pre_hook(_BeforeStateDict(optimizer, module)))
         handles.append(module.register_load_state_dict_pre_hook(_BeforeLoad(optimizer, module)))

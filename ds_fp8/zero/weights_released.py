@@ -27,11 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..errors import WeightError
 from ..layers import QuantizedWeight
 from ..layers.once import once_for_each
-from ..numerics.gemm_blocks import dequantize_128x128
 
 SOURCE = "_ds_fp8_source"
 """Attribute of a released or decoded tensor: where its values come from."""
@@ -54,10 +52,7 @@ class Source:
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`, new memory."""
-        data, scale_inv = self.quantized
-        if scale_inv.dim() == 2:
-            return dequantize_128x128(data, scale_inv, dtype)
-        return kernels.dequantize(data, scale_inv, dtype)
+        return self.quantized.values(dtype)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The same as a tensor that refuses writes."""

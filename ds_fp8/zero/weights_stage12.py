@@ -9,9 +9,10 @@ its end):
 
     by contract of all ranks     save_checkpoint, load_checkpoint, save_16bit_model, a pipeline's eval_batch,
                                  `deepspeed.zero.GatheredParameters`
-    if all ranks ask             state_dict() and load_state_dict() of the model or of a layer in it; evaluation in high
-                                 precision. A rank that asks alone gets an error after some seconds; one that evaluates
-                                 alone computes with decoded values
+    if all ranks ask             state_dict() and load_state_dict() of the model or of a layer in it. A rank that asks
+                                 alone gets an error after some seconds
+
+A forward never brings them: in eval mode layers read decoded values, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -194,12 +195,6 @@ class WeightsStage12(Base):
         for index, store in enumerate(self.fp8_stores):
             if store.is_released:
                 self.fp8_asked.require(store, asked)
-                store.restore(self._fp8_own16(index))
-
-    def fp8_restore_for_evaluation(self) -> None:
-        """The same for a forward in high precision: a rank that evaluates alone goes on with decoded weights."""
-        for index, store in enumerate(self.fp8_stores):
-            if store.is_released and self.fp8_asked.evaluates_together(store):
                 store.restore(self._fp8_own16(index))
 
     def fp8_set_weight(self, param: Any, value: Tensor) -> None:

@@ -11,6 +11,8 @@ from gpu import two_gpu_jobs
 from ranks import run_ranks
 from zero import test_weights_quantized, test_wire_stages
 
+from tests.engine import test_uneven_ranks
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device or none: no second rank")
 
@@ -35,13 +37,24 @@ def test_an_inf_on_one_rank_makes_all_ranks_skip_that_step():
 def test_o3_is_o2_to_the_bit(stage):
     """All recipes, accumulation, start_step, evaluation and export in between."""
     results = run_ranks(2, test_weights_quantized.both_levels, stage, test_weights_quantized.CASES, backend="nccl")
-    for row in zip(*results, strict=True):
-        for rank, of_rank in enumerate(row):
-            case = (of_rank["case"], rank)
-            assert of_rank["O3"][0] == of_rank["O2"][0], case
-            assert of_rank["O3 after"] == of_rank["O2 after"], case
-            for name, weight in of_rank["O2"][1].items():
-                assert torch.equal(weight, row[0]["O3"][1][name]), (case, name)
+    test_weights_quantized.judge(results, stage)
+
+
+@pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
+def test_ranks_that_run_different_forwards(backend, tmp_path):
+    """Rank 0 evaluates alone, a tower runs twice on one rank, a batch is dropped: no hang, DeepSpeed's losses, equal scales."""
+    if backend == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    cases = [
+        test_uneven_ranks.rank_0_evaluates,
+        test_uneven_ranks.text_runs_twice,
+        test_uneven_ranks.a_batch_is_dropped,
+    ]
+    sections = {"fp8": {"enabled": True, "backend": backend}}
+    modes = {"control": {}, "delayed": sections}
+    modes |= {level: sections | {"msamp": {"enabled": True, "opt_level": level}} for level in ("O2", "O3")}
+    found = run_ranks(2, test_uneven_ranks.chosen, cases, (0, 2), modes, timeout_s=100, backend="nccl")
+    test_uneven_ranks.judge(found)
 
 
 def cases_of(stage: int) -> list[dict]:

@@ -85,8 +85,9 @@ def start(
     return engine, fp8_state
 
 
-def forward_loss(engine: Any, step: int) -> torch.Tensor:
-    tokens, targets = (tensor.to(engine.device) for tensor in batch(step, dist.get_rank()))
+def forward_loss(engine: Any, step: int, device: Any = None) -> torch.Tensor:
+    """`engine`, or a module on `device`."""
+    tokens, targets = (tensor.to(device or engine.device) for tensor in batch(step, dist.get_rank()))
     return torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), targets.flatten())
 
 
