@@ -29,7 +29,7 @@ def modes(stage: int, *, thrifty: bool, **fp8: Any) -> dict[str, dict[str, Any]]
 def cases(stages: tuple[int, ...], *, thrifty: bool = False, **fp8: Any) -> list[tuple[str, int, str, dict[str, Any]]]:
     return [
         (name, stage, mode, sections)
-        for name in script_jobs.SCRIPTS
+        for name in script_jobs.load()
         for stage in stages
         if stage not in script_jobs.NOT_IN[name]
         for mode, sections in modes(stage, thrifty=thrifty, **fp8).items()

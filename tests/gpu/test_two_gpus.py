@@ -53,7 +53,7 @@ def test_ranks_that_run_different_forwards(backend, tmp_path):
     sections = {"fp8": {"enabled": True, "backend": backend}}
     modes = {"control": {}, "delayed": sections}
     modes |= {level: sections | {"msamp": {"enabled": True, "opt_level": level}} for level in ("O2", "O3")}
-    found = run_ranks(2, test_uneven_ranks.chosen, cases, (0, 2), modes, timeout_s=100, backend="nccl")
+    found = run_ranks(2, test_uneven_ranks.chosen, cases, (0, 2), modes, timeout_s=150, backend="nccl")
     test_uneven_ranks.judge(found)
 
 
