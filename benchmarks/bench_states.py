@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from ds_fp8 import kernels
-from ds_fp8.levels import LEVELS, MASTER_EXTRA_BYTES, STATE_BYTES, Level
+from ds_fp8.levels import LEVELS, MASTERS, STATE_BYTES, Level
 from ds_fp8.optim import ScaledAdamW
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -91,7 +91,7 @@ def measure(name: str, numel: int) -> dict[str, float]:
         "storages": resident_bytes([param.detach(), *tensors]) / numel,
         "process": 2 + grown / numel,
         "step_extra": max(peak_bytes() - base, 0) / numel,
-        "formula": 2 + MASTER_EXTRA_BYTES[level.master] + STATE_BYTES[level.exp_avg] + STATE_BYTES[level.exp_avg_sq],
+        "formula": 2 + MASTERS[level.master].extra_bytes + STATE_BYTES[level.exp_avg] + STATE_BYTES[level.exp_avg_sq],
     }
 
 

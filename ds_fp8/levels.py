@@ -61,13 +61,42 @@ EXP_AVG_FORMATS = tuple(STATES)
 ABSENT = "none"
 """Format of a state that the algorithm does not keep (Lion's exp_avg_sq)."""
 
-MASTER_FORMATS = ("fp32", "split32", "split24", "fp16")
+
+@dataclass(frozen=True)
+class MasterFormat:
+    """A format of the master weight, without its arithmetic: `numerics.masters.CODECS` reads and writes it.
+
+    extra_bytes     per parameter, *beside* the 16-bit weight partition that ZeRO keeps anyway
+    is_exact        it holds every bit of fp32 (beside an fp16 weight split32 does from 2^-16 up), so nothing is rounded
+    contains_weight the 16-bit weight is a part of it; else that could be made of the master again
+    rounding        how it is rounded where the JSON does not say
+    cpp, triton     its number in kernels/cpu/jobs.h and kernels/triton/masters.py; None: no kernel there knows it, and
+                    the step of such a master is PyTorch's
+    """
+
+    extra_bytes: float
+    is_exact: bool = False
+    contains_weight: bool = False
+    rounding: str = "nearest"
+    cpp: int | None = None
+    triton: int | None = None
+
+
+MASTERS = {
+    "fp32": MasterFormat(4.0, is_exact=True, cpp=1, triton=1),
+    "split32": MasterFormat(2.0, is_exact=True, contains_weight=True, cpp=2, triton=2),
+    "split24": MasterFormat(1.0, contains_weight=True, cpp=3, triton=3),
+    # Nearest rounding loses most of a small update there (docs/numerics.md).
+    "fp16": MasterFormat(2.0 + 4 / BLOCK_SIZE, rounding="stochastic", cpp=4, triton=4),
+}
+"""Every format of a master by its name in the JSON."""
+
+MASTER_FORMATS = tuple(MASTERS)
+OWN = "own"
+"""What a master is called that is the parameter itself, which an fp32 parameter always is; number 0 in the kernels."""
 
 STATE_BYTES = {name: fmt.bytes for name, fmt in STATES.items()} | {ABSENT: 0.0}
 """Bytes per parameter of one optimizer state, scales included."""
-
-MASTER_EXTRA_BYTES = {"fp32": 4.0, "split32": 2.0, "split24": 1.0, "fp16": 2.0 + 4 / BLOCK_SIZE}
-"""Bytes per parameter of the master *beside* the 16-bit weight partition that ZeRO keeps anyway."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +127,11 @@ class Level:
     def override(self, **changes: object) -> Level:
         """The same level with some formats replaced; `None` and `"auto"` leave the default.
 
-        A scaled fp16 master loses most of a small update to nearest rounding (docs/numerics.md), so `rounding`
-        left to us becomes `stochastic` there.
+        `rounding` left to us is what the master needs (`MasterFormat.rounding`).
         """
         chosen = {key: value for key, value in changes.items() if value is not None and value != "auto"}
         level = replace(self, **chosen)  # type: ignore[arg-type]
-        if level.master == "fp16" and "rounding" not in chosen:
+        if level.master in MASTERS and MASTERS[level.master].rounding == "stochastic" and "rounding" not in chosen:
             level = replace(level, rounding="stochastic")
         return level
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..algorithms import moments_of
-from ..levels import ABSENT, LEVELS
+from ..levels import ABSENT, LEVELS, MASTERS
 from ..recipe import HISTORY_RECIPES, RECIPE_KINDS, listed
 from . import contract
 from .facts import optimizer_type
@@ -100,8 +100,8 @@ def rounding_has_something_to_round(data: dict[str, Any]) -> Found:
     """Stochastic rounding of formats that round nothing would be ignored."""
     level = level_of(data)
     if level and level.rounding == "stochastic" and "rounding" in explicit_keys(data["msamp"]):
-        exact = {level.exp_avg, level.exp_avg_sq} <= {"fp32", ABSENT} and level.master in ("fp32", "split32")
-        if exact:
+        is_exact = {level.exp_avg, level.exp_avg_sq} <= {"fp32", ABSENT} and MASTERS[level.master].is_exact
+        if is_exact:
             message = f"'stochastic' has no effect: {level.name} with these formats rounds nothing; remove it"
             yield ("msamp", "rounding"), message
 

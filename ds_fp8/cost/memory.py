@@ -11,7 +11,7 @@ Bytes of one parameter on one rank, W ranks, b bytes of the base dtype (2 or 4);
     exp_avg(_sq)  s        s/W         s/W      s/W
     cached weight c        c           c        0        (`weight_cache`: 1, and 1 more where a GPU keeps the transpose)
 
-    m   4 for DeepSpeed's fp32 copy, which ZeRO makes of fp32 weights too (stage 0 does not); `MASTER_EXTRA_BYTES` of a
+    m   4 for DeepSpeed's fp32 copy, which ZeRO makes of fp32 weights too (stage 0 does not); `extra_bytes` of a
         level, nothing beside an fp32 weight. At O3 in stages 1 and 2 the owner's weight itself (b) is part of it.
     *   stage 1 keeps whole gradients while it accumulates micro-batches, the partition when every backward is a boundary
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..formats import FORMATS
-from ..levels import MASTER_EXTRA_BYTES, STATE_BYTES
+from ..levels import MASTERS, STATE_BYTES
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def bytes_of(kept: Kept, where: Placement) -> tuple[Bytes, Bytes]:
     is_partitioned = stage >= 2 or (stage == 1 and where.micro_batches == 1)
     gradients = base * (shard if is_partitioned else 1.0)
     master = _master_bytes(kept, base, stage)
-    if is_fp8_weight and stage < 3 and (where.base == "fp32" or kept.master.startswith("split")):
+    if is_fp8_weight and stage < 3 and (where.base == "fp32" or MASTERS[kept.master].contains_weight):
         master += base
     states = STATE_BYTES[kept.exp_avg] + STATE_BYTES[kept.exp_avg_sq]
     device = Bytes(weights, gradients, master * states_shard, states * states_shard, cached)
@@ -125,7 +125,7 @@ def bytes_of(kept: Kept, where: Placement) -> tuple[Bytes, Bytes]:
 def _master_bytes(kept: Kept, base: int, stage: int) -> float:
     if base == 4:
         return 0.0 if kept.ours or stage == 0 else 4.0
-    return MASTER_EXTRA_BYTES[kept.master]
+    return MASTERS[kept.master].extra_bytes
 
 
 def _moved(device: Bytes, host_gradients: Bytes, where: Placement) -> tuple[Bytes, Bytes]:

@@ -31,7 +31,7 @@ import torch
 
 from .. import numerics
 from ..formats import Format
-from ..levels import STATES
+from ..levels import MASTERS, OWN, STATES, MasterFormat, StateFormat
 from ..numerics import flat
 from ..numerics.adam import torch_sqrt_is_ieee
 from ..numerics.random_bits import Stochastic
@@ -236,12 +236,7 @@ def adam_step(step: AdamStep) -> None:
     """One pass of Adam over a flat partition; see kernels.adam."""
     if step.param.numel() == 0:
         return
-    formats = step.exp_avg.format, step.exp_avg_sq.format
-    if (
-        not _has_kernels(step.param.device, formats)
-        or not _is_fast(step)
-        or _call("adam_step", step.param.device, step) is NotImplemented
-    ):
+    if not _has_kernels(step) or not _is_fast(step) or _call("adam_step", step.param.device, step) is NotImplemented:
         reference_step(step)
 
 
@@ -252,13 +247,20 @@ def lion_step(step: LionStep) -> None:
         reference_lion_step(step)
 
 
-def _has_kernels(device: torch.device, formats: Sequence[str]) -> bool:
-    """Whether the fast path of `device` knows these formats of states; said once where it does not."""
-    known = "cpp" if device.type == "cpu" else "triton"
-    missing = [name for name in formats if getattr(STATES[name], known) is None]
-    for name in missing:
-        _say_once(f"states in {name} have no kernel on {device.type}: PyTorch does the step, to the same numbers")
+def _has_kernels(step: AdamStep) -> bool:
+    """Whether the device's fast path knows the formats of states and master; said once where it does not."""
+    device = step.param.device.type
+    known = "cpp" if device == "cpu" else "triton"
+    missing = [f"states in {s}" for s in (step.exp_avg.format, step.exp_avg_sq.format) if not _knows(STATES[s], known)]
+    if step.master.format != OWN and not _knows(MASTERS[step.master.format], known):
+        missing.append(f"masters in {step.master.format}")
+    for what in missing:
+        _say_once(f"{what} have no kernel on {device}: PyTorch does the step, to the same numbers")
     return not missing
+
+
+def _knows(fmt: StateFormat | MasterFormat, kernels: str) -> bool:
+    return getattr(fmt, kernels) is not None
 
 
 @functools.cache

@@ -31,17 +31,17 @@ Source: split fp32 as in bf16 optimizers (Zamirai et al., arXiv 2010.06192, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..formats import BLOCK_SIZE
-from ..levels import MASTER_FORMATS
+from ..levels import OWN
 from . import blocks16, flat
 from .random_bits import Stochastic, power_of_two
 
-OWN = "own"
-_REMAINDERS = {"split32": torch.int16, "split24": torch.int8}
 _FP16_SHIFT = {torch.int16: 15, torch.int8: 7}
 _CANONICAL_NAN = 0x7FC00000
 
@@ -50,8 +50,8 @@ _CANONICAL_NAN = 0x7FC00000
 class MasterStorage:
     """What is kept beside the parameter of a flat partition, or a chunk of it.
 
-    format     `own` or one of MASTER_FORMATS
-    data       [n] as in the table above; None for `own`
+    format     OWN or one of MASTER_FORMATS
+    data       [n] as in the table above; None for OWN
     scale_inv  fp32 [ceil(n / 128)] for `fp16`, else None
     """
 
@@ -74,52 +74,98 @@ class MasterStorage:
         )
 
 
+@dataclass(frozen=True)
+class MasterCodec:
+    """How one format of masters lies in memory, and its way to fp32 and back.
+
+    fields  the tensors of MasterStorage that it has
+    new     flat param [n] -> these tensors, for a master that equals it
+    read    (storage, param) -> the master, fp32 [n]; it may be the storage's own tensor, or the parameter's
+    write   (storage, param, fp32 values [n], rounding or None): store the master in place and, from what it now holds,
+            the parameter
+    """
+
+    fields: tuple[str, ...]
+    new: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    read: Callable[[MasterStorage, torch.Tensor], torch.Tensor]
+    write: Callable[[MasterStorage, torch.Tensor, torch.Tensor, Stochastic | None], None]
+
+
 def new_master(format: str, param: torch.Tensor) -> MasterStorage:  # noqa: A002 (the field's name)
     """The master of a flat `param` [n], equal to it: a fresh remainder is zero."""
-    if format not in MASTER_FORMATS:
-        raise ValueError(f"master format {format!r} is not one of {', '.join(MASTER_FORMATS)}")
+    if format not in CODECS:
+        raise ValueError(f"master format {format!r} is not one of {', '.join(name for name in CODECS if name != OWN)}")
     if param.dtype == torch.float32:
-        return MasterStorage(OWN)
-    if format == "fp32":
-        return MasterStorage(format, param.detach().float())
-    if format == "fp16":
-        return MasterStorage(format, *blocks16.encode(param.detach().float()))
-    return MasterStorage(format, torch.zeros(param.numel(), dtype=_REMAINDERS[format], device=param.device))
+        format = OWN  # noqa: A001
+    codec = CODECS[format]
+    return MasterStorage(format, **dict(zip(codec.fields, codec.new(param.detach()), strict=True)))
 
 
 def read(master: MasterStorage, param: torch.Tensor) -> torch.Tensor:
-    """The master as fp32 [n]; the parameter's or master's own storage for `own` and `fp32`, else fresh."""
-    if master.format == OWN:
-        return param.detach()
-    assert master.data is not None
-    if master.format == "fp32":
-        return master.data
-    if master.format == "fp16":
-        assert master.scale_inv is not None
-        return blocks16.decode(master.data, master.scale_inv)
-    return join(param.detach(), master.data)
+    """The master as fp32 [n]; the parameter's or master's own storage for OWN and `fp32`, else fresh."""
+    return CODECS[master.format].read(master, param.detach())
 
 
 def write(master: MasterStorage, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None = None) -> None:
     """Store fp32 `values` [n] in place: the master and, from what it now holds, the parameter."""
-    param = param.detach()
-    if master.format == OWN:
-        param.copy_(values)
-    elif master.format == "fp32":
-        assert master.data is not None
-        master.data.copy_(values)
-        param.copy_(values)
-    elif master.format == "fp16":
-        assert master.data is not None and master.scale_inv is not None
-        quantized, scale_inv = blocks16.encode(values, rounding=rounding)
-        master.data.copy_(quantized)
-        master.scale_inv.copy_(scale_inv)
-        param.copy_(blocks16.decode(quantized, scale_inv))
-    else:
-        assert master.data is not None
-        weight, remainder = split(values, param.dtype, master.data.dtype, rounding)
-        param.copy_(weight)
-        master.data.copy_(remainder)
+    CODECS[master.format].write(master, param.detach(), values, rounding)
+
+
+def data_of(master: MasterStorage) -> torch.Tensor:
+    """`data` of a format that has it."""
+    assert master.data is not None
+    return master.data
+
+
+def _write_own(master: MasterStorage, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    param.copy_(values)
+
+
+def _write_fp32(master: MasterStorage, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    data_of(master).copy_(values)
+    param.copy_(values)
+
+
+def _read_fp16(master: MasterStorage, param: torch.Tensor) -> torch.Tensor:
+    assert master.scale_inv is not None
+    return blocks16.decode(data_of(master), master.scale_inv)
+
+
+def _write_fp16(master: MasterStorage, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    assert master.scale_inv is not None
+    quantized, scale_inv = blocks16.encode(values, rounding=rounding)
+    data_of(master).copy_(quantized)
+    master.scale_inv.copy_(scale_inv)
+    param.copy_(blocks16.decode(quantized, scale_inv))
+
+
+def _new_split(remainder: torch.dtype, param: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (torch.zeros(param.numel(), dtype=remainder, device=param.device),)
+
+
+def _read_split(master: MasterStorage, param: torch.Tensor) -> torch.Tensor:
+    return join(param, data_of(master))
+
+
+def _write_split(master: MasterStorage, param: torch.Tensor, values: torch.Tensor, rounding: Stochastic | None) -> None:
+    data = data_of(master)
+    weight, remainder = split(values, param.dtype, data.dtype, rounding)
+    param.copy_(weight)
+    data.copy_(remainder)
+
+
+def _split(remainder: torch.dtype) -> MasterCodec:
+    return MasterCodec(("data",), partial(_new_split, remainder), _read_split, _write_split)
+
+
+CODECS = {
+    OWN: MasterCodec((), lambda param: (), lambda master, param: param, _write_own),
+    "fp32": MasterCodec(("data",), lambda param: (param.float(),), lambda master, param: data_of(master), _write_fp32),
+    "split32": _split(torch.int16),
+    "split24": _split(torch.int8),
+    "fp16": MasterCodec(("data", "scale_inv"), lambda p: blocks16.encode(p.float()), _read_fp16, _write_fp16),
+}
+"""Every format of a master, and the parameter that is its own; a format of `levels.MASTERS` has an entry here."""
 
 
 def split(

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from ..levels import MASTERS, OWN
 from ..numerics import masters
-from ..numerics.masters import OWN, MasterStorage
+from ..numerics.masters import CODECS, MasterStorage
 from .codecs import chunks
 
-EXACT_FORMATS = frozenset({OWN, "fp32", "split32"})
-"""Masters that are fp32 (with an fp16 parameter split32 is, from 2^-16 up)."""
+EXACT_FORMATS = frozenset({OWN, *(name for name, fmt in MASTERS.items() if fmt.is_exact)})
+"""Masters that are fp32."""
 
 
 def format_for(fmt: str, param: torch.Tensor) -> str:
@@ -26,12 +27,9 @@ def format_for(fmt: str, param: torch.Tensor) -> str:
 
 def keys_of(fmt: str) -> dict[str, str]:
     """Field of MasterStorage -> key in `optimizer.state[p]`."""
-    if fmt == OWN:
-        return {}
     if fmt == "fp32":
-        return {"data": "master"}
-    fields = ("data", "scale_inv") if fmt == "fp16" else ("data",)
-    return {field: f"master.{field}" for field in fields}
+        return {"data": "master"}  # the value itself, under the name that other code reads
+    return {field: f"master.{field}" for field in CODECS[fmt].fields}
 
 
 def new_master(fmt: str, param: torch.Tensor) -> dict[str, torch.Tensor]:

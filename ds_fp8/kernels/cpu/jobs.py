@@ -12,7 +12,7 @@ from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
 import torch
 
 from ...formats import Format
-from ...levels import STATES
+from ...levels import MASTERS, OWN, STATES
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"e4m3": 0, "e5m2": 1}
@@ -20,7 +20,7 @@ FORMATS = {"e4m3": 0, "e5m2": 1}
 QUANTIZE, DEQUANTIZE, FLAT_ENCODE, FLAT_SUM, TILE_QUANTIZE, TILE_DEQUANTIZE, ADAM = range(7)
 
 STATE_FORMATS = {name: fmt.cpp for name, fmt in STATES.items() if fmt.cpp is not None}
-MASTER_FORMATS = {"own": 0, "fp32": 1, "split32": 2, "split24": 3, "fp16": 4}
+MASTER_FORMATS = {OWN: 0} | {name: fmt.cpp for name, fmt in MASTERS.items() if fmt.cpp is not None}
 ADAM_SCALARS = (
     "decay", "l2", "beta2", "one_minus_beta1", "one_minus_beta2", "bias_correction2_sqrt", "eps", "step_size",
     "inverse_correction2_sqrt",

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...levels import MASTERS
 from ...numerics import expansion
 from ...numerics.random_bits import EXP_AVG_SHIFT
 from ...numerics.states import RATIO_FORMATS, ROOT_FORMATS
@@ -190,6 +191,6 @@ def _has_fast_path(step: AdamStep) -> bool:
         return False
     if step.master.format not in adam_fast.MASTERS:
         return False
-    if step.master.format.startswith("split") and step.param.dtype != torch.bfloat16:
+    if MASTERS[step.master.format].contains_weight and step.param.dtype != torch.bfloat16:
         return False
     return ieee.has_normal_exponents(step.eps, step.scalars.bias_correction2_sqrt)

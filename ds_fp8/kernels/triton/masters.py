@@ -9,13 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ... import levels
 from . import codec
 from .states import fp16_value, round_fp16
 
-KINDS = {"own": 0, "fp32": 1, "split32": 2, "split24": 3, "fp16": 4}
+KINDS = {levels.OWN: 0} | {name: fmt.triton for name, fmt in levels.MASTERS.items() if fmt.triton is not None}
 """MasterStorage.format -> the constexpr KIND."""
 
-OWN, FP32, SPLIT32, SPLIT24, FP16 = (tl.constexpr(number) for number in KINDS.values())
+OWN, FP32, SPLIT32, SPLIT24, FP16 = (
+    tl.constexpr(KINDS[name]) for name in (levels.OWN, "fp32", "split32", "split24", "fp16")
+)
 
 
 @triton.jit
