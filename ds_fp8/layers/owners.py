@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from ..plan.shapes import is_conv1d
+from ..plan.shapes import layer_type
 from . import norms
 from .as_original import ORIGINAL
-from .conv1d import fp8_class
 from .experts import STATE, ExpertsState, take_state
 from .forward_scope import tensors_of
 from .fp8_linear import Fp8Linear
 from .layer_state import LayerFp8State
+from .matrix_layer import fp8_class
 from .opaque import opaque
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def take_form(module: nn.Module, owner: Owner | None) -> None:
     elif owner is None:
         module.__class__ = module.__dict__[ORIGINAL]
     elif layer_state is not None:
-        module.__class__ = fp8_class(module.__dict__[ORIGINAL]) if is_conv1d(module) else Fp8Linear
+        module.__class__ = fp8_class(module.__dict__[ORIGINAL]) if layer_type(module) else Fp8Linear
         module.__dict__["layer_state"] = layer_state
         weight: Any = module.weight
         layer_state.settle(weight.device)

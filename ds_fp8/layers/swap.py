@@ -13,7 +13,8 @@ from torch import nn
 
 from ..errors import BackendError, DsFp8Error
 from ..plan import ModuleDecision, Plan
-from . import conv1d, experts, fp8_linear, norms
+from ..plan.shapes import DENSE, LAYER_TYPES
+from . import experts, fp8_linear, matrix_layer, norms
 from .as_original import ORIGINAL, show_home
 from .blocks import compile_blocks, release_blocks
 from .fp8_state import ModelFp8State
@@ -60,7 +61,7 @@ def swap_layers(
     """
     if ROOT_STATE in vars(model):
         raise BackendError("this model has FP8 layers already; call restore_layers(model) first.")
-    names = [decision.fqn for decision in plan.swaps if decision.kind in ("Linear", "Conv1D")]
+    names = [decision.fqn for decision in plan.swaps if decision.kind in DENSE]
     fp8_state = ModelFp8State(names, plan.fp8, group=group, managed=by_engine if managed is None else managed)
     try:
         for decision in plan.swaps:
@@ -125,13 +126,13 @@ def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, fp8_state: Mod
         module = model.get_submodule(decision.fqn)
     except AttributeError as error:
         raise BackendError(f"the plan swaps {decision.fqn}, which this model does not have; plan again.") from error
-    layer_state = fp8_state.layer_state(decision.fqn) if decision.kind in ("Linear", "Conv1D") else None
+    layer_state = fp8_state.layer_state(decision.fqn) if decision.kind in DENSE else None
     if decision.kind == "Experts":
         module.__dict__[OWNERS] = [Owner(fp8_state, experts.convert(module, decision.fqn, fp8_state), by_engine)]
         return
     owners = [Owner(fp8_state, layer_state, by_engine)]
-    if decision.kind == "Conv1D":
-        conv1d.convert(module, fp8_state.layer_state(decision.fqn))
+    if decision.kind in LAYER_TYPES:
+        matrix_layer.convert(module, fp8_state.layer_state(decision.fqn))
         module.__dict__[OWNERS] = owners
         return
     if plan.fp8.backend == "torch" or (layer_state is None and norms.is_library(module)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..levels import ABSENT
-from .conversion_checks import KINDS, MATRICES
+from .conversion_checks import MATRICES
 from .decisions import ModuleDecision, Plan
 from .share import share_line, share_warning
 
@@ -25,7 +25,7 @@ def _layer_lines(plan: Plan) -> list[str]:
     if not plan.fp8.enabled:
         return []
     lines = []
-    for kind in KINDS:
+    for kind in (*MATRICES, "LayerNorm", "RMSNorm"):
         mine = [decision for decision in plan.modules if decision.kind == kind]
         if not mine:
             continue

@@ -18,7 +18,7 @@ from torch import nn
 from ..recipe import RECIPE_KINDS
 from .expert_rules import rule_of
 from .known_norms import rms_norm_of
-from .shapes import is_conv1d, shape_of
+from .shapes import DENSE, LAYER_TYPES, layer_type, shape_of
 
 if TYPE_CHECKING:
     from .roles import Role
@@ -28,12 +28,14 @@ KNOWN: tuple[tuple[str, type[nn.Module]], ...] = (
     ("LayerNorm", nn.LayerNorm),
     ("RMSNorm", nn.RMSNorm),
 )
-"""Kinds that are a class of torch. Conv1D (GPT-2) and Experts ([experts, ., .] parameters) are known by their structure,
-RMS norms of model libraries by what they compute (`known_norms.py`)."""
+"""Kinds that are a class of torch. Other layers (`shapes.LAYER_TYPES`) and Experts ([experts, ., .] parameters) are known
+by their structure, RMS norms of model libraries by what they compute (`known_norms.py`)."""
 
-KINDS = ("Linear", "Conv1D", "Experts", "LayerNorm", "RMSNorm")
-MATRICES = ("Linear", "Conv1D", "Experts")
+MATRICES = (*DENSE, "Experts")
 """Kinds that multiply with weights: `fp8/layers/linear` is about them."""
+
+APART = (*LAYER_TYPES, "Experts")
+"""Kinds that are ours with either backend, and whose weights travel in 16 bits at O3."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,12 +65,12 @@ class CandidateModule:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in) of a Linear and a Conv1D, (experts, out, in) of experts' first weight, the normalized shape of a norm."""
+        """(out, in) of a dense layer, (experts, out, in) of experts' first weight, the normalized shape of a norm."""
         if self.kind == "Experts":
             rule = rule_of(self.module)
             return rule.shapes(self.module)[0] if rule else ()
         shape = shape_of(self.weight) if self.weight is not None else ()
-        return shape[::-1] if self.kind == "Conv1D" else shape
+        return shape[::-1] if self.kind in LAYER_TYPES and LAYER_TYPES[self.kind].transposed else shape
 
 
 ConversionCheck = Callable[[CandidateModule], "str | None"]
@@ -76,8 +78,7 @@ ConversionCheck = Callable[[CandidateModule], "str | None"]
 
 def kind_of(module: nn.Module, *, library_norms: bool = False) -> str | None:
     found = next((kind for kind, cls in KNOWN if isinstance(module, cls)), None)
-    if found is None and is_conv1d(module):
-        return "Conv1D"
+    found = found or layer_type(module)
     if found is None and library_norms and rms_norm_of(module) is not None:
         return "RMSNorm"
     return "Experts" if found is None and rule_of(module) is not None else found
@@ -119,7 +120,7 @@ def replaced_forward(candidate: CandidateModule) -> str | None:
 def subclass(candidate: CandidateModule) -> str | None:
     """A subclass has its own forward, or none that is ever called."""
     cls = type(candidate.module)
-    if candidate.kind in ("Conv1D", "Experts") or any(cls is known for _, known in KNOWN):
+    if candidate.kind in APART or any(cls is known for _, known in KNOWN):
         return None
     if not isinstance(candidate.module, tuple(known for _, known in KNOWN)):
         return None  # known by what it computes
@@ -170,8 +171,8 @@ def tied(candidate: CandidateModule) -> str | None:
 
 
 def not_in_recipe(candidate: CandidateModule) -> str | None:
-    """Blackwell's recipes live in Transformer Engine, which has neither a layer for a weight [in, out] nor for stacks."""
-    if candidate.kind in ("Conv1D", "Experts") and not RECIPE_KINDS[candidate.recipe].is_ours:
+    """Blackwell's recipes live in Transformer Engine, which has no layer for them."""
+    if candidate.kind in APART and not RECIPE_KINDS[candidate.recipe].is_ours:
         return f"recipe {candidate.recipe} has no product for a {candidate.kind}"
     return None
 

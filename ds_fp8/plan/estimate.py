@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..cost.job import Part, cost_of
 from ..cost.memory import Bytes, Kept, Placement
 from .decisions import Fp8Plan, ParameterDecision, Plan
+from .shapes import DENSE
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def cached_weight(fp8: Fp8Plan) -> int:
 
 def multiplied_layers(plan: Plan) -> set[str]:
     """Names of the layers whose weight is an operand of FP8 products."""
-    return {module.fqn for module in plan.swaps if module.kind in ("Linear", "Conv1D")}
+    return {module.fqn for module in plan.swaps if module.kind in DENSE}
 
 
 def is_fp8_alone(parameter: ParameterDecision, plan: Plan) -> bool:

@@ -17,7 +17,7 @@ from ..algorithms import moments_of
 from ..config.settings import Settings
 from ..errors import PlanError
 from . import performance
-from .conversion_checks import MATRICES
+from .conversion_checks import APART, MATRICES
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
 from .effective import Effective, decide_settings
 from .flops import Counted, count_products
@@ -176,7 +176,7 @@ def _notes(
     level = effective.level
     if level is not None and level.weight_wire == "e4m3" and not any(p.weight_wire == "e4m3" for p in parameters):
         notes.append(f"{level.name}: no weight travels as FP8 values, none belongs to an FP8 layer; all go in 16 bits")
-    apart = [decision for decision in modules if decision.is_swap and decision.kind in ("Conv1D", "Experts")]
+    apart = [decision for decision in modules if decision.is_swap and decision.kind in APART]
     if level is not None and level.weight_wire == "e4m3" and apart:
         kinds = " and ".join(dict.fromkeys(decision.kind for decision in apart))
         notes.append(f"{level.name}: the weights of {len(apart)} {kinds} compute in FP8 and travel in 16 bits")

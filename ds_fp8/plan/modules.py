@@ -1,7 +1,7 @@
 """Which modules are swapped, and the reason for each one that is not.
 
-Every Linear, Conv1D, module of experts, LayerNorm and RMSNorm of the model (subclasses too) gets one decision. The walk never stops early: one
-layer that cannot be converted says nothing about its siblings.
+Every dense layer, module of experts, LayerNorm and RMSNorm of the model (subclasses too) gets one decision. The walk
+never stops early: one layer that cannot be converted says nothing about its siblings.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from ..config.settings import LayerSettings
 from ..errors import PlanError
 from ..recipe import RECIPE_KINDS
 from . import conversion_checks, patterns
-from .conversion_checks import HARD, MATRICES, SOFT, CandidateModule, first_reason, kind_of
+from .conversion_checks import APART, HARD, MATRICES, SOFT, CandidateModule, first_reason, kind_of
 from .decisions import ModuleDecision
 from .roles import find_roles, slow_experts
+from .shapes import DENSE
 
 TARGETS = {
     "torch": {"Linear": "Fp8Linear", "LayerNorm": "Fp8LayerNorm", "RMSNorm": "Fp8RMSNorm"},
     "transformer_engine": {"Linear": "te.Linear", "LayerNorm": "te.LayerNorm", "RMSNorm": "te.RMSNorm"},
 }
-OURS = {"Conv1D": "Fp8Conv1D", "Experts": "Fp8Experts"}
+OURS = {kind: f"Fp8{kind}" for kind in APART}
 """Ours with either backend: Transformer Engine has no such layer."""
 
 
@@ -107,7 +108,7 @@ def _check_patterns(model: nn.Module, rules: Rules, names: Sequence[patterns.Mod
 
 def _ends(candidates: Sequence[CandidateModule], rules: Rules) -> set[str]:
     """Names of the first and the last Linear of the model, when they are to stay in high precision."""
-    names = [candidate.fqn for candidate in candidates if candidate.kind in ("Linear", "Conv1D")]
+    names = [candidate.fqn for candidate in candidates if candidate.kind in DENSE]
     if not rules.layers.first_last_high_precision or not names:
         return set()
     return ({names[0]} if rules.first else set()) | ({names[-1]} if rules.last else set())

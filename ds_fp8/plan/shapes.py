@@ -1,6 +1,13 @@
-"""Which modules are one matrix product, and the shape of their matrix, without a look at what class they are of."""
+"""Which modules are one matrix product, and the shape of their matrix.
+
+`LAYER_TYPES` are the layers of libraries that multiply by one weight and are no nn.Linear. They are known by their
+structure, so that no library has to be installed; an entry is all that another type of layer needs (docs/extending.md).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,25 +22,48 @@ def numel_of(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's layer: a weight [in, out] and `nf` outputs (`transformers.pytorch_utils.Conv1D`), known without transformers."""
+@dataclass(frozen=True)
+class LayerType:
+    """A class of layers whose forward is x @ weight.T + bias (or x @ weight), for x [..., in] and one bias [out] or None.
+
+    fits        of a module with this class name and a two-dimensional Parameter `weight`: whether it is such a layer
+    transposed  the weight lies as [in, out], and not as [out, in]
+    """
+
+    fits: Callable[[nn.Module], bool]
+    transposed: bool = False
+
+
+LAYER_TYPES = {
+    # GPT-2's layer with `nf` outputs (transformers.pytorch_utils).
+    "Conv1D": LayerType(lambda layer: getattr(layer, "nf", None) == weight_shape(layer)[1], transposed=True),
+}
+"""By the name of their class, which is the kind that plans and messages call them by."""
+
+DENSE = ("Linear", *LAYER_TYPES)
+"""Kinds that multiply by one weight."""
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of `weight`; () without one."""
     weight = module._parameters.get("weight")
-    return (
-        type(module).__name__ in ("Conv1D", "Fp8Conv1D")
-        and weight is not None
-        and len(shape_of(weight)) == 2
-        and getattr(module, "nf", None) == shape_of(weight)[1]
-    )
+    return () if weight is None else shape_of(weight)
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """Which of `LAYER_TYPES` a module is, converted or not."""
+    name = type(module).__name__.removeprefix("Fp8")
+    known = LAYER_TYPES.get(name)
+    return name if known is not None and len(weight_shape(module)) == 2 and known.fits(module) else None
 
 
 def matrix_of(module: nn.Module) -> tuple[int, int] | None:
-    """(out_features, in_features) of a Linear, a Conv1D, or a wrapper such as PEFT's around one; None for all else."""
-    weight = module._parameters.get("weight")
-    if is_conv1d(module):
-        columns, rows = shape_of(weight)  # type: ignore[arg-type]  # is_conv1d has looked
-        return rows, columns
+    """(out_features, in_features) of a Linear, one of `LAYER_TYPES`, or a wrapper such as PEFT's around one; None for all else."""
+    if (kind := layer_type(module)) is not None:
+        first, second = weight_shape(module)
+        return (second, first) if LAYER_TYPES[kind].transposed else (first, second)
     if isinstance(module, nn.Linear):
-        shape = shape_of(weight) if weight is not None else (module.out_features, module.in_features)
+        shape = weight_shape(module) or (module.out_features, module.in_features)
         return shape if len(shape) == 2 else None  # type: ignore[return-value]
     inner = getattr(module, "base_layer", None)
     return matrix_of(inner) if isinstance(inner, nn.Module) else None

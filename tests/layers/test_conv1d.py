@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_fp8.layers import restore_layers
-from ds_fp8.layers.conv1d import Fp8Conv1D
+from ds_fp8.layers.matrix_layer import Fp8MatrixLayer
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import settings, swapped
@@ -66,7 +66,7 @@ def test_gpt2_is_converted_and_given_back():
     assert loss != exact and loss == pytest.approx(exact, rel=0.01)
     assert list(model.state_dict()) == names
     restore_layers(model)
-    assert not any(isinstance(module, Fp8Conv1D) for module in model.modules())
+    assert not any(isinstance(module, Fp8MatrixLayer) for module in model.modules())
     assert step(model)[0] == exact
 
 
@@ -76,7 +76,7 @@ def test_copies_and_pickles():
     expected, _ = step(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert step(copied)[0] == expected
-        assert sum(isinstance(module, Fp8Conv1D) for module in copied.modules()) == 8
+        assert sum(isinstance(module, Fp8MatrixLayer) for module in copied.modules()) == 8
 
 
 def test_saved_and_loaded_by_unmodified_transformers(tmp_path):

@@ -1,7 +1,8 @@
-"""GPT-2's linear layer, whose weight lies as [in, out], in FP8: the class changes in place, names and shapes do not.
+"""Layers of libraries with one weight (`plan.shapes.LAYER_TYPES`) in FP8: the class changes in place, names and shapes do
+not.
 
-It is `transformers.pytorch_utils.Conv1D`, known by its structure. The products are those of `Fp8Linear` on the transposed
-view of the weight, so recipes, scales and telemetry are the same; autograd turns the gradient back. What differs: under
+The products are those of `Fp8Linear` on the weight, or on the transposed view of one that lies as [in, out] (GPT-2's
+Conv1D), so recipes, scales and telemetry are the same; autograd turns the gradient back. What differs for a view: under
 ZeRO 3 the quantized values made in the forward are kept for dgrad (one byte per weight), since a view cannot be
 gathered again.
 """
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..plan.shapes import LAYER_TYPES
 from . import compiled
 from .as_original import ORIGINAL
 from .fp8_linear import multiply
@@ -21,26 +23,32 @@ from .layer_state import LayerFp8State
 from .once import once_for_each
 
 
-class Fp8Conv1D:
+class Fp8MatrixLayer:
     """Mixed into the class of a converted layer, in front of it."""
 
     layer_state: LayerFp8State
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    training: bool
+    fp8_transposed: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.t() if self.fp8_transposed else self.weight
         if torch.compiler.is_compiling():
-            shape = (self.weight.shape[1], self.weight.shape[0])  # type: ignore[attr-defined]
-            return compiled.linear(x, self.weight.t(), self.bias, self.layer_state, shape, self.training)  # type: ignore[attr-defined]
+            rows, columns = self.weight.shape
+            shape = (columns, rows) if self.fp8_transposed else (rows, columns)
+            return compiled.linear(x, weight, self.bias, self.layer_state, shape, self.training)
         layer_state = self.layer_state
-        call = layer_state.fp8_state.call(layer_state, training=self.training, device=x.device)  # type: ignore[attr-defined]
+        call = layer_state.fp8_state.call(layer_state, training=self.training, device=x.device)
         if call is None:
             layer_state.note_call()
             return super().forward(x)  # type: ignore[misc]
-        return multiply(x, self.weight.t(), self.bias, call)  # type: ignore[attr-defined]
+        return multiply(x, weight, self.bias, call)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Conv1D:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8MatrixLayer:
         """`to`, `cuda`, `to_empty` and their like: the layer's FP8 state follows."""
         super()._apply(fn, recurse)  # type: ignore[misc]
-        self.layer_state.settle(self.weight.device)  # type: ignore[attr-defined]
+        self.layer_state.settle(self.weight.device)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -52,11 +60,14 @@ class Fp8Conv1D:
 @once_for_each
 def fp8_class(original: type[nn.Module]) -> type[nn.Module]:
     """The FP8 version of a class of layers."""
-    return type(f"Fp8{original.__name__}", (Fp8Conv1D, original), {"__module__": __name__})
+    transposed = LAYER_TYPES[original.__name__].transposed
+    return type(
+        f"Fp8{original.__name__}", (Fp8MatrixLayer, original), {"__module__": __name__, "fp8_transposed": transposed}
+    )
 
 
 def convert(module: nn.Module, layer_state: LayerFp8State) -> nn.Module:
-    """Turn a Conv1D into its FP8 version, in place; `fp8_linear.restore` gives it back."""
+    """Turn a layer into its FP8 version, in place; `fp8_linear.restore` gives it back."""
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = fp8_class(type(module))
     module.__dict__["layer_state"] = layer_state
