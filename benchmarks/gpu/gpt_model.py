@@ -10,17 +10,17 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; `width` a multiple of 128 (the head size)."""
+    """Pre-norm attention and MLP; `width` a multiple of `head_size`."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, head_size: int = 128):
         super().__init__()
         self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.heads = width // 128
+        self.head_size = head_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, 128).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
@@ -29,10 +29,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Returns the loss of predicting `tokens` shifted by one."""
 
-    def __init__(self, depth: int, width: int, vocabulary: int, context: int):
+    def __init__(self, depth: int, width: int, vocabulary: int, context: int, head_size: int = 128):
         super().__init__()
         self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, 4 * width) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, 4 * width, head_size) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embed.weight
         self.recompute = False

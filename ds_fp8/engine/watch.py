@@ -1,6 +1,6 @@
 """Telemetry: one step in every `interval` optimizer steps is measured; the others cost nothing.
 
-For that one step hooks lie on the FP8 layers. They see each operand as the layer sees it, measure its amax and the
+For that one step hooks lie on the FP8 layers; operators of compiled layers, which call no hooks, report by themselves. They see each operand as the layer sees it, measure its amax and the
 share of elements that the cast flushes to zero, and keep the results on the device; after the step they are taken off
 and the numbers are read, which is the only time that waits for the device. Nothing that is computed is changed.
 
@@ -25,6 +25,7 @@ from ..telemetry import JsonlLog, TensorStatistics, aggregate, find_alarms
 from ..telemetry.aggregate import events
 from ..telemetry.alarms import new_alarms
 from ..zero.touched import touched
+from ..zero.weights_released import is_released, values_of
 from .printing import print_rank_0
 
 TOUCHED = {
@@ -50,6 +51,7 @@ class Watch:
         self._seen: dict[tuple[str, str], list[torch.Tensor]] = {}
         self._formats: dict[tuple[str, str], Format] = {}
         self._margin = 0
+        self._told_unseen = False
 
     def begin(self) -> None:
         """The engine is made: write down the plan, and look at the first step if it is due."""
@@ -79,18 +81,24 @@ class Watch:
             return
         self._is_looking = True
         self._hear_losses()
-        fp8_state = self.attachment.fp8_state
         modules = dict(self.attachment.model.named_modules())
-        for layer_state in () if fp8_state is None else fp8_state.layer_states:
+        for layer_state in self._layers():
             module = modules.get(layer_state.fqn)
             if module is not None:
                 self._hooks.append(module.register_forward_pre_hook(self._operands(layer_state)))
                 self._hooks.append(module.register_forward_hook(self._gradient(layer_state)))
+                layer_state.observe = functools.partial(self._observe, layer_state, module)
+
+    def _layers(self) -> list[Any]:
+        fp8_state = self.attachment.fp8_state
+        return [] if fp8_state is None else list(fp8_state.layer_states)
 
     def _look_away(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for layer_state in self._layers():
+            layer_state.observe = None
         self._stop_hearing()
         self._is_looking = False
 
@@ -123,20 +131,31 @@ class Watch:
 
     def _operands(self, layer_state: Any) -> Any:
         def before(module: Any, args: tuple[Any, ...]) -> None:
-            if not (module.training and torch.is_grad_enabled() and args) or in_backward():
+            if torch.compiler.is_compiling():  # the layer's operator reports, in this and in later steps
                 return
-            self._measure(layer_state, "input", args[0], layer_state.input_column)
-            if module.weight.numel() and (layer_state.fqn, "weight") not in self._seen:
-                self._measure(layer_state, "weight", module.weight, layer_state.weight_column)
+            if module.training and torch.is_grad_enabled() and args:
+                self._observe(layer_state, module, "input", args[0])
 
         return before
 
+    def _observe(self, layer_state: Any, module: torch.nn.Module, role: str, operand: torch.Tensor) -> None:
+        """Measure an operand of a layer that trains; a recompute is the same forward once more."""
+        if role == "grad_output":
+            self._measure(layer_state, role, operand, layer_state.grad_output_column)
+        elif not in_backward():
+            self._measure(layer_state, role, operand, layer_state.input_column)
+            weight: Any = module.weight
+            if is_released(weight):  # an operator runs where torch does not ask a tensor's class
+                weight = values_of(weight)
+            if weight.numel() and (layer_state.fqn, "weight") not in self._seen:
+                self._measure(layer_state, "weight", weight, layer_state.weight_column)
+
     def _gradient(self, layer_state: Any) -> Any:
         def after(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if torch.compiler.is_compiling():
+                return
             if isinstance(output, torch.Tensor) and output.requires_grad and not in_backward():
-                output.register_hook(
-                    lambda grad: self._measure(layer_state, "grad_output", grad, layer_state.grad_output_column)
-                )
+                output.register_hook(functools.partial(self._observe, layer_state, module, "grad_output"))
 
         return after
 
@@ -203,6 +222,12 @@ class Watch:
 
         engine = self.attachment.engine
         statistics, loss = self._statistics(), self._loss()
+        if not statistics and self._layers() and not self._told_unseen:
+            self._told_unseen = True
+            print_rank_0(
+                f"telemetry: no operand was seen at step {engine.global_steps}: a CUDA graph (fp8/compile/mode reduce-overhead) is "
+                "replayed without our code; mode default shows them"
+            )
         alarms = find_alarms(statistics)
         values = aggregate(statistics, alarms)
         sent = counters.to_json()

@@ -68,6 +68,8 @@ def run_forward(
 ) -> tuple[torch.Tensor, Carried]:
     """(output [..., N], what is carried) for contiguous `input` [..., K] in the compute dtype."""
     call = _call(layer_state, training=training, grad=grad, x=input)
+    if layer_state.observe is not None and training and grad:
+        layer_state.observe("input", input)
     with _no_autocast(input.device.type):
         if takes(input, weight, call):
             return _forward_on_cuda(input, weight, bias, call, carries_input, carries_weight)
@@ -120,6 +122,8 @@ def run_backward(
     input  [..., K] in high precision, where it is not carried in quantized form
     """
     call = _call(layer_state, training=training, grad=True, x=grad_output)
+    if layer_state.observe is not None:
+        layer_state.observe("grad_output", grad_output)
     grad_output = grad_output.contiguous()
     dtypes: dict[str, Any] = {"weight_dtype": weight.dtype, "bias_dtype": None if bias is None else bias.dtype}
     with _no_autocast(grad_output.device.type):

@@ -7,6 +7,7 @@ those of the unmodified layer.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +61,8 @@ class LayerFp8State:
                          `operands.cast_weight`
     ready                the same as the GPU's products read them (cuda_products)
     wrapped              `quantized_weight` as Transformer Engine's tensor, with its transpose (`weight_cache`)
+    observe              called by a compiled layer's operators with (role, operand) while telemetry looks; eager layers
+                         have hooks for that, which a compiled graph does not call
     recipe_number, runs_in_eval, carries_input, carries_weight
                         what a compiled forward needs to know of the recipe when it is traced: constants (compiled)
     anchor              tensor by whose address a compiled forward finds this layer's state (anchors)
@@ -86,6 +89,7 @@ class LayerFp8State:
         self.fast_step: int | None = None
         self.is_shared = False
         self.ran: Ran | None = None
+        self.observe: Callable[[str, torch.Tensor], None] | None = None
         self.anchor: torch.Tensor | None = None
         self._anchors: list[torch.Tensor] = []
         self.forget_weight()

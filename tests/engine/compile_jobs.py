@@ -9,7 +9,9 @@ import torch
 from tests.engine.engine_jobs import batch, config, make_engine, steps
 
 
-def losses(rank: int, stage: int, level: str | None, how: str, recipe: str) -> tuple[list[float], dict[str, int]]:
+def losses(
+    rank: int, stage: int, level: str | None, how: str, recipe: str, telemetry: dict[str, Any]
+) -> tuple[list[float], dict[str, int]]:
     """Losses of twelve steps with an evaluation after the tenth; and what torch.compile counted."""
     import ds_fp8
 
@@ -17,6 +19,7 @@ def losses(rank: int, stage: int, level: str | None, how: str, recipe: str) -> t
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     sections: dict[str, Any] = {"fp8": {"enabled": True, "backend": "torch", "recipe": recipe, "start_step": 1}}
+    sections["fp8"]["telemetry"] = {"enabled": True, **telemetry}
     if level is not None:
         sections["msamp"] = {"enabled": True, "opt_level": level}
     settings = config(stage, gas=2, **sections)
