@@ -7,7 +7,9 @@ import json
 
 import pytest
 
+from ds_fp8.cli.estimate import DEEPSPEED, Job, cost
 from ds_fp8.cli.main import main
+from ds_fp8.cost.memory import Placement
 
 MODEL = """
 from torch import nn
@@ -100,3 +102,31 @@ def test_frozen_parameters_cost_their_weight_alone(tmp_path, monkeypatch, capsys
     answer = json.loads(capsys.readouterr().out)
     frozen, trained = 512 * 513, 5 * 513
     assert answer["levels"]["AMP"][2]["resident_bytes"] == 2 * frozen + 16 * trained
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8, 64])
+def test_deepspeeds_own_estimators_differ_by_what_is_explained(world_size):
+    """docs/memory.md: theirs have the fp32 gradients that live inside the step alone, 4/W (in ZeRO 3 in place of the 16-bit
+    ones, 2/W more), and in ZeRO 3 the largest layer; an offloaded job's are the same, but for their factor on the host.
+    """
+    stage_1_and_2 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
+    stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3")
+    params, largest, one_node = 6_400_000, 64_000, {"num_gpus_per_node": world_size, "additional_buffer_factor": 1.0}
+
+    def ours(stage, **offload):
+        return cost("AMP", DEEPSPEED, stage, Job(params, Placement(stage, world_size, **offload)))
+
+    _, theirs = stage_1_and_2.estimate_zero2_model_states_mem_needs(params, cpu_offload=False, **one_node)
+    assert theirs == pytest.approx(ours(2).device.total + 4 * params / world_size)
+    host, theirs = stage_1_and_2.estimate_zero2_model_states_mem_needs(params, cpu_offload=True, **one_node)
+    offloaded = ours(2, offload_optimizer=True)
+    assert theirs == offloaded.device.total
+    assert host == pytest.approx(max(offloaded.host.total * world_size, 4 * params * world_size))
+
+    zero3 = stage3.estimate_zero3_model_states_mem_needs
+    _, theirs, _ = zero3(params, largest, cpu_offload=False, cpu_offload_params=False, **one_node)
+    assert theirs == pytest.approx(ours(3).device.total + 2 * params / world_size + 4 * largest)
+    host, theirs, _ = zero3(params, largest, cpu_offload=True, cpu_offload_params=True, **one_node)
+    offloaded = ours(3, offload_optimizer=True, offload_param=True)
+    assert theirs == offloaded.device.total + 4 * largest
+    assert host == pytest.approx(offloaded.host.total * world_size)
