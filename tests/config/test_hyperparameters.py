@@ -67,22 +67,84 @@ def test_what_is_right_is_left_alone(part, kind, params):
     assert found(part, kind, params) == {}
 
 
-@pytest.mark.parametrize("name", ["generate_optimizers", "generate_bundled"])
+LINES = ("0.18", "0.19")
+"""Release lines of DeepSpeed, each with a schema of the whole file."""
+
+
+@pytest.mark.parametrize("name", ["generate_optimizers", *LINES])
 def test_the_generated_file_is_the_installed_deepspeeds(name):
     """A new DeepSpeed, or a key of ours, shows here first: run the generator again."""
-    script = SCHEMAS / f"{name}.py"
-    target = {"generate_optimizers": "optimizers.json", "generate_bundled": "ds_fp8.bundled.schema.json"}[name]
-    text = subprocess.run([sys.executable, script, "--stdout"], check=True, capture_output=True, text=True).stdout
-    assert json.loads(text[text.index("{\n") :]) == json.loads((SCHEMAS / target).read_text())
+    script = [SCHEMAS / "generate_optimizers.py", "--stdout"]
+    target = SCHEMAS / "optimizers.json"
+    if name in LINES:
+        script, target = [SCHEMAS / "generate_bundled.py", "--stdout", name], bundled(name)
+    text = subprocess.run([sys.executable, *script], check=True, capture_output=True, text=True).stdout
+    assert json.loads(text[text.index("{\n") :]) == json.loads(target.read_text())
 
 
-def test_the_bundled_schema_refers_to_nothing_outside():
+def bundled(line):
+    return SCHEMAS / f"ds_fp8.deepspeed-{line}.schema.json"
+
+
+BAD = {"fp8": {"enabled": True, "margn": 1}, "zero_optimization": {"stage": 7}}
+"""Two mistakes."""
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_bundled_schema_refers_to_nothing_outside(line):
     """Editors and validators get one file; it finds what `check` finds."""
     from jsonschema import Draft7Validator
 
-    schema = json.loads((SCHEMAS / "ds_fp8.bundled.schema.json").read_text())
+    schema = json.loads(bundled(line).read_text())
     Draft7Validator.check_schema(schema)
-    assert '"$ref": "deepspeed' not in json.dumps(schema)
-    bad = {"fp8": {"enabled": True, "margn": 1}, "zero_optimization": {"stage": 7}}
-    messages = [error.message for error in Draft7Validator(schema).iter_errors(bad)]
-    assert len(messages) == 2
+    text = json.dumps(schema)
+    assert '"$ref": "deepspeed' not in text and '"x-' not in text, "SchemaStore takes no keywords of one's own"
+    assert schema["$id"].startswith("https://")
+    assert len(list(Draft7Validator(schema).iter_errors(BAD))) == 2
+
+
+def test_a_line_has_the_keys_of_its_last_release():
+    """0.18.9 knew no `compute_grad_norm` and no `cpu_offload_params`; 0.19.8 knows the one."""
+    keys = [
+        json.loads(bundled(line).read_text())["definitions"]["deepspeed"]["properties"]["zero_optimization"][
+            "properties"
+        ]
+        for line in LINES
+    ]
+    assert "compute_grad_norm" not in keys[0] and "compute_grad_norm" in keys[1]
+    assert "save_muon_momentum_buffer_in_memory" in keys[0]
+
+
+def test_the_command_prints_the_file_of_the_installed_deepspeed(capsys, monkeypatch):
+    """Of the installed line, of the one that is asked for, else the newest."""
+    from importlib import metadata
+
+    from ds_fp8.cli.main import main
+
+    def printed(*arguments):
+        assert main(["schema", *arguments]) == 0
+        return capsys.readouterr().out.strip()
+
+    monkeypatch.setattr(metadata, "version", {"deepspeed": "0.18.4"}.__getitem__)
+    assert printed().endswith("deepspeed-0.18.schema.json")
+    assert printed("--deepspeed", "0.19.2").endswith("deepspeed-0.19.schema.json")
+    monkeypatch.setattr(metadata, "version", {"deepspeed": "1.2.3"}.__getitem__)
+    assert printed().endswith("deepspeed-0.19.schema.json")
+    assert json.loads(printed("--print"))["title"] == "DeepSpeed 0.19 configuration with ds_fp8"
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_check_jsonschema_validates_with_it(line, tmp_path):
+    """The validator that pre-commit hooks use takes the file as it is, ours and the examples."""
+    pytest.importorskip("check_jsonschema")
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(BAD))
+    command = [sys.executable, "-m", "check_jsonschema"]
+    right = [SCHEMAS.parent / "examples" / "ds_fp8.json", *sorted((SCHEMAS.parent / "configs").glob("*.json"))]
+    for arguments, code in (
+        (["--check-metaschema", bundled(line)], 0),
+        (["--schemafile", bundled(line), *right], 0),
+        (["--schemafile", bundled(line), bad], 1),
+    ):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
