@@ -24,6 +24,7 @@ USED = {
     "__spec__": "importlib reads it",
     "_": "the kernels for tracing of torch.library, which their decorators register",
     "_backward": "as `_`",
+    "_weight_values": "as `_`",
     "SeamError": "the old name of PrivateNameError, for except clauses of users",
     "after_torch_import": "the entry point that setup.py names",
     "find_class": "pickle calls it",

@@ -45,6 +45,15 @@ class Host:
         """The device has FP8 matrix products with one scale per tensor."""
         return self.at_least(FP8_SINCE)
 
+    @property
+    def why_no_transformer_engine(self) -> str | None:
+        """Why Transformer Engine's layers do not run here; None where they do."""
+        if self.transformer_engine is not None and self.multiplies_fp8:
+            return None
+        major, minor = FP8_SINCE
+        needed = f"needs a CUDA device of compute capability {major}.{minor} or later, this is {self}"
+        return self.transformer_engine_reason or needed
+
     def __str__(self) -> str:
         if self.compute_capability is None:
             return self.device_name or self.device_type

@@ -1,45 +1,28 @@
-"""What is refused, decided once: rules over the settings, and over the machine where it is known.
+"""What is refused, decided once: rules over the settings, over the machine where it is known, and over the model.
 
 `check` and `load` ask them of a file, without a machine; the plan asks the same ones again of settings that no file
-made, with the machine that the model will run on. So a job is refused in the same words wherever it is first seen, on
-every rank before ranks have met. What needs the model is the plan's own (`plan/make.py`); what only makes sense of a
-file's text (a key that would be ignored, two sections that contradict) is in `rules.py`, what belongs to DeepSpeed's
-own features in `conflicts.py`.
+made, with the machine that the model will run on, and once more with the model. So a job is refused in the same words
+wherever it is first seen, on every rank before ranks have met. Rules that need the model stand in `model_refusals.py`.
+What only makes sense of a file's text (a key that would be ignored, two sections that contradict) is in `rules.py`,
+what belongs to DeepSpeed's own features in `conflicts.py`. What one layer cannot do is a reason to keep it, beside it
+in the plan (`plan/conversion_checks.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from ..capabilities import Host
 from ..recipe import OUR_RECIPES, OWNER_RECIPES, TE_RECIPES, listed
+from .model_refusals import MODEL_REFUSALS
 from .positions import Path
+from .refusal import ModelFacts, Refusal, Rule
 from .settings import Settings
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """path  keys from the top of the JSON;  what  is refused and why;  cure  the way out, an imperative."""
-
-    path: Path
-    what: str
-    cure: str
-
-    def __str__(self) -> str:
-        """For a list of problems, which has the path in front."""
-        return f"{self.what}; {self.cure[0].lower()}{self.cure[1:]}"
-
-    @property
-    def text(self) -> str:
-        """By itself, as an exception."""
-        return f"{'/'.join(map(str, self.path))}: {self.what}.\n  {self.cure}."
-
-
-Rule = Callable[[Settings, Host | None], Iterator[Refusal]]
-
-
-def recipe_needs_transformer_engine(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def recipe_needs_transformer_engine(
+    settings: Settings, host: Host | None, model: ModelFacts | None
+) -> Iterator[Refusal]:
     """Recipes that only Transformer Engine's layers compute."""
     fp8 = settings.fp8
     if not fp8.recipe.facts.is_ours and fp8.backend == "torch":
@@ -47,7 +30,7 @@ def recipe_needs_transformer_engine(settings: Settings, host: Host | None) -> It
         yield Refusal(("fp8", "recipe"), what, "Use backend auto or transformer_engine")
 
 
-def recipe_needs_our_layers(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def recipe_needs_our_layers(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """Recipes that Transformer Engine does not have."""
     fp8 = settings.fp8
     if fp8.recipe.facts.transformer_engine_since is not None:
@@ -63,7 +46,7 @@ def recipe_needs_our_layers(settings: Settings, host: Host | None) -> Iterator[R
         yield Refusal(("fp8", "fuse"), what, f"Drop fuse, or use recipe {listed(TE_RECIPES)}")
 
 
-def recipe_needs_a_device(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def recipe_needs_a_device(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """Recipes that the GPU at hand is too old for."""
     kind, since = settings.fp8.recipe.kind, settings.fp8.recipe.facts.transformer_engine_since
     if host is None or settings.fp8.recipe.facts.is_ours or since is None or host.device_type != "cuda":
@@ -73,14 +56,32 @@ def recipe_needs_a_device(settings: Settings, host: Host | None) -> Iterator[Ref
         yield Refusal(("fp8", "recipe"), what, f"Use {listed(OUR_RECIPES)}")
 
 
-def fused_layers_need_transformer_engine(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def transformer_engine_runs(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
+    """What needs Transformer Engine's layers, where they do not run. MS-AMP's `use_te` is a wish: ours stand in."""
+    fp8 = settings.fp8
+    if host is None or not fp8.enabled or fp8.backend == "torch" or (why := host.why_no_transformer_engine) is None:
+        return
+    if not fp8.recipe.facts.is_ours:
+        what = f"{fp8.recipe.kind} runs in Transformer Engine only, which does not run here: {why}"
+        yield Refusal(("fp8", "recipe"), what, f"Use {listed(OUR_RECIPES)}")
+    elif fp8.backend == "transformer_engine" and not settings.msamp.use_te:
+        what = f"transformer_engine does not run here: {why}"
+        yield Refusal(("fp8", "backend"), what, "Use auto or torch: the same numerics without Transformer Engine")
+    elif fp8.fuse:
+        what = f"joins norm and Linear into one Transformer Engine layer, which does not run here: {why}"
+        yield Refusal(("fp8", "fuse"), what, "Set fp8/fuse to false or auto")
+
+
+def fused_layers_need_transformer_engine(
+    settings: Settings, host: Host | None, model: ModelFacts | None
+) -> Iterator[Refusal]:
     """Norm and Linear are joined by Transformer Engine's layers; ours are not."""
     if settings.fp8.fuse and settings.fp8.backend == "torch":
         what = "joins norm and Linear into one Transformer Engine layer, but the backend is torch"
         yield Refusal(("fp8", "fuse"), what, "Set fp8/fuse to false or auto, or change the backend")
 
 
-def fused_layers_are_whole(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def fused_layers_are_whole(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """A fused layer refers to the norm's parameters, and computes all three products alike."""
     fp8 = settings.fp8
     if fp8.fuse and settings.deepspeed.zero_stage == 3:
@@ -93,7 +94,7 @@ def fused_layers_are_whole(settings: Settings, host: Host | None) -> Iterator[Re
         yield Refusal(("fp8", "fuse"), what, "Set fp8/fuse to false, or drop fp8/override_linear_precision")
 
 
-def compiled_layers_are_our_own(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def compiled_layers_are_our_own(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """Transformer Engine's modules run outside a compiled graph: each would break it."""
     fp8 = settings.fp8
     if fp8.compile is None:
@@ -110,14 +111,16 @@ def compiled_layers_are_our_own(settings: Settings, host: Host | None) -> Iterat
         yield Refusal(("fp8", "compile"), what, "Drop one of the two")
 
 
-def compiled_blocks_keep_their_parameters(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def compiled_blocks_keep_their_parameters(
+    settings: Settings, host: Host | None, model: ModelFacts | None
+) -> Iterator[Refusal]:
     """ZeRO-3 gathers and releases parameters in hooks on every module."""
     if settings.fp8.compile is not None and settings.deepspeed.zero_stage == 3:
         what = "ZeRO-3 gathers parameters in hooks on every module, which break the graph at every layer"
         yield Refusal(("fp8", "compile"), what, "Set zero_optimization/stage to 2, or fp8/compile to false")
 
 
-def graphs_replay_fixed_memory(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def graphs_replay_fixed_memory(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """A CUDA graph reads the memory that it was recorded with, whatever the host has found out since."""
     compile, level = settings.fp8.compile, settings.msamp.level  # noqa: A001 (the key's name)
     if compile is None or compile.mode not in ("reduce-overhead", "max-autotune"):
@@ -133,7 +136,7 @@ def graphs_replay_fixed_memory(settings: Settings, host: Host | None) -> Iterato
         yield Refusal(("fp8", "compile", "mode"), what, "Use default, or opt_level O2")
 
 
-def frozen_weights_are_whole(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def frozen_weights_are_whole(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """Frozen weights in FP8 alone: somebody must be able to make their data, once, of the whole weight."""
     fp8 = settings.fp8
     if not fp8.enabled or fp8.frozen_weights != "fp8":
@@ -147,7 +150,7 @@ def frozen_weights_are_whole(settings: Settings, host: Host | None) -> Iterator[
         yield Refusal(path, what, f"Use recipe {listed(OWNER_RECIPES)}, or remove the key")
 
 
-def fp8_weights_are_made_and_used(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def fp8_weights_are_made_and_used(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """FP8 weights on the wire: somebody must gather them, make their data, and multiply with them."""
     level = settings.msamp.level
     if not settings.msamp.enabled or level is None or level.weight_wire != "e4m3":
@@ -168,7 +171,7 @@ def fp8_weights_are_made_and_used(settings: Settings, host: Host | None) -> Iter
         yield Refusal(("fp8", "recipe"), what, f"Use {listed(OWNER_RECIPES)}, or opt_level O2")
 
 
-def masters_fit_the_base(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def masters_fit_the_base(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """Split and fp16 masters complete a 16-bit weight; an fp32 parameter is its own master. A default is adapted
     instead.
     """
@@ -180,7 +183,7 @@ def masters_fit_the_base(settings: Settings, host: Host | None) -> Iterator[Refu
         yield Refusal(("msamp", "master"), what, "Enable bf16 or fp16, or set msamp/master to fp32")
 
 
-def unscaled_fp16(settings: Settings, host: Host | None) -> Iterator[Refusal]:
+def unscaled_fp16(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """DeepSpeed since 0.18.4: at stage 0 fp16 does not scale the loss, but unscales the gradients. msamp's optimizer
     does both.
     """
@@ -208,11 +211,13 @@ REFUSALS: tuple[Rule, ...] = (
     frozen_weights_are_whole,
     fp8_weights_are_made_and_used,
     masters_fit_the_base,
+    transformer_engine_runs,
+    *MODEL_REFUSALS,
 )
 """Every rule, in the order in which a job is refused where only one reason can be shown."""
 
 
-def refusals(settings: Settings, host: Host | None = None) -> Iterator[Refusal]:
-    """All that is wrong with `settings`; `host` where it is known."""
+def refusals(settings: Settings, host: Host | None = None, model: ModelFacts | None = None) -> Iterator[Refusal]:
+    """All that is wrong with `settings`; `host` and `model` where they are known."""
     for rule in REFUSALS:
-        yield from rule(settings, host)
+        yield from rule(settings, host, model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..capabilities import FP8_SINCE, Host
+from ..capabilities import Host
 from ..config.refusals import refusals
 from ..config.settings import Fp8Settings, Settings
 from ..errors import PlanError
@@ -52,11 +52,6 @@ def _decide_fp8(settings: Settings, host: Host, notes: list[str]) -> Fp8Plan:
             f"fp8/recipe {kind} in Transformer Engine needs compute capability {_dotted(needed)}, but this is {host}.\n"
             f"  Use {listed(older)}, or backend torch."
         )
-    if asked.fuse and backend != "transformer_engine":
-        raise PlanError(
-            "fp8/fuse joins norm and Linear into one Transformer Engine layer, but the backend is torch "
-            f"({host.transformer_engine_reason or 'chosen'}).\n  Set fp8/fuse to false or auto."
-        )
     emulated = backend == "torch" and not host.at_least(facts.multiplied_since)
     if emulated and host.device_type == "cuda":
         notes.append(f"no FP8 matrix products on {host}: emulated exactly, slower than 16 bits")
@@ -98,30 +93,16 @@ def _without_steps(asked: Fp8Settings, notes: list[str]) -> Fp8Settings:
 
 
 def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
-    asked, kind = settings.fp8.backend, settings.fp8.recipe.kind
-    runs = host.transformer_engine is not None and host.multiplies_fp8
-    why_not = host.transformer_engine_reason or (
-        f"needs a CUDA device of compute capability {_dotted(FP8_SINCE)} or later, this is {host}"
-    )
+    asked, kind, why_not = settings.fp8.backend, settings.fp8.recipe.kind, host.why_no_transformer_engine
     ours_alone = settings.fp8.recipe.facts.transformer_engine_since is None
     if asked == "torch" or ours_alone or settings.fp8.compile is not None:
         return "torch"
-    if runs:
+    if why_not is None:
         fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear
         if asked == "auto" and not fuses and performance.faster_backend(host, kind) == "torch":
             return "torch"
         return "transformer_engine"
-    if not settings.fp8.recipe.facts.is_ours:
-        raise PlanError(
-            f"fp8/recipe {kind} runs in Transformer Engine only, which does not run here: {why_not}.\n"
-            f"  Use {listed(OUR_RECIPES)}."
-        )
-    if asked == "transformer_engine" and not settings.msamp.use_te:
-        raise PlanError(
-            f"fp8/backend transformer_engine does not run here: {why_not}.\n"
-            "  Use auto or torch: the same numerics without Transformer Engine."
-        )
-    if asked == "transformer_engine":
+    if asked == "transformer_engine":  # by msamp/use_te; else it was refused
         notes.append(
             f"msamp/use_te: Transformer Engine does not run here ({why_not}); backend torch has the same numerics"
         )

@@ -14,6 +14,8 @@ from torch import nn
 
 from .. import capabilities
 from ..algorithms import moments_of
+from ..config.refusal import Layer, ModelFacts
+from ..config.refusals import refusals
 from ..config.settings import Settings
 from ..errors import PlanError
 from . import performance
@@ -59,21 +61,25 @@ def make_plan(
             on_gpu=host.device_type == "cuda",
         )
         modules, unmatched = decide_modules(model, rules)
-        _require_conversion(modules, settings, partial)
-        effective = _keep_frozen(model, modules, effective, settings, partial)
     counted = count_products(model, modules) if effective.fp8.enabled else Counted((), (), 0)
     facts = settings.deepspeed
     recipe = effective.fp8.recipe if effective.fp8.enabled else None
     excluded = settings.msamp.weight_wire_exclude
     moments = moments_of(facts.optimizer)
     parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype, excluded, moments)
-    unmatched = (*unmatched, *_unmatched_weights(model, excluded, partial))
+    exclusions = unmatched_exclusions(model, excluded)
+    frozen = frozen_layers(model, modules, effective.fp8.recipe)
+    for refusal in refusals(settings, host, _facts(model, modules, parameters, effective, partial, exclusions, frozen)):
+        raise PlanError(refusal.text)
+    if settings.fp8.frozen_weights == "fp8" and effective.fp8.enabled:
+        effective = replace(effective, fp8=replace(effective.fp8, frozen_weights=frozen))
+    unmatched = (*unmatched, *(f"weight_wire_exclude: {pattern}" for pattern in exclusions))
     return Plan(
         modules=modules,
         parameters=parameters,
         fp8=effective.fp8,
         optim=_optim(effective, settings),
-        comm=_comm(effective, parameters, partial, settings),
+        comm=_comm(effective, parameters),
         zero_stage=facts.zero_stage,
         world_size=world_size,
         base_dtype=facts.base_dtype,
@@ -87,15 +93,27 @@ def make_plan(
     )
 
 
-def _unmatched_weights(model: nn.Module, excluded: tuple[str, ...], partial: bool) -> list[str]:
-    missing = unmatched_exclusions(model, excluded)
-    if missing and not partial:
-        names = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
-        raise PlanError(
-            f"msamp/weight_wire_exclude: {missing[0]!r} matches no parameter of this model, so it would do nothing.\n"
-            f"  Weights of this model: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."
-        )
-    return [f"weight_wire_exclude: {pattern}" for pattern in missing]
+def _facts(
+    model: nn.Module,
+    modules: tuple[ModuleDecision, ...],
+    parameters: tuple[ParameterDecision, ...],
+    effective: Effective,
+    partial: bool,
+    exclusions: list[str],
+    frozen: tuple[str, ...],
+) -> ModelFacts:
+    """The model as the rules of `config/refusals.py` see it."""
+    sends = effective.level is not None and effective.level.weight_wire == "e4m3"
+    return ModelFacts(
+        is_partial=partial,
+        layers=tuple(
+            Layer(one.fqn, one.kind, one.kind in MATRICES, "" if one.is_swap else one.reason) for one in modules
+        ),
+        frozen_layers=frozen,
+        matrices=tuple(name for name, parameter in model.named_parameters() if parameter.dim() == 2),
+        unmatched_exclusions=tuple(exclusions),
+        fp8_weights=sum(one.weight_wire == "e4m3" for one in parameters) if sends else None,
+    )
 
 
 def _pipeline_place(model: nn.Module) -> tuple[bool, bool, bool]:
@@ -106,59 +124,11 @@ def _pipeline_place(model: nn.Module) -> tuple[bool, bool, bool]:
     return False, True, True
 
 
-def _require_conversion(modules: tuple[ModuleDecision, ...], settings: Settings, partial: bool) -> None:
-    """An opt-in that converts nothing is an error: the job would run, bill and report FP8 without any.
-
-    FP8 products that `msamp` brings along were not asked for by name: its states are, and they convert any model.
-    """
-    if partial or settings.fp8.implied:
-        return
-    wanted = "Linear" if settings.fp8.layers.linear else "norm"
-    if any(decision.is_swap and (decision.kind in MATRICES or wanted == "norm") for decision in modules):
-        return
-    seen = [decision for decision in modules if (decision.kind in MATRICES) == (wanted == "Linear")]
-    if not seen:
-        found = f"the model has no nn.{wanted if wanted == 'Linear' else 'LayerNorm or nn.RMSNorm'}"
-    else:
-        reasons = [f"{decision.fqn} ({decision.reason})" for decision in seen[:6]]
-        more = f" and {len(seen) - 6} more" if len(seen) > 6 else ""
-        kinds = " and ".join(dict.fromkeys(decision.kind for decision in seen))
-        found = f"all {len(seen)} {kinds} are kept: {', '.join(reasons)}{more}"
-    raise PlanError(
-        f"fp8 is enabled, but nothing would compute in FP8: {found}.\n"
-        "  Change fp8/layers or the model, or set fp8/enabled to false."
-    )
-
-
-def _keep_frozen(
-    model: nn.Module, modules: tuple[ModuleDecision, ...], effective: Effective, settings: Settings, partial: bool
-) -> Effective:
-    """Name the layers whose frozen weights are kept in FP8 alone; refuse what cannot be kept so."""
-    if settings.fp8.frozen_weights != "fp8":
-        return effective
-    recipe = effective.fp8.recipe
-    why = None
-    names = frozen_layers(model, modules, recipe)
-    if not names and not partial and settings.trains:
-        why = (
-            "no FP8 Linear of this model has a frozen weight of its own that all its products use in FP8. Freeze the base "
-            "before deepspeed.initialize, as peft.get_peft_model does"
-        )
-    if why:
-        raise PlanError(f"fp8/frozen_weights fp8: {why}, or remove the key.")
-    return replace(effective, fp8=replace(effective.fp8, frozen_weights=names))
-
-
 def _optim(effective: Effective, settings: Settings) -> OptimPlan | None:
     if effective.level is None:
         return None
     facts = settings.deepspeed
     return OptimPlan(effective.level, facts.base_dtype, facts.zero_stage, facts.offload_optimizer)
-
-
-def _brought_along(settings: Settings) -> bool:
-    """O3's weight wire came with the level, and FP8 layers with `msamp`: neither was asked for by name."""
-    return settings.fp8.implied and "weight_wire" not in settings.msamp.explicit
 
 
 def _notes(
@@ -186,18 +156,9 @@ def _notes(
     return tuple(notes)
 
 
-def _comm(
-    effective: Effective, parameters: tuple[ParameterDecision, ...], partial: bool, settings: Settings
-) -> CommPlan | None:
+def _comm(effective: Effective, parameters: tuple[ParameterDecision, ...]) -> CommPlan | None:
     level = effective.level
     if level is None:
         return None
     fp8_weights = tuple(parameter.fqn for parameter in parameters if parameter.weight_wire == "e4m3")
-    if level.weight_wire == "e4m3" and not fp8_weights and not partial and not _brought_along(settings):
-        raise PlanError(
-            f"{level.name} sends the weights of FP8 layers in quantized form, but no weight qualifies: "
-            "each is frozen, shared with another module, used in high precision (override_linear_precision), or belongs to "
-            "a Conv1D or to experts, whose weights travel in 16 bits.\n"
-            "  Use opt_level O2."
-        )
     return CommPlan(level.gradient_wire, level.gradient_wire_scope, level.weight_wire, level.block_size, fp8_weights)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from ds_fp8 import config
 from ds_fp8.config import conflicts, refusals, rules
+from ds_fp8.config.model_refusals import MODEL_REFUSALS
+from ds_fp8.config.refusal import Layer, ModelFacts
 from ds_fp8.config.resolve import settings_of
 from ds_fp8.errors import ConfigError, PlanError
 from ds_fp8.plan import make_plan
@@ -190,19 +194,56 @@ def test_refused_by_name_and_the_neighbour_passes(data, path, neighbour):
 
 
 def test_every_rule_refuses_something():
-    """A rule that no example trips is dead, or wrong. What depends on the device is the plan's to try."""
+    """A rule that no example trips is dead, or wrong. What asks the machine or the model is tried below and in tests/plan."""
     silent = [
         rule.__name__
         for rule in (*rules.RULES, *conflicts.CONFLICTS)
         if not any(list(rule(data)) for data, _, _ in REFUSED)
     ]
     typed = [settings_of(data, "a test") for data, _, _ in REFUSED]
+    unknown = {refusals.recipe_needs_a_device, refusals.transformer_engine_runs, *MODEL_REFUSALS}
     silent += [
         rule.__name__
         for rule in refusals.REFUSALS
-        if rule is not refusals.recipe_needs_a_device and not any(list(rule(settings, None)) for settings in typed)
+        if rule not in unknown and not any(list(rule(settings, None, None)) for settings in typed)
     ]
     assert silent == []
+
+
+LINEAR, KEPT, NORM = Layer("up", "Linear", True), Layer("head", "Linear", True, "tied"), Layer("ln", "LayerNorm", False)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "said", "neighbour"),
+    [
+        (fp8(), ModelFacts(False, (KEPT, NORM)), r"all 1 Linear are kept: head \(tied\)", ModelFacts(False, (LINEAR,))),
+        (fp8(), ModelFacts(False), "the model has no nn.Linear", ModelFacts(True)),
+        (
+            fp8(frozen_weights="fp8"),
+            ModelFacts(False, (LINEAR,)),
+            "no FP8 Linear of this model has a frozen weight",
+            ModelFacts(False, (LINEAR,), frozen_layers=("up",)),
+        ),
+        (
+            {**msamp("O3", weight_wire_exclude=["x.*"]), **zero(stage=1)},
+            ModelFacts(False, (LINEAR,), (), ("up.weight",), ("x.*",), 1),
+            "'x.*' matches no parameter",
+            ModelFacts(False, (LINEAR,), (), ("up.weight",), (), 1),
+        ),
+        (
+            {**msamp("O3", weight_wire="e4m3"), **zero(stage=1)},
+            ModelFacts(False, (LINEAR,), fp8_weights=0),
+            "no weight qualifies",
+            ModelFacts(False, (LINEAR,), fp8_weights=1),
+        ),
+    ],
+)
+def test_rules_over_the_model_refuse_what_it_cannot_be(data, model, said, neighbour):
+    """The same list as for a file; a model that differs in the one fact passes."""
+    settings = settings_of(data, "a test")
+    (found,) = refusals.refusals(settings, None, model)
+    assert re.search(said, found.what) and list(refusals.refusals(settings, None, neighbour)) == []
+    assert list(refusals.refusals(settings)) == [], "without a model nothing is asked of it"
 
 
 def test_the_plan_refuses_what_check_refuses_in_its_words():

@@ -127,7 +127,7 @@ def test_every_way_to_write(write):
 
 def test_what_cannot_be_kept_so_is_refused():
     trained = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(PlanError, match=r"fp8/frozen_weights fp8: no FP8 Linear .* has a frozen weight"):
+    with pytest.raises(PlanError, match=r"fp8/frozen_weights: fp8: no FP8 Linear .* has a frozen weight"):
         make_plan(trained, settings())
     with pytest.raises(PlanError, match=r"(?s)stage 3 cuts the 16-bit weights.*Set stage to 0, 1 or 2"):
         make_plan(base(), settings(stage=3))
