@@ -100,8 +100,8 @@ def small_layers() -> list[dict[str, Any]]:
                 fp8_state = swapped(model, Recipe(kind=name.split()[1]), managed=True, backend="torch")
             for block in model:
                 block.compile(mode="reduce-overhead")
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+            for leaf in (x, *model.parameters()):  # a graph's own gradient lives until its next replay only
+                leaf.grad = torch.zeros_like(leaf)
 
             def once(
                 model: nn.Module = model,

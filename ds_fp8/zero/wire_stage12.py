@@ -191,7 +191,13 @@ class WireStage12(Base):
                     self._add_to_grad_partition_buffer(output[offset : offset + values.numel()], values)
                 tensor[offset : offset + values.numel()].copy_(values)
 
-        reduce_chunks(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
+        if world_size == 1 and average == 1.0:
+            # The sum of one rank is its own gradient, in place already: fp32 and back would be three passes for no bit.
+            for tensor, output in own:
+                if output is not None:
+                    self._add_to_grad_partition_buffer(output, tensor)
+        else:
+            reduce_chunks(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
         if self.overlap_comm and not get_accelerator().resolves_data_dependency():
             for _, tensor, _ in fragments:
                 tensor.record_stream(self.reduction_stream)

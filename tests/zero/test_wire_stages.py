@@ -125,3 +125,30 @@ def test_an_inf_on_one_rank_makes_all_ranks_skip_that_step():
         assert one[3], f"{one[:2]}: weights moved in the overflowing step"
         assert torch.equal(one[4], two[4])
         assert one[4].isfinite().all()
+
+
+def alone(rank, world_size, cases):
+    from wire_jobs import ds_config, train
+
+    from ds_fp8.comm import Wire
+    from ds_fp8.formats import E4M3
+    from ds_fp8.zero import wire_stage12
+
+    sums = []
+    make = wire_stage12.reduce_chunks
+    wire_stage12.reduce_chunks = lambda *given, **named: sums.append(1) or make(*given, **named)
+    rows = []
+    for case in cases:
+        config = ds_config(**dict(case))
+        rows.append((case, train(config, None)["weights"], train(config, Wire(E4M3))["weights"]))
+    return rows, len(sums)
+
+
+def test_one_rank_sums_nothing_and_gives_deepspeeds_bits():
+    """Nothing travels and nothing is cast, whatever the wire's format; gradients are not even read."""
+    # ZeRO 1 rounds to bf16 before it adds in fp32; our own sum does not, with one rank as with many.
+    cases = [case for case in stage12_cases() if case.get("gas") and (case["stage"] == 2 or "extra" not in case)]
+    ((rows, sums),) = run_ranks(1, alone, cases)
+    assert len(rows) >= 6 and sums == 0
+    for case, baseline, ours in rows:
+        assert torch.equal(baseline, ours), case
