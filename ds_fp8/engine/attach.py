@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..algorithms import ALGORITHMS, moments_of
@@ -28,6 +28,7 @@ from .on_signal import check_can_arm, checkpoint_on_signal, disarm
 from .other_fp8 import refuse_other_fp8
 from .printing import print_rank_0
 from .source_file import source_name
+from .training_mode import TrainingMode
 
 if TYPE_CHECKING:
     from ..config.settings import Settings
@@ -56,6 +57,7 @@ class Attachment:
     frozen      frozen weights that are kept in quantized form alone; None without any
     first_step  check of the first step in FP8; None when it is over, or was not asked for
     guard       stops a job whose loss is no number; None when it is off
+    mode        whether it trains in eval mode
     """
 
     engine: Any
@@ -67,6 +69,7 @@ class Attachment:
     frozen: Any = None
     first_step: Any = None
     guard: Any = None
+    mode: TrainingMode = field(default_factory=TrainingMode)
 
     @property
     def is_attached(self) -> bool:
@@ -158,6 +161,7 @@ class Attachment:
         """All ranks come here at the boundary, with a step that is skipped for an overflow too."""
         if self.fp8_state is not None:
             self.fp8_state.update_scales()
+            self.mode.follow(self)
         result = original(*args, **kwargs)
         if not self.is_attached:
             return result

@@ -78,9 +78,12 @@ class FirstStep:
             self.ran = watch(self.modules, on=True)
             self.reached.clear()
             return False
-        bits = self._bits()
+        seen, again = _together(attachment, self.names, self._bits())
+        if again:  # in eval mode on some rank, whose next step is in FP8
+            self.ran = watch(self.modules, on=True)
+            self.reached.clear()
+            return False
         self.stop()
-        seen = _together(attachment, self.names, bits)
         text, is_good = verdict(seen, attachment.engine.global_steps, attachment.plan)
         if not is_good and attachment.settings.fp8.first_step_check == "error":
             raise PlanError(f"{text}\n  {CURE}, or set fp8/first_step_check to warn.")
@@ -96,23 +99,27 @@ class FirstStep:
         )
 
 
-def _together(attachment: Any, names: list[str], bits: bytes) -> dict[str, int]:
-    """What all ranks saw of every planned layer; stages of a pipeline bring layers of their own."""
+def _together(attachment: Any, names: list[str], bits: bytes) -> tuple[dict[str, int], bool]:
+    """What all ranks saw of every planned layer, and whether one has begun to train in eval mode in this step.
+
+    Stages of a pipeline bring layers of their own.
+    """
     import deepspeed.comm as dist
 
+    again = attachment.mode.began
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return dict(zip(names, bits, strict=True))
+        return dict(zip(names, bits, strict=True)), again
     # Names travel once for each stage of a pipeline, and not at all where every rank has the same.
     brings_names = attachment.plan.partial and dist.get_rank(group=attachment.engine.data_parallel_group) == 0
     part = getattr(attachment.model, "stage_id", 0) if attachment.plan.partial else 0
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (part, names if brings_names else None, bits))
-    names_of = {part: own for part, own, _ in found if own is not None} if attachment.plan.partial else {0: names}
+    dist.all_gather_object(found, (part, names if brings_names else None, bits, again))
+    names_of = {part: own for part, own, _, _ in found if own is not None} if attachment.plan.partial else {0: names}
     seen: dict[str, int] = {}
-    for part, _, of_rank in found:
+    for part, _, of_rank, _ in found:
         for name, one in zip(names_of[part], of_rank, strict=True):
             seen[name] = seen.get(name, 0) | one
-    return seen
+    return seen, any(again for *_, again in found)
 
 
 def verdict(seen: dict[str, int], step: int, plan: Plan) -> tuple[str, bool]:

@@ -70,6 +70,7 @@ def linear(
 
     Reads of `layer_state` only what never changes: all else would be guarded, or differ between equal layers.
     """
+    training = training or (layer_state.trains_in_eval and torch.is_grad_enabled())
     if not (training or layer_state.runs_in_eval):
         if has_torch_function_unary(weight) and not torch.compiler.is_exporting():  # released (O3)
             with torch._C.DisableTorchFunctionSubclass():

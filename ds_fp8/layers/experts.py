@@ -54,7 +54,7 @@ class ExpertsState:
         """Nothing is kept between a forward and the next."""
 
     def is_active(self, module: nn.Module) -> bool:
-        return (module.training or self.fp8_state.plan.eval) and not self.fp8_state.warming
+        return (self.fp8_state.is_training(module.training) or self.fp8_state.plan.eval) and not self.fp8_state.warming
 
 
 class Fp8Experts:

@@ -41,6 +41,7 @@ class ModelFp8State:
     optimized  ids of the Parameters that the engine's optimizer steps, set by the engine
     steps      optimizer steps so far (see `weights_changed`)
     warming    before `start_step`: products run in high precision
+    trains_in_eval  the last optimizer step was taken in eval mode: calls in eval mode with gradients are training
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ModelFp8State:
         self.managed = managed
         self.exact = _is_exact(plan, managed) if exact is None else exact
         self.optimized: frozenset[int] = frozenset()
+        self.trains_in_eval = False
         self._recorded = False  # only a model without an engine asks
         self._count_steps(0)
         self.layer_states = tuple(LayerFp8State(self, index, fqn) for index, fqn in enumerate(self.names))
@@ -134,15 +136,18 @@ class ModelFp8State:
     ) -> Call | None:
         """What a layer needs for one forward; None when it is to compute in high precision.
 
-        grad  whether gradients are recorded; asked of torch when not given
+        training  the layer's mode
+        grad      whether gradients are recorded; asked of torch when not given
 
         A step before `start_step` is in high precision too, but fills the histories, so that FP8 starts with scales
         that fit. A call without gradients (evaluation, a teacher, the first forward under reentrant checkpointing, whose
         recompute has them) leaves no amax.
         """
+        grad = torch.is_grad_enabled() if grad is None else grad
+        training = training or (self.trains_in_eval and grad)
         if not (training or self.plan.eval):
             return None
-        records = training and (torch.is_grad_enabled() if grad is None else grad)
+        records = training and grad
         if not self.keeps_history:
             return None if self.warming else Call(layer_state, None, records)
         if self.warming and not records:
@@ -168,6 +173,19 @@ class ModelFp8State:
         """fp32 [1], a view into the pending amaxes, for somebody who raises it himself: a kernel, Transformer Engine."""
         self._recorded = True
         return self.tensors.pending_slots[column].reshape(1)
+
+    def is_training(self, training: bool) -> bool:
+        """Whether a call counts as training, for a layer in this mode."""
+        return training or (self.trains_in_eval and torch.is_grad_enabled())
+
+    def follow_mode(self, trains_in_eval: bool) -> bool:
+        """At a step: whether the model is being trained in eval mode. Returns whether that has just begun."""
+        begins = trains_in_eval and not self.trains_in_eval
+        if trains_in_eval != self.trains_in_eval:
+            self.trains_in_eval = trains_in_eval
+            for layer_state in self.layer_states:
+                layer_state.trains_in_eval = trains_in_eval
+        return begins
 
     # -- once per step -----------------------------------------------------------------------------------------------
 
@@ -250,6 +268,7 @@ class ModelFp8State:
             "backward_folds": self.backward.updates,
             **tensors,
             **({"pending": pending} if pending.any() else {}),
+            **({"trains_in_eval": True} if self.trains_in_eval else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
@@ -265,6 +284,7 @@ class ModelFp8State:
         self.pending.copy_(pending)
         self._recorded = bool(pending.any())
         self._count_steps(int(state["steps"]))
+        self.follow_mode(bool(state.get("trains_in_eval")))
         self._forget_weights()
         return notes
 
@@ -287,6 +307,7 @@ class ModelFp8State:
 def _rebuild(names: tuple[str, ...], plan: Fp8Plan, exact: bool, device: str, state: dict[str, Any]) -> ModelFp8State:
     fp8_state = ModelFp8State(names, plan, device=device, exact=exact)
     fp8_state.load_state_dict(state)
+    fp8_state.follow_mode(False)  # no engine trains the copy
     return fp8_state
 
 

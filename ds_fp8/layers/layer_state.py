@@ -65,6 +65,7 @@ class LayerFp8State:
                          have hooks for that, which a compiled graph does not call
     recipe_number, runs_in_eval, carries_input, carries_weight
                         what a compiled forward needs to know of the recipe when it is traced: constants (compiled)
+    trains_in_eval      the FP8 state's, for a compiled forward: traced anew when it changes
     anchor              tensor by whose address a compiled forward finds this layer's state (anchors)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast path, 0 for never
                         (cuda_products)
@@ -80,6 +81,7 @@ class LayerFp8State:
         high = fp8_state.recipe.override_linear_precision
         self.recipe_number = RECIPES.index(fp8_state.recipe.kind)
         self.runs_in_eval = fp8_state.plan.eval
+        self.trains_in_eval = False
         self.carries_input = fp8_state.plan.start_step == 0 and not high.wgrad
         self.carries_weight = fp8_state.plan.start_step == 0 and not high.dgrad and fp8_state.scaling.carries_weight
         self.quantized_weight: QuantizedWeight | None = None

@@ -46,8 +46,8 @@ class SlotState:
     def is_active(self, training: bool) -> bool:
         """FP8 in this call: `start_step` is reached, and it is training or `eval` is on."""
         fp8_state = self.layer_state.fp8_state
-        self._training = training
-        return not fp8_state.warming and (training or fp8_state.plan.eval)
+        self._training = fp8_state.is_training(training)
+        return not fp8_state.warming and (self._training or fp8_state.plan.eval)
 
     def begin(self, input: Callable[[], torch.Tensor]) -> bool:
         """Start a call; whether its tensors record their amaxes. `input` makes what the product reads, if it is asked

@@ -21,6 +21,7 @@ class Partial(nn.Module):
     eval      `frozen` is called in eval mode only
     unused    the output of `spare` is in no loss
     one_rank  `spare` runs on rank 1 only
+    pretrained  the whole model is in eval mode, as from_pretrained gives it
     """
 
     def __init__(self, kind: str):
@@ -30,6 +31,7 @@ class Partial(nn.Module):
         self.frozen = Residual().requires_grad_(False)
         self.spare = nn.Linear(WIDTH, WIDTH)
         self.out = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.train(kind != "pretrained")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "eval":

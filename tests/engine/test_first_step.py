@@ -28,7 +28,9 @@ JOBS = {
     ],
     "past": [(fp8(2, gas=2), "past"), (fp8(3), "past"), (fp8(2, level="O3"), "past")],
 }
+IN_EVAL = [(fp8(1), "pretrained"), (fp8(3, level="O3"), "pretrained"), (fp8(0, eval=False), "pretrained")]
 OTHERS = [
+    *IN_EVAL,
     (fp8(0, start_step=1), "whole"),
     (fp8(1), "eval"),
     (fp8(2), "unused"),
@@ -56,7 +58,12 @@ def test_the_first_step_tells_which_layers_ran():
         assert "FP8 in 69% of the model's FLOPs, 4 of 6 planned layers ran in FP8 in step 1" in shown["lines"][0][0]
         assert "spare (never called)" in shown["lines"][0][0]
         assert "out (never called, and yet its weight got a gradient" in shown["lines"][0][0]
-    (later, _), (frozen, _), (unused, _), (stopped, too), (silent, _) = results[-len(OTHERS) :]
+    *pretrained, (kept, _) = results[-len(OTHERS) : -len(OTHERS) + len(IN_EVAL)]
+    for shown, _ in pretrained:
+        assert "a step was taken in eval mode" in shown["lines"][0][0] and len(shown["lines"][0]) == 1
+        assert "all 6 planned layers ran in FP8 in step 2" in shown["lines"][1][0]
+    assert "called in high precision only: in eval mode" in kept["lines"][0][0] and not kept["lines"][1]
+    (later, _), (frozen, _), (unused, _), (stopped, too), (silent, _) = results[-len(OTHERS) + len(IN_EVAL) :]
     assert not later["lines"][0] and "all 6 planned layers ran in FP8 in step 2" in later["lines"][1][0]
     assert "frozen.up, frozen.down (called in high precision only" in frozen["lines"][0][0]
     assert "spare (no dgrad and no wgrad" in unused["lines"][0][0]

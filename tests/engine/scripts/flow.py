@@ -28,6 +28,30 @@ def evaluation_of_every_kind(make: Any, rank: int) -> Any:
     return found + train(engine, range(2, 4))
 
 
+@script()
+def trained_in_eval_mode(make: Any, rank: int) -> Any:
+    """`from_pretrained` without `train()`: FP8 from the second step on, except without gradients; then train mode after all."""
+    import ds_fp8.engine
+
+    engine = make()
+    engine.eval()
+    found = train(engine, range(3))
+    attachment = ds_fp8.engine.of(engine)
+    fp8_state = None if attachment is None else attachment.fp8_state
+    before = None if fp8_state is None else (fp8_state.pending.clone(), fp8_state.scales.clone())
+    with torch.no_grad():
+        found.append(loss_of(engine, data(engine, 9)).item())
+    if fp8_state is not None:
+        assert fp8_state.trains_in_eval
+        assert not fp8_state.pending.any() and not before[0].any(), "evaluation leaves no amax"
+        assert not fp8_state.keeps_history or (fp8_state.scales != 1).all(), "training leaves some"
+    found += train(engine, range(3, 5))
+    engine.train()
+    found += train(engine, range(5, 6))
+    assert fp8_state is None or not fp8_state.trains_in_eval
+    return found
+
+
 @script(not_in=(3,))
 def rank_0_alone(make: Any, rank: int) -> Any:
     engine = make()
