@@ -1,4 +1,4 @@
-"""docs/huggingface.md as it stands: the JSON is valid, and each of the five examples trains in FP8 on tiny models."""
+"""docs/huggingface.md as it stands: the JSON is valid, and each of the six examples trains in FP8 on tiny models."""
 
 from __future__ import annotations
 
@@ -36,6 +36,25 @@ for name, model in {
 """
 
 
+LIGHTNING_ON_CPU = """
+import runpy
+import torch
+from lightning.pytorch import strategies
+
+class OnCPU(strategies.DeepSpeedStrategy):
+    root_device = torch.device("cpu", 0)
+
+    def setup_environment(self):
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+strategies.DeepSpeedStrategy = OnCPU
+runpy.run_path("train.py", run_name="__main__")
+"""
+"""The strategy refuses CPUs: its checks of the device are left out, the rest is its own."""
+
+
 def examples() -> dict[str, str]:
     """Heading -> the script under it."""
     return dict(re.findall(r"^## ([^\n]+)\n+```python\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE))
@@ -70,6 +89,9 @@ def test_an_example_trains_in_fp8(folder, heading):
     """The script as it stands."""
     (folder / "train.py").write_text(examples()[heading])
     command = [sys.executable, "train.py"]
+    if heading == "Lightning":
+        pytest.importorskip("lightning", reason="needs lightning")
+        command = [sys.executable, "-c", LIGHTNING_ON_CPU]
     code, said = launch(command, folder, 800, **clients.variables(folder))
     assert code == 0, said
     assert "-> Fp8Linear" in said and re.search(r"FLOPs, all \d+ planned layers ran in FP8 in step 1", said), said
@@ -79,5 +101,6 @@ def test_an_example_trains_in_fp8(folder, heading):
         assert said.count("14 of 15 Linear -> Fp8Linear") == 2, said
 
 
-def test_the_page_has_five_examples():
-    assert list(examples()) == ["Trainer", "Accelerate", "SFT with LoRA", "DPO", "A mixture of experts"]
+def test_the_page_has_six_examples():
+    names = ["Trainer", "Accelerate", "SFT with LoRA", "DPO", "A mixture of experts", "Lightning"]
+    assert list(examples()) == names
