@@ -1,8 +1,8 @@
 """What happens to the rows of experts between their products: sorted, biased, gated, put back.
 
 Autograd's own backward of an index adds into places by sorting them first, on a GPU slower than the products around it. Here
-every index is a permutation, or one with equally many copies of each token, and its backward is a gather with the
-inverse; the gradient of a bias is a sum over rows that lie together already.
+every token has equally many rows, so what is spread comes back by the inverse permutation and a sum; and the gradient of a
+bias is a sum over rows that lie together already.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..kernels import grouped as casts
+from ..kernels import library_for
 from .groups import Groups
 
 
@@ -33,13 +34,9 @@ class Visits:
         """[tokens, H] -> a row [H] for each visit, sorted by expert."""
         return _Spread.apply(tokens, self)
 
-    def sorted(self, values: torch.Tensor) -> torch.Tensor:
-        """[tokens * k, ...] in the order of visits -> sorted by expert."""
-        return _Permute.apply(values, self.order, self.back)
-
-    def returned(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows sorted by expert -> in the order of visits."""
-        return _Permute.apply(rows, self.back, self.order)
+    def returned(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Rows [tokens * k, H] sorted by expert -> [tokens, H]: the sum of each token's, times `weights` [tokens, k]."""
+        return _Sum.apply(rows, weights, self)
 
 
 def biased(rows: torch.Tensor, bias: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -56,20 +53,45 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        visits = ctx.visits
-        return grad[visits.back].view(-1, visits.each, grad.shape[-1]).sum(1), None
+        return _summed(grad.contiguous(), ctx.visits, None), None
 
 
-class _Permute(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        ctx.inverse = inverse
-        return values[index]
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, visits: Visits) -> torch.Tensor:  # type: ignore[override]
+        rows, flat = rows.contiguous(), weights.detach().reshape(-1).contiguous()
+        ctx.save_for_backward(rows, flat)
+        ctx.visits, ctx.shape = visits, weights.shape
+        return _summed(rows, visits, flat)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        return grad[ctx.inverse], None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        (rows, weights), visits = ctx.saved_tensors, ctx.visits
+        grad = grad.to(rows.dtype).contiguous()
+        kernels = _kernels(rows)
+        if kernels is not None:
+            grad_rows, grad_weights = kernels.sum_visits_backward(grad, rows, visits.order, visits.each, weights)
+        else:
+            spread = grad[visits.order // visits.each]
+            grad_rows = (spread * weights[visits.order].unsqueeze(1)).to(rows.dtype)
+            grad_weights = (spread.float() * rows.float()).sum(1)[visits.back]
+        return grad_rows, grad_weights.view(ctx.shape).to(weights.dtype), None
+
+
+def _summed(rows: torch.Tensor, visits: Visits, weights: torch.Tensor | None) -> torch.Tensor:
+    kernels = _kernels(rows)
+    if kernels is not None:
+        return kernels.sum_visits(rows, visits.back, visits.each, weights)
+    rows = rows[visits.back]
+    if weights is not None:
+        rows = (rows * weights.unsqueeze(1)).to(rows.dtype)
+    return rows.view(-1, visits.each, rows.shape[-1]).sum(1)
+
+
+def _kernels(rows: torch.Tensor) -> Any:
+    found = getattr(library_for(rows.device), "visits", None)
+    return found if found is not None and rows.dtype in found.FLOATS and rows.shape[-1] <= found.WIDEST else None
 
 
 class _Bias(torch.autograd.Function):

@@ -24,8 +24,10 @@ from .as_original import ORIGINAL
 from .expert_rows import Visits, biased
 from .grouped_products import GroupedProducts
 from .groups import Groups
+from .layer_state import may_keep
 from .once import once_for_each
 from .opaque import opaque
+from .operands import CachedWeight
 from .ran import Ran, note_by_hook
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class ExpertsState:
     fp8_state  whose plan and step say whether FP8 is on
     rule       names and layout of the parameters
     ran        what the products did in the first step, while that lasts (`ran.py`)
-    is_shared  several engines step these weights; no quantized values of theirs are kept anyway
+    is_shared  several engines step these weights, so no quantized values of theirs are kept
     """
 
     is_shared = False
@@ -49,9 +51,27 @@ class ExpertsState:
 
     def __init__(self, fp8_state: ModelFp8State, fqn: str, rule: ExpertRule, original: type[nn.Module]):
         self.fp8_state, self.fqn, self.rule, self.original = fp8_state, fqn, rule, original
+        self.forget_weight()
+        fp8_state.holders.add(self)
 
     def forget_weight(self) -> None:
-        """Nothing is kept between a forward and the next."""
+        """Drop quantized values that were kept for the rest of an optimizer step."""
+        self._kept: dict[str, tuple[CachedWeight, dict[str, Any]]] = {}
+
+    def kept(self, name: str, weight: torch.Tensor, *, records: bool) -> dict[str, Any] | None:
+        """Where quantized values of this weight are kept, by purpose; None where they may not be (`may_keep`).
+
+        records  in training, with gradients
+        """
+        if not (records and may_keep(weight, self)):
+            return None
+        if name not in self._kept or not self._kept[name][0].is_of(weight):
+            self._kept[name] = CachedWeight(weight, weight._version, weight.data_ptr(), None), {}
+        return self._kept[name][1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without what it keeps."""
+        return ExpertsState, (self.fp8_state, self.fqn, self.rule, self.original)
 
     def is_active(self, module: nn.Module) -> bool:
         return (self.fp8_state.is_training(module.training) or self.fp8_state.plan.eval) and not self.fp8_state.warming
@@ -141,7 +161,8 @@ class _Linear:
         x = x.to(dtype).contiguous()
         recipe, grad = self.state.fp8_state.recipe, torch.is_grad_enabled()
         with torch.autocast(device, enabled=False):
-            output = GroupedProducts.apply(x, weight, self.groups, recipe, name in rule.transposed, grad)
+            kept = self.state.kept(name, weight, records=grad and self.module.training)
+            output = GroupedProducts.apply(x, weight, self.groups, recipe, name in rule.transposed, grad, kept)
         if self.state.ran is not None:
             note_by_hook(self.state.ran, output, recipe.override_linear_precision, x, weight)
         return output
@@ -173,10 +194,9 @@ def _transformers(
     rows = _biased(module, second, linear(second, rows, counts), linear)
     if getattr(module, "has_post_expert_norm", False):
         rows = module.post_expert_norm(rows)
-    rows = rows * visits.sorted(top_k_weights.reshape(-1)).unsqueeze(-1)
     if getattr(module, "_is_expert_parallel", False):
         rows = rows.masked_fill((visits.owner >= count).unsqueeze(-1), 0.0)
-    return visits.returned(rows).view(-1, visits.each, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+    return visits.returned(rows, top_k_weights).to(hidden_states.dtype)
 
 
 def _biased(module: Any, name: str, rows: torch.Tensor, linear: _Linear) -> torch.Tensor:

@@ -15,6 +15,7 @@ The state is kept here and not in the model's state_dict, which stays the unmodi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ class ModelFp8State:
         self._count_steps(0)
         self.layer_states = tuple(LayerFp8State(self, index, fqn) for index, fqn in enumerate(self.names))
         self._by_name = dict(zip(self.names, self.layer_states, strict=True))
+        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()  # of quantized weights, beside the layers: experts
         self.tensors = ScaleTensors(len(self.names), self.recipe, exact=self.exact, device=torch.device(device))
         self.scopes = None if managed else ForwardScopes(self._update_alone)
         self._phase: Any = None
@@ -233,7 +235,7 @@ class ModelFp8State:
         self.warming = steps < self.plan.start_step
 
     def _forget_weights(self) -> None:
-        for layer_state in self.layer_states:
+        for layer_state in (*self.layer_states, *self.holders):
             layer_state.forget_weight()  # a byte per parameter that nobody will read again
 
     def weight_scale(self, layer: torch.nn.Module | str, amax: torch.Tensor) -> torch.Tensor:

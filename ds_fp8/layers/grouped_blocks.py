@@ -17,11 +17,11 @@ from .operands import GROUPS, TILES, Operand
 
 def fprop(x: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, fmt: Format) -> torch.Tensor:
     """x [S, K] with weight [E, N, K] -> [S, N]."""
-    stack = weight.straight
-    out = x.new_zeros((groups.rows, stack.shape[1]), dtype=dtype)
+    tiles = weight.once("tiles", lambda stack: [_tiles(one, fmt) for one in stack.straight])
+    out = x.new_zeros((groups.rows, weight.straight.shape[1]), dtype=dtype)
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
-            out[first:last] = matmul(_rows(x[first:last], fmt), _tiles(stack[expert], fmt), dtype)
+            out[first:last] = matmul(_rows(x[first:last], fmt), tiles[expert], dtype)
     return out
 
 
@@ -29,12 +29,12 @@ def dgrad(
     grad_output: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, fmt: Format, backward: Format
 ) -> torch.Tensor:
     """grad_output [S, N] with weight [E, N, K] -> [S, K]."""
-    stack = weight.straight
-    out = grad_output.new_zeros((groups.rows, stack.shape[2]), dtype=dtype)
+    tiles = weight.once("tiles", lambda stack: [_tiles(one, fmt) for one in stack.straight])
+    out = grad_output.new_zeros((groups.rows, weight.straight.shape[2]), dtype=dtype)
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
             left = _rows(grad_output[first:last], backward)
-            out[first:last] = matmul(left, _tiles(stack[expert], fmt).t(), dtype)
+            out[first:last] = matmul(left, tiles[expert].t(), dtype)
     return out
 
 

@@ -2,7 +2,7 @@
 
 A product that `override_linear_precision` keeps in high precision uses the operands as they came. Weights are cast in
 each forward and again in the backward, from the Parameter itself: under ZeRO 3 it exists only while its module runs, and
-nothing of the size of the weights is held between the two.
+nothing of the size of the weights is held between the two, unless `weight_cache` keeps them for the optimizer step.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ class GroupedProducts(torch.autograd.Function):
     weight      [E, N, K], or [E, K, N] if `transposed`, in its own dtype
     groups      which rows are whose
     grad        whether a backward may follow (inside `forward` autograd is always off)
+    kept        quantized values of this weight that earlier forwards of the optimizer step have made; None keeps none
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Groups, recipe: Recipe, transposed: bool, grad: bool
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Groups, recipe: Recipe, transposed: bool, grad: bool,
+        kept: dict[str, Any] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         high, grouped, dtype = recipe.override_linear_precision, scaling_of(recipe.kind).grouped, x.dtype
         dgrad_follows = grad and ctx.needs_input_grad[0] and not high.dgrad
-        stack = Stack(weight, transposed, dgrad_follows=dgrad_follows)
+        stack = Stack(weight, transposed, dgrad_follows=dgrad_follows, kept=kept)
         # fprop   output [S, N] = input [S, K] @ weight.T [K, N]     e4m3 x e4m3
         if high.fprop:
             output = grouped_high.by_rows(x, stack.straight, groups)
         else:
             output = grouped.fprop(x, stack, groups, dtype, recipe.forward_format)
-        kept: tuple[torch.Tensor, ...] = ()
+        inputs: tuple[torch.Tensor, ...] = ()
         if grad and ctx.needs_input_grad[1]:
-            kept = (x,) if high.wgrad else grouped.keep_for_wgrad(x, groups, recipe.forward_format)
-        ctx.save_for_backward(weight, stack.column_amaxes, *kept)
-        ctx.groups, ctx.recipe, ctx.transposed, ctx.dtype = groups, recipe, transposed, dtype
+            inputs = (x,) if high.wgrad else grouped.keep_for_wgrad(x, groups, recipe.forward_format)
+        ctx.save_for_backward(weight, stack.column_amaxes, *inputs)
+        ctx.kept, ctx.groups, ctx.recipe, ctx.transposed, ctx.dtype = kept, groups, recipe, transposed, dtype
         return output
 
     @staticmethod
@@ -53,7 +55,7 @@ class GroupedProducts(torch.autograd.Function):
                 "experts in FP8: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
                 "  Exclude the experts in fp8/layers/exclude, or differentiate once."
             )
-        weight, column_amaxes, *kept = ctx.saved_tensors
+        weight, column_amaxes, *inputs = ctx.saved_tensors
         groups, recipe, dtype = ctx.groups, ctx.recipe, ctx.dtype
         high, grouped = recipe.override_linear_precision, scaling_of(recipe.kind).grouped
         formats = recipe.forward_format, recipe.backward_format
@@ -62,7 +64,7 @@ class GroupedProducts(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             # dgrad   grad_input [S, K] = grad_output [S, N] @ weight [N, K]
             if ctx.needs_input_grad[0]:
-                stack = Stack(weight, ctx.transposed, column_amaxes)
+                stack = Stack(weight, ctx.transposed, column_amaxes=column_amaxes, kept=ctx.kept)
                 if high.dgrad:
                     grad_input = grouped_high.by_rows(grad_output, stack.straight.transpose(1, 2), groups)
                 else:
@@ -70,9 +72,9 @@ class GroupedProducts(torch.autograd.Function):
             # wgrad   grad_weight [E, N, K] = grad_output.T @ input, for each expert, as the weight lies
             if ctx.needs_input_grad[1]:
                 if high.wgrad:
-                    grad_weight = grouped_high.wgrad(grad_output, kept[0], groups, weight.dtype, ctx.transposed)
+                    grad_weight = grouped_high.wgrad(grad_output, inputs[0], groups, weight.dtype, ctx.transposed)
                 else:
                     grad_weight = grouped.wgrad(
-                        grad_output, tuple(kept), groups, weight.dtype, formats[1], transposed=ctx.transposed
+                        grad_output, tuple(inputs), groups, weight.dtype, formats[1], transposed=ctx.transposed
                     )
-        return grad_input, grad_weight, None, None, None, None
+        return grad_input, grad_weight, None, None, None, None, None

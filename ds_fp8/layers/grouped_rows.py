@@ -31,12 +31,12 @@ scale_inv [E, columns].
 
 def fprop(x: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
     """x [S, K] with the weights [E, N, K] -> [S, N]."""
-    return by_rows(casts.quantize_rows(x, E4M3), along_inputs(weight), groups, dtype)
+    return by_rows(casts.quantize_rows(x, E4M3), weight.once("fprop", along_inputs), groups, dtype)
 
 
 def dgrad(grad_output: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, *_: Format) -> torch.Tensor:
     """grad_output [S, N] with the weights [E, N, K] -> [S, K]."""
-    return by_rows(casts.quantize_rows(grad_output, E4M3), along_outputs(weight), groups, dtype)
+    return by_rows(casts.quantize_rows(grad_output, E4M3), weight.once("dgrad", along_outputs), groups, dtype)
 
 
 def keep_for_wgrad(x: torch.Tensor, groups: Groups, *_: Format) -> Coded:

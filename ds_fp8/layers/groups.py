@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
 from ..kernels.grouped import zero_experts, zero_tail
@@ -11,6 +14,9 @@ ALIGNMENT = 16
 
 TILE = 128
 """Rows of a tile, which is one expert's, in kernels that look at columns."""
+
+
+Made = TypeVar("Made")
 
 
 class Groups:
@@ -82,14 +88,23 @@ class Stack:
     data           the Parameter's values, [E, N, K], or [E, K, N] if `transposed`
     column_amaxes  fp32 [E, columns of `data`], once somebody has found them; a backward gets those of its forward
     dgrad_follows  a backward will want them
+    kept           quantized values by purpose, for the rest of the optimizer step (`weight_cache`); None keeps none
     """
 
-    def __init__(self, weight: torch.Tensor, transposed: bool, column_amaxes: torch.Tensor | None = None,
-                 dgrad_follows: bool = False):  # fmt: skip
+    def __init__(self, weight: torch.Tensor, transposed: bool, *, column_amaxes: torch.Tensor | None = None,
+                 dgrad_follows: bool = False, kept: dict[str, Any] | None = None):  # fmt: skip
         self.data, self.transposed = weight.detach().contiguous(), transposed
-        self.column_amaxes, self.dgrad_follows = column_amaxes, dgrad_follows
+        self.column_amaxes, self.dgrad_follows, self.kept = column_amaxes, dgrad_follows, kept
 
     @property
     def straight(self) -> torch.Tensor:
         """[E, N, K], however the weights lie."""
         return self.data.transpose(1, 2) if self.transposed else self.data
+
+    def once(self, purpose: str, make: Callable[[Stack], Made]) -> Made:
+        """What `make` makes of this stack; the same as before where it is kept."""
+        if self.kept is None:
+            return make(self)
+        if purpose not in self.kept:
+            self.kept[purpose] = make(self)
+        return self.kept[purpose]

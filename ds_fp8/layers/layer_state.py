@@ -184,15 +184,7 @@ class Call:
         weights are swapped in; one that ZeRO-3 gathers for the length of its layer; and every weight of a model without
         an engine.
         """
-        fp8_state = self.layer_state.fp8_state
-        sharded = hasattr(weight, "ds_id")  # `operands.is_sharded`
-        mine = (
-            id(weight) in fp8_state.optimized
-            and weight.requires_grad
-            and not self.layer_state.is_shared
-            and not sharded
-        )
-        return fp8_state.plan.weight_cache and self.records and mine
+        return self.records and may_keep(weight, self.layer_state)
 
     @property
     def high(self) -> HighPrecision:
@@ -235,3 +227,19 @@ class Call:
     def format_of(self, column: int) -> Format:
         fp8_state = self.layer_state.fp8_state
         return fp8_state.backward_format if column == self.layer_state.grad_output_column else fp8_state.forward_format
+
+
+def may_keep(weight: torch.Tensor, layer_state: Any) -> bool:
+    """Whether nothing but the engine's optimizer writes `weight`, and `weight_cache` asks to make use of it; see
+    `Call.may_cache`.
+
+    layer_state  a LayerFp8State, or the state of experts
+    """
+    fp8_state = layer_state.fp8_state
+    return (
+        fp8_state.plan.weight_cache
+        and id(weight) in fp8_state.optimized
+        and weight.requires_grad
+        and not layer_state.is_shared
+        and not hasattr(weight, "ds_id")  # `operands.is_sharded`
+    )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ..cost.job import Part, cost_of
 from ..cost.memory import Bytes, Kept, Placement
+from .conversion_checks import MATRICES
 from .decisions import Fp8Plan, ParameterDecision, Plan
-from .shapes import DENSE
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def cached_weight(fp8: Fp8Plan) -> int:
 
 
 def multiplied_layers(plan: Plan) -> set[str]:
-    """Names of the layers whose weight is an operand of FP8 products."""
-    return {module.fqn for module in plan.swaps if module.kind in DENSE}
+    """Names of the layers whose weights are operands of FP8 products: `weight`, or stacks of experts."""
+    return {module.fqn for module in plan.swaps if module.kind in MATRICES}
 
 
 def is_fp8_alone(parameter: ParameterDecision, plan: Plan) -> bool:
@@ -94,7 +94,7 @@ def _part(parameter: ParameterDecision, plan: Plan, multiplied: set[str]) -> Par
         parameter.master,
         ours=plan.optim is not None,
         fp8_weight=parameter.weight_wire == "e4m3",
-        is_multiplied=holder in multiplied and name == "weight",
+        is_multiplied=holder in multiplied and (name == "weight" or len(parameter.shape) == 3),
         is_fp8_alone=is_fp8_alone(parameter, plan),
     )
     return Part(parameter.numel, kept, parameter.gradient_wire, parameter.weight_wire)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3
-from ds_fp8.kernels.triton import gates, grouped, launch
+from ds_fp8.kernels.triton import gates, grouped, launch, visits
+from ds_fp8.layers.expert_rows import Visits
 from ds_fp8.layers.groups import Groups
 from ds_fp8.numerics import row_scales
 from tests.gpu.test_experts_device import clamped_gate, silu_gate
@@ -87,3 +88,23 @@ def test_gates(kind, dtype):
     for ours, reference in ((found, wanted.detach()), (backward, x.grad)):
         assert (ours != reference).float().mean() < (1e-3 if dtype == torch.bfloat16 else 0.3)
         assert (ours - reference).norm() < 1e-3 * reference.norm() * (1 if dtype == torch.bfloat16 else 1e-3)
+
+
+@DTYPES
+def test_rows_come_back_to_their_tokens(dtype):
+    """The layer on a CPU is PyTorch's own operations: sums to the bit, the gradient of a weight summed in another order."""
+    torch.manual_seed(0)
+    there = Visits(torch.rand(30, 8).topk(3).indices)
+    x = torch.randn(90, 200).to(dtype)
+    gradient = torch.randn(30, 200).to(dtype)
+    for weights in (torch.rand(30, 3).to(dtype), torch.rand(30, 3)):
+        rows, scores = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        wanted = there.returned(rows, scores)
+        wanted.backward(gradient)
+        assert torch.equal(visits.sum_visits(x, there.back, 3, weights.flatten()), wanted)
+        found = visits.sum_visits_backward(gradient, x, there.order, 3, weights.flatten())
+        assert torch.equal(found[0], rows.grad)
+        assert torch.allclose(found[1].view(30, 3).to(weights.dtype), scores.grad, rtol=1e-2, atol=1e-4)
+    tokens = torch.randn(30, 200).to(dtype).requires_grad_()
+    there.spread(tokens).backward(x)
+    assert torch.equal(visits.sum_visits(x, there.back, 3, None), tokens.grad)

@@ -217,3 +217,32 @@ def test_a_class_of_ones_own():
         assert make_plan(restore_layers(model), settings(), host=Host()).decision("experts").shape == (3, 48, 32)
     finally:
         ds_fp8.experts.unregister(Bilinear)
+
+
+@pytest.mark.parametrize("recipe", ["current", "block"])
+def test_weight_cache_casts_once_per_optimizer_step(recipe, monkeypatch):
+    """Two micro-batches share what one cast; after a step, in eval mode and under no_grad everything is cast anew."""
+    from ds_fp8.layers import grouped_blocks, grouped_rows
+
+    module, name = (grouped_blocks, "_tiles") if recipe == "block" else (grouped_rows, "along_inputs")
+    made, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: made.append(1) or original(*arguments))
+    model = mixture("Mixtral")
+    exact = copy.deepcopy(model)
+    swapped(exact, Recipe(kind=recipe, fp8_format="E4M3"))
+    expected = loss_and_gradients(exact)
+    fp8_state = swapped(model, Recipe(kind=recipe, fp8_format="E4M3"), weight_cache=True)
+    fp8_state.optimized = frozenset(map(id, model.parameters()))
+    made.clear()
+    found = loss_and_gradients(model)
+    first = len(made)
+    again = loss_and_gradients(model)
+    assert len(made) == first > 0
+    for run in (found, again):
+        assert run[0] == expected[0] and all(torch.equal(run[1][key], expected[1][key]) for key in expected[1])
+    fp8_state.weights_changed()
+    loss_and_gradients(model)
+    assert len(made) == 2 * first
+    with torch.no_grad():
+        model(torch.arange(24)[None])
+    assert len(made) > 2 * first

@@ -28,7 +28,7 @@ ROWS, COLUMNS, WARPS = 4, 512, 4
 
 
 @triton.jit
-def _rounded(x, pointer):
+def rounded(x, pointer):
     """fp32 `x` as the pointer's dtype holds it."""
     if pointer.dtype.element_ty == tl.bfloat16:
         value = (codec.bf16_bits(x) << 16).to(tl.float32, bitcast=True)
@@ -67,11 +67,11 @@ def _gate_kernel(
     gate_at, up_at, out_at, inside = _places(rows, width, KIND, ROWS, COLUMNS)
     gate, up = codec.load(x_ptr + gate_at, inside), codec.load(x_ptr + up_at, inside)
     if KIND == 0:
-        out = _rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), x_ptr) * up
+        out = rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), x_ptr) * up
     else:
         gate, up = _at_most(gate, limit), _at_least(_at_most(up, limit), -limit)
-        part = _rounded(_sigmoid(_rounded(gate * alpha, x_ptr)), x_ptr)
-        out = _rounded(up + 1.0, x_ptr) * _rounded(gate * part, x_ptr)
+        part = rounded(_sigmoid(rounded(gate * alpha, x_ptr)), x_ptr)
+        out = rounded(up + 1.0, x_ptr) * rounded(gate * part, x_ptr)
     codec.store(out_ptr + out_at, out, inside)
 
 
@@ -83,16 +83,16 @@ def _gate_backward_kernel(x_ptr, grad_ptr, out_ptr, rows, width, alpha, limit, K
     grad = codec.load(grad_ptr + grad_at, inside)
     if KIND == 0:
         part = _sigmoid(gate)
-        grad_up = grad * _rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), x_ptr)
-        grad_gate = _rounded(grad * up, x_ptr) * part * (1.0 + gate * (1.0 - part))
+        grad_up = grad * rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), x_ptr)
+        grad_gate = rounded(grad * up, x_ptr) * part * (1.0 + gate * (1.0 - part))
     else:
         low, high = _at_most(gate, limit), _at_least(_at_most(up, limit), -limit)
-        part = _rounded(_sigmoid(_rounded(low * alpha, x_ptr)), x_ptr)
-        grad_up = grad * _rounded(low * part, x_ptr)
+        part = rounded(_sigmoid(rounded(low * alpha, x_ptr)), x_ptr)
+        grad_up = grad * rounded(low * part, x_ptr)
         grad_up = tl.where((up >= -limit) & (up <= limit), grad_up, 0.0)
-        grad_glu = _rounded(grad * _rounded(high + 1.0, x_ptr), x_ptr)
-        through = _rounded(_rounded(grad_glu * low, x_ptr) * (1.0 - part) * part, x_ptr)
-        grad_gate = _rounded(grad_glu * part, x_ptr) + _rounded(through * alpha, x_ptr)
+        grad_glu = rounded(grad * rounded(high + 1.0, x_ptr), x_ptr)
+        through = rounded(rounded(grad_glu * low, x_ptr) * (1.0 - part) * part, x_ptr)
+        grad_gate = rounded(grad_glu * part, x_ptr) + rounded(through * alpha, x_ptr)
         grad_gate = tl.where(gate <= limit, grad_gate, 0.0)
     codec.store(out_ptr + gate_at, grad_gate, inside)
     codec.store(out_ptr + up_at, grad_up, inside)
