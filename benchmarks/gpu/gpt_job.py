@@ -6,7 +6,8 @@ Under torchrun (RANK and its kin are set) it is one rank of several, a GPU each;
 Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed config),
 plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times the optimizer step by itself), profile (a file
 that gets the kernels and the host's operations of one more step, by time, and `.step` those of the optimizer's step),
-llama (arguments of LlamaConfig: transformers' LlamaForCausalLM with random weights in the GPT's place), compiled (`engine`:
+llama (arguments of LlamaConfig: transformers' LlamaForCausalLM with random weights in the GPT's place), lora (rank: every Linear
+of its decoder layers is frozen and gets an adapter), compiled (`engine`:
 engine.compile(); `blocks`: each decoder layer), peer (`torchao` or `accelerate`, which converts the layers instead of us).
 """
 
@@ -71,6 +72,8 @@ def make_model(job: dict[str, Any]) -> Any:
     config = LlamaConfig(**job["llama"], max_position_embeddings=job["context"], use_cache=False)
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config).bfloat16().train()
+    if "lora" in job:
+        adapt(model, job["lora"])
     if job.get("peer") == "torchao":
         from torchao.float8 import convert_to_float8_training
 
@@ -84,6 +87,30 @@ def make_model(job: dict[str, Any]) -> Any:
             convert_model(model)
         model.to(DEVICE, torch.bfloat16)
     return model
+
+
+class Adapted(torch.nn.Module):
+    """A frozen Linear and its adapter of low rank, under PEFT's names: y = base(x) + B(A(x))."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int):
+        super().__init__()
+        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = torch.nn.Linear(base.in_features, rank, **like)
+        self.lora_B = torch.nn.Linear(rank, base.out_features, **like)
+        torch.nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def adapt(model: Any, rank: int) -> None:
+    """Freeze the model; adapters for the Linears of its decoder layers."""
+    model.requires_grad_(False)
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear and not isinstance(module, Adapted):
+                setattr(module, name, Adapted(child, rank))
 
 
 def compile_model(engine: Any, job: dict[str, Any]) -> None:
@@ -124,7 +151,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model = make_model(job)
     numel = sum(parameter.numel() for parameter in model.parameters())
-    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(job))[0]
+    engine = deepspeed.initialize(
+        model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=config_of(job)
+    )[0]
     compile_model(engine, job)
     at_rest = torch.cuda.memory_allocated() if CUDA else 0
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

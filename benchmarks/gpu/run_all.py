@@ -36,6 +36,8 @@ MEASUREMENTS = {
     "profile": "where the time of one linear pass goes, on the device and on the host",
     "block": "one GPT block of width 4096, 16K tokens",
     "moe": "the expert blocks of Mixtral, gpt-oss and Qwen3-30B-A3B, forward and backward, FP8 beside bf16",
+    "moe_parts": "each cast and each product of these blocks alone",
+    "lora": "LoRA on 8B-width layers under ZeRO-2, the frozen base in FP8 and in FP8 alone, beside bf16",
     "gpt": "GPT of 1.25B parameters under ZeRO-2: tokens/s and memory for bf16, fp8, O1, O2, O3",
     "llama": "transformers' Llama of 8B width and of 1B under ZeRO-2, eager and compiled, beside torchao and Accelerate",
     "largest": "largest model that trains on the card, bf16 against O3 with expanded states",

@@ -65,7 +65,7 @@ def kinds_of(model: Any, settings: config.Settings, device: str, host: Host | No
         holder, _, name = parameter.fqn.rpartition(".")
         kind = Kind(
             parameter.frozen,
-            holder in multiplied and name == "weight",
+            holder in multiplied and (name == "weight" or len(parameter.shape) == 3),
             parameter.weight_wire != "none",
             is_fp8_alone(parameter, plan),
         )

@@ -125,10 +125,17 @@ def _together(attachment: Any, names: list[str], bits: bytes) -> tuple[dict[str,
 def verdict(seen: dict[str, int], step: int, plan: Plan) -> tuple[str, bool]:
     """What to say of a step in which the layers did `seen` (bits by name), and whether all of them did what was planned."""
     failed = {name: reason for name, bits in seen.items() if (reason := _failure(bits))}
-    share = flops_share(plan, without=failed)
+    small = [name for name, bits in seen.items() if _is_small(bits)]
+    share = flops_share(plan, without=(*failed, *small))
     share_text = "" if share is None or plan.partial else f"FP8 in {share:.0%} of the model's FLOPs, "
+    ran = len(seen) - len(failed) - len(small)
+    if small:
+        of_small = f"{len(small)} of experts in bf16, faster at so few tokens"
+        share_text, all_ran = f"{share_text}{of_small}, ", f"the other {ran}"
+    else:
+        all_ran = f"all {ran}"
     if not failed:
-        return f"{share_text}all {len(seen)} planned layers ran in FP8 in step {step}", True
+        return f"{share_text}{all_ran} planned layers ran in FP8 in step {step}", True
     by_reason: dict[str, list[str]] = {}
     for name, reason in failed.items():
         by_reason.setdefault(reason, []).append(name or "the model itself")
@@ -136,8 +143,12 @@ def verdict(seen: dict[str, int], step: int, plan: Plan) -> tuple[str, bool]:
         ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") + f" ({reason})"
         for reason, names in by_reason.items()
     ]
-    ran = len(seen) - len(failed)
     return f"{share_text}{ran} of {len(seen)} planned layers ran in FP8 in step {step}; not: {'; '.join(listed)}", False
+
+
+def _is_small(bits: int) -> bool:
+    """Experts that ran in high precision because that is faster at their number of rows."""
+    return has(bits, "small") and not has(bits, "fprop")
 
 
 def _failure(bits: int) -> str | None:
@@ -146,6 +157,8 @@ def _failure(bits: int) -> str | None:
         if bits & GRADIENT:
             return "never called, and yet its weight got a gradient: something else multiplied by it in high precision, as fused losses do"
         return "never called"
+    if _is_small(bits):
+        return None
     if not has(bits, "fprop"):
         return "called in high precision only: in eval mode, in which from_pretrained gives a model; engine.train() ends it"
     missing = [product for product in ("dgrad", "wgrad") if has(bits, f"wants_{product}") and not has(bits, product)]

@@ -9,6 +9,8 @@ module computes as it would have: by whatever implementation its configuration n
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,10 @@ from torch import nn
 
 from .. import experts
 from ..errors import BackendError, LayerError
+from ..plan import ModuleDecision
 from ..plan.expert_rules import ExpertRule, rule_of
+from ..plan.expert_speed import high_precision
+from ..recipe import HighPrecision, Recipe
 from . import expert_gates
 from .as_original import ORIGINAL
 from .expert_rows import Visits, biased
@@ -42,6 +47,7 @@ class ExpertsState:
 
     fp8_state  whose plan and step say whether FP8 is on
     rule       names and layout of the parameters
+    least_rows  `ModuleDecision.least_rows`: with fewer rows products run in high precision
     ran        what the products did in the first step, while that lasts (`ran.py`)
     is_shared  several engines step these weights, so no quantized values of theirs are kept
     """
@@ -49,8 +55,12 @@ class ExpertsState:
     is_shared = False
     ran: Ran | None = None
 
-    def __init__(self, fp8_state: ModelFp8State, fqn: str, rule: ExpertRule, original: type[nn.Module]):
+    def __init__(
+        self, fp8_state: ModelFp8State, fqn: str, rule: ExpertRule, original: type[nn.Module],
+        least_rows: tuple[int, ...] = (),
+    ):  # fmt: skip
         self.fp8_state, self.fqn, self.rule, self.original = fp8_state, fqn, rule, original
+        self.least_rows = least_rows
         self.forget_weight()
         fp8_state.holders.add(self)
 
@@ -71,7 +81,15 @@ class ExpertsState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without what it keeps."""
-        return ExpertsState, (self.fp8_state, self.fqn, self.rule, self.original)
+        return ExpertsState, (self.fp8_state, self.fqn, self.rule, self.original, self.least_rows)
+
+    def recipe_for(self, name: str, rows: float) -> Recipe:
+        """The recipe of one weight's products, with `rows` rows per expert."""
+        recipe = self.fp8_state.recipe
+        if not self.least_rows:
+            return recipe
+        place = 2 * self.rule.weights.index(name)
+        return _with(recipe, high_precision((self.least_rows[place], self.least_rows[place + 1]), rows))
 
     def is_active(self, module: nn.Module) -> bool:
         return (self.fp8_state.is_training(module.training) or self.fp8_state.plan.eval) and not self.fp8_state.warming
@@ -99,12 +117,12 @@ class Fp8Experts:
         return _rebuilt, (self.__dict__[STATE].original, self.__dict__[STATE], attributes)
 
 
-def convert(module: nn.Module, fqn: str, fp8_state: ModelFp8State) -> ExpertsState:
+def convert(module: nn.Module, decision: ModuleDecision, fp8_state: ModelFp8State) -> ExpertsState:
     """Turn `module` into FP8 experts, in place; its state. Raises BackendError if it is none of a known kind."""
     rule = rule_of(module)
     if rule is None:
-        raise BackendError(f"{fqn}: {type(module).__name__} holds no experts of a known kind; plan again.")
-    state = ExpertsState(fp8_state, fqn, rule, type(module))
+        raise BackendError(f"{decision.fqn}: {type(module).__name__} holds no experts of a known kind; plan again.")
+    state = ExpertsState(fp8_state, decision.fqn, rule, type(module), decision.least_rows)
     take_state(module, state)
     return state
 
@@ -138,6 +156,13 @@ def _rebuilt(original: type[nn.Module], state: ExpertsState, attributes: dict[st
     return module
 
 
+@functools.cache
+def _with(recipe: Recipe, high: HighPrecision) -> Recipe:
+    """`recipe` with these products in high precision too."""
+    both = HighPrecision(*(one or other for one, other in zip(recipe.override_linear_precision, high, strict=True)))
+    return dataclasses.replace(recipe, override_linear_precision=both)
+
+
 class _Linear:
     """`linear(name, x, counts)` of one forward: the product of rows sorted by expert with one stacked parameter."""
 
@@ -159,11 +184,13 @@ class _Linear:
         if self.groups is None or self.groups.counts is not counts or self.groups.rows != x.shape[0]:
             self.groups = Groups(counts, x.shape[0])
         x = x.to(dtype).contiguous()
-        recipe, grad = self.state.fp8_state.recipe, torch.is_grad_enabled()
+        recipe, grad = self.state.recipe_for(name, x.shape[0] / self.groups.experts), torch.is_grad_enabled()
         with torch.autocast(device, enabled=False):
             kept = self.state.kept(name, weight, records=grad and self.module.training)
             output = GroupedProducts.apply(x, weight, self.groups, recipe, name in rule.transposed, grad, kept)
         if self.state.ran is not None:
+            if self.state.least_rows and all(recipe.override_linear_precision):
+                self.state.ran.called = self.state.ran.small = True
             note_by_hook(self.state.ran, output, recipe.override_linear_precision, x, weight)
         return output
 

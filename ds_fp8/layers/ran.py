@@ -21,12 +21,13 @@ class Ran:
     called                    the layer's forward ran, in FP8 or not
     fprop, dgrad, wgrad       ran in FP8, or are in high precision by the plan beside others that ran
     wants_dgrad, wants_wgrad  a forward in FP8 expects them in its backward
+    small                     a call had so few rows that all products ran in high precision, as faster
     """
 
-    __slots__ = ("called", "dgrad", "fprop", "wants_dgrad", "wants_wgrad", "wgrad")
+    __slots__ = ("called", "dgrad", "fprop", "small", "wants_dgrad", "wants_wgrad", "wgrad")
 
     def __init__(self) -> None:
-        self.called = self.fprop = self.dgrad = self.wgrad = self.wants_dgrad = self.wants_wgrad = False
+        self.called = self.fprop = self.dgrad = self.wgrad = self.wants_dgrad = self.wants_wgrad = self.small = False
 
     def forward(self, high: HighPrecision, *, dgrad: bool, wgrad: bool) -> None:
         """A forward multiplied; `dgrad`, `wgrad`: products that its backward will be asked for."""

@@ -128,7 +128,7 @@ def _swap(model: nn.Module, decision: ModuleDecision, plan: Plan, fp8_state: Mod
         raise BackendError(f"the plan swaps {decision.fqn}, which this model does not have; plan again.") from error
     layer_state = fp8_state.layer_state(decision.fqn) if decision.kind in DENSE else None
     if decision.kind == "Experts":
-        module.__dict__[OWNERS] = [Owner(fp8_state, experts.convert(module, decision.fqn, fp8_state), by_engine)]
+        module.__dict__[OWNERS] = [Owner(fp8_state, experts.convert(module, decision, fp8_state), by_engine)]
         return
     owners = [Owner(fp8_state, layer_state, by_engine)]
     if decision.kind in LAYER_TYPES:

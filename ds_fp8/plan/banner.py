@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..levels import ABSENT
+from . import expert_speed
 from .conversion_checks import MATRICES
 from .decisions import ModuleDecision, Plan
 from .share import share_line, share_warning
@@ -31,16 +32,16 @@ def _layer_lines(plan: Plan) -> list[str]:
             continue
         swaps = [decision for decision in mine if decision.is_swap]
         target = f" -> {swaps[0].target}" if swaps else ""
-        numerics = _numerics(kind, plan)
+        numerics = _numerics(kind, plan, swaps)
         line = f"{len(swaps)} of {len(mine)} {kind}{target}{numerics if swaps else ''}"
         lines.append(line + _kept([decision for decision in mine if not decision.is_swap]))
     return lines
 
 
-def _numerics(kind: str, plan: Plan) -> str:
+def _numerics(kind: str, plan: Plan, swaps: Sequence[ModuleDecision]) -> str:
     recipe = plan.fp8.recipe
     if kind == "Experts":
-        return f" ({recipe.of_experts})"
+        return f" ({recipe.of_experts}{expert_speed.in_words(swaps)})"
     return f" ({recipe})" if kind in MATRICES else " (fp32 inside, high precision out)"
 
 

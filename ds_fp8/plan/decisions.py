@@ -28,6 +28,9 @@ class ModuleDecision:
     target  class that takes over, e.g. `Fp8Linear` or `te.Linear`; empty when kept
     reason  why it is kept; for a swap empty, or what made an exception
     shape   (out, in) of a Linear and a Conv1D, (experts, out, in) of experts' first weight, normalized shape of a norm
+    least_rows  of experts whose products were measured: for each weight the rows per expert from which fprop, and from which
+                dgrad, are faster in FP8, 0 for never; with fewer they run in high precision in that call, and wgrad always
+                does. Empty: every product is in FP8
     """
 
     fqn: str
@@ -36,6 +39,7 @@ class ModuleDecision:
     target: str = ""
     reason: str = ""
     shape: tuple[int, ...] = ()
+    least_rows: tuple[int, ...] = ()
 
     @property
     def is_swap(self) -> bool:
@@ -70,6 +74,7 @@ class ProductDecision:
     macs     multiply-adds of one forward for one token, all of that name together
     trained  the weight has a gradient, so there is a wgrad; attention has as many products
     reason   why they stay in high precision
+    parts    those of `fprop dgrad wgrad` that run in FP8 at all (`least_rows`); empty: all that the recipe does
     """
 
     name: str
@@ -78,6 +83,7 @@ class ProductDecision:
     trained: bool
     fp8: bool
     reason: str = ""
+    parts: str = ""
 
 
 @dataclass(frozen=True)

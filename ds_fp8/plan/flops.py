@@ -23,6 +23,7 @@ from torch import nn
 
 from .attention import attentions, packed_projection, sequence_length
 from .decisions import ModuleDecision, ProductDecision
+from .expert_speed import NONE, parts_of
 from .experts_found import stacked, visited
 from .roles import CLASSIFIERS, ROUTER_CLASS, find_roles
 from .shapes import matrix_of, shape_of
@@ -98,7 +99,16 @@ class _Counter:
                 decision = self.decisions.get(fqn)
                 reason = decision.reason if decision is not None else f"{type(module).__name__} has no FP8 rule"
                 is_fp8 = decision is not None and decision.is_swap
-                yield self._product(f"{fqn}.{name}", parameter, macs, "experts", "" if is_fp8 else reason, is_fp8)
+                parts = parts_of(decision, module, name) if decision is not None else ""
+                yield self._product(
+                    f"{fqn}.{name}",
+                    parameter,
+                    macs,
+                    "experts",
+                    "" if is_fp8 else reason,
+                    is_fp8 and parts != NONE,
+                    parts,
+                )
 
     def attention(self) -> Iterator[ProductDecision]:
         for fqn, query, value in attentions(self.model):
@@ -132,10 +142,10 @@ class _Counter:
         )
 
     def _product(
-        self, fqn: str, weight: Any, macs: float, label: str, reason: str, fp8: bool = False
+        self, fqn: str, weight: Any, macs: float, label: str, reason: str, fp8: bool = False, parts: str = ""
     ) -> ProductDecision:
         trained = weight is None or bool(weight.requires_grad)
-        return ProductDecision(starred(fqn), label, float(macs), trained, fp8, reason)
+        return ProductDecision(starred(fqn), label, float(macs), trained, fp8, reason, parts)
 
     def _know(self, module: nn.Module) -> None:
         self.known.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
@@ -164,11 +174,11 @@ def _grouped(products: Sequence[ProductDecision]) -> tuple[ProductDecision, ...]
     """One entry for each name, label and fate, so that a plan of a hundred layers stays readable."""
     groups: dict[tuple[Any, ...], float] = {}
     for product in products:
-        key = (product.name, product.label, product.trained, product.fp8, product.reason)
+        key = (product.name, product.label, product.trained, product.fp8, product.reason, product.parts)
         groups[key] = groups.get(key, 0.0) + product.macs
     return tuple(
-        ProductDecision(name, label, macs, trained, fp8, reason)
-        for (name, label, trained, fp8, reason), macs in groups.items()
+        ProductDecision(name, label, macs, trained, fp8, reason, parts)
+        for (name, label, trained, fp8, reason, parts), macs in groups.items()
     )
 
 

@@ -18,7 +18,7 @@ from ..config.refusal import Layer, ModelFacts
 from ..config.refusals import refusals
 from ..config.settings import Settings
 from ..errors import PlanError
-from . import performance
+from . import expert_speed, performance
 from .conversion_checks import APART, MATRICES
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
 from .effective import Effective, decide_settings
@@ -59,6 +59,8 @@ def make_plan(
             first,
             last,
             on_gpu=host.device_type == "cuda",
+            measured=expert_speed.is_measured(host, effective.fp8.recipe.kind),
+            weight_cache=effective.fp8.weight_cache,
         )
         modules, unmatched = decide_modules(model, rules)
     counted = count_products(model, modules) if effective.fp8.enabled else Counted((), (), 0)

@@ -17,7 +17,10 @@ from ..recipe import RECIPE_KINDS
 from . import conversion_checks, patterns
 from .conversion_checks import APART, HARD, MATRICES, SOFT, CandidateModule, first_reason, kind_of
 from .decisions import ModuleDecision
-from .roles import find_roles, slow_experts
+from .expert_rules import rule_of
+from .expert_speed import TOKENS, least_rows_of
+from .experts_found import visited
+from .roles import Role, experts_on_gpu, find_roles
 from .shapes import DENSE
 
 TARGETS = {
@@ -33,8 +36,10 @@ class Rules:
     """Everything that decides about a module, apart from the module.
 
     first, last  there is a first, a last Linear here to keep: false in the middle of a pipeline
-    on_gpu       stacked experts stay in high precision unless a pattern names them: there they were measured slower; norms of
+    on_gpu       stacked experts are in FP8 there where that was measured to be faster, unless a pattern names them; norms of
                  model libraries are replaced unless `library_norms` says otherwise: there they were measured faster
+    measured     something was measured for experts, on this GPU and with this recipe
+    weight_cache  casts of weights serve several micro-batches
     """
 
     layers: LayerSettings
@@ -45,6 +50,8 @@ class Rules:
     first: bool = True
     last: bool = True
     on_gpu: bool = False
+    measured: bool = False
+    weight_cache: bool = False
 
 
 def decide_modules(model: nn.Module, rules: Rules) -> tuple[tuple[ModuleDecision, ...], tuple[str, ...]]:
@@ -70,9 +77,7 @@ def find_candidates(model: nn.Module, rules: Rules) -> list[CandidateModule]:
                 sharers.setdefault(id(parameter), []).append((fqn, module))
     roles = find_roles(model)
     if rules.on_gpu:
-        roles |= {
-            fqn: slow_experts(fqn) for fqn, module in model.named_modules() if fqn and kind_of(module) == "Experts"
-        }
+        roles |= _experts(model, rules)
     wanted = rules.layers.library_norms
     library_norms = rules.on_gpu if wanted is None else wanted
     candidates = []
@@ -87,6 +92,23 @@ def find_candidates(model: nn.Module, rules: Rules) -> list[CandidateModule]:
         mine = sharers.get(id(module._parameters.get("weight")), [(fqn, module)])
         candidates.append(CandidateModule(fqn, module, kind, mine, rules.recipe, rules.backend, roles.get(fqn)))
     return candidates
+
+
+def _experts(model: nn.Module, rules: Rules) -> dict[str, Role]:
+    """fqn -> role of every module of stacked experts, on a GPU."""
+    modules, found = dict(model.named_modules()), {}
+    for fqn, module in modules.items():
+        if not fqn or kind_of(module) != "Experts":
+            continue
+        rule = rule_of(module)
+        count = rule.shapes(module)[0][0] if rule is not None else 0
+        visits = visited(fqn, count, modules, getattr(model, "config", None))
+        rows = least_rows_of(module, visits, rules.weight_cache) if rules.measured else ()
+        why = ": on this GPU, or with this recipe, nothing was measured that FP8 makes faster"
+        if rules.measured:
+            why = f": by measurements FP8 makes none of their products faster in a micro-batch of {TOKENS} tokens"
+        found[fqn] = experts_on_gpu(fqn, rows, why)
+    return found
 
 
 def _names(candidate: CandidateModule) -> patterns.ModuleNames:
@@ -157,15 +179,17 @@ def _decide(candidate: CandidateModule, name: patterns.ModuleNames, rules: Rules
         return keep(f"fewer than min_features {rules.min_features}: {min(shape[-2:])}")
     if candidate.fqn in ends:
         return keep("first or last Linear")
-    if candidate.role is not None:
+    if candidate.role is not None and not candidate.role.least_rows:
         return keep(candidate.role.reason())
-    return _swap(candidate, rules, shape, "")
+    return _swap(candidate, rules, shape, "", candidate.role.least_rows if candidate.role is not None else ())
 
 
-def _swap(candidate: CandidateModule, rules: Rules, shape: tuple[int, ...], reason: str) -> ModuleDecision:
+def _swap(
+    candidate: CandidateModule, rules: Rules, shape: tuple[int, ...], reason: str, least_rows: tuple[int, ...] = ()
+) -> ModuleDecision:
     ours = candidate.kind == "RMSNorm" and not isinstance(candidate.module, nn.RMSNorm)  # a model library's
     target = OURS.get(candidate.kind) or TARGETS["torch" if ours else rules.backend][candidate.kind]
-    return ModuleDecision(candidate.fqn, candidate.kind, "swap", target, reason, shape)
+    return ModuleDecision(candidate.fqn, candidate.kind, "swap", target, reason, shape, least_rows)
 
 
 def _cure(candidate: CandidateModule) -> str:

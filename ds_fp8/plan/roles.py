@@ -52,12 +52,14 @@ class Role:
     part  the part of its full name that says so: `lm_head`, `gate`, `lora_A`; a pattern must name it
     glob  a pattern that names it and its like
     why   more about the default, as it stands in the reason
+    least_rows  it is not kept after all, but computes in FP8 where that is faster (`ModuleDecision.least_rows`)
     """
 
     name: str
     part: str
     glob: str
     why: str = ""
+    least_rows: tuple[int, ...] = ()
 
     def asked_by(self, pattern: str, fqn: str) -> bool:
         """Whether `pattern` means this layer, and does not only sweep it in: without that part it would not match."""
@@ -70,15 +72,14 @@ class Role:
         )
 
 
-def slow_experts(fqn: str) -> Role:
-    """Stacked experts on a GPU: right, and slow, since their casts are several launches each.
+def experts_on_gpu(fqn: str, least_rows: tuple[int, ...], why: str) -> Role:
+    """Stacked experts on a GPU, which a pattern may ask for whole: else in FP8 where that was measured to be faster.
 
-    Measured: expert blocks forward and backward on an H100, .14 to .28 of bf16's grouped products
-    (benchmarks/results/gpu_h100_moe_202611.md).
+    least_rows  `ModuleDecision.least_rows`; empty: no product is faster
+    why         what was measured, or that nothing was
     """
     part = fqn.rpartition(".")[2]
-    why = ": on an H100 their FP8 products with casts took 4 to 7 times as long as bf16's"
-    return Role("experts", part, f"*{part}", why)
+    return Role("experts", part, f"*{part}", why, least_rows)
 
 
 def find_roles(model: nn.Module) -> dict[str, Role]:

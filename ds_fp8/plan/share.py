@@ -51,6 +51,8 @@ def share_line(plan: Plan) -> str:
         missing = _flops(product) - _fp8_flops(product, plan)
         if missing:
             label = "products in high precision by override_linear_precision" if product.fp8 else product.label
+            if product.parts:
+                label = "experts' products that are faster in bf16"
             rest[label] = rest.get(label, 0.0) + missing
             reasons.setdefault(label, product.reason if label in ("experts", "convolution") else "")
     ordered = sorted(rest, key=lambda label: -rest[label])
@@ -82,8 +84,9 @@ def _flops(product: ProductDecision) -> float:
 def _fp8_flops(product: ProductDecision, plan: Plan) -> float:
     if not product.fp8:
         return 0.0
-    high = plan.fp8.recipe.override_linear_precision
-    return product.macs * ((not high.fprop) + (not high.dgrad) + (product.trained and not high.wgrad))
+    high = plan.fp8.recipe.override_linear_precision._asdict()
+    parts = product.parts.split() or ["fprop", "dgrad", *(["wgrad"] if product.trained else [])]
+    return product.macs * sum(not high[part] for part in parts)
 
 
 def _percent(share: float) -> str:

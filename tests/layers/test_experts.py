@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import ds_fp8.experts
 from ds_fp8.capabilities import Host
 from ds_fp8.config.settings import LayerSettings
 from ds_fp8.errors import PlanError
-from ds_fp8.layers import restore_layers
+from ds_fp8.layers import restore_layers, swap_layers
 from ds_fp8.layers.experts import Fp8Experts
+from ds_fp8.layers.ran import Ran
 from ds_fp8.plan import make_plan
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import settings, swapped
@@ -85,6 +87,32 @@ def test_gradients_of_experts_beside_fp32(name, recipe):
     for fqn, found in visit(module).items():
         error = float((found - exact[fqn]).norm() / exact[fqn].norm())
         assert (1e-3 < error < 0.1) or ("bias" in fqn and error < 0.1), (fqn, error)
+
+
+def test_products_with_few_rows_run_in_high_precision():
+    """`least_rows` of the plan, as on a GPU: (fprop, dgrad) of gate_up_proj, then of down_proj; wgrad never in FP8."""
+    model = mixture("Mixtral")
+    module = list(experts_of(model).values())[-1]
+    exact = visit(module)
+    found = {}
+    for rows in ((1, 1, 1, 1), (1000, 1000, 1000, 1000), (0, 0, 0, 21), ()):  # 40 tokens visit 2 of 4 experts: 20 rows
+        plan = make_plan(model, settings(layers=LayerSettings(include=("*.mlp.experts",), norm=False)), host=Host())
+        modules = tuple(replace(one, least_rows=rows) if one.kind == "Experts" else one for one in plan.modules)
+        swap_layers(model, replace(plan, modules=modules))
+        state = module._ds_fp8_experts
+        state.ran = Ran()
+        found[rows] = visit(module)
+        assert state.ran.small == (sum(rows) > 4) and state.ran.called
+        restore_layers(model)
+    errors = {
+        rows: [float((one[key] - exact[key]).norm() / exact[key].norm()) for key in ("output", "input", "gate_up_proj")]
+        for rows, one in found.items()
+    }
+    few = (1000, 1000, 1000, 1000)
+    assert all(error < 1e-6 for error in errors[few]) and all(error < 1e-6 for error in errors[0, 0, 0, 21])
+    assert all(1e-3 < error < 0.1 for error in errors[1, 1, 1, 1]) and all(1e-3 < error < 0.1 for error in errors[()])
+    wgrad = [found[rows]["down_proj"] for rows in ((1, 1, 1, 1), ())]
+    assert not torch.equal(*wgrad)
 
 
 def test_they_are_planned_reported_and_given_back():

@@ -10,7 +10,10 @@ from ds_fp8.capabilities import Host
 from ds_fp8.config.settings import Fp8Settings, LayerSettings, Settings
 from ds_fp8.errors import PlanError
 from ds_fp8.plan import make_plan
+from ds_fp8.plan.decisions import plan_from_json
+from ds_fp8.plan.expert_speed import high_precision, least_rows
 from ds_fp8.plan.roles import find_roles
+from ds_fp8.recipe import Recipe
 from tests.layers.small_models import Block, TinyModel, settings
 
 H100 = Host("cuda", "H100", (9, 0), "2.20.2", "")
@@ -174,24 +177,53 @@ def test_lora_of_peft_and_its_saved_head():
     assert len(kept(model, include=("*", "*lm_head*"))) == 4
 
 
-def test_experts_stay_in_high_precision_on_a_gpu_unless_named():
-    """Measured on an H100: right, and a quarter of bf16's speed. On a CPU, emulated, they are converted."""
+def test_experts_on_a_gpu_are_in_fp8_where_that_was_measured_faster():
+    """Wide ones in fprop and dgrad from so many rows on; narrow ones not at all, unless named. On a CPU, emulated, all."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=2, vocab_size=96,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config)
     gpu = Host("cuda", "NVIDIA H100", (9, 0))
 
-    def experts(host, **layers):
-        job = Settings(Fp8Settings(True, backend="torch", layers=LayerSettings(**layers)))
-        found = [one for one in make_plan(model, job, host=host).modules if one.kind == "Experts"]
-        assert len(found) == 1
-        return found[0]
+    def planned(host, inner, recipe="current", **layers):
+        config = transformers.MixtralConfig(
+            hidden_size=4096, intermediate_size=inner, num_hidden_layers=1, num_local_experts=8, num_experts_per_tok=2,
+            vocab_size=96,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = transformers.MixtralForCausalLM(config)
+        fp8 = Fp8Settings(True, recipe=Recipe(kind=recipe), backend="torch", layers=LayerSettings(**layers))
+        plan = make_plan(model, Settings(fp8), host=host)
+        return plan, next(one for one in plan.modules if one.kind == "Experts")
 
-    assert experts(Host()).is_swap
-    kept = experts(gpu)
-    assert not kept.is_swap and "4 to 7 times as long" in kept.reason and '["*", "*experts"]' in kept.reason
-    assert experts(gpu, include=("*", "*experts")).is_swap
-    assert experts(gpu, include=("model.layers.0.mlp.experts",)).is_swap
+    plan, wide = planned(gpu, 14336)
+    assert wide.is_swap and len(wide.least_rows) == 4 and all(500 < rows < 2048 for rows in wide.least_rows)
+    assert "bf16 where FP8 is slower: wgrad, and fprop and dgrad below" in plan.banner()
+    assert {product.parts for product in plan.products if product.label == "experts"} == {"fprop dgrad"}
+    assert "experts' products that are faster in bf16" in plan.banner()
+    assert plan_from_json(plan.to_json()) == plan
+    plan, narrow = planned(gpu, 128)
+    assert (
+        not narrow.is_swap and "none of their products faster" in narrow.reason and '["*", "*experts"]' in narrow.reason
+    )
+    for pattern in ("*experts", "model.layers.0.mlp.experts"):
+        named = planned(gpu, 128, include=("*", pattern))[1]
+        assert named.is_swap and not named.least_rows
+    assert not planned(gpu, 14336, recipe="block")[1].is_swap
+    assert not planned(Host("cuda", "NVIDIA L40S", (8, 9)), 14336)[1].is_swap
+    plan, emulated = planned(Host(), 512)
+    assert emulated.is_swap and not emulated.least_rows
+    assert not [product.parts for product in plan.products if product.parts]
+
+
+def test_least_rows_are_those_that_the_measured_shapes_had():
+    """(out, in, layout) -> rows of the measurement and the products that won there (`expert_speed`, its source)."""
+    for shape, rows, wins in (
+        ((28672, 4096, False), 2048, (True, True)),
+        ((4096, 14336, False), 2048, (True, True)),
+        ((5760, 2880, True), 1024, (False, False)),
+        ((2880, 2880, True), 1024, (False, False)),
+        ((1536, 2048, False), 512, (False, False)),
+        ((2048, 768, False), 512, (False, False)),
+    ):
+        high = high_precision(least_rows(*shape, False), rows)
+        assert (not high.fprop, not high.dgrad) == wins and high.wgrad, shape
+        cached = least_rows(*shape, True)
+        assert all(one <= other for one, other in zip(cached, least_rows(*shape, False), strict=True))

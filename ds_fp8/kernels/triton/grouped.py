@@ -147,6 +147,7 @@ def _columns_kernel(x_ptr, transposed_ptr, scale_inv_ptr, amax_ptr, table_ptr, e
     else:
         # An expert's rows begin at a multiple of 16; those up to the next expert's first are zeros, as is x there.
         target = tl.load(table_ptr + 2 * experts + expert - 1, mask=expert > 0, other=0).to(tl.int64)
+        target = tl.multiple_of(target, 16)  # else bytes are stored one by one
         place = number * TILE_ROWS + row
         is_place = place < (last - first + 15) // 16 * 16
     inner = column.to(tl.int64)[:, None] * room + place[None, :]
