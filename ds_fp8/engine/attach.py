@@ -13,21 +13,18 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..algorithms import ALGORITHMS, moments_of
-from ..errors import DsFp8Error, PlanError
+from ..errors import DsFp8Error
 from ..zero.touched import touched
 from . import ATTRIBUTE, life, of
-from .agreement import Finding, agree
+from .agreement import agree
 from .checkpointing import add_state, check_state, take_state
-from .common_facts import common_facts
+from .deciding import finding_of, has_optimizer, plan_of, settings_of
 from .merging import follow_merges
 from .on_signal import check_can_arm, checkpoint_on_signal, disarm
-from .other_fp8 import refuse_other_fp8
 from .printing import print_rank_0
-from .source_file import source_name
 from .training_mode import TrainingMode
 
 if TYPE_CHECKING:
@@ -38,9 +35,8 @@ if TYPE_CHECKING:
 TOUCHED = {
     "Engine": touched(
         overrides="_take_model_step load_checkpoint save_checkpoint",
-        reads="client_optimizer config device mpu optimizer optimizer_name seq_data_parallel_group",
+        reads="optimizer seq_data_parallel_group",
     ),
-    "PipelineEngine": touched(overrides="stage_id"),
 }
 
 
@@ -241,14 +237,14 @@ def attach(engine: Any, model: Any) -> Attachment | None:
         return of(engine)
     settings, plan, error = None, None, None
     try:
-        settings = _settings(engine)
+        settings = settings_of(engine)
         if settings.enabled:
-            plan = _plan(engine, model, settings)
+            plan = plan_of(engine, model, settings)
             if settings.checkpoint_on_signal is not None:
                 check_can_arm(settings.checkpoint_on_signal)
     except DsFp8Error as found:
         error = found
-    agree(_finding(engine, model, settings, plan, error), error)
+    agree(finding_of(engine, model, settings, plan, error), error)
     assert settings is not None, "`agree` has raised"
     if plan is None:
         for note in () if has_optimizer(engine) else settings.notes:
@@ -288,75 +284,3 @@ def _watch_steps(attachment: Attachment) -> None:
         attachment.first_step = FirstStep(attachment)
     if fp8.max_nonfinite_steps:
         attachment.guard = NonFiniteGuard(attachment.engine, attachment.model, fp8.max_nonfinite_steps)
-
-
-def _settings(engine: Any) -> Any:
-    from .. import config
-
-    settings = config.load(engine.config, where=source_name(engine.config), trains=has_optimizer(engine))
-    settings = _of_client(settings, engine.client_optimizer)
-    if settings.enabled:
-        from ..zero import private_names
-
-        untested = private_names.verify(msamp=settings.msamp.enabled)
-        if untested:
-            print_rank_0(untested)
-    return settings
-
-
-def _of_client(settings: Settings, client: Any) -> Any:
-    """The settings with the algorithm of a client's optimizer, which the JSON cannot tell: the states that will be
-    kept.
-    """
-    from ..optim import algorithm_of
-
-    name = None if client is None or not settings.msamp.enabled else algorithm_of(client)
-    if name is None:
-        return settings
-    moments = moments_of(name)
-    if "exp_avg_sq" in settings.msamp.explicit - set(moments):
-        raise PlanError(
-            f"msamp/exp_avg_sq: {name} keeps no exp_avg_sq, so its format has no effect.\n  Remove the key."
-        )
-    assert settings.msamp.level is not None, "it is enabled"
-    level = settings.msamp.level.keeping(moments)
-    return replace(
-        settings,
-        msamp=replace(settings.msamp, level=level),
-        deepspeed=replace(settings.deepspeed, optimizer=ALGORITHMS[name].label),
-    )
-
-
-def _plan(engine: Any, model: Any, settings: Settings) -> Plan:
-    from ..plan import make_plan
-
-    if settings.fp8.enabled:
-        refuse_other_fp8(model)
-    return make_plan(model, settings, device=engine.device, world_size=_data_parallel_size(engine))
-
-
-def has_optimizer(engine: Any) -> bool:
-    """False for a frozen reference model, and for evaluation alone: neither JSON nor `initialize` names an optimizer."""
-    return bool(engine.client_optimizer or engine.optimizer_name())
-
-
-def _data_parallel_size(engine: Any) -> int:
-    import deepspeed.comm as dist
-
-    if engine.mpu is not None and hasattr(engine.mpu, "get_data_parallel_world_size"):
-        return engine.mpu.get_data_parallel_world_size()
-    return dist.get_world_size()
-
-
-def _finding(
-    engine: Any, model: Any, settings: Settings | None, plan: Plan | None, error: DsFp8Error | None
-) -> Finding:
-    """This rank's word for `agree`. Stages of a pipeline hold different layers, and so make different plans."""
-    stage = getattr(model, "stage_id", None)
-    part = "" if stage is None else f"pipeline stage {stage}"
-    facts = common_facts(engine)
-    if plan is None or settings is None:
-        return Finding(error=None if error is None else str(error), part=part, facts=facts)
-    partial = plan.partial and settings.fp8.enabled
-    layers = tuple(decision.fqn for decision in plan.modules) if plan.unmatched else ()
-    return Finding(plan.digest(), None, part, partial, len(plan.swaps), plan.unmatched, layers, facts)

@@ -48,17 +48,6 @@ class ScaledAdam(ScaledOptimizer):
         }
         super().__init__(params, defaults, level=level, base_dtype=base_dtype, seed=seed)
 
-    def step_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        return {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "eps": float(group["eps"]),
-            "weight_decay": float(group["weight_decay"]),
-            "bias_correction": bool(group["bias_correction"]),
-        }
-
     def step_flat(self, flat: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         exp_avg, exp_avg_sq = codecs.stored_moments(state, self.formats())
         assert exp_avg_sq is not None

@@ -45,15 +45,6 @@ class ScaledLion(ScaledOptimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
         super().__init__(params, defaults, level=level, base_dtype=base_dtype, seed=seed)
 
-    def step_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        return {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "weight_decay": float(group["weight_decay"]),
-        }
-
     def step_flat(self, flat: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         exp_avg, _ = codecs.stored_moments(state, self.formats())
         kernels.lion_step(

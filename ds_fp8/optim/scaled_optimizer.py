@@ -51,6 +51,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
             raise ValueError(f"base_dtype: {base_dtype!r} is not one of {', '.join(BASE_DTYPES)}")
         self.base_dtype = base_dtype
         self.seed = int(seed)
+        self.hyperparameters = tuple(defaults)
         self.grad_scale: float | torch.Tensor = 1.0
         self.gradients: dict[torch.Tensor, torch.Tensor | Pieces] = {}
         super().__init__(params, defaults)
@@ -60,8 +61,17 @@ class ScaledOptimizer(torch.optim.Optimizer):
         check_numbers(numbers)
 
     def step_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What `step_flat` needs of a parameter group, as Python numbers: schedulers may have put tensors there."""
-        raise NotImplementedError
+        """What `step_flat` needs of a parameter group: every hyper-parameter, betas as beta1 and beta2.
+
+        Python numbers: schedulers may have put tensors there.
+        """
+        options: dict[str, Any] = {}
+        for name in self.hyperparameters:
+            if name == "betas":
+                options["beta1"], options["beta2"] = (float(beta) for beta in group[name])
+            else:
+                options[name] = bool(group[name]) if isinstance(self.defaults[name], bool) else float(group[name])
+        return options
 
     def step_flat(self, flat: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         """One update of a flat parameter, its state and master, in place; `state["step"]` counts this step already.
@@ -95,7 +105,10 @@ class ScaledOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles three attributes by name; a copy without its level could not step.
-        ours = {name: getattr(self, name) for name in ("level", "base_dtype", "seed", "grad_scale", "gradients")}
+        ours = {
+            name: getattr(self, name)
+            for name in ("level", "base_dtype", "seed", "hyperparameters", "grad_scale", "gradients")
+        }
         return {**super().__getstate__(), **ours}
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from ..errors import WeightError
 from ..layers import QuantizedWeight
 from ..layers.once import once_for_each
+from .tensor_functions import ADDRESS, GET_DATA, LAYOUT, OWN, SET_DATA, written_by
 
 SOURCE = "_ds_fp8_source"
 """Attribute of a released or decoded tensor: where its values come from."""
@@ -103,7 +104,7 @@ class Released:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OWN or getattr(func, "namespace", "") == "ds_fp8" or _is_looked_at_by_a_compiler():
+        if func in OWN or getattr(func, "namespace", "") == "ds_fp8" or _is_looked_at_by_a_compiler():
             with raw():
                 return func(*args, **(kwargs or {}))
         return _call(func, args, kwargs or {})
@@ -186,10 +187,10 @@ def _mark(values: Tensor, source: Source) -> Tensor:
 
 def _call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """`func` with decoded values in the place of released weights."""
-    for written in _written(func, args, kwargs):
+    for written in written_by(func, args, kwargs):
         source = _source(written)
         if source is not None:
-            if func == _SET_DATA and _is_what_it_reads(args[0], args[1]):
+            if func == SET_DATA and _is_what_it_reads(args[0], args[1]):
                 return None  # Module.to() where nothing changes
             if (thaw := getattr(source, "thaw", None)) is None:
                 raise WeightError(_refusal(func, source))
@@ -198,15 +199,15 @@ def _call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         _refuse_trace(func, args, kwargs)
     first: Any = args[0] if args else None
     if is_released(first):
-        if func == _GET_DATA or func == Tensor.detach:
+        if func == GET_DATA or func == Tensor.detach:
             return first.__dict__[SOURCE].decoded(first.dtype)
-        if func in _LAYOUT:
+        if func in LAYOUT:
             with raw():
                 return func(torch.empty(first.shape, dtype=first.dtype, device="meta"), *args[1:], **kwargs)
-        if func in _ADDRESS:
+        if func in ADDRESS:
             with raw():
                 return func(first.__dict__[SOURCE].held(first.dtype), *args[1:], **kwargs)
-    if func in _OWN:
+    if func in OWN:
         with raw():
             return func(*args, **kwargs)
     sources: dict[int, Source] = {}
@@ -277,33 +278,6 @@ def _is_what_it_reads(param: Any, value: Any) -> bool:
     return _source(value) is _source(param) and value.shape == param.shape and value.dtype == param.dtype
 
 
-# -- what writes -------------------------------------------------------------------------------------------------------
-
-_ITEM_WRITERS = frozenset(
-    f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand",
-                              "ior", "ixor", "ilshift", "irshift", "imatmul", "set", "delete")
-)  # fmt: skip
-
-
-def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The arguments that `func` writes to."""
-    out = kwargs.get("out")
-    if out is not None:
-        yield from out if isinstance(out, (tuple, list)) else (out,)
-    schema = getattr(func, "_schema", None)
-    if schema is not None:  # an operator of torch.ops
-        for place, argument in enumerate(schema.arguments):
-            if argument.is_write:
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
-                yield from value if isinstance(value, (tuple, list)) else (value,)
-        return
-    name = getattr(func, "__name__", "")
-    writes = name in _ITEM_WRITERS or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
-    if writes and func not in _OWN:
-        value = args[0] if args else next(iter(kwargs.values()), None)
-        yield from value if isinstance(value, (tuple, list)) else (value,)
-
-
 def _refusal(func: Any, source: Source) -> str:
     name = getattr(func, "__name__", "a function")
     name = ".data = ..." if name == "__set__" else name
@@ -318,49 +292,10 @@ def _refusal(func: Any, source: Source) -> str:
 def _refuse_trace(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
     """torch.jit.trace would write decoded values into its graph, as constants."""
     for one in (*args, *kwargs.values()):
-        if is_released(one) and func not in _OWN:
+        if is_released(one) and func not in OWN:
             name = one.__dict__[SOURCE].name
             raise WeightError(
                 f"torch.jit.trace reads {name}, which is released at O3: only its FP8 data is here.\n"
                 "  Trace inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):` on all ranks, or keep this"
                 f' weight in 16 bits: msamp/weight_wire_exclude ["{name}"].'
             )
-
-
-# -- what is the Parameter's own ---------------------------------------------------------------------------------------
-
-
-def _accessors(names: str) -> Iterator[Any]:
-    for name in names.split():
-        found = getattr(Tensor, name, None)
-        for kind in ("__get__", "__set__", "__delete__"):
-            if hasattr(found, kind) and not callable(found):
-                yield getattr(found, kind)
-
-
-def _methods(names: str) -> Iterator[Any]:
-    for name in names.split():
-        for home in (Tensor, torch):
-            if hasattr(home, name):
-                yield getattr(home, name)
-
-
-_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
-_OWN = frozenset(
-    (
-        *_accessors(
-            "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf grad _grad grad_fn grad_dtype retains_grad "
-            "output_nr _version _backward_hooks _post_accumulate_grad_hooks name names is_cuda is_cpu is_meta is_sparse "
-            "is_sparse_csr is_quantized is_nested is_mkldnn is_xla is_xpu is_hpu is_mps is_mtia is_maia is_ipu is_vulkan"
-        ),
-        *_methods(
-            "size dim ndimension numel nelement element_size get_device is_floating_point is_complex is_signed is_inference "
-            "is_neg is_conj is_same_size _is_view requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad "
-            "has_names __len__ sym_numel sym_size backward"
-        ),
-        torch.autograd.grad,
-        torch.autograd.backward,
-    )
-)
-_LAYOUT = frozenset(_methods("stride is_contiguous storage_offset is_coalesced dim_order"))
-_ADDRESS = frozenset(_methods("data_ptr untyped_storage storage _typed_storage __array__ __cuda_array_interface__"))
