@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TOUCHED = {
     "Engine": touched(
         overrides="_take_model_step load_checkpoint save_checkpoint",
-        reads="optimizer seq_data_parallel_group",
+        reads="device optimizer seq_data_parallel_group",
     ),
 }
 

@@ -16,10 +16,14 @@ from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import self_test
 from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.triton import adam, blocks, launch
-from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
+from ds_fp8.levels import MASTERS, STATES
 from ds_fp8.numerics import flat, gemm_blocks, masters, states
 from ds_fp8.numerics.dtypes import torch_dtype
 from ds_fp8.numerics.random_bits import Stochastic
+
+STATE_FORMATS = tuple(name for name, fmt in STATES.items() if fmt.triton is not None and fmt.holds_exp_avg_sq)
+MASTER_FORMATS = tuple(name for name, fmt in MASTERS.items() if fmt.triton is not None)
+"""Those that have a kernel here; PyTorch does the step of all others."""
 
 FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 

@@ -17,10 +17,14 @@ from ds_fp8 import numerics
 from ds_fp8.formats import E4M3
 from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.triton import adam, adam_fast, launch, segments
-from ds_fp8.levels import MASTER_FORMATS, STATE_FORMATS
+from ds_fp8.levels import MASTERS, STATES
 from ds_fp8.numerics import masters, states
 
 assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
+
+STATE_FORMATS = tuple(name for name, fmt in STATES.items() if fmt.triton is not None and fmt.holds_exp_avg_sq)
+MASTER_FORMATS = tuple(name for name, fmt in MASTERS.items() if fmt.triton is not None)
+"""Those that have a kernel here; PyTorch does the step of all others."""
 
 NUMEL = 1000
 
