@@ -1,0 +1,146 @@
+"""The support matrix: each feature of DeepSpeed, what a script and its JSON do for it, and what comes of it.
+
+A cell *works* when the job ends, with finite losses near those of DeepSpeed alone and with our layers and states in the
+engine; it is *refused* when all ranks raise one of our errors with the words given here, before the first step. Anything
+else fails. `absent` means the plugin without its sections: losses equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "absent": {},
+    "fp8": {"fp8": {"enabled": True, "amax_history_len": 4}},
+    "O1": {"msamp": {"enabled": True, "opt_level": "O1"}},
+    "O2": {"msamp": {"enabled": True, "opt_level": "O2"}},
+    "O3": {"msamp": {"enabled": True, "opt_level": "O3"}},
+}
+LEVELS = ("O1", "O2", "O3")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row.
+
+    config   added to the JSON of `base`; None takes a key away
+    job      name of a function of `jobs.py`, or `client:NAME` for an optimizer of torch
+    refused  column -> words of the reason
+    alone    why DeepSpeed alone does not run it on two CPU ranks; columns that are not refused are then not run
+    quick    part of every CI run
+    near     how far a loss may lie from DeepSpeed's
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    job: str = "as_usual"
+    refused: Mapping[str, str] = field(default_factory=dict)
+    alone: str = ""
+    quick: bool = False
+    near: float = 0.15
+
+
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100, **keys}}
+
+
+def by_msamp(words: str) -> dict[str, str]:
+    return dict.fromkeys(LEVELS, words)
+
+
+def optimizer(name: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": name, "params": {"lr": 1e-2, **params}}}
+
+
+NEEDS_ZERO = {"O3": "needs FP8 weights in ZeRO"}
+CPU, OFFLOAD = {"device": "cpu"}, "offload_optimizer"
+
+FEATURES: dict[str, Feature] = {
+    "ZeRO 0": Feature(zero(0), refused={"O3": "stage"}),
+    "ZeRO 1": Feature(zero(1)),
+    "ZeRO 2": Feature(zero(2), quick=True),
+    "ZeRO 3": Feature(zero(3)),
+    "fp16, ZeRO 0": Feature({**zero(0), "bf16": None, "fp16": {"enabled": True, "initial_scale_power": 8}},
+                            refused={"fp8": "trains wrongly", "O3": "stage"}),
+    "fp16, ZeRO 2": Feature({**zero(2), "bf16": None, "fp16": {"enabled": True, "initial_scale_power": 8}}),
+    "fp16, ZeRO 3": Feature({**zero(3), "bf16": None, "fp16": {"enabled": True, "initial_scale_power": 8}}),
+    "fp32, ZeRO 2": Feature({**zero(2), "bf16": None}),
+    "torch_autocast": Feature({**zero(2), "bf16": None, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    "gradient accumulation": Feature({**zero(2), "gradient_accumulation_steps": 2}),
+    "fp32 accumulation (data_types)": Feature({**zero(2), "data_types": {"grad_accum_dtype": "fp32"}}),
+    "no gradient clipping": Feature({**zero(2), "gradient_clipping": None}),
+    "overlap_comm": Feature(zero(2, overlap_comm=True)),
+    "round_robin_gradients": Feature(zero(2, round_robin_gradients=True)),
+    "reduce_scatter off": Feature(zero(2, reduce_scatter=False)),
+    "communication_data_type": Feature({**zero(2), "communication_data_type": "fp32"}),
+    "offload_optimizer, ZeRO 2": Feature(zero(2, offload_optimizer=CPU)),
+    "offload_optimizer, ZeRO 3": Feature(zero(3, offload_optimizer=CPU)),
+    "offload_param": Feature(zero(3, offload_param=CPU, offload_optimizer=CPU)),
+    "offload_optimizer to NVMe": Feature(zero(3, offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}),
+                                         refused=by_msamp("nvme"), alone="needs libaio"),
+    "Twin-Flow (offload ratio)": Feature(zero(3, offload_optimizer={**CPU, "ratio": 0.5}), refused=by_msamp("splits")),
+    "no_sync": Feature(zero(1), "no_sync"),
+    "coalesce_grad_reduction": Feature(zero(2), "coalesced"),
+    "zero.Init": Feature(zero(3), "zero_init"),
+    "GatheredParameters": Feature(zero(3), "gathered"),
+    "fragment API": Feature(zero(2), "fragments"),
+    "save and resume": Feature(zero(2), "resumed", quick=True),
+    "universal checkpoint": Feature(zero(2), "universal"),
+    "evaluation": Feature(zero(2), "evaluated"),
+    "activation checkpointing": Feature(zero(2), "checkpointed_activations"),
+    "curriculum learning": Feature({**zero(2), "curriculum_learning": {
+        "enabled": True, "curriculum_type": "seqlen", "min_difficulty": 8, "max_difficulty": 16,
+        "schedule_type": "fixed_linear", "schedule_config": {"total_curriculum_step": 2, "difficulty_step": 8}}}),
+    "torch.compile": Feature(zero(2), "compiled"),
+    "DeepCompile": Feature({**zero(3), "compile": {"deepcompile": True}},
+                           refused={"fp8": "DeepCompile", **by_msamp("DeepCompile")}),
+    "AutoTP": Feature({**zero(1), "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+    "MoE (expert parallel)": Feature(zero(2), "experts"),
+    "pipeline, ZeRO 1": Feature(zero(1), "pipeline", refused={"O3": "pipeline"}),
+    "torch.optim.AdamW of the script": Feature(zero(2), "client:AdamW"),
+    "torch.optim.SGD of the script": Feature({**zero(2), "zero_allow_untested_optimizer": True}, "client:SGD",
+                                             refused=by_msamp("SGD")),
+    "Adam": Feature({**zero(2), **optimizer("Adam", torch_adam=True)}),
+    "Lion": Feature({**zero(2), **optimizer("Lion")}, refused=by_msamp("Lion"), alone="needs a compiler for its op"),
+    "Muon": Feature({**zero(2), **optimizer("Muon")}, refused=by_msamp("Muon")),
+    "1-bit Adam": Feature({**zero(0), **optimizer("OneBitAdam", freeze_step=2)}, refused=by_msamp("compresses"),
+                          alone="needs a GPU, or MPI"),
+    "ZenFlow": Feature(zero(2, offload_optimizer=CPU, zenflow={"topk_ratio": 0.5, "update_interval": 2,
+                                                               "select_strategy": "step", "select_interval": 1}),
+                       refused=by_msamp("ZenFlow")),
+    "SuperOffload": Feature(zero(3, offload_optimizer={**CPU, "super_offload": True}), refused=by_msamp("SuperOffload"),
+                            alone="needs a GPU"),
+    "hpZ": Feature(zero(3, zero_hpz_partition_size=2), refused={"O3": "second 16-bit copy"}),
+    "MiCS": Feature(zero(3, mics_shard_size=1)),
+    "ZeRO++ quantized gradients": Feature(zero(3, zero_quantized_gradients=True), refused=by_msamp("int4"),
+                                          alone="needs a GPU"),
+    "ZeRO++ quantized weights": Feature(zero(3, zero_quantized_weights=True), refused={"O3": "int8"}, alone="needs a GPU"),
+    "16-bit masters (bf16)": Feature({**zero(2), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+                                     refused=by_msamp("stores masters")),
+    "elasticity": Feature({**zero(2), "train_micro_batch_size_per_gpu": None, "gradient_accumulation_steps": None,
+                           "elasticity": {"enabled": True, "max_train_batch_size": 16, "micro_batch_sizes": [4],
+                                          "min_gpus": 1, "max_gpus": 4, "version": 0.1}}),
+    "monitor (csv)": Feature({**zero(2), "csv_monitor": {"enabled": True, "output_path": "/tmp/ds_fp8_support", "job_name": "x"}}),
+    "flops profiler": Feature({**zero(2), "flops_profiler": {"enabled": True, "profile_step": 2, "output_file": "/dev/null"}}),
+    "hybrid engine": Feature({**zero(2), "hybrid_engine": {"enabled": True}}),
+    "learning rate scheduler": Feature({**zero(2), "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}}),
+}  # fmt: skip
+
+
+def configuration(feature: Feature, column: str) -> dict[str, Any]:
+    """The JSON of one cell."""
+    found: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **optimizer("AdamW", torch_adam=True),
+    }
+    for key, value in {**feature.config, **COLUMNS.get(column, {})}.items():
+        if value is None:
+            found.pop(key, None)
+        else:
+            found[key] = value
+    return found
