@@ -170,7 +170,8 @@ class Watch:
             return
         amax = torch.nan_to_num(values.amax(), nan=math.inf, posinf=math.inf)
         if recipe.keeps_history:
-            scale = layer_state.fp8_state.scales[column].to(values.device)
+            now = layer_state.fp8_state.scales_now  # a tensor without history is cast with its own amax
+            scale = now.of_tensor(column, amax, fmt) if column in now.unknown else now.scale[column].to(values.device)
         else:
             scale = fmt.max / amax.clamp_min(2.0**-126)
         each = scale

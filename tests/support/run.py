@@ -30,7 +30,7 @@ import jobs  # noqa: E402
 import torch  # noqa: E402
 from features import COLUMNS, FEATURES, Feature, configuration  # noqa: E402
 
-LIMIT_S = 90.0
+LIMIT_S = float(os.environ.get("DS_FP8_SUPPORT_LIMIT_S", "90"))
 ALONE = "alone"
 ONCE = (
     "deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 deepspeed.runtime.bf16_optimizer deepspeed.runtime.checkpoint_engine"
@@ -136,14 +136,14 @@ def expected(feature: Feature, column: str) -> str:
     return "not run" if feature.alone else "works"
 
 
-def fill(names: list[str]) -> dict[str, dict[str, str]]:
-    """feature -> column -> verdict."""
+def fill(names: list[str], kept: Path | None = None) -> dict[str, dict[str, str]]:
+    """feature -> column -> verdict; with `kept`, rows of earlier calls too, and each new one is written there at once."""
     for name in ONCE.split():
         importlib.import_module(name)
     from ds_fp8 import kernels
 
     kernels.path("cpu")  # compiled here, not by every cell
-    table: dict[str, dict[str, str]] = {}
+    table: dict[str, dict[str, str]] = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
     for name in names:
         feature, began = FEATURES[name], time.monotonic()
         alone = {"error": feature.alone} if feature.alone else cell(feature, ALONE)
@@ -154,6 +154,8 @@ def fill(names: list[str]) -> dict[str, dict[str, str]]:
             else:
                 row[column] = judge(feature, column, cell(feature, column), alone)
         table[name] = row
+        if kept is not None:
+            kept.write_text(json.dumps(table))
         print(
             f"{name} ({time.monotonic() - began:.0f} s)",
             *(f"{c}: {v[:230]}" for c, v in row.items()),
@@ -212,12 +214,15 @@ def page(table: dict[str, dict[str, str]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    target = None
+    target = kept = None
     if arguments[:1] == ["--write"]:
         target, arguments = Path(arguments[1]), arguments[2:]
+    if arguments[:1] == ["--keep"]:  # rows of several calls come together in this file
+        kept, arguments = Path(arguments[1]), arguments[2:]
     quick, arguments = "--quick" in arguments, [one for one in arguments if one != "--quick"]
     names = arguments or [name for name, feature in FEATURES.items() if feature.quick or not quick]
-    table = fill(names)
+    found = fill(names, kept)
+    table = {name: found[name] for name in FEATURES if name in found}
     if target is not None:
         target.write_text(page(table))
     wrong = unexpected(table)
