@@ -51,4 +51,5 @@ def test_compiled_engines_train_as_eager_ones(tmp_path):
             assert len(seen) == 12 // interval * 4 * 3
             assert others == [seen, seen]
             # With `interval` 1 also the first step in FP8, which has no history: it is cast with its own amax.
-            assert all(0.9 < amax * scale / (57344 if role == "grad_output" else 448) < 1.6 for step, _, role, amax, scale, _ in seen)
+            used = [amax * scale / (57344 if role == "grad_output" else 448) for _, _, role, amax, scale, _ in seen]
+            assert min(used) > 0.05 and max(used) < 8
