@@ -15,8 +15,6 @@ import pytest
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "support.md"
 
-pytestmark = pytest.mark.dist
-
 
 def unexpected(*arguments: str) -> list[str]:
     done = subprocess.run([sys.executable, str(HERE / "run.py"), *arguments], capture_output=True, text=True)
@@ -24,12 +22,14 @@ def unexpected(*arguments: str) -> list[str]:
     return json.loads(done.stdout.splitlines()[-1])["unexpected"]
 
 
+@pytest.mark.dist
 @pytest.mark.timeout(300)
 def test_the_quick_rows():
     """The rows that are marked quick, each absent, fp8, O1, O2, O3."""
     assert unexpected("--quick") == []
 
 
+@pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not os.environ.get("DS_FP8_SUPPORT_ALL"), reason="a quarter of an hour: DS_FP8_SUPPORT_ALL=1")
