@@ -241,9 +241,11 @@ class ModelFp8State:
     def weight_scale(self, layer: torch.nn.Module | str, amax: torch.Tensor) -> torch.Tensor:
         """0-d scale with which the layer would cast a weight of this amax (0-d, all of it) now (delayed scaling)."""
         column, now = self._layer_state_of(layer).weight_column, self.scales_now
-        if column in now.unknown:
-            return now.of_tensor(column, amax.to(now.frozen.device), self.forward_format)
-        return now.scale[column]
+        amax = amax.to(now.frozen.device)
+        known = column not in now.unknown
+        if known and (self.exact or not now.is_outgrown(column, amax, self.forward_format)):
+            return now.scale[column]
+        return now.of_tensor(column, amax, self.forward_format, given=known)
 
     def record_weight_amax(self, layer: torch.nn.Module | str, amax: torch.Tensor) -> None:
         """The amax of a weight that somebody else cast for the layer (O3); recorded when the layer next uses it."""

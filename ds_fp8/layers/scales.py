@@ -17,6 +17,7 @@ Two copies of the scales are handed out, because two kinds of reader want opposi
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -55,6 +56,12 @@ class Scales:
     def scale(self) -> tuple[torch.Tensor, ...]:
         """0-d fp32 each."""
         return self.frozen.select(1, 1).unbind(0)
+
+    def is_outgrown(self, column: int, amax: torch.Tensor, fmt: Format) -> bool:
+        """Whether a weight of this amax is more than twice what a known column's scale can take: no optimizer step does
+        that, a script's write does. Asked on a CPU only: a GPU's host would wait for the answer.
+        """
+        return amax.device.type == "cpu" and math.isfinite(amax) and bool(amax * self.scale[column] > 2 * fmt.max)
 
     def of_tensor(self, column: int, amax: torch.Tensor, fmt: Format, *, given: bool = False) -> torch.Tensor:
         """The scale of a column in `unknown`: from the tensor's own amax, as if it had been seen a step ago.

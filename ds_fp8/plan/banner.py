@@ -116,7 +116,7 @@ def _released_line(plan: Plan) -> list[str]:
         (
             f"{count} weight{'s' if count != 1 else ''} only in FP8 between steps: read outside of their layer they have its FP8"
             f" values, writes are refused{kept}; in 16 bits inside deepspeed.zero.GatheredParameters, or by"
-            " msamp/weight_wire_exclude"
+            " msamp/weight_wire_exclude; an extension in C++ that is no operator of torch.ops takes weight.detach()"
         )
     ]
 

@@ -68,7 +68,7 @@ def test_banner():
         (
             "ds_fp8: 4 weights only in FP8 between steps: read outside of their layer they have its FP8 values, writes are "
             "refused; model.state_dict() is for all ranks at once; in 16 bits inside deepspeed.zero.GatheredParameters, or by "
-            "msamp/weight_wire_exclude"
+            "msamp/weight_wire_exclude; an extension in C++ that is no operator of torch.ops takes weight.detach()"
         ),
         f"ds_fp8: plan {plan_at('O3').digest()[:12]}",
     ]

@@ -38,9 +38,16 @@ class DelayedScaling(CurrentScaling):
 
     def quantize_weight(self, weight: torch.Tensor, call: Call) -> Operand:
         column, values = call.layer_state.weight_column, weight.detach()
-        if is_given(weight, call.layer_state) and not call.layer_state.fp8_state.exact:
-            return _without_history(values, call, column, call.format_of(column), amax_of(values))
-        return self.quantize(values, call, column)
+        fmt, exact = call.format_of(column), call.layer_state.fp8_state.exact
+        if is_given(weight, call.layer_state) and not exact:
+            return _without_history(values, call, column, fmt, amax_of(values))
+        cast = self.quantize(values, call, column)
+        if exact or not call.knows(column) or values.device.type != "cpu":
+            return cast
+        assert call.scales is not None
+        amax = amax_of(values) if cast.amax is None else cast.amax
+        outgrown = call.scales.is_outgrown(column, amax, fmt)
+        return _without_history(values, call, column, fmt, amax) if outgrown else cast
 
     def requantize_weight(
         self, weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor] | None, fmt: Format

@@ -93,6 +93,36 @@ def sharpness_aware(make: Any, rank: int) -> Any:
     return found
 
 
+@script(not_in=(3,), writes=True)
+def weights_enlarged(make: Any, rank: int) -> Any:
+    """A weight many times as large, in place and by new memory, between two steps; in training mode."""
+    engine = make()
+    found, dec = train(engine, range(2)), engine.module.dec.weight
+    for _ in range(2):
+        dec.data.mul_(16)
+        found.append(norm(engine.module(data(engine, 9))))
+        with torch.no_grad():
+            found.append(norm(engine.module(data(engine, 9))))
+        dec.data = dec.data / 64
+        found.append(norm(engine.module(data(engine, 9))))
+        dec.data = dec.data * 4
+    return found + train(engine, range(2, 3))
+
+
+@script()
+def weights_enlarged_together(make: Any, rank: int) -> Any:
+    """The same by DeepSpeed's own means, which reach masters and, with the next step, the FP8 data of O3."""
+    import deepspeed
+
+    engine = make()
+    found, dec = train(engine, range(2)), engine.module.dec
+    with deepspeed.zero.GatheredParameters([dec.weight], modifier_rank=0), torch.no_grad():
+        dec.weight.mul_(16)
+    with torch.no_grad():
+        found.append(norm(engine(data(engine, 9))))
+    return found
+
+
 @script(not_in=(3,))
 def state_dict_loaded(make: Any, rank: int) -> Any:
     engine = make()
