@@ -24,7 +24,7 @@ from ..capabilities import FP8_SINCE
 from ..kernels import dense, library_for
 from .gemm import aligned
 from .layer_state import Call, LayerFp8State
-from .operands import CachedWeight, Operand, Quantized, QuantizedPair, cast_weight, given_weight, is_given, is_sharded
+from .operands import CachedWeight, Operand, Quantized, QuantizedPair, cast_weight, is_given, is_sharded
 from .products import refuse_second_derivative
 
 COMPUTE = (torch.bfloat16, torch.float16)
@@ -249,8 +249,8 @@ def comes_again(weight: torch.Tensor, call: Call) -> bool:
 def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Quantized:
     """`ReadyWeight.dgrad` made in the backward, to the bits that the forward's cast had: the scale stands still in a step."""
     if call.quantized_weight is not None:
-        ready = _ready(given_weight(call.quantized_weight, call), transposed=True)
-        return ready.dgrad, ready.dgrad_scale_inv
+        data, scale_inv = call.quantized_weight
+        return dense(data.t()).t(), _t(_fit(_t(scale_inv)))
     back = _cast_weight_now(weight, call, transposed=True, straight=False).transposed
     assert back is not None
     return back.data.t(), _t(_fit(back.scale_inv))

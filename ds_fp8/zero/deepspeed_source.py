@@ -102,6 +102,14 @@ class DeepSpeedSource:
             method = next((hit for base in bases if (hit := self.find(module, f"{base}.{rest}")) is not None), None)
         return method
 
+    def text(self, module: str, path: str) -> str | None:
+        """The source of a definition in `module` itself, without its decorators; None when there is none."""
+        found = self.find(module, path)
+        if not isinstance(found, (ast.FunctionDef, ast.ClassDef)):
+            return None
+        lines = (self._read(f"{module.replace('.', '/')}.py") or "").splitlines()
+        return "\n".join(lines[found.lineno - 1 : found.end_lineno])
+
     def parameters(self, module: str, path: str) -> tuple[str, ...] | None:
         """Names of a function's parameters in order; None when there is no such function."""
         found = self.find(module, path)

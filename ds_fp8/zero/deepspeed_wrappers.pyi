@@ -121,6 +121,7 @@ class ZeroStage3(Partitioned):
     gradient_predivide_factor: float
     postscale_gradients: bool
     offload_optimizer: bool
+    parameter_offload: Any
     persistent_parameters: list[Any]
     def get_param_id(self, param: Any) -> int: ...
     def get_hp_param_device(self, param: Any, optim_state_key: str | None = None) -> torch.device | None: ...

@@ -71,7 +71,7 @@ class WeightCaster:
             for weight, amaxes in zip(self.weights, per_weight, strict=True)
         ]
         self.scaling.owner_quantize(segments, [scales[owner] for owner in owners])
-        return [torch.reciprocal(scale) for scale in scales]
+        return reciprocals(scales)
 
     def _exchange_amaxes(self, segments: Sequence[Segment], owners: Sequence[int]) -> list[Tensor]:
         """MAX over the owners of every tensor's or tile's amax, in one message."""
@@ -83,6 +83,14 @@ class WeightCaster:
             dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=self.group)
             counters.add("scale", all_reduce_bytes(amaxes.numel(), 4, world_size))
         return per_weight
+
+
+def reciprocals(scales: Sequence[Tensor]) -> list[Tensor]:
+    """scale_inv of every weight; those of whole tensors by one launch, each at a multiple of 16 bytes, as cuBLASLt wants them."""
+    if not scales or any(scale.dim() for scale in scales):
+        return [torch.reciprocal(scale) for scale in scales]
+    apart = torch.reciprocal(torch.stack(list(scales))).unsqueeze(1).expand(-1, 4).contiguous()
+    return list(apart.select(1, 0).unbind(0))
 
 
 def find_owned(module: torch.nn.Module, names: Sequence[str]) -> list[OwnedWeight]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus, free_param
 from torch import Tensor
 
 from ..comm.counters import all_gather_bytes, counters
@@ -65,7 +65,7 @@ class CodedWeight:
         self.numel = weight.param.ds_tensor.ds_numel
         self.chunk = message[start : start + self.numel]
         self.scale_inv: Tensor | None = None
-        self.dtype = weight.param.ds_tensor.dtype
+        self.dtype, self.device = weight.param.ds_tensor.dtype, torch.device(get_accelerator().current_device_name())
         self._segment: Segment | None = None
         self._segment_of = 0
 
@@ -84,19 +84,27 @@ class CodedWeight:
             self._segment, self._segment_of = found, source.data_ptr()
         return found
 
+    def arrive(self, gathered: Tensor) -> None:
+        """The whole weight is here, with padding: the layer gets it, the Parameter is released."""
+        weight = self.weight
+        assert self.scale_inv is not None, "gathered before it was cast"
+        set_quantized(weight, gathered[: weight.numel], self.scale_inv)
+        source = weights_released.Source(weight.name, weight.layer.quantized_weight)
+        weights_released.release(weight.param, self.dtype, self.device, weight.shape, source)
+        weight.param.ds_status = ZeroParamStatus.AVAILABLE
+
 
 class QuantizedHandle:
-    """What the coordinator waits on: the bytes of some weights on their way."""
+    """What the coordinator waits on: the bytes of some weights on their way, in the stream of the gathers."""
 
     def __init__(self, coded: list[CodedWeight], group: Any):
         self.coded = coded
         self.world_size = dist.get_world_size(group=group)
-        device = get_accelerator().current_device_name()
-        self.sizes = [one.numel for one in coded]
-        self.own = own_message(coded, device)
-        self.gathered = torch.empty(self.world_size * self.own.numel(), dtype=torch.uint8, device=device)
-        self.handle = dist.all_gather_into_tensor(self.gathered, self.own, group=group, async_op=True)
-        sent = all_gather_bytes(self.own.numel(), self.world_size)
+        device = coded[0].device
+        own = own_message(coded, device)
+        self.gathered = torch.empty(self.world_size * own.numel(), dtype=torch.uint8, device=device)
+        self.handle = dist.all_gather_into_tensor(self.gathered, own, group=group, async_op=True)
+        sent = all_gather_bytes(own.numel(), self.world_size)
         counters.add("weight", sent, sent * coded[0].dtype.itemsize)
         self.complete = False
 
@@ -106,23 +114,24 @@ class QuantizedHandle:
         if self.handle is not None:
             self.handle.wait()
         # By rank, then by weight: the parts of a weight that travelled alone lie in one piece already.
-        rows = [self.gathered] if len(self.sizes) == 1 else self.gathered.view(self.world_size, -1).split(self.sizes, 1)
-        records = not get_accelerator().is_synchronized_device() and handle_dependency
-        stream = get_accelerator().current_stream() if records else None
-        for one, row in zip(self.coded, rows, strict=True):
-            weight = one.weight
-            whole = row.reshape(-1)[: weight.numel]
-            assert one.scale_inv is not None, "cast before it travels"
-            set_quantized(weight, whole, one.scale_inv)
-            source = weights_released.Source(weight.name, weight.layer.quantized_weight)
-            weights_released.release(weight.param, one.dtype, whole.device, weight.shape, source)
-            weight.param.ds_status = ZeroParamStatus.AVAILABLE
-            if records:
-                whole.record_stream(stream)
+        rows = self.gathered.view(self.world_size, -1)
+        wholes = [row.reshape(-1) for row in rows.split([one.numel for one in self.coded], 1)]
+        for one, whole in zip(self.coded, wholes, strict=True):
+            one.arrive(whole)
         self.complete = True
 
 
-def own_message(coded: list[CodedWeight], device: str) -> Tensor:
+def let_go_of_quantized(weight: OwnedWeight) -> None:
+    """Quantized values go. They lie in memory of the stream of the gathers, and products of this stream may still read them."""
+    quantized = weight.layer.quantized_weight
+    if quantized is None:
+        return
+    if not get_accelerator().is_synchronized_device():
+        quantized.data.record_stream(get_accelerator().current_stream())
+    drop_quantized(weight)
+
+
+def own_message(coded: list[CodedWeight], device: torch.device) -> Tensor:
     """This rank's chunks as they travel: a view where they follow each other in the model, as they mostly do."""
     first, last = coded[0], coded[-1]
     stop = last.start + last.numel
@@ -188,6 +197,7 @@ class WeightsStage3(Base):
         self.fp8_root = engine.module
         for name in ("load_checkpoint", "load_module_state_dict"):
             setattr(engine, name, self._fp8_forgetting(getattr(engine, name)))
+        coordinator.fp8_let_go = self._fp8_let_go
         self._fp8_methods: list[tuple[Any, str, Any]] = []
         for param in engine.module.parameters():
             self._fp8_replace(param, "all_gather_coalesced", self._fp8_gather_instead(param.all_gather_coalesced))
@@ -218,6 +228,7 @@ class WeightsStage3(Base):
                 coded.weight.param.partition()  # between a forward and its backward
         for param, name, method in self._fp8_methods:
             setattr(param, name, method)
+        self._get_param_coordinator().__dict__.pop("fp8_let_go", None)
         self._fp8_methods, self.fp8_coded, self.fp8_casters, self.fp8_kept = [], {}, [], []
         weights_wrapped.end(self)
 
@@ -280,12 +291,24 @@ class WeightsStage3(Base):
             result = original(param_list, hierarchy, has_been_updated, **kwargs)
             for one in listed:
                 if id(one) in self.fp8_coded:
-                    drop_quantized(self.fp8_coded[id(one)].weight)
+                    let_go_of_quantized(self.fp8_coded[id(one)].weight)
                     if has_been_updated:
                         self._fp8_set_fresh(False)
             return result
 
         return partition
+
+    def _fp8_let_go(self, param: Any) -> None:
+        """What `partition` does to a parameter that nobody has written (`hooks_stage3`)."""
+        coded = self.fp8_coded.get(id(param))
+        if coded is None or not weights_released.is_released(param):
+            free_param(param)
+        else:
+            weights_released.take_back(param)
+            param.data = torch.empty(0, dtype=coded.dtype, device=coded.device)
+            param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        if coded is not None:
+            let_go_of_quantized(coded.weight)
 
     def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
         # DeepSpeed looks at a parameter many times here, and wants it as it is.

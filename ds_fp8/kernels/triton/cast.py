@@ -8,13 +8,15 @@ atomic maximum of the magnitude's bits, which order like the magnitudes: no seco
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ...formats import Format
 from . import codec
-from .launch import LAUNCH, hardware_casts, on_device
+from .launch import LAUNCH, Launch, hardware_casts, kind, on_device
 
 ELEMENTS = 2048
 TILE = 64
@@ -90,10 +92,15 @@ def turn(quantized: torch.Tensor, out: torch.Tensor) -> None:
     """
     rows, columns = quantized.shape
     if quantized.numel():
-        with on_device(quantized):
-            _turn_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
-                quantized.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE, **LAUNCH
-            )
+        source, target = quantized.view(torch.uint8), out.view(torch.uint8)
+        launch = _turn_launch(source.data_ptr() % 16 == 0, target.data_ptr() % 16 == 0, kind(rows), kind(columns))
+        launch((-(-rows // TILE), -(-columns // TILE)), (source, target), rows, columns)
+
+
+@functools.cache
+def _turn_launch(source_aligned: bool, target_aligned: bool, rows: int, columns: int) -> Launch:
+    """The launch for one set of everything by which Triton compiles another kernel."""
+    return Launch(_turn_kernel, (TILE,))
 
 
 def raise_amax(x: torch.Tensor, amax: torch.Tensor) -> None:

@@ -74,6 +74,11 @@ class Launch:
         )
 
 
+def kind(number: int) -> int:
+    """What Triton looks at in an integer: a multiple of 16, one, or any."""
+    return 16 if number % 16 == 0 else number == 1
+
+
 def hardware_casts(tensor: torch.Tensor) -> bool:
     """Whether kernels on this tensor's device may use FP8 conversion instructions (Ada, Hopper and later)."""
     if INTERPRETED or not tensor.is_cuda:

@@ -20,7 +20,7 @@ import triton.language as tl
 from ...formats import FORMATS, Format
 from ...numerics.dtypes import torch_dtype
 from . import blocks, cast, codec
-from .launch import Launch, hardware_casts
+from .launch import Launch, hardware_casts, kind
 
 TILE_ROWS, TILE_COLUMNS, WARPS = 64, 128, 4
 """Tile of one program; chosen by measurement (docs/gpu.md)."""
@@ -107,7 +107,7 @@ def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format
     quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
     launch = _launch(
         x.dtype, fmt.name, straight, transposed, pending is not None, False, False, kept is not None, x.data_ptr() % 16 == 0,
-        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
+        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, kind(rows), kind(columns), hardware_casts(x),
     )  # fmt: skip
     any_quantized = quantized if transposed_out is None else transposed_out
     assert any_quantized is not None, "a cast without quantized values"
@@ -143,10 +143,10 @@ def cast_current(
     scale_inv = torch.empty(1, dtype=torch.float32, device=device) if kept is None else kept
     shown = torch.empty(1, dtype=torch.float32, device=device) if guarded else scale_inv
     n = rows * columns
-    _parts_launch(x.dtype, is_aligned, _kind(n), n < 2**31)((PARTS, 1), (x, parts), n)
+    _parts_launch(x.dtype, is_aligned, kind(n), n < 2**31)((PARTS, 1), (x, parts), n)
     launch = _launch(
         x.dtype, fmt.name, straight, transposed, False, True, guarded, False, is_aligned,
-        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, _kind(rows), _kind(columns), hardware_casts(x),
+        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, kind(rows), kind(columns), hardware_casts(x),
     )  # fmt: skip
     any_quantized = quantized if transposed_out is None else transposed_out
     assert any_quantized is not None, "a cast without quantized values"
@@ -156,11 +156,6 @@ def cast_current(
         rows, columns, 0,
     )  # fmt: skip
     return (quantized, transposed_out), scale_inv, shown
-
-
-def _kind(number: int) -> int:
-    """What Triton looks at in an integer: a multiple of 16, one, or any."""
-    return 16 if number % 16 == 0 else number == 1
 
 
 @functools.cache

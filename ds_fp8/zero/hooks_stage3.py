@@ -1,0 +1,339 @@
+"""ZeRO 3's hooks around each module, with the same effect and less work on the host.
+
+DeepSpeed hangs four hooks on every module, those without parameters too, and two nodes into its graph. A decoder layer of
+Llama has 13 modules and runs three times under checkpointing. On two GPUs this took most of the host's time, and FP8 products
+are done before the host is (benchmarks/results/zero3_h200x2_202611.md). What DeepSpeed's hooks do is little; they pay for
+texts that nobody prints, profiler ranges, `torch.compiler.disable`, signatures of functions, and the generators of
+`named_parameters`.
+
+In a step that follows the recorded trace, with eager modules, the methods here do what DeepSpeed's do, in the same order:
+fetch and wait, prefetch, mark as active, release. Whatever is rarer goes to DeepSpeed's own code, one call at a time: steps that
+record the trace, leaf modules, recomputed frozen parameters, functorch, compilers, unusual outputs. Jobs with NVMe, ZenFlow,
+secondary partitions (hpZ), or a DeepSpeed whose code is another one than was read (`hooks_known.py`) keep DeepSpeed's hooks.
+
+Left out is what a module without parameters of its own would do. It fetches and releases nothing; DeepSpeed puts it into its
+trace, lets the device wait for gathers that it does not read, and two nodes into the graph. Its nodes stay where some
+parameters are frozen: DeepSpeed releases those that a recompute has fetched with the innermost module in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
+from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode
+from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
+
+AVAILABLE, AWAY = ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE
+
+
+def parameters_of(module: nn.Module) -> Iterable[Any] | None:
+    """A module's own and external parameters, each once; None where DeepSpeed has to look itself."""
+    facts = module.__dict__
+    external = facts.get("_external_params")
+    if external is None or facts.get("_z3_leaf", False):
+        return None
+    own = facts["_parameters"]
+    if not own and not external:
+        return ()
+    return {param for param in chain(own.values(), external.values()) if param is not None}
+
+
+def is_empty(module: nn.Module) -> bool:
+    """Whether a module has no parameters, own or external, and none that it fetches for its submodules (a leaf)."""
+    facts = module.__dict__
+    return not facts["_parameters"] and facts.get("_external_params") == {} and not facts.get("_z3_leaf", False)
+
+
+class LeanCoordinator:
+    """Mixin over `PartitionedParameterCoordinator`; the names are Python's mangled private ones.
+
+    fp8_let_go  frees a parameter that nobody needs now
+    """
+
+    fp8_let_go: Callable[[Any], None] = staticmethod(free_param)
+
+    def fp8_fetch(self: Any, module: nn.Module, forward: bool) -> None:
+        """Before a module's forward or backward: `trace_prologue`, `record_module`, `fetch_sub_module`."""
+        step, order = (
+            self._PartitionedParameterCoordinator__step_id,
+            self._PartitionedParameterCoordinator__submodule_order,
+        )
+        params = parameters_of(module)
+        follows = (
+            self._PartitionedParameterCoordinator__trace_mode is ZeRoTraceMode.COMPLETE
+            and step < len(order)
+            and order[step] is module
+        )
+        if params is None or not follows:
+            with torch.no_grad():
+                self.trace_prologue(module)
+                if self.is_record_trace():
+                    self.record_module(module)
+                self.fetch_sub_module(module, forward=forward)
+            return
+        if not forward:
+            self._PartitionedParameterCoordinator__active_backward_submodules[module.ds_id] = module
+        if params:
+            self._fp8_bring(module, params, forward)
+        queue = self._PartitionedParameterCoordinator__param_queue
+        if queue:
+            latest = self._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
+            if params:
+                _leave_queue(queue, latest, {param for param in params if latest[param] < step}, module)
+            room = min(
+                self._PartitionedParameterCoordinator__max_n_available_params
+                - self._PartitionedParameterCoordinator__n_available_params,
+                self._PartitionedParameterCoordinator__prefetch_bucket_sz,
+            )
+            if room > 0 and queue:
+                ahead = _take_from_queue(queue, latest, room)
+                if ahead:
+                    with torch.no_grad():
+                        self._PartitionedParameterCoordinator__all_gather_params(ahead, forward)
+        self._PartitionedParameterCoordinator__step_id = step + 1
+
+    def _fp8_bring(self: Any, module: nn.Module, params: Iterable[Any], forward: bool) -> None:
+        """Gather what is away, and wait for what is on its way."""
+        number, in_flight = module.ds_id, self._PartitionedParameterCoordinator__inflight_param_registry.data
+        away = [param for param in params if param.ds_status is AWAY]
+        if away:
+            with torch.no_grad():
+                self._PartitionedParameterCoordinator__all_gather_params(away, forward)
+        recomputes = forward and torch._C._current_graph_task_id() != -1
+        backwards = self._PartitionedParameterCoordinator__active_backward_submodules
+        waits = False
+        for param in params:
+            param.ds_active_sub_modules.add(number)
+            if recomputes and backwards and not param.requires_grad:
+                partitioned_param_coordinator.update_recompute_parameters(next(reversed(backwards.values())), param)
+            handle = in_flight.pop(param, None)
+            if handle is not None:
+                self._fp8_wait(handle)
+                waits = True
+            assert param.ds_status is AVAILABLE, param.ds_summary()
+        accelerator = get_accelerator()
+        if waits and not accelerator.resolves_data_dependency():
+            accelerator.current_stream().wait_stream(self._PartitionedParameterCoordinator__allgather_stream)
+
+    def _fp8_wait(self: Any, handle: Any) -> None:
+        """In the stream of the gathers; no more than a few of them wait for the device."""
+        accelerator, events = get_accelerator(), self._PartitionedParameterCoordinator__ongoing_fetch_events
+        stream = self._PartitionedParameterCoordinator__allgather_stream
+        with torch.no_grad(), accelerator.stream(stream):
+            while events and events[0].query():
+                events.popleft()
+            if len(events) > self._PartitionedParameterCoordinator__max_ongoing_fetch_events:
+                events.popleft().synchronize()
+            handle.wait(handle_dependency=True)
+            if not accelerator.handles_memory_backpressure():
+                event = accelerator.Event()
+                event.record(stream)
+                events.append(event)
+
+    def fp8_release(self: Any, module: nn.Module, forward: bool) -> None:
+        """After a module's forward or backward: `release_sub_module`."""
+        params = parameters_of(module)
+        if (
+            params is None
+            or self._PartitionedParameterCoordinator__trace_mode is not ZeRoTraceMode.COMPLETE
+            or not (forward or not module.ds_recompute_parameters)
+        ):
+            with torch.no_grad():
+                self.release_sub_module(module, forward=forward)
+            return
+        if not forward:
+            backwards = self._PartitionedParameterCoordinator__active_backward_submodules
+            assert backwards, "a backward ends that has not begun"
+            backwards.pop(module.ds_id, None)
+        if not params:
+            return
+        number, step = module.ds_id, self._PartitionedParameterCoordinator__step_id
+        leaving = self._PartitionedParameterCoordinator__params_to_release(module, step)
+        for param in params:
+            active = param.ds_active_sub_modules
+            active.discard(number)
+            if param.ds_id in leaving and not active and not param.is_external_param and param.ds_status is AVAILABLE:
+                self.fp8_let_go(param)
+                self._PartitionedParameterCoordinator__n_available_params -= param.ds_numel
+
+
+def _leave_queue(queue: Any, latest: Any, wanted: set[Any], module: nn.Module) -> None:
+    """What a module has fetched is not prefetched for it."""
+    left: set[Any] = set()
+    while queue and len(left) < len(wanted):
+        found = queue.popleft()
+        latest[found.param] = found.step_id_last_used_at
+        left.add(found.param)
+    if left != wanted:
+        raise RuntimeError(
+            f"ZeRO-3's trace: module {module.ds_id} ({type(module).__name__}) uses"
+            f" {[param.ds_summary() for param in wanted]}, and {[param.ds_summary() for param in left]} come next."
+        )
+
+
+def _take_from_queue(queue: Any, latest: Any, room: int) -> set[Any]:
+    """The next parameters that are away, until `room` elements are full."""
+    ahead: set[Any] = set()
+    numel = 0
+    while queue and numel < room:
+        found = queue.popleft()
+        param = found.param
+        latest[param] = max(latest[param], found.step_id_last_used_at)
+        if param.ds_status is AWAY and param not in ahead:
+            ahead.add(param)
+            numel += param.ds_numel
+    return ahead
+
+
+class LeanOffload:
+    """Mixin over `DeepSpeedZeRoOffload`: what its hooks call."""
+
+    fp8_skips: bool
+
+    def _register_deepspeed_module(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Also after hooks were taken off for a while, as for generation."""
+        super()._register_deepspeed_module(module, *args, **kwargs)  # type: ignore[misc]
+        if module is self.module:
+            _replace_all(self)
+
+    def pre_sub_module_forward_function(self: Any, sub_module: nn.Module) -> None:
+        FWD_MODULE_STACK.append(sub_module)
+        if not (self.fp8_skips and is_empty(sub_module)):
+            self.param_coordinator.fp8_fetch(sub_module, True)
+
+    def post_sub_module_forward_function(self: Any, sub_module: nn.Module) -> None:
+        if not (self.fp8_skips and is_empty(sub_module)):
+            self.param_coordinator.fp8_release(sub_module, True)
+
+    def pre_sub_module_backward_function(self: Any, sub_module: nn.Module) -> None:
+        self.param_coordinator.fp8_fetch(sub_module, False)
+
+    def post_sub_module_backward_function(self: Any, sub_module: nn.Module) -> None:
+        self.param_coordinator.fp8_release(sub_module, False)
+
+
+# -- the hooks ---------------------------------------------------------------------------------------------------------
+
+
+def _is_eager() -> bool:
+    return not (is_compiling() or _are_functorch_transforms_active())
+
+
+def _before_forward(offload: Any, original: Callable) -> Callable:
+    def hook(module: nn.Module, inputs: Any) -> Any:
+        if is_compiling():
+            return original(module, inputs)
+        offload.pre_sub_module_forward_function(module)
+        return None
+
+    return hook
+
+
+def _after_forward(offload: Any, original: Callable) -> Callable:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        """Outputs that are parameters are the rare case."""
+        if is_compiling() or not (_is_plain(output) or (type(output) is tuple and all(map(_is_plain, output)))):
+            return original(module, inputs, output)
+        FWD_MODULE_STACK.pop()
+        offload.post_sub_module_forward_function(module)
+        return None
+
+    return hook
+
+
+def _is_plain(value: Any) -> bool:
+    """A tensor that is no parameter and stands for none; None."""
+    return value is None or (type(value) is Tensor and not hasattr(value, "ds_param_alias"))
+
+
+def _around_backward(offload: Any, function: Any, original: Callable, *, counts: bool) -> Callable:
+    """Put the node that starts, or ends, the module's backward behind its outputs, or before its inputs.
+
+    counts  it is before the inputs, and DeepSpeed counts how many of them are left
+    """
+    # `Function.apply` binds arguments to signatures before it gets here.
+    apply = super(torch.autograd.function.Function, function).apply
+
+    def node(value: Any) -> Any:
+        return apply(value) if value.requires_grad else value
+
+    def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        if offload.fp8_skips and is_empty(module) and not is_compiling():
+            return None
+        values = inputs if counts else output
+        if not _is_eager():
+            return original(module, inputs) if counts else original(module, inputs, output)
+        if counts:
+            module.__dict__["ds_grads_remaining"] = 0
+        if type(values) is Tensor:
+            return node(values)
+        if type(values) is tuple and all(value is None or type(value) is Tensor for value in values):
+            return tuple(value if value is None else node(value) for value in values)
+        return original(module, inputs) if counts else original(module, inputs, output)
+
+    return hook
+
+
+def replace_hooks(offload: Any) -> bool:
+    """Put our hooks in the place of those that `offload` (a `DeepSpeedZeRoOffload`) has hung on its modules; False, and
+    nothing happens, where DeepSpeed's own have to stay.
+    """
+    if not _is_common(offload):
+        return False
+    _derive(offload, LeanOffload)
+    offload.fp8_skips = all(param.requires_grad for param in offload.module.parameters())
+    _derive(offload.param_coordinator, LeanCoordinator)
+    _replace_all(offload)
+    return True
+
+
+def _replace_all(offload: Any) -> None:
+    modules: dict[int, tuple[nn.Module, Any]] = {}
+    for module in offload.module.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            modules[id(hooks)] = (module, hooks)
+    around = _around_backward
+    for before, after in zip(offload.forward_hooks[::2], offload.forward_hooks[1::2], strict=True):
+        _replace(modules, before, lambda _, original: _before_forward(offload, original))
+        _replace(modules, after, lambda _, original: _after_forward(offload, original))
+    for begin, end in zip(offload.backward_hooks[::2], offload.backward_hooks[1::2], strict=True):
+        _replace(modules, begin, lambda module, original: around(offload, module.pre_bwd_fn, original, counts=False))
+        _replace(modules, end, lambda module, original: around(offload, module.post_bwd_fn, original, counts=True))
+
+
+def _is_common(offload: Any) -> bool:
+    """Nothing that the methods here leave out."""
+    if type(offload) is not parameter_offload.DeepSpeedZeRoOffload or offload.zenflow:
+        return False
+    if offload.fast_sharding_for_leaf_module or partitioned_param_coordinator.ENABLE_PROFILER:
+        return False
+    return all(
+        param.nvme_swapper is None and param.ds_zero_param_process_group is None and param.ds_secondary_tensor is None
+        for param in offload.module.parameters()
+    )
+
+
+def _derive(instance: Any, mixin: type) -> None:
+    base = type(instance)
+    instance.__class__ = type("Fp8" + base.__name__, (mixin, base), {"__module__": __name__})
+
+
+def _replace(
+    modules: dict[int, tuple[nn.Module, Any]], handle: Any, make: Callable[[nn.Module, Callable], Callable]
+) -> None:
+    """Another function under the same handle, which goes on taking it away; one that is gone already stays so."""
+    found = modules.get(id(handle.hooks_dict_ref()))
+    if found is None or handle.id not in found[1]:
+        return
+    module, hooks = found
+    if getattr(hooks[handle.id], "__module__", None) != __name__:
+        hooks[handle.id] = make(module, hooks[handle.id])

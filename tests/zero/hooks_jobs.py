@@ -1,0 +1,183 @@
+"""Models whose modules meet every branch of ZeRO 3's hooks, trained with our hooks and with DeepSpeed's."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+WIDTH = 32
+
+
+class Pair(nn.Module):
+    """Two outputs, one of them twice used, and a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, *, shift: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any, dict[str, Any]]:
+        left = self.left(x)
+        return left if shift is None else left + shift, None, {"right": self.right(x)}
+
+
+class Block(nn.Module):
+    """Modules without parameters between those with; a weight that is read outside of its layer."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.norm, self.pair = nn.LayerNorm(WIDTH), Pair()
+        self.act, self.down, self.reads = nn.GELU(), nn.Linear(WIDTH, WIDTH), reads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, _, others = self.pair(self.norm(x), shift=x)
+        right = others["right"]
+        if self.reads:
+            right = right + nn.functional.linear(x, self.norm.weight.diag())
+        return x + self.down(self.act(left * right))
+
+
+class Model(nn.Module):
+    def __init__(self, checkpoints: str = "", reads: bool = False, frozen: bool = False) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(48, WIDTH), nn.Linear(WIDTH, 48, bias=False)
+        self.blocks, self.checkpoints = nn.ModuleList(Block(reads) for _ in range(3)), checkpoints
+        if frozen:
+            for block in self.blocks:
+                block.pair.left.requires_grad_(requires_grad=False)
+                block.norm.requires_grad_(requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        for block in self.blocks:
+            if self.checkpoints:
+                x = checkpoint(block, x, use_reentrant=self.checkpoints == "reentrant")
+            else:
+                x = block(x)
+        return self.head(x)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpoints": {"checkpoints": "non-reentrant"},
+    "reentrant": {"checkpoints": "reentrant"},
+    "frozen": {"checkpoints": "non-reentrant", "frozen": True},
+    "external": {"reads": True},
+    "leaf": {},
+}
+
+
+def settings(level: str | None, gas: int) -> dict[str, Any]:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 40, "stage3_prefetch_bucket_size": 3000}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": gas,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {**zero, "stage3_max_live_parameters": 8000, "stage3_max_reuse_distance": 2000},
+        "steps_per_print": 10**9,
+        "fp8": {"enabled": True, "backend": "torch"},
+        **({"msamp": {"enabled": True, "opt_level": level}} if level else {}),
+    }
+
+
+def start(case: str, level: str | None, gas: int = 1) -> Any:
+    torch.manual_seed(0)
+    model = Model(**CASES[case])
+    if case == "leaf":
+        set_z3_leaf_modules(model, [Pair])
+    return deepspeed.initialize(
+        model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=settings(level, gas)
+    )[0]
+
+
+def step(engine: Any, number: int) -> float:
+    for micro in range(engine.gradient_accumulation_steps()):
+        generator = torch.Generator().manual_seed(100 * number + 10 * micro + dist.get_rank())
+        tokens = torch.randint(0, 48, (2, 16), generator=generator)
+        loss = nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
+        engine.backward(loss)
+        engine.step()
+    return loss.item()
+
+
+def train(case: str, level: str | None, gas: int = 1) -> dict[str, Any]:
+    """Losses of training and evaluation, the weights, and whether every parameter was let go."""
+    engine = start(case, level, gas)
+    losses, rests = [], []
+    for number in range(7):
+        losses.append(step(engine, number))
+        if number == 2:  # as before generation, and after it
+            offload = engine.optimizer.parameter_offload
+            for handle in (*offload.forward_hooks, *offload.backward_hooks):
+                handle.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            offload._register_deepspeed_module(offload.module)
+        if number == 3:  # another order of modules than the trace's
+            engine.eval()
+            with torch.no_grad():
+                losses.append(engine(torch.arange(16).view(2, 8)).float().sum().item())
+            engine.train()
+        rests.append(
+            [name for name, p in engine.module.named_parameters()
+             if not p.ds_persist and (p.ds_status is not ZeroParamStatus.NOT_AVAILABLE or p.ds_active_sub_modules)]
+        )  # fmt: skip
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        weights = [p.detach().float().clone() for p in engine.module.parameters()]
+    found = {"losses": losses, "kept": rests, "weights": weights}
+    offload = engine.optimizer.parameter_offload
+    found["hooks"] = type(offload).__name__
+    engine.destroy()
+    return found
+
+
+def calls_in_a_step(case: str, level: str | None) -> dict[str, int]:
+    """Calls of functions in a step that follows the trace: of all, and of this package's."""
+    engine = start(case, level)
+    for number in range(4):
+        step(engine, number)
+    counts = {"all": 0, "ours": 0, "gathers": 0}
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            counts["all"] += 1
+            code = frame.f_code
+            if event == "call":
+                counts["ours"] += "/ds_fp8/" in code.co_filename
+                counts["gathers"] += (
+                    code.co_name == "all_gather_into_tensor" and "deepspeed/comm/torch" in code.co_filename
+                )
+
+    sys.setprofile(count)
+    step(engine, 4)
+    sys.setprofile(None)
+    engine.destroy()
+    return counts
+
+
+def without_our_hooks() -> None:
+    from ds_fp8.zero import hooks_known
+
+    hooks_known.is_known.cache_clear()
+    hooks_known.KNOWN = frozenset()
+
+
+def both(rank: int, world_size: int, cases: list[tuple[str, str | None, int]]) -> list[Any]:
+    import ds_fp8
+
+    ds_fp8.activate()
+    ours = [train(*case) for case in cases]
+    counted = [calls_in_a_step("checkpoints", level) for level in (None, "O3")]
+    without_our_hooks()
+    theirs = [train(*case) for case in cases]
+    return [list(zip(cases, ours, theirs, strict=True)), counted, calls_in_a_step("checkpoints", None)]
