@@ -130,7 +130,7 @@ def verdict(seen: dict[str, int], step: int, plan: Plan) -> tuple[str, bool]:
     share_text = "" if share is None or plan.partial else f"FP8 in {share:.0%} of the model's FLOPs, "
     ran = len(seen) - len(failed) - len(small)
     if small:
-        of_small = f"{len(small)} of experts in bf16, faster at so few tokens"
+        of_small = f"{len(small)} modules of experts in bf16, as faster at their number of rows"
         share_text, all_ran = f"{share_text}{of_small}, ", f"the other {ran}"
     else:
         all_ran = f"all {ran}"

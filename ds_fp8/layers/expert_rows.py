@@ -68,7 +68,7 @@ class _Sum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
         (rows, weights), visits = ctx.saved_tensors, ctx.visits
-        grad = grad.to(rows.dtype).contiguous()
+        grad = grad.contiguous()
         kernels = _kernels(rows)
         if kernels is not None:
             grad_rows, grad_weights = kernels.sum_visits_backward(grad, rows, visits.order, visits.each, weights)
@@ -85,7 +85,7 @@ def _summed(rows: torch.Tensor, visits: Visits, weights: torch.Tensor | None) ->
         return kernels.sum_visits(rows, visits.back, visits.each, weights)
     rows = rows[visits.back]
     if weights is not None:
-        rows = (rows * weights.unsqueeze(1)).to(rows.dtype)
+        rows = rows * weights.unsqueeze(1)
     return rows.view(-1, visits.each, rows.shape[-1]).sum(1)
 
 

@@ -6,7 +6,8 @@ An FP8 product saves time with every multiply-add, and costs a cast of the weigh
 
 so each product of each weight has a least number of rows per expert. wgrad needs casts of both operands across their rows,
 and was never faster with them: it stays in bf16. Fewer rows than that: bf16, in that call. All constants are fitted to Mixtral's,
-gpt-oss's and Qwen3's shapes on an H200, a little on bf16's side.
+gpt-oss's and Qwen3's shapes on an H100 and an H200, a little on bf16's side. Experts in bf16 of which no product wins are converted
+all the same: the kernels around the products (sort, biases, gates, sums) alone made Qwen3's block 1.87x.
 Source: benchmarks/results/gpu_h100_moe_202611.md.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from ..capabilities import Host
@@ -26,11 +28,12 @@ from .performance import measured
 SAVED = 0.9e-3
 """Per multiply-add; 0.9e-3 to 1.4e-3 were measured, 0.6e-3 where a side is 768."""
 
-WEIGHT = {(False, "fprop"): 0.8, (False, "dgrad"): 1.17, (True, "fprop"): 1.67, (True, "dgrad"): 0.8}
-"""Per element, by layout ([in, out] or not) and product: a cast as the weight lies is one pass, one across it nearly two."""
+WEIGHT = {(False, "fprop"): 1.0, (False, "dgrad"): 1.3, (True, "fprop"): 1.85, (True, "dgrad"): 0.95}
+"""Per element, by layout ([in, out] or not) and product: a cast as the weight lies is one pass, one across it nearly two.
+Means of an H200 and an H100, whose memory is slower."""
 
 TOKENS = 65536
-"""Of a micro-batch: experts whose products all want more are kept in high precision."""
+"""Of a micro-batch: a product that wants more never runs in FP8."""
 
 
 NONE = "none"
@@ -62,7 +65,8 @@ def _row(columns: int) -> float:
 
 
 def least_rows_of(module: nn.Module, visited: int | None, weight_cache: bool) -> tuple[int, ...]:
-    """`ModuleDecision.least_rows` of a module of experts; empty if no product wins in a micro-batch of TOKENS.
+    """`ModuleDecision.least_rows` of a module of experts; empty if no product wins in a micro-batch of TOKENS, and the weights
+    are not in bf16.
 
     visited  experts that a token visits; None: unknown, so one
     """
@@ -74,7 +78,8 @@ def least_rows_of(module: nn.Module, visited: int | None, weight_cache: bool) ->
         most = TOKENS * (visited or 1) / experts
         rows = least_rows(out, columns, name in rule.transposed, weight_cache)
         found += [one if one <= most else 0 for one in rows]
-    return tuple(found) if any(found) else ()
+    in_bf16 = all(module.get_parameter(name).dtype == torch.bfloat16 for name in rule.weights)
+    return tuple(found) if any(found) or in_bf16 else ()
 
 
 def high_precision(least: tuple[int, int], rows: float) -> HighPrecision:
@@ -95,10 +100,11 @@ def parts_of(decision: ModuleDecision, module: nn.Module, name: str) -> str:
 
 def in_words(decisions: Sequence[ModuleDecision]) -> str:
     """`; bf16 where FP8 is slower: wgrad, and fprop and dgrad below 930 to 1742 rows per expert`, or nothing."""
-    rows = sorted({one for decision in decisions for one in decision.least_rows if one})
+    every = [one for decision in decisions for one in decision.least_rows]
+    rows = sorted({one for one in every if one})
     if not rows:
-        return ""
-    some = "some " if any(not one for decision in decisions for one in decision.least_rows) else ""
+        return "; all products in bf16, which is faster at these shapes" if every else ""
+    some = not all(every)
     below = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}, by their shapes,"
     also = ", and a part of fprop and dgrad always" if some else ""
     return f"; bf16 where FP8 is slower: wgrad, and fprop and dgrad below {below} rows per expert{also}"

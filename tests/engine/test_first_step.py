@@ -83,6 +83,19 @@ def test_what_one_rank_did_counts_for_all():
     assert verdict({"a": ran.bits()}, 7, _plan()) == ("all 1 planned layers ran in FP8 in step 7", True)
 
 
+def test_experts_with_few_rows_are_no_failure():
+    """They ran in bf16 because that is faster: said, and not counted as FP8."""
+    few, whole = Ran(), Ran()
+    few.called = few.small = True
+    whole.forward(_plan().fp8.recipe.override_linear_precision, dgrad=False, wgrad=False)
+    text, is_good = verdict({"a": whole.bits(), "experts": few.bits()}, 1, _plan())
+    assert is_good and text == (
+        "1 modules of experts in bf16, as faster at their number of rows, the other 1 planned layers ran in FP8 in step 1"
+    )
+    few.forward(_plan().fp8.recipe.override_linear_precision, dgrad=False, wgrad=False)
+    assert "all 2 planned layers" in verdict({"a": whole.bits(), "experts": few.bits()}, 1, _plan())[0]
+
+
 def _plan() -> Plan:
     from torch import nn
 

@@ -138,8 +138,7 @@ def test_rows_come_back_to_their_tokens():
     found = []
     for device in ("cpu", "cuda"):
         visits = Visits(index.to(device))
-        rows, scores = x.to(device).requires_grad_(), weights.to(device).requires_grad_()
-        tokens = gradient.to(device).requires_grad_()
+        rows, scores, tokens = (one.detach().to(device).requires_grad_() for one in (x, weights, gradient))
         out = visits.returned(rows, scores)
         out.backward(gradient.to(device))
         visits.spread(tokens).backward(x.to(device))

@@ -96,10 +96,11 @@ def test_rows_come_back_to_their_tokens(dtype):
     torch.manual_seed(0)
     there = Visits(torch.rand(30, 8).topk(3).indices)
     x = torch.randn(90, 200).to(dtype)
-    gradient = torch.randn(30, 200).to(dtype)
     for weights in (torch.rand(30, 3).to(dtype), torch.rand(30, 3)):
         rows, scores = x.clone().requires_grad_(), weights.clone().requires_grad_()
         wanted = there.returned(rows, scores)
+        assert wanted.dtype == (x[:30] * weights[:, :1]).dtype
+        gradient = torch.randn(30, 200).to(wanted.dtype)
         wanted.backward(gradient)
         assert torch.equal(visits.sum_visits(x, there.back, 3, weights.flatten()), wanted)
         found = visits.sum_visits_backward(gradient, x, there.order, 3, weights.flatten())

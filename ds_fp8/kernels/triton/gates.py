@@ -45,27 +45,33 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _places(rows, width, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of gate, up and out, and which lie inside."""
+def _load(x_ptr, rows, width, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Gate and up of one program, fp32 [ROWS, COLUMNS]; where out lies, and what of it exists."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < width)[None, :]
-    begin = row[:, None] * (2 * width)
     if KIND == 0:
-        gate = begin + column[None, :]
-        up = gate + width
+        place = row[:, None] * (2 * width) + column[None, :]
+        gate, up = codec.load(x_ptr + place, inside), codec.load(x_ptr + place + width, inside)
     else:
-        gate = begin + 2 * column[None, :]
-        up = gate + 1
+        place, both_inside = _pairs(row, rows, width, COLUMNS)
+        both = codec.load(x_ptr + place, both_inside)
+        gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
     return gate, up, row[:, None] * width + column[None, :], inside
+
+
+@triton.jit
+def _pairs(row, rows, width, COLUMNS: tl.constexpr):
+    """Where the elements of gate and up lie that alternate, in whole lines, and which exist."""
+    column = tl.program_id(1) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+    return row[:, None] * (2 * width) + column[None, :], (row < rows)[:, None] & (column < 2 * width)[None, :]
 
 
 @triton.jit
 def _gate_kernel(
     x_ptr, out_ptr, rows, width, alpha, limit, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    gate_at, up_at, out_at, inside = _places(rows, width, KIND, ROWS, COLUMNS)
-    gate, up = codec.load(x_ptr + gate_at, inside), codec.load(x_ptr + up_at, inside)
+    gate, up, out_at, inside = _load(x_ptr, rows, width, KIND, ROWS, COLUMNS)
     if KIND == 0:
         out = rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), x_ptr) * up
     else:
@@ -78,13 +84,16 @@ def _gate_kernel(
 @triton.jit
 def _gate_backward_kernel(x_ptr, grad_ptr, out_ptr, rows, width, alpha, limit, KIND: tl.constexpr, ROWS: tl.constexpr,
                           COLUMNS: tl.constexpr):  # fmt: skip
-    gate_at, up_at, grad_at, inside = _places(rows, width, KIND, ROWS, COLUMNS)
-    gate, up = codec.load(x_ptr + gate_at, inside), codec.load(x_ptr + up_at, inside)
+    gate, up, grad_at, inside = _load(x_ptr, rows, width, KIND, ROWS, COLUMNS)
     grad = codec.load(grad_ptr + grad_at, inside)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if KIND == 0:
         part = _sigmoid(gate)
         grad_up = grad * rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), x_ptr)
         grad_gate = rounded(grad * up, x_ptr) * part * (1.0 + gate * (1.0 - part))
+        place = row[:, None] * (2 * width) + (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        codec.store(out_ptr + place, grad_gate, inside)
+        codec.store(out_ptr + place + width, grad_up, inside)
     else:
         low, high = _at_most(gate, limit), _at_least(_at_most(up, limit), -limit)
         part = rounded(_sigmoid(rounded(low * alpha, x_ptr)), x_ptr)
@@ -94,8 +103,8 @@ def _gate_backward_kernel(x_ptr, grad_ptr, out_ptr, rows, width, alpha, limit, K
         through = rounded(rounded(grad_glu * low, x_ptr) * (1.0 - part) * part, x_ptr)
         grad_gate = rounded(grad_glu * part, x_ptr) + rounded(through * alpha, x_ptr)
         grad_gate = tl.where(gate <= limit, grad_gate, 0.0)
-    codec.store(out_ptr + gate_at, grad_gate, inside)
-    codec.store(out_ptr + up_at, grad_up, inside)
+        place, both_inside = _pairs(row, rows, width, COLUMNS)
+        codec.store(out_ptr + place, tl.interleave(grad_gate, grad_up), both_inside)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Rows that visited experts, summed for each token, and the way back: one launch each on a GPU.
 
-forward   out[t]  = sum over j of rows[back[t, j]] * weights[t, j]       products rounded to the rows' dtype, sum in fp32
+forward   out[t]  = sum over j of rows[back[t, j]] * weights[t, j]       products rounded to the dtype of out, sum in fp32
 backward  grad_rows[r] = grad[t] * weights[t, j],  grad_weights[t, j] = sum of grad[t] * rows[r]     order[r] = (t, j)
 """
 
@@ -31,7 +31,7 @@ def _sum_kernel(rows_ptr, back_ptr, weights_ptr, out_ptr, columns, each, WEIGHTE
         row = tl.load(back_ptr + visit)
         value = codec.load(rows_ptr + row * columns + column, inside)
         if WEIGHTED:
-            value = rounded(value * tl.load(weights_ptr + visit).to(tl.float32), rows_ptr)
+            value = rounded(value * tl.load(weights_ptr + visit).to(tl.float32), out_ptr)
         total += value
         visit += 1
     codec.store(out_ptr + token * columns + column, total, inside)
@@ -51,11 +51,12 @@ def _backward_kernel(grad_ptr, rows_ptr, order_ptr, weights_ptr, grad_rows_ptr, 
 
 
 def sum_visits(rows: torch.Tensor, back: torch.Tensor, each: int, weights: torch.Tensor | None) -> torch.Tensor:
-    """Contiguous `rows` [tokens * each, columns], `back` [tokens * each] int64, `weights` [tokens * each] in the rows'
-    dtype or fp32, None for 1 -> [tokens, columns].
+    """Contiguous `rows` [tokens * each, columns], `back` [tokens * each] int64, `weights` [tokens * each], None for 1
+    -> [tokens, columns] in the dtype that PyTorch gives the product.
     """
     columns = rows.shape[1]
-    out = torch.empty(rows.shape[0] // each, columns, dtype=rows.dtype, device=rows.device)
+    dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
+    out = torch.empty(rows.shape[0] // each, columns, dtype=dtype, device=rows.device)
     if out.numel():
         block = triton.next_power_of_2(columns)
         with on_device(rows):
