@@ -242,9 +242,9 @@ def _start_gather(
     if exchange is not None:
         exchange.give_back()
     work, rows, buffers = gather_messages(message, route)
-    code_bytes = all_gather_bytes(own.numel(), route.world_size)
-    counters.add("gradient", code_bytes)
-    counters.add("scale", all_gather_bytes(size, route.world_size) - code_bytes)
+    quantized_bytes = all_gather_bytes(own.numel(), route.world_size)
+    counters.add("gradient", quantized_bytes)
+    counters.add("scale", all_gather_bytes(size, route.world_size) - quantized_bytes)
     return work, rows, buffers, parts
 
 

@@ -13,16 +13,16 @@ from ..formats import Format
 from ..numerics import row_scales
 from .dispatch import library_for
 
-Coded = tuple[torch.Tensor, torch.Tensor]
+Quantized = tuple[torch.Tensor, torch.Tensor]
 """Quantized values and scale_inv."""
 
 
-def quantize_rows(x: torch.Tensor, fmt: Format) -> Coded:
+def quantize_rows(x: torch.Tensor, fmt: Format) -> Quantized:
     """See numerics.row_scales: one scale for each row."""
     return _casts(x, whole_rows=True).quantize_rows(x, fmt)
 
 
-def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | None) -> tuple[Coded, torch.Tensor]:
+def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | None) -> tuple[Quantized, torch.Tensor]:
     """See numerics.row_scales: one scale for each row, and the amaxes of columns beside."""
     return _casts(x, whole_rows=True).quantize_rows_measured(x, fmt, table)
 
@@ -32,7 +32,9 @@ def column_amaxes(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     return _casts(x).column_amaxes(x, table)
 
 
-def quantize_columns(x: torch.Tensor, amax: torch.Tensor, fmt: Format, table: torch.Tensor | None, room: int) -> Coded:
+def quantize_columns(
+    x: torch.Tensor, amax: torch.Tensor, fmt: Format, table: torch.Tensor | None, room: int
+) -> Quantized:
     """See numerics.row_scales: one scale for each column of each expert, values transposed."""
     return _casts(x).quantize_columns(x, amax, fmt, table, room)
 

@@ -23,7 +23,7 @@ from ..formats import E4M3, Format
 from ..kernels import grouped as casts
 from .groups import Groups, Stack
 
-Coded = tuple[torch.Tensor, torch.Tensor]
+Quantized = tuple[torch.Tensor, torch.Tensor]
 """Quantized values [.., rows, columns] and scale_inv [.., rows]; an operand of wgrad is [columns, room] (`Groups.room`) with
 scale_inv [E, columns].
 """
@@ -39,28 +39,28 @@ def dgrad(grad_output: torch.Tensor, weight: Stack, groups: Groups, dtype: torch
     return by_rows(casts.quantize_rows(grad_output, E4M3), weight.once("dgrad", along_outputs), groups, dtype)
 
 
-def keep_for_wgrad(x: torch.Tensor, groups: Groups, *_: Format) -> Coded:
+def keep_for_wgrad(x: torch.Tensor, groups: Groups, *_: Format) -> Quantized:
     """An operand of wgrad in quantized form: one byte for each element until the backward."""
     return casts.quantize_columns(x, casts.column_amaxes(x, groups.table), E4M3, groups.table, groups.room)
 
 
-def wgrad(grad_output: torch.Tensor, kept: Coded, groups: Groups, dtype: torch.dtype, *_: Format,
+def wgrad(grad_output: torch.Tensor, kept: Quantized, groups: Groups, dtype: torch.dtype, *_: Format,
           transposed: bool = False) -> torch.Tensor:  # fmt: skip
     """grad_output [S, N] with the kept input [S, K] -> [E, N, K], or [E, K, N]; zeros for experts without rows."""
     return by_columns(keep_for_wgrad(grad_output, groups), kept, groups, dtype, transposed)
 
 
-def along_inputs(weight: Stack) -> Coded:
+def along_inputs(weight: Stack) -> Quantized:
     """Quantized [E, N, K] and scale_inv [E, N]: for fprop, which sums over the inputs."""
     if weight.transposed:
         return casts.quantize_columns(weight.data, _amaxes(weight), E4M3, None, 0)
     if not weight.dgrad_follows:
         return casts.quantize_rows(weight.data, E4M3)
-    coded, weight.column_amaxes = casts.quantize_rows_measured(weight.data, E4M3, None)
-    return coded
+    quantized, weight.column_amaxes = casts.quantize_rows_measured(weight.data, E4M3, None)
+    return quantized
 
 
-def along_outputs(weight: Stack) -> Coded:
+def along_outputs(weight: Stack) -> Quantized:
     """Quantized [E, K, N] and scale_inv [E, K]: for dgrad, which sums over the outputs."""
     if weight.transposed:
         return casts.quantize_rows(weight.data, E4M3)
@@ -73,7 +73,7 @@ def _amaxes(weight: Stack) -> torch.Tensor:
     return weight.column_amaxes
 
 
-def by_rows(rows: Coded, weight: Coded, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+def by_rows(rows: Quantized, weight: Quantized, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
     """[S, Q] rows with [E, R, Q] weights -> [S, R]; zeros for rows of no expert."""
     if groups.rows and groups_in_one_launch(rows[0].device):
         out = torch._scaled_grouped_mm(
@@ -94,7 +94,7 @@ def by_rows(rows: Coded, weight: Coded, groups: Groups, dtype: torch.dtype) -> t
     return out
 
 
-def by_columns(left: Coded, right: Coded, groups: Groups, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+def by_columns(left: Quantized, right: Quantized, groups: Groups, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
     """Sums over each expert's rows of two operands cast for wgrad, [P, room] and [R, room] -> [E, P, R]; [E, R, P] if
     `transposed`.
     """
@@ -120,7 +120,7 @@ def by_columns(left: Coded, right: Coded, groups: Groups, dtype: torch.dtype, tr
     return out
 
 
-def _product(a: Coded, b: Coded, dtype: torch.dtype) -> torch.Tensor:
+def _product(a: Quantized, b: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """[P, Q] with [R, Q], both summed over their last axis, one scale for each row -> [P, R]."""
     if a[0].is_cuda and torch.cuda.get_device_capability(a[0].device) >= FP8_SINCE:
         out = torch._scaled_mm(

@@ -101,7 +101,7 @@ class ScaledStates(Fp32View):
         self.optimizer.grad_scale = 1.0 / combined
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
-        """Coded fragments need no link to states: they decode when asked."""
+        """Quantized fragments need no link to states: they decode when asked."""
         self._hp_optimizer_states_linked = True
 
     def fp8_layout(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from .states import ScaledStates
-from .states_fragments import link_coded_fragments
+from .states_fragments import link_quantized_fragments
 from .touched import touched
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class StatesBF16(ScaledStates, Base):
     def _link_all_hp_params(self) -> None:
         super()._link_all_hp_params()
         if not self._fp8_viewing:
-            link_coded_fragments(self, self.bf16_groups, self.fp8_masters)
+            link_quantized_fragments(self, self.bf16_groups, self.fp8_masters)
 
     def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
         """For clipping, none: the factor goes into the step instead of over every gradient buffer."""

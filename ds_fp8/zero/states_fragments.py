@@ -37,7 +37,7 @@ TOUCHED = {
 }
 
 
-class CodedFragment(tensor_fragment):
+class QuantizedFragment(tensor_fragment):
     """A fragment of a partition that is kept in quantized form; `fp8_wrapper` and `fp8_master` say whose."""
 
     fp8_wrapper: Any
@@ -103,7 +103,7 @@ def set_full_hp_param(self: Any, value: Tensor, optim_state_key: str | None = No
         wrapper.fp8_weights_changed()
 
 
-def link_coded_fragments(wrapper: Any, groups: list[list[Any]], masters: list[Tensor]) -> None:
+def link_quantized_fragments(wrapper: Any, groups: list[list[Any]], masters: list[Tensor]) -> None:
     """Make the fragments that DeepSpeed has just linked decode and encode.
 
     wrapper  the specialised optimizer
@@ -117,7 +117,7 @@ def link_coded_fragments(wrapper: Any, groups: list[list[Any]], masters: list[Te
             param.load_hp_checkpoint_state = MethodType(load_universal_fragment, param)
             fragment = param._hp_mapping
             if fragment is not None:
-                fragment.__class__ = CodedFragment
+                fragment.__class__ = QuantizedFragment
                 fragment.fp8_wrapper, fragment.fp8_master = wrapper, master
                 # Not the view that DeepSpeed made: it would keep a replaced storage alive.
                 fragment.hp_fragment = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..optim.pieces import Pieces
 from .states import ScaledStates
-from .states_fragments import link_coded_fragments
+from .states_fragments import link_quantized_fragments
 from .states_norm import FusedGradNormAndOverflow
 from .touched import touched
 
@@ -65,7 +65,7 @@ class StatesStage12(FusedGradNormAndOverflow, ScaledStates, Base):
         finally:
             self.bit16_groups = groups
         if not self._fp8_viewing:
-            link_coded_fragments(self, self.bit16_groups, self.fp8_masters)
+            link_quantized_fragments(self, self.bit16_groups, self.fp8_masters)
 
     def _get_offload_gradient_dict(self) -> None:
         # Host gradients hang on the masters; the flats of an fp32 view have none.

@@ -39,7 +39,7 @@ class AskedTogether:
         absent = self._asked[id(store)].absent(self.moment)
         if not absent:
             return
-        names = [weight.name for weight, _, _ in store.coded]
+        names = [weight.name for weight, _, _ in store.fp8_weights]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WeightError(
             f"{asked}: at O3 the 16-bit values of {names[0] if names else 'the weights'}{more} are spread over all ranks, but"

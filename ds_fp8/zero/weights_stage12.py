@@ -31,7 +31,7 @@ from ..comm.route import group_ranks
 from ..layers import ModelFp8State
 from ..plan import Plan
 from . import weights_gathered, weights_wrapped
-from .states_fragments import CodedFragment
+from .states_fragments import QuantizedFragment
 from .touched import touched
 from .weights import OwnedWeight
 from .weights_asked import AskedTogether, watch_modules
@@ -76,8 +76,8 @@ class WeightsStage12(Base):
             GroupStore(self, index, weights, fp8_state, plan) for index in range(len(self.bit16_groups_flat))
         ]
         self.fp8_asked = AskedTogether(next(_engines), self.fp8_stores)
-        coded = [weight.layer for store in self.fp8_stores for weight, _, _ in store.coded]
-        self.fp8_hooks = watch_modules(self, engine.module, coded)
+        quantized = [weight.layer for store in self.fp8_stores for weight, _, _ in store.fp8_weights]
+        self.fp8_hooks = watch_modules(self, engine.module, quantized)
         weights_gathered.watch(self)
         weights_wrapped.begin(self)
         for name in COLLECTIVE:
@@ -142,7 +142,7 @@ class WeightsStage12(Base):
     def fp8_stored_params(self) -> Iterator[Any]:
         """Every parameter that may be released, or whose memory moves when weights are."""
         for store in self.fp8_stores:
-            yield from (weight.param for weight, _, _ in store.coded)
+            yield from (weight.param for weight, _, _ in store.fp8_weights)
             yield from (param for param, _, _ in store.rest)
 
     @contextmanager
@@ -179,7 +179,7 @@ class WeightsStage12(Base):
                 fragment = param._hp_mapping
                 master = fragment.get_hp_fragment()
                 value = torch.where(changed.to(master.device), new.to(master), master)
-                if isinstance(fragment, CodedFragment):
+                if isinstance(fragment, QuantizedFragment):
                     fragment.set_hp_fragment(value)
                 else:
                     master.copy_(value)

@@ -53,7 +53,7 @@ TOUCHED = {
 }
 
 
-class CodedWeight:
+class WeightChunk:
     """One partitioned weight: its chunk of quantized values on this rank, and the scale that goes with the whole.
 
     chunk  uint8, this rank's quantized values: a part of `message`, where the chunks of all weights lie in model order
@@ -97,15 +97,15 @@ class CodedWeight:
 class QuantizedHandle:
     """What the coordinator waits on: the bytes of some weights on their way, in the stream of the gathers."""
 
-    def __init__(self, coded: list[CodedWeight], group: Any):
-        self.coded = coded
+    def __init__(self, chunks: list[WeightChunk], group: Any):
+        self.chunks = chunks
         self.world_size = dist.get_world_size(group=group)
-        device = coded[0].device
-        own = own_message(coded, device)
+        device = chunks[0].device
+        own = own_message(chunks, device)
         self.gathered = torch.empty(self.world_size * own.numel(), dtype=torch.uint8, device=device)
         self.handle = dist.all_gather_into_tensor(self.gathered, own, group=group, async_op=True)
         sent = all_gather_bytes(own.numel(), self.world_size)
-        counters.add("weight", sent, sent * coded[0].dtype.itemsize)
+        counters.add("weight", sent, sent * chunks[0].dtype.itemsize)
         self.complete = False
 
     def wait(self, handle_dependency: bool = True) -> None:
@@ -115,8 +115,8 @@ class QuantizedHandle:
             self.handle.wait()
         # By rank, then by weight: the parts of a weight that travelled alone lie in one piece already.
         rows = self.gathered.view(self.world_size, -1)
-        wholes = [row.reshape(-1) for row in rows.split([one.numel for one in self.coded], 1)]
-        for one, whole in zip(self.coded, wholes, strict=True):
+        wholes = [row.reshape(-1) for row in rows.split([one.numel for one in self.chunks], 1)]
+        for one, whole in zip(self.chunks, wholes, strict=True):
             one.arrive(whole)
         self.complete = True
 
@@ -131,20 +131,20 @@ def let_go_of_quantized(weight: OwnedWeight) -> None:
     drop_quantized(weight)
 
 
-def own_message(coded: list[CodedWeight], device: torch.device) -> Tensor:
+def own_message(chunks: list[WeightChunk], device: torch.device) -> Tensor:
     """This rank's chunks as they travel: a view where they follow each other in the model, as they mostly do."""
-    first, last = coded[0], coded[-1]
+    first, last = chunks[0], chunks[-1]
     stop = last.start + last.numel
-    together = all(one.message is first.message for one in coded)
-    if together and stop - first.start == sum(one.numel for one in coded):
+    together = all(one.message is first.message for one in chunks)
+    if together and stop - first.start == sum(one.numel for one in chunks):
         return first.message[first.start : stop].to(device)
-    return torch.cat([one.chunk for one in coded]).to(device)
+    return torch.cat([one.chunk for one in chunks]).to(device)
 
 
-def lay_out_chunks(weights: list[OwnedWeight]) -> dict[int, CodedWeight]:
+def lay_out_chunks(weights: list[OwnedWeight]) -> dict[int, WeightChunk]:
     """The chunks of all weights in one message for each process group and device, in the order in which DeepSpeed sorts
     what it gathers (`ds_id`), so that what is gathered together mostly lies together; by id of the parameter."""
-    found: dict[int, CodedWeight] = {}
+    found: dict[int, WeightChunk] = {}
     by_place: dict[Any, list[OwnedWeight]] = {}
     for weight in sorted(weights, key=lambda weight: weight.param.ds_id):
         by_place.setdefault((weight.param.ds_process_group, weight.param.ds_tensor.device), []).append(weight)
@@ -152,7 +152,7 @@ def lay_out_chunks(weights: list[OwnedWeight]) -> dict[int, CodedWeight]:
         numel = sum(weight.param.ds_tensor.ds_numel for weight in together)
         message, start = torch.zeros(numel, dtype=torch.uint8, device=device), 0
         for weight in together:
-            found[id(weight.param)] = CodedWeight(weight, message, start)
+            found[id(weight.param)] = WeightChunk(weight, message, start)
             start += weight.param.ds_tensor.ds_numel
     return found
 
@@ -177,7 +177,7 @@ class WeightsStage3(Base):
                 )
         # Laid out with the first quantized values: until then gathers are 16-bit, and the job rests where O2 does.
         self.fp8_kept = kept
-        self.fp8_coded: dict[int, CodedWeight] = {}
+        self.fp8_chunks: dict[int, WeightChunk] = {}
         self.fp8_cast_event: Any = None
         every = [param for param in engine.module.parameters() if param.requires_grad and not param.ds_persist]
         of_quantized = sum(weight.numel for weight in kept)
@@ -219,17 +219,17 @@ class WeightsStage3(Base):
     def fp8_give_back(self) -> None:
         """The end of the engine: no quantized values in the layers, DeepSpeed's own methods on the parameters."""
         self._fp8_set_fresh(False)
-        for coded in self.fp8_coded.values():
-            drop_quantized(coded.weight)
+        for chunk in self.fp8_chunks.values():
+            drop_quantized(chunk.weight)
             if (
-                weights_released.is_released(coded.weight.param)
-                and coded.weight.param.ds_status == ZeroParamStatus.AVAILABLE
+                weights_released.is_released(chunk.weight.param)
+                and chunk.weight.param.ds_status == ZeroParamStatus.AVAILABLE
             ):
-                coded.weight.param.partition()  # between a forward and its backward
+                chunk.weight.param.partition()  # between a forward and its backward
         for param, name, method in self._fp8_methods:
             setattr(param, name, method)
         self._get_param_coordinator().__dict__.pop("fp8_let_go", None)
-        self._fp8_methods, self.fp8_coded, self.fp8_casters, self.fp8_kept = [], {}, [], []
+        self._fp8_methods, self.fp8_chunks, self.fp8_casters, self.fp8_kept = [], {}, [], []
         weights_wrapped.end(self)
 
     def _fp8_forgetting(self, method: Any) -> Any:
@@ -248,20 +248,20 @@ class WeightsStage3(Base):
     def _fp8_gather_instead(self, original: Any) -> Any:
         def all_gather_coalesced(params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
             params = list(params)
-            coded = [p for p in params if id(p) in self.fp8_coded] if self._fp8_wants_quantized() else []
-            if not coded:
+            quantized = [p for p in params if id(p) in self.fp8_chunks] if self._fp8_wants_quantized() else []
+            if not quantized:
                 return original(params, safe_mode=safe_mode, quantize=quantize)
-            chosen = {id(param) for param in coded}
+            chosen = {id(param) for param in quantized}
             others = [param for param in params if id(param) not in chosen]
             handles = [original(others, safe_mode=safe_mode, quantize=quantize)] if others else []
             if self.fp8_cast_event is not None:
                 get_accelerator().current_stream().wait_event(self.fp8_cast_event)
             by_group: dict[Any, list[Any]] = {}
-            for param in sorted(coded, key=lambda p: p.ds_id):
+            for param in sorted(quantized, key=lambda p: p.ds_id):
                 if param.ds_status != ZeroParamStatus.NOT_AVAILABLE:
                     raise RuntimeError(param.ds_summary())
                 param.ds_status = ZeroParamStatus.INFLIGHT
-                by_group.setdefault(param.ds_process_group, []).append(self.fp8_coded[id(param)])
+                by_group.setdefault(param.ds_process_group, []).append(self.fp8_chunks[id(param)])
             handles.extend(QuantizedHandle(of_group, group) for group, of_group in by_group.items())
             return MultipleAllGatherHandles(handles)
 
@@ -290,8 +290,8 @@ class WeightsStage3(Base):
                 weights_released.take_back(one)
             result = original(param_list, hierarchy, has_been_updated, **kwargs)
             for one in listed:
-                if id(one) in self.fp8_coded:
-                    let_go_of_quantized(self.fp8_coded[id(one)].weight)
+                if id(one) in self.fp8_chunks:
+                    let_go_of_quantized(self.fp8_chunks[id(one)].weight)
                     if has_been_updated:
                         self._fp8_set_fresh(False)
             return result
@@ -300,15 +300,15 @@ class WeightsStage3(Base):
 
     def _fp8_let_go(self, param: Any) -> None:
         """What `partition` does to a parameter that nobody has written (`hooks_stage3`)."""
-        coded = self.fp8_coded.get(id(param))
-        if coded is None or not weights_released.is_released(param):
+        quantized = self.fp8_chunks.get(id(param))
+        if quantized is None or not weights_released.is_released(param):
             free_param(param)
         else:
             weights_released.take_back(param)
-            param.data = torch.empty(0, dtype=coded.dtype, device=coded.device)
+            param.data = torch.empty(0, dtype=quantized.dtype, device=quantized.device)
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        if coded is not None:
-            let_go_of_quantized(coded.weight)
+        if quantized is not None:
+            let_go_of_quantized(chunk.weight)
 
     def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
         # DeepSpeed looks at a parameter many times here, and wants it as it is.
@@ -328,12 +328,12 @@ class WeightsStage3(Base):
         self._fp8_set_fresh(fp8_state is not None and fp8_state.steps + 1 >= self.fp8_weight_plan.fp8.start_step)
         if not self.fp8_quantized_fresh:
             return
-        if not self.fp8_coded:
-            self.fp8_coded = lay_out_chunks(self.fp8_kept)
+        if not self.fp8_chunks:
+            self.fp8_chunks = lay_out_chunks(self.fp8_kept)
         for caster in self.fp8_casters:
-            segments = [s for w in caster.weights if (s := self.fp8_coded[id(w.param)].segment()) is not None]
+            segments = [s for w in caster.weights if (s := self.fp8_chunks[id(w.param)].segment()) is not None]
             for weight, scale_inv in zip(caster.weights, caster.cast(segments), strict=True):
-                self.fp8_coded[id(weight.param)].scale_inv = scale_inv
+                self.fp8_chunks[id(weight.param)].scale_inv = scale_inv
         if not get_accelerator().is_synchronized_device():
             self.fp8_cast_event = get_accelerator().Event()
             self.fp8_cast_event.record()

@@ -58,26 +58,26 @@ class GroupStore:
         self.first = self.rank * self.partition_numel
         self.is_released = False
         by_param = {id(weight.param): weight for weight in weights}
-        self.coded: list[tuple[OwnedWeight, int, int]] = []
+        self.fp8_weights: list[tuple[OwnedWeight, int, int]] = []
         self.rest: list[tuple[Any, int, int]] = []
-        self.code_numel = self.rest_numel = 0
+        self.quantized_numel = self.rest_numel = 0
         for param, offset in flat_layout(optimizer, index):
             weight = by_param.get(id(param))
             if weight is not None:
-                self.coded.append((weight, offset, self.code_numel))
-                self.code_numel += -(-weight.numel // ALIGNMENT) * ALIGNMENT
+                self.fp8_weights.append((weight, offset, self.quantized_numel))
+                self.quantized_numel += -(-weight.numel // ALIGNMENT) * ALIGNMENT
             else:
                 self.rest.append((param, offset, self.rest_numel))
                 self.rest_numel += param.numel()
-        spans = [(offset, weight.numel, at) for weight, offset, at in self.coded]
-        self.code_bounds = share_bounds(spans, self.code_numel, self.partition_numel, self.world_size)
+        spans = [(offset, weight.numel, at) for weight, offset, at in self.fp8_weights]
+        self.quantized_bounds = share_bounds(spans, self.quantized_numel, self.partition_numel, self.world_size)
         spans = [(offset, param.numel(), at) for param, offset, at in self.rest]
         self.rest_bounds = share_bounds(spans, self.rest_numel, self.partition_numel, self.world_size)
         self.quantized = torch.zeros(0, dtype=torch.uint8, device=self.flat.device)
         self.others = torch.zeros(0, dtype=self.flat.dtype, device=self.flat.device)
         self.shapes = {id(param): param.shape for param, _, _ in self.rest}
         self.caster = WeightCaster(
-            [weight for weight, _, _ in self.coded], fp8_state, plan, self.group, self.flat.device
+            [weight for weight, _, _ in self.fp8_weights], fp8_state, plan, self.group, self.flat.device
         )
         self._laid_out_for: tuple[Any, ...] = ()
         self._segments: list[Segment] = []
@@ -92,10 +92,10 @@ class GroupStore:
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
         scale_inv = self.caster.cast(self._segments)
-        all_gather_shares(self.quantized, self.code_bounds, self.group)
+        all_gather_shares(self.quantized, self.quantized_bounds, self.group)
         all_gather_shares(self.others, self.rest_bounds, self.group)
         counters.add("weight", 0, all_gather_bytes(own.numel() * own.element_size(), self.world_size))
-        for (weight, _, at), inverse in zip(self.coded, scale_inv, strict=True):
+        for (weight, _, at), inverse in zip(self.fp8_weights, scale_inv, strict=True):
             set_quantized(weight, self.quantized[at : at + weight.numel], inverse)
         self.release()
 
@@ -104,11 +104,11 @@ class GroupStore:
         place = (own.data_ptr(), own.dtype, own.device)
         if self._laid_out_for == place:
             return
-        if self.quantized.numel() != self.code_numel or self.others.numel() != self.rest_numel:
-            self.quantized = torch.zeros(self.code_numel, dtype=torch.uint8, device=self.flat.device)
+        if self.quantized.numel() != self.quantized_numel or self.others.numel() != self.rest_numel:
+            self.quantized = torch.zeros(self.quantized_numel, dtype=torch.uint8, device=self.flat.device)
             self.others = torch.zeros(self.rest_numel, dtype=self.flat.dtype, device=self.flat.device)
         self._segments, self._sources, self._targets = [], [], []
-        for weight, offset, at in self.coded:
+        for weight, offset, at in self.fp8_weights:
             for start, stop in self.own_part(offset, weight.numel):
                 here = own[start + offset - self.first : stop + offset - self.first]
                 self._segments.append(Segment(weight, start, here, self.quantized[at + start : at + stop]))
@@ -120,7 +120,7 @@ class GroupStore:
 
     def release(self) -> None:
         """Point parameters away from the flat and let go of its memory."""
-        for weight, _, _ in self.coded:
+        for weight, _, _ in self.fp8_weights:
             quantized = weight.layer.quantized_weight
             source = weights_released.Source(weight.name, quantized)
             weights_released.release(weight.param, self.others.dtype, self.others.device, weight.shape, source)
@@ -130,7 +130,7 @@ class GroupStore:
             shape = self.shapes[id(param)]
             param.data = self.others[at : at + shape.numel()].view(shape)
         # DeepSpeed's map of fragments views the flat too, and would hold the whole of it.
-        for param in (*(weight.param for weight, _, _ in self.coded), *(param for param, _, _ in self.rest)):
+        for param in (*(weight.param for weight, _, _ in self.fp8_weights), *(param for param, _, _ in self.rest)):
             mapping = getattr(param, "_hp_mapping", None)
             if mapping is not None:
                 mapping.lp_fragment = self.others[:0]
@@ -151,14 +151,14 @@ class GroupStore:
         if self.world_size > 1:
             dist.all_gather_into_tensor(self.flat, mine.clone(), group=self.group)
             counters.add("weight", all_gather_bytes(mine.numel() * mine.element_size(), self.world_size))
-        for weight, offset, _ in self.coded:
+        for weight, offset, _ in self.fp8_weights:
             weights_released.take_back(weight.param)
             weight.param.data = self.flat[offset : offset + weight.numel].view(weight.shape)
         for param, offset, _ in self.rest:
             shape = self.shapes[id(param)]
             param.data = self.flat[offset : offset + shape.numel()].view(shape)
         for param, offset in (
-            *((weight.param, at) for weight, at, _ in self.coded),
+            *((weight.param, at) for weight, at, _ in self.fp8_weights),
             *((p, at) for p, at, _ in self.rest),
         ):
             mapping = getattr(param, "_hp_mapping", None)
@@ -168,19 +168,19 @@ class GroupStore:
 
     def settle(self) -> None:
         """Torch Parameters with decoded values, without asking the other ranks."""
-        for weight, _, _ in self.coded:
+        for weight, _, _ in self.fp8_weights:
             values = weights_released.values_of(weight.param)
             weights_released.take_back(weight.param)
             weight.param.data = values
         self.is_released = False
 
     def forget_quantized(self) -> None:
-        for weight, _, _ in self.coded:
+        for weight, _, _ in self.fp8_weights:
             drop_quantized(weight)
 
     @property
     def has_quantized(self) -> bool:
-        return bool(self.coded) and self.coded[0][0].layer.quantized_weight is not None
+        return bool(self.fp8_weights) and self.fp8_weights[0][0].layer.quantized_weight is not None
 
     def own_part(self, offset: int, numel: int) -> Iterator[tuple[int, int]]:
         """(start, stop) within the parameter that lie in this rank's partition; nothing if none do."""

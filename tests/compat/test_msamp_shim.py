@@ -75,7 +75,7 @@ def test_accelerates_recipe_counts_where_the_json_says_nothing(msamp, monkeypatc
 
 @pytest.mark.parametrize("opt_level", ("O1", "O2"))
 def test_initialize_without_deepspeed(msamp, opt_level):
-    """FP8 layers and coded states on a torch model; the loss falls, the parameters stay the same objects."""
+    """FP8 layers and quantized states on a torch model; the loss falls, the parameters stay the same objects."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
     params = list(model.parameters())

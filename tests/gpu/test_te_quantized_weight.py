@@ -68,12 +68,12 @@ def code_weights(model, fp8_state, weights):
         layer.weight.data = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
-def three_steps(model, fp8_state, coded):
+def three_steps(model, fp8_state, quantized):
     base = {name: getattr(model, name).weight.detach().clone() for name in ("up", "down")}
     found = []
     for step in range(3):
         now = {name: weight * (1.5**step) for name, weight in base.items()}
-        if coded:
+        if quantized:
             code_weights(model, fp8_state, now)
         else:
             for name, weight in now.items():
@@ -87,28 +87,32 @@ def three_steps(model, fp8_state, coded):
 @pytest.mark.parametrize("kind", [Pair, Wide])
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_everything_is_equal_to_the_bit_with_quantized_values(recipe, kind):
-    expected, state = three_steps(*build(recipe, kind), coded=False)
+    expected, state = three_steps(*build(recipe, kind), quantized=False)
     model, fp8_state = build(recipe, kind)
-    found, coded_state = three_steps(model, fp8_state, coded=True)
+    found, quantized_state = three_steps(model, fp8_state, quantized=True)
     for one, other in zip(found, expected, strict=True):
         assert one.isfinite().all() and torch.equal(one, other), f"off by {float((one - other).abs().max())}"
     for name, value in state.items():
-        assert torch.equal(value, coded_state[name]) if isinstance(value, torch.Tensor) else value == coded_state[name]
+        assert (
+            torch.equal(value, quantized_state[name])
+            if isinstance(value, torch.Tensor)
+            else value == quantized_state[name]
+        )
     for layer in (model.up, model.down):
         assert layer.weight.stride() == (0, 0) and layer.weight.grad.any() and layer._fp8_workspaces == {}
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
 def test_fused_layers_take_quantized_values_too(recipe):
-    expected, _ = three_steps(*build(recipe, Fusable, fuse=True), coded=False)
-    found, _ = three_steps(*build(recipe, Fusable, fuse=True), coded=True)
+    expected, _ = three_steps(*build(recipe, Fusable, fuse=True), quantized=False)
+    found, _ = three_steps(*build(recipe, Fusable, fuse=True), quantized=True)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recompute_uses_the_same_quantized_values(reentrant):
-    expected, _ = three_steps(*build(RECIPES[0], lambda: Pair(reentrant)), coded=False)
-    found, _ = three_steps(*build(RECIPES[0], lambda: Pair(reentrant)), coded=True)
+    expected, _ = three_steps(*build(RECIPES[0], lambda: Pair(reentrant)), quantized=False)
+    found, _ = three_steps(*build(RECIPES[0], lambda: Pair(reentrant)), quantized=True)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -122,11 +126,11 @@ def test_eval_then_training_and_back_to_16_bits():
     with torch.no_grad():
         assert model.eval()(x).isfinite().all()
     model.train()
-    coded = run(model, 2)
+    quantized = run(model, 2)
     for name, weight in weights.items():
         getattr(model, name).quantized_weight = None
         getattr(model, name).weight.data = weight
-    for one, other, again in zip(before, coded, run(model, 2), strict=True):
+    for one, other, again in zip(before, quantized, run(model, 2), strict=True):
         assert torch.equal(one, other) and torch.equal(one, again)
 
 
@@ -148,7 +152,7 @@ def test_o3_from_json_is_o2(recipe, stage):
         assert len(layers) == 4
         released[level] = sum(is_released(layer.weight) for layer in layers)
         if stage == 3 and level == "O3":
-            assert len(engine.optimizer.fp8_coded) == 4 and engine.optimizer.fp8_quantized_fresh
+            assert len(engine.optimizer.fp8_chunks) == 4 and engine.optimizer.fp8_quantized_fresh
         engine.destroy()
     assert losses["O3"] == losses["O2"]
     assert released == {"O2": 0, "O3": 4 if stage == 2 else 0}

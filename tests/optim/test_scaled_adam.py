@@ -128,20 +128,20 @@ def test_neighbours_of_other_sizes_cost_nothing(exp_avg, error):
     """
     sizes = torch.randn(8192, generator=torch.Generator().manual_seed(1)).mul(2).exp() * 1e-3
     generator = torch.Generator().manual_seed(2)
-    exact, coded = (torch.nn.Parameter(torch.zeros(8192)) for _ in range(2))
+    exact, quantized = (torch.nn.Parameter(torch.zeros(8192)) for _ in range(2))
     reference = ScaledAdam([exact], lr=1.0, betas=(0.9, 0.95), level="O1")
-    ours = ScaledAdam([coded], lr=1.0, betas=(0.9, 0.95), level=LEVELS["O2"].override(exp_avg=exp_avg))
+    ours = ScaledAdam([quantized], lr=1.0, betas=(0.9, 0.95), level=LEVELS["O2"].override(exp_avg=exp_avg))
     for _ in range(20):
         exact.grad = torch.randn(8192, generator=generator) * sizes
         reference.step()
     stored = reference.export_fp32(exact)
-    ours.import_fp32(coded, exp_avg=stored["exp_avg"], exp_avg_sq=stored["exp_avg_sq"], step=stored["step"])
+    ours.import_fp32(quantized, exp_avg=stored["exp_avg"], exp_avg_sq=stored["exp_avg_sq"], step=stored["step"])
     exact.data.zero_()
-    exact.grad = coded.grad = torch.randn(8192, generator=generator) * sizes
+    exact.grad = quantized.grad = torch.randn(8192, generator=generator) * sizes
     reference.step()
     ours.step()
-    assert (coded - exact).norm() < error * exact.norm()
-    assert coded.abs().max() < 1.05 * exact.abs().max()
+    assert (quantized - exact).norm() < error * exact.norm()
+    assert quantized.abs().max() < 1.05 * exact.abs().max()
 
 
 @pytest.mark.parametrize("spread", [0.0, 2.0])
@@ -151,20 +151,20 @@ def test_o2_over_300_steps(spread):
     """
     sizes = torch.randn(2048, generator=torch.Generator().manual_seed(1)).mul(spread).exp() * 1e-3
     generator = torch.Generator().manual_seed(2)
-    exact, coded = (torch.nn.Parameter(torch.zeros(2048)) for _ in range(2))
+    exact, quantized = (torch.nn.Parameter(torch.zeros(2048)) for _ in range(2))
     options = {"lr": 1.0, "betas": (0.9, 0.95)}
-    reference, ours = ScaledAdam([exact], level="O1", **options), ScaledAdam([coded], level="O2", **options)
-    errors, largest = [], {exact: 0.0, coded: 0.0}
+    reference, ours = ScaledAdam([exact], level="O1", **options), ScaledAdam([quantized], level="O2", **options)
+    errors, largest = [], {exact: 0.0, quantized: 0.0}
     for _ in range(300):
-        for param in (exact, coded):
+        for param in (exact, quantized):
             param.data.zero_()
-        exact.grad = coded.grad = torch.randn(2048, generator=generator) * sizes
+        exact.grad = quantized.grad = torch.randn(2048, generator=generator) * sizes
         reference.step()
         ours.step()
-        errors.append(((coded - exact).norm() / exact.norm()).item())
+        errors.append(((quantized - exact).norm() / exact.norm()).item())
         largest = {param: max(top, param.abs().max().item()) for param, top in largest.items()}
     assert sum(errors) / len(errors) < 0.025
-    assert largest[coded] < 1.05 * largest[exact]
+    assert largest[quantized] < 1.05 * largest[exact]
 
 
 def test_grad_scale_is_folded_into_the_pass():

@@ -1,6 +1,6 @@
 """Small jobs on two ranks, and how ours is measured by DeepSpeed's: equal, or as near as 8 bits allow.
 
-`exact` is for O1 without its wire, which keeps fp32 numbers: DeepSpeed's step, bit for bit. `near` is for coded states
+`exact` is for O1 without its wire, which keeps fp32 numbers: DeepSpeed's step, bit for bit. `near` is for quantized states
 and gradients; its bounds are derived, not tuned.
 """
 
@@ -215,7 +215,7 @@ def assert_near(ours: dict[str, Any], baseline: dict[str, Any], where: str) -> N
 
 
 def near(stage: int, level: str = "O2", dtype: str = "bf16", **extra: Any) -> None:
-    """With coded states and gradients the job stays by DeepSpeed's, on all ranks alike."""
+    """With quantized states and gradients the job stays by DeepSpeed's, on all ranks alike."""
     other = extra.pop("baseline", None)
     measure = extra if other is None else {**extra, "zero": other}
     config = configuration(stage, dtype, **extra)

@@ -98,6 +98,6 @@ def test_fp16_without_zero_steps_like_zero_1(results):
 def test_o2_follows_o1(results, name):
     """Three steps of at most 1e-2: states in 8 and 16 bits move a weight by a part of that."""
     for of_rank in results:
-        exact, coded = of_rank[name]["O1"], of_rank[name]["O2"]
-        assert coded["losses"] == pytest.approx(exact["losses"], rel=0.05)
-        assert 0 < (coded["weights"] - exact["weights"]).abs().max() < 1e-2
+        exact, quantized = of_rank[name]["O1"], of_rank[name]["O2"]
+        assert quantized["losses"] == pytest.approx(exact["losses"], rel=0.05)
+        assert 0 < (quantized["weights"] - exact["weights"]).abs().max() < 1e-2

@@ -87,7 +87,7 @@ def released(rank, world_size, stage):
     engine, fp8_state = start(stage, "O3")
     take_steps(engine, fp8_state, range(1))
     optimizer = engine.optimizer
-    coded = {id(w.param): w for store in optimizer.fp8_stores for w, _, _ in store.coded}
+    coded = {id(w.param): w for store in optimizer.fp8_stores for w, _, _ in store.fp8_weights}
     before = {
         "flat_bytes": [flat.untyped_storage().nbytes() for flat in optimizer.bit16_groups_flat],
         "codes": [store.quantized.numel() for store in optimizer.fp8_stores],

@@ -79,8 +79,8 @@ def compared(rank, world_size, cases):
             engine = start(settings(stage, level, dtype=dtype, gas=gas, **zero))
             # Step 1 overflows, and bf16 checks for it here as fp16 does: weights stay, but the layers' scales move on.
             losses = train(engine, range(4), overflow_at=1)
-            coded = [m for m in engine.module.modules() if getattr(m, "quantized_weight", None) is not None]
-            row[level] = (losses, full_weights(engine), engine.skipped_steps, len(coded))
+            quantized = [m for m in engine.module.modules() if getattr(m, "quantized_weight", None) is not None]
+            row[level] = (losses, full_weights(engine), engine.skipped_steps, len(quantized))
             engine.destroy()
         rows.append(row)
     return rows

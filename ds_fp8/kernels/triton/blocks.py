@@ -87,13 +87,13 @@ def _block_kernel(x_ptr, quantized_ptr, scale_ptr, transposed_ptr, transposed_sc
             tl.store(place, reciprocal(scale), mask=column_inside)
 
 
-Coded = tuple[torch.Tensor, torch.Tensor]
+Quantized = tuple[torch.Tensor, torch.Tensor]
 """Quantized values and scale_inv; the caller allocates both, so the scales may have the strides that a product
 wants.
 """
 
 
-def quantize_groups(x: torch.Tensor, fmt: Format, straight: Coded | None, transposed: Coded | None,
+def quantize_groups(x: torch.Tensor, fmt: Format, straight: Quantized | None, transposed: Quantized | None,
                     power_of_two: bool = True) -> None:  # fmt: skip
     """1x128 groups of contiguous `x` [..., K] (M rows in all), from one read.
 
@@ -103,7 +103,7 @@ def quantize_groups(x: torch.Tensor, fmt: Format, straight: Coded | None, transp
     _launch(x, fmt, straight, transposed, power_of_two, tiles=False)
 
 
-def quantize_tiles(x: torch.Tensor, fmt: Format, straight: Coded, power_of_two: bool = True) -> None:
+def quantize_tiles(x: torch.Tensor, fmt: Format, straight: Quantized, power_of_two: bool = True) -> None:
     """128x128 tiles of contiguous `x` [N, K]: quantized values and scale_inv [tiles of N, tiles of K].
 
     The transposed data are a launch of their own (`cast.turn`): written here, Triton 3.6 left wrong ones on an H200,
@@ -112,7 +112,7 @@ def quantize_tiles(x: torch.Tensor, fmt: Format, straight: Coded, power_of_two: 
     _launch(x, fmt, straight, None, power_of_two, tiles=True)
 
 
-def _launch(x: torch.Tensor, fmt: Format, straight: Coded | None, transposed: Coded | None, power_of_two: bool, *,
+def _launch(x: torch.Tensor, fmt: Format, straight: Quantized | None, transposed: Quantized | None, power_of_two: bool, *,
             tiles: bool) -> None:  # fmt: skip
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0

@@ -86,7 +86,7 @@ def _decode_kernel(quantized_ptr, scale_inv_ptr, out_ptr, n, FMT: tl.constexpr, 
 
 
 @triton.jit
-def _sum_kernel(own_ptr, quantized_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, code_stride, scale_stride,
+def _sum_kernel(own_ptr, quantized_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, quantized_stride, scale_stride,
                 WORLD: tl.constexpr, FMT: tl.constexpr, OUT_FMT: tl.constexpr, FMAX: tl.constexpr, REQUANTISE: tl.constexpr,
                 OWN: tl.constexpr, BEST_OF_TWO: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -100,7 +100,7 @@ def _sum_kernel(own_ptr, quantized_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, f
         total = codec.load(own_ptr + index, inside) + total
     # In rank order, so that every owner and every device gets the same sum.
     for _ in range(1, WORLD):
-        element += code_stride
+        element += quantized_stride
         block += scale_stride
         quantized = tl.load(quantized_ptr + element, mask=inside, other=0)
         scale_inv = tl.load(scale_inv_ptr + block, mask=row * 128 < n, other=0.0)

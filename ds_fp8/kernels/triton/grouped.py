@@ -215,11 +215,11 @@ def _sum_rows_kernel(x_ptr, out_ptr, table_ptr, experts, columns, ROWS: tl.const
     tl.store(out_ptr + expert.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=is_column)
 
 
-Coded = tuple[torch.Tensor, torch.Tensor]
+Quantized = tuple[torch.Tensor, torch.Tensor]
 """Quantized values and scale_inv."""
 
 
-def quantize_rows(x: torch.Tensor, fmt: Format) -> Coded:
+def quantize_rows(x: torch.Tensor, fmt: Format) -> Quantized:
     """Contiguous `x` [..., rows, columns], columns <= WIDEST: quantized values like it, scale_inv [..., rows]."""
     columns = x.shape[-1]
     quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
@@ -234,7 +234,7 @@ def quantize_rows(x: torch.Tensor, fmt: Format) -> Coded:
     return quantized, scale_inv
 
 
-def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | None) -> tuple[Coded, torch.Tensor]:
+def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | None) -> tuple[Quantized, torch.Tensor]:
     """`quantize_rows`, and the amax of each column of each expert, fp32 [E, columns], from the same read.
 
     x  [S, columns] with a table, and rows of no expert get no quantized values; [E, rows, columns] without
@@ -267,7 +267,9 @@ def column_amaxes(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     return amax
 
 
-def quantize_columns(x: torch.Tensor, amax: torch.Tensor, fmt: Format, table: torch.Tensor | None, room: int) -> Coded:
+def quantize_columns(
+    x: torch.Tensor, amax: torch.Tensor, fmt: Format, table: torch.Tensor | None, room: int
+) -> Quantized:
     """Columns of each expert by their amaxes [E, columns], transposed.
 
     room  with a table the rows of the layout that a product reads, a multiple of 16 and enough for all experts

@@ -182,7 +182,7 @@ def _empty(x: torch.Tensor, rows: int, columns: int, fmt: Format, straight: bool
 
 def cast_groups(
     x: torch.Tensor, fmt: Format, *, straight: bool = True, transposed: bool = True
-) -> tuple[blocks.Coded | None, blocks.Coded | None]:
+) -> tuple[blocks.Quantized | None, blocks.Quantized | None]:
     """1x128 groups of `x` [..., K] along K, and along its M rows transposed; scale_inv with the outer axis contiguous."""
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -193,7 +193,9 @@ def cast_groups(
     return found, found_transposed
 
 
-def cast_tiles(x: torch.Tensor, fmt: Format, *, transposed: bool = True) -> tuple[blocks.Coded, blocks.Coded | None]:
+def cast_tiles(
+    x: torch.Tensor, fmt: Format, *, transposed: bool = True
+) -> tuple[blocks.Quantized, blocks.Quantized | None]:
     """128x128 tiles of `x` [N, K] and of its transpose, scale_inv [N / 128, K / 128] with padded rows."""
     quantized, transposed_out = _empty(x, x.shape[0], x.shape[1], fmt, True, transposed)
     rows, columns = x.shape[0] // 128, x.shape[1] // 128

@@ -146,7 +146,7 @@ def divisor(stored, ROOT: tl.constexpr):
 
 @triton.jit
 def _expanded(x, scale, scale_inv, inside):
-    """(magnitudes to be coded in e4m3, expansion per block) of `x`; see numerics.expansion."""
+    """(magnitudes to be quantized in e4m3, expansion per block) of `x`; see numerics.expansion."""
     finite = scale_inv == scale_inv
     a = tl.minimum(tl.abs(x) * scale[:, None], 448.0)
     u = tl.div_rn(a, tl.full(a.shape, 448.0, tl.float32))

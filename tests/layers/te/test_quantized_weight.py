@@ -67,12 +67,12 @@ def weights_of(model: nn.Module, factor: float) -> dict[str, torch.Tensor]:
     return {name: getattr(model, name).weight.detach().clone() * factor for name in ("up", "down")}
 
 
-def three_steps(model: nn.Module, fp8_state, coded: bool, micro: int = 2):
+def three_steps(model: nn.Module, fp8_state, quantized: bool, micro: int = 2):
     """Each "step" has other weights; returns every result, and the FP8 state at the end."""
     base, found = weights_of(model, 1.0), []
     for step in range(3):
         now = {name: weight * (1.5**step) for name, weight in base.items()}
-        if coded:
+        if quantized:
             code_weights(model, fp8_state, now)
         else:
             for name, weight in now.items():
@@ -94,11 +94,11 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_results_gradients_and_histories_are_those_without_quantized_values(te, recipe, fuse):
     """The weight reads as NaN throughout, its quantiser is never called, its gradient arrives all the same."""
-    baseline, coded = build(recipe, fuse), build(recipe, fuse)
-    expected = three_steps(*baseline, coded=False)
-    found = three_steps(*coded, coded=True)
+    baseline, quantized = build(recipe, fuse), build(recipe, fuse)
+    expected = three_steps(*baseline, quantized=False)
+    found = three_steps(*quantized, quantized=True)
     assert_equal(found, expected)
-    model = coded[0]
+    model = quantized[0]
     for layer in (model.up, model.down):
         assert layer.weight.stride() == (0, 0) and layer.weight.grad.isfinite().all() and layer.weight.grad.any()
         assert layer.quantizers["scaling_fwd"][1].calls == 0
@@ -108,7 +108,7 @@ def test_results_gradients_and_histories_are_those_without_quantized_values(te, 
 def test_wgrad_in_high_precision_needs_no_weight(te):
     """Of the three overrides it is the one that O3 allows: the product of input and grad_output."""
     recipe = Recipe(amax_history_len=4, override_linear_precision=HighPrecision(wgrad=True))
-    assert_equal(three_steps(*build(recipe), coded=True), three_steps(*build(recipe), coded=False))
+    assert_equal(three_steps(*build(recipe), quantized=True), three_steps(*build(recipe), quantized=False))
 
 
 def test_the_transpose_is_made_once_a_step_and_goes_with_the_quantized_values(te):
