@@ -18,9 +18,9 @@ TARGET = ROOT / "docs" / "dependencies.md"
 NOT_TOLD = "not told"
 HEAD = """# Dependencies and their licences
 
-Written by `.ci/dependencies.py`; do not edit. Versions are those of CI (`.ci/lock.txt`, with the SHA-256 of each file; torch in
-`constraints.txt`); the ranges that are allowed stand in `ds_fp8/releases.py`. Licences are what the packages say of themselves.
-Nothing of theirs is copied into ds_fp8, and none of it is shipped with it.
+Written by `.ci/dependencies.py`; do not edit. Versions are those of CI (`.ci/lock.txt`, with the SHA-256 of each file;
+torch in `constraints.txt`); the ranges that are allowed stand in `ds_fp8/releases.py`. Licences are what the packages
+say of themselves. Nothing of theirs is copied into ds_fp8, and none of it is shipped with it.
 
 """
 

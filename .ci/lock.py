@@ -19,7 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / ".ci" / "lock.txt"
 LEFT_OUT = ("torch", "nvidia-", "cuda-", "ds-fp8", "ds_fp8")
-HEAD = """# Packages of a CI run (CPython 3.11, Linux x86_64), written by .ci/lock.py: pip install --no-deps --require-hashes -r .ci/lock.txt
+HEAD = """# Packages of a CI run (CPython 3.11, Linux x86_64), written by .ci/lock.py.
+# pip install --no-deps --require-hashes -r .ci/lock.txt
 # torch is not here: its build is the machine's (see .ci/venv.sh).
 """
 

@@ -59,7 +59,9 @@ ARGUMENTS = {
 
 
 def names_of_deepspeed() -> set[str]:
-    """Everything that a module of ours says it overrides or sets for DeepSpeed; adapters' classes bear the owners' names."""
+    """Everything that a module of ours says it overrides or sets for DeepSpeed; adapters' classes bear the owners'
+    names.
+    """
     touched = [names for file in files() for names in of_file(file).values()]
     return set(OWNERS) | {name for names in touched for name in (*names.overrides, *names.writes)}
 

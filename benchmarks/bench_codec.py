@@ -1,8 +1,8 @@
 """How fast are the casts? e4m3 encode and decode, flat blocks and amax against torch's own casts.
 
     python benchmarks/bench_codec.py                   200 million elements, 1 and 2 threads
-    python benchmarks/bench_codec.py --exhaustive      besides: all 2^32 fp32 inputs through every path, against torch; two
-                                                       minutes of CPU time
+    python benchmarks/bench_codec.py --exhaustive      besides: all 2^32 fp32 inputs through every path, against torch;
+                                                       two minutes of CPU time
 
 Goals: decode 15x torch's cast, encode 2x, equal bits on all inputs. Contestants read and write buffers much larger
 than the cache, and each writes into memory that was touched before.
@@ -66,7 +66,8 @@ def exhaustive(report: Report) -> None:
     for (path, name), count in wrong.items():
         report.note(f"exhaustive: {path} {name} encode, {count} of 2^32 fp32, 2^16 bf16 and 2^16 fp16 inputs differ")
     report.note(
-        f"exhaustive: all quantized values decode alike into fp32, bf16 and fp16; {taken_s:.0f} s, {torch.get_num_threads()} threads"
+        f"exhaustive: all quantized values decode alike into fp32, bf16 and fp16; {taken_s:.0f} s, "
+        f"{torch.get_num_threads()} threads"
     )
     what = "quantized values other than PyTorch's, over all 2^32 inputs"
     report.goal(

@@ -185,7 +185,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write a report under benchmarks/results")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Freed tensors go back to the system at once, so that a step cannot hide its peak in what the step before has freed.
+    # Freed tensors go back to the system at once, so that a step cannot hide its peak in what the step before has
+    # freed.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     # O3 needs ZeRO, the plan refuses it in stage 0; expanded states are shown once a stage.
     jobs = [
@@ -229,7 +230,8 @@ def write_report(rows: list[dict[str, Any]], options: argparse.Namespace) -> Pat
     )
     lines += [", ".join(f"{name} {version}" for name, version in harness.versions().items()) + ".", ""]
     lines.append(
-        "Of all tensors: after a step, and with the gradients of the next in place. Peak: growth of the process in the step."
+        "Of all tensors: after a step, and with the gradients of the next in place. Peak: growth of the process in the "
+        "step."
     )
     lines += [
         "",
@@ -238,8 +240,8 @@ def write_report(rows: list[dict[str, Any]], options: argparse.Namespace) -> Pat
     ]
     for row in rows:
         lines.append(
-            f"| {row['W']} | {row['base']} | {row['stage']} | {row['level']} | {row['after_step']} | {row['formula']} | "
-            f"{row['with_gradients']} | {row['formula_with_gradients']} | {row['peak_extra']} |"
+            f"| {row['W']} | {row['base']} | {row['stage']} | {row['level']} | {row['after_step']} | {row['formula']} "
+            f"| {row['with_gradients']} | {row['formula_with_gradients']} | {row['peak_extra']} |"
         )
     path = harness.RESULTS / f"memory_{harness.hardware_slug()}_{datetime.date.today():%Y%m}.md"
     path.parent.mkdir(exist_ok=True)

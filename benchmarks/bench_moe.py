@@ -2,9 +2,9 @@
 
     nice python benchmarks/bench_moe.py --seeds 1 2 3 --steps 80 --out runs/moe
 
-One process, DeepSpeed at ZeRO 1, transformers' own classes: 8 experts, each token visits 2. Cases differ in their JSON alone,
-a finished run is not repeated. The gap is that of the mean training loss of the last steps and of the eval loss to bf16 with
-the same seed, beside what bf16 itself does over seeds.
+One process, DeepSpeed at ZeRO 1, transformers' own classes: 8 experts, each token visits 2. Cases differ in their JSON
+alone, a finished run is not repeated. The gap is that of the mean training loss of the last steps and of the eval loss
+to bf16 with the same seed, beside what bf16 itself does over seeds.
 """
 
 from __future__ import annotations

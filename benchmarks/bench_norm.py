@@ -55,7 +55,10 @@ def main() -> int:
             "",
             f"`python benchmarks/bench_norm.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {versions}.",
             "",
-            f"Relative to the fp32 norm of the same weights and batches; {options.steps} steps, 2 ranks, 2 micro-batches.",
+            (
+                f"Relative to the fp32 norm of the same weights and batches; {options.steps} steps, 2 ranks, "
+                "2 micro-batches."
+            ),
             f"Goal: {GOAL:.0%} in every stage; {'reached' if kept else '**missed**'}.",
             "",
             "| stage | level | norm, mean | norm, worst | clip factor, worst |",

@@ -3,9 +3,10 @@
     python benchmarks/bench_optimizer.py [--numel 200000000] [--threads 1 2] [--peers]
 
 All contestants start from equal weights; ours must first agree with `reference_step` to the bit on a small partition.
-Goals: O2 2.0x torch's fused fp32 AdamW at one thread and 2.2x at two; with stochastic rounding 1.9x; 12x torchao, 25x bitsandbytes, 60x the same step in eager PyTorch.
-`--peers` adds DeepSpeedCPUAdam, which it compiles first, and the slow ones (`pip install .[bench]`) on a tenth of the
-elements, with O2 on as many beside them; one that cannot run is a row with the reason.
+Goals: O2 2.0x torch's fused fp32 AdamW at one thread and 2.2x at two; with stochastic rounding 1.9x; 12x torchao, 25x
+bitsandbytes, 60x the same step in eager PyTorch. `--peers` adds DeepSpeedCPUAdam, which it compiles first, and the slow
+ones (`pip install .[bench]`) on a tenth of the elements, with O2 on as many beside them; one that cannot run is a row
+with the reason.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def torch_fused(numel: int) -> Callable[[], object]:
 
 
 def deepspeed_cpu_adam(numel: int) -> Callable[[], object]:
-    """Compiled by DeepSpeed at first use, a minute or two; into a folder of our own, so that no other job's lock is met."""
+    """Compiled by DeepSpeed at first use, a minute or two; into a folder of our own, so that no other job's lock is
+    met.
+    """
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         folder = ROOT / "runs" / "bench" / "torch_extensions"
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,12 @@
 Two virtual environments see the same packages and differ in one line: `ds_fp8.pth`. So both Pythons start as a user's
 does, with site-packages read and every other .pth run, and the difference is the hook's alone. (`python -S` with and
 without `import ds_fp8` overstates it: the first look into site-packages is then counted as the hook's.) Runs alternate,
-and the median of the differences, pair by pair, is taken: of wall time, and of the process' CPU time, which hardly depends
-on what else the machine does and is what the first goal goes by.
+and the median of the differences, pair by pair, is taken: of wall time, and of the process' CPU time, which hardly
+depends on what else the machine does and is what the first goal goes by.
 
     python_start      nothing is imported: what every Python of the machine pays
-    import_deepspeed  the whole import, and beside it the hooking alone, in a process that has DeepSpeed already: seconds of
-                      noise do not drown that one
+    import_deepspeed  the whole import, and beside it the hooking alone, in a process that has DeepSpeed already:
+                      seconds of noise do not drown that one
 
 Goals: under 1 ms for Python's start, hooking under 1 % of DeepSpeed's import.
 """

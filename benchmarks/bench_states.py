@@ -1,12 +1,12 @@
 """How many bytes does a parameter cost the optimizer, and how many more during the step? Measured, not computed.
 
-    resident   bytes of all storages that a partition's step holds on to: the 16-bit weight, states, master; each storage
-               once, however many tensors look at it. Beside it the formula of `ds_fp8.levels`.
+    resident   bytes of all storages that a partition's step holds on to: the 16-bit weight, states, master; each
+               storage once, however many tensors look at it. Beside it the formula of `ds_fp8.levels`.
     process    growth of the process' resident memory when the states are made and touched (second opinion, in a child)
     step peak  what the step allocates besides: the process' peak during the step, over what was resident before
 
-AMP is what DeepSpeed keeps for bf16 today: 16-bit weight, fp32 master, fp32 states. Gradients belong to ZeRO and are the
-same for all: not counted. `--zero` adds the resident bytes per parameter and rank under ZeRO-2 with a bf16 gradient
+AMP is what DeepSpeed keeps for bf16 today: 16-bit weight, fp32 master, fp32 states. Gradients belong to ZeRO and are
+the same for all: not counted. `--zero` adds the resident bytes per parameter and rank under ZeRO-2 with a bf16 gradient
 partition, by the formula, for world sizes 2 and 4.
 
     python benchmarks/bench_states.py [--numel 16777216] [--write]
@@ -127,7 +127,10 @@ def main() -> None:
         head = [
             "# Bytes per parameter of the optimizer, measured",
             "",
-            f"{now:%Y-%m-%d}, CPU ({kernels.path('cpu')}), python {platform.python_version()}, torch {torch.__version__}  ",
+            (
+                f"{now:%Y-%m-%d}, CPU ({kernels.path('cpu')}), python {platform.python_version()}, "
+                f"torch {torch.__version__}  "
+            ),
             f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`",
             "",
             "Weight, states and master of one bf16 partition; the columns are explained in the benchmark's docstring.",

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_tokens.py [--steps 5] [--repeats 7] [--width 256 --depth 4]
 
-The model, text and JSON of `examples/`, ZeRO-2, two ranks of one thread each. All engines live in the same two processes and
-train a few steps in turn, so that a slow second hits all; a step's forward, backward and `engine.step` are told apart.
-Goal: O3 with FP8 products not slower than fp32 DeepSpeed; beside bf16, whose products the emulation uses, it shows what the
-casts cost.
+The model, text and JSON of `examples/`, ZeRO-2, two ranks of one thread each. All engines live in the same two
+processes and train a few steps in turn, so that a slow second hits all; a step's forward, backward and `engine.step`
+are told apart. Goal: O3 with FP8 products not slower than fp32 DeepSpeed; beside bf16, whose products the emulation
+uses, it shows what the casts cost.
 """
 
 from __future__ import annotations

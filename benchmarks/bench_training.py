@@ -117,7 +117,10 @@ def table(found: dict[Any, list[dict]]) -> list[str]:
     The training loss of the last steps is the steadier of the two: many batches, and the same ones for both.
     """
     lines = [
-        f"| case | ZeRO | gas | eval loss by seed | mean gap to bf16 | training loss of the last {LAST}, gap | steps/s |"
+        (
+            f"| case | ZeRO | gas | eval loss by seed | mean gap to bf16 | training loss of the last {LAST}, gap | "
+            "steps/s |"
+        )
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     for (name, stage, gas), runs in found.items():

@@ -1,12 +1,13 @@
 """Host work of ZeRO-3 per layer: a narrow HF Llama of many layers, where the device's own time is next to nothing.
 
-Steps of one micro-batch with non-reentrant checkpointing, bf16 DeepSpeed beside ours, each in processes of its own, on the CPU
-(gloo) or on GPUs (NCCL, `--width 1024 --tokens 512`):
+Steps of one micro-batch with non-reentrant checkpointing, bf16 DeepSpeed beside ours, each in processes of its own, on
+the CPU (gloo) or on GPUs (NCCL, `--width 1024 --tokens 512`):
 
     python benchmarks/bench_zero3_host.py [--names bf16,fp8,O2,O3] [--ranks 1] [--layers 16] [--profile 40]
 
-Prints one line of JSON each: milliseconds per layer and step (least and median of the steps; CPU time, least; what the device took
-after the host was done), and calls of Python functions per layer and step, all of them and those in this package. --profile adds the functions that cost most, by own time; --samples STEPS where the host was, by samples.
+Prints one line of JSON each: milliseconds per layer and step (least and median of the steps; CPU time, least; what the
+device took after the host was done), and calls of Python functions per layer and step, all of them and those in this
+package. --profile adds the functions that cost most, by own time; --samples STEPS where the host was, by samples.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ class Begin(torch.autograd.Function):
 
 
 class Samples:
-    """Where the host is, asked every millisecond by a thread: a profile takes as long for a call as for much work, this does not."""
+    """Where the host is, asked every millisecond by a thread: a profile takes as long for a call as for much work,
+    this does not.
+    """
 
     def __init__(self) -> None:
         self.own, self.within, self.count = collections.Counter(), collections.Counter(), 0

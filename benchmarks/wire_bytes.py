@@ -1,8 +1,8 @@
 """Bytes that the kernel counts for one optimizer step, by stage and level; run inside a namespace by bench_wire.py.
 
 The model is a stack of Linear and LayerNorm with an embedding, so that some parameters travel in 16 bits at O3. The
-loopback carries what all ranks send; divided by ranks and parameters it is bytes per parameter and rank. All jobs run one
-after another in the same ranks: starting Python and DeepSpeed takes longer than a job.
+loopback carries what all ranks send; divided by ranks and parameters it is bytes per parameter and rank. All jobs run
+one after another in the same ranks: starting Python and DeepSpeed takes longer than a job.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ TARGET = ROOT / "docs" / "api.md"
 
 HEAD = """# API reference
 
-No job needs it: the JSON is the interface. For scripts that want to ask or to decide for themselves. Generated from the code by
-`docs/generate_api.py`; names that are not here may change without notice.
+No job needs it: the JSON is the interface. For scripts that want to ask or to decide for themselves. Generated from the
+code by `docs/generate_api.py`; names that are not here may change without notice.
 """
 
 PUBLIC = {

@@ -31,7 +31,9 @@ def activate() -> None:
 
 
 def deactivate() -> None:
-    """Give DeepSpeed's classes their own methods back, and forget the import hook. Engines made meanwhile stay as they are."""
+    """Give DeepSpeed's classes their own methods back, and forget the import hook. Engines made meanwhile stay as
+    they are.
+    """
     from .engine import deactivate as _deactivate
     from .import_hook import remove
 

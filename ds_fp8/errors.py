@@ -55,11 +55,15 @@ class BackendError(DsFp8Error):
 
 
 class LayerError(BackendError, RuntimeError):
-    """A forward or backward of an FP8 layer cannot do what it was called for; a RuntimeError, as nn.Linear's would be."""
+    """A forward or backward of an FP8 layer cannot do what it was called for; a RuntimeError, as nn.Linear's would
+    be.
+    """
 
 
 class PrivateNameError(DsFp8Error):
-    """The installed DeepSpeed differs from the one whose private names we hook; training unquantised is not an option."""
+    """The installed DeepSpeed differs from the one whose private names we hook; training unquantised is not an
+    option.
+    """
 
 
 SeamError = PrivateNameError

@@ -9,10 +9,11 @@
     ds_fp8.experts.register(MyExperts, weights={"up": "out_in", "down": "out_in"}, forward=forward)
 
 `linear(name, x, counts)` multiplies x [rows, in], whose rows are sorted by expert, with that expert's matrix, and gives
-[rows, out]; `counts` [experts] says how many rows each expert has (integers, on x's device; an expert may have none, and
-rows behind the last one come out as zeros). A bias is yours to add. `forward` is called with the module and then what the
-module's own forward is called with; the latter still runs where FP8 does not: in eval mode, before `start_step`, when the
-module is excluded. transformers' experts and DeepSpeed's grouped experts (AutoEP) are known without this.
+[rows, out]; `counts` [experts] says how many rows each expert has (integers, on x's device; an expert may have none,
+and rows behind the last one come out as zeros). A bias is yours to add. `forward` is called with the module and then
+what the module's own forward is called with; the latter still runs where FP8 does not: in eval mode, before
+`start_step`, when the module is excluded. transformers' experts and DeepSpeed's grouped experts (AutoEP) are known
+without this.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ RECIPE_KINDS = {
         scale_extent="row",
         transformer_engine_since=None,
         multiplied_since=(9, 0),
-        not_by_owner="dgrad reads a weight with scales along the other axis, for which the layer casts it again from 16 bits",
+        not_by_owner="dgrad reads a weight with scales along the other axis, "
+        "for which the layer casts it again from 16 bits",
     ),
     "mxfp8": replace(_BLACKWELL, alignment=32),
     "nvfp4": _BLACKWELL,

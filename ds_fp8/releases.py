@@ -1,8 +1,8 @@
 """Which releases of what we stand on: the one table that setup.py, `ds_fp8 doctor`, the README and the matrix read.
 
 A release of DeepSpeed is listed when the matrix (`tests/matrix.sh`) has passed on it; `docs/compatibility.md` is the
-result. What differs between two of them lies in `zero/adapters`. A newer one than the newest listed is tried against the
-table of private names (`zero/private_names.py`) and runs if everything matches.
+result. What differs between two of them lies in `zero/adapters`. A newer one than the newest listed is tried against
+the table of private names (`zero/private_names.py`) and runs if everything matches.
 
 Nothing is imported here: setup.py reads this file by its path.
 """
@@ -40,8 +40,8 @@ FAULTS = (
     Fault(
         "0.18.7",
         "0.18.9",
-        "over gloo ZeRO 1 and 2 stop in their first step with 'Output 0 of Split is a view and is being modified inplace':"
-        " their flat weights still belong to autograd's graph (0.19.0 detaches them)",
+        "over gloo ZeRO 1 and 2 stop in their first step with 'Output 0 of Split is a view and is being modified "
+        "inplace': their flat weights still belong to autograd's graph (0.19.0 detaches them)",
     ),
 )
 

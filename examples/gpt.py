@@ -93,7 +93,9 @@ def text_of_python(limit_bytes: int = 8_000_000) -> bytes:
 
 
 class Text:
-    """Windows of the text; a batch is a function of (seed, step, rank) alone, so a resumed run sees what it would have."""
+    """Windows of the text; a batch is a function of (seed, step, rank) alone, so a resumed run sees what it would
+    have.
+    """
 
     def __init__(self, context: int, seed: int):
         data = torch.frombuffer(bytearray(text_of_python()), dtype=torch.uint8)

@@ -2,8 +2,9 @@
 
     python schemas/generate_bundled.py                 rewrite all
     python schemas/generate_bundled.py --stdout 0.19   print one
-    python schemas/generate_bundled.py --from FILE     take a line's DeepSpeed part from FILE, which generate_deepspeed.py
-                                                       has printed where the last release of that line is installed
+    python schemas/generate_bundled.py --from FILE     take a line's DeepSpeed part from FILE, which
+                                                       generate_deepspeed.py has printed where the last release of that
+                                                       line is installed
 
 One file that refers to nothing outside, for editors, SchemaStore and validators that resolve no relative references.
 Within a line of releases DeepSpeed only adds keys, so the last release's schema serves the line. The newest line comes

@@ -1,4 +1,5 @@
-"""Write `docs/configuration.md`: every key of our sections, from the schema, where descriptions, defaults and units stand.
+"""Write `docs/configuration.md`: every key of our sections, from the schema, where descriptions, defaults and units
+stand.
 
 python schemas/generate_reference.py
 """
@@ -20,8 +21,8 @@ Two sections in the DeepSpeed JSON; generated from `schemas/ds_fp8.schema.json` 
 - Unknown keys are errors with a suggestion, misspelt section names (`fp-8`, `MS_AMP`) too. A misspelt top-level key of
   DeepSpeed (`zero_optimisation`) is an error in a job of ours; any other unknown top-level key is a note, because
   DeepSpeed lets scripts keep keys of their own there.
-- A section must say `"enabled": true` or `false`. `msamp` alone turns FP8 products on as well; `"fp8": {"enabled": false}`
-  beside it keeps them off.
+- A section must say `"enabled": true` or `false`. `msamp` alone turns FP8 products on as well;
+  `"fp8": {"enabled": false}` beside it keeps them off.
 - A file without both sections, or with both disabled, trains exactly as DeepSpeed does alone.
 - `ds_fp8 check FILE` tells all problems at once as `file:line:col`, DeepSpeed's own keys included;
   `ds_fp8 explain FILE` shows every effective value and where it comes from.
@@ -44,7 +45,8 @@ def rows(definitions: dict[str, Any], name: str) -> list[str]:
         if "$ref" in entry:
             inner = definitions[entry["$ref"].rsplit("/", 1)[1]]
             lines.append(
-                f"| `{key}` | {'`true`, `false`, or ' if 'boolean' in inner['type'] else ''}object, see [`{inner['title']}`](#{inner['title'].replace('.', '')}) | | {inner['description']} |"
+                f"| `{key}` | {'`true`, `false`, or ' if 'boolean' in inner['type'] else ''}object, see "
+                f"[`{inner['title']}`](#{inner['title'].replace('.', '')}) | | {inner['description']} |"
             )
             continue
         default = json.dumps(entry["default"])

@@ -26,7 +26,11 @@ def test_links_lead_somewhere(page):
     """Files and pictures that a page names are there; `make docs` looks at the anchors too."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
-    missing = [target for target in targets if "://" not in target and not (page.parent / (target.partition("#")[0] or page.name)).exists()]  # fmt: skip
+    missing = [
+        target
+        for target in targets
+        if "://" not in target and not (page.parent / (target.partition("#")[0] or page.name)).exists()
+    ]
     assert missing == []
 
 

@@ -2,13 +2,13 @@
 
 Without a GPU it runs on the CPU with gloo: small sizes rehearse the whole path there.
 A process of its own gives each configuration a clean card, and an out-of-memory error ends only itself.
-Under torchrun (RANK and its kin are set) it is one rank of several, a GPU each; rank 0 prints, tokens are those of all ranks.
-Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed config),
-plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times the optimizer step by itself), profile (a file
-that gets the kernels and the host's operations of one more step, by time, and `.step` those of the optimizer's step),
-llama (arguments of LlamaConfig: transformers' LlamaForCausalLM with random weights in the GPT's place), lora (rank: every Linear
-of its decoder layers is frozen and gets an adapter), compiled (`engine`:
-engine.compile(); `blocks`: each decoder layer), peer (`torchao` or `accelerate`, which converts the layers instead of us).
+Under torchrun (RANK and its kin are set) it is one rank of several, a GPU each; rank 0 prints, tokens are those of all
+ranks. Keys: depth, width, vocabulary, context, micro_batch, gas, steps, stage, sections (merged into the DeepSpeed
+config), plugin (false leaves ds_fp8 out), recompute, steps_timed_apart (times the optimizer step by itself), profile (a
+file that gets the kernels and the host's operations of one more step, by time, and `.step` those of the optimizer's
+step), llama (arguments of LlamaConfig: transformers' LlamaForCausalLM with random weights in the GPT's place), lora
+(rank: every Linear of its decoder layers is frozen and gets an adapter), compiled (`engine`: engine.compile();
+`blocks`: each decoder layer), peer (`torchao` or `accelerate`, which converts the layers instead of us).
 """
 
 from __future__ import annotations

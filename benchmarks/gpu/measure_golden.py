@@ -228,7 +228,8 @@ def bound_slots() -> dict[str, Any]:
         layer.init_fp8_metadata(num_gemms=1)
     for key, first, count in (("scaling_fwd", 0, 3), ("scaling_bwd", 3, 2)):
         for index, quantizer in enumerate(layer.quantizers[key][:count]):
-            quantizer.scale, quantizer.amax = slots[0, first + index : first + index + 1], slots[1, first + index : first + index + 1]  # fmt: skip
+            column = slice(first + index, first + index + 1)
+            quantizer.scale, quantizer.amax = slots[0, column], slots[1, column]
     facts: dict[str, Any] = {"quantizers": {key: len(value) for key, value in layer.quantizers.items()}}
     for factor in (3.0, 1.0):
         x = torch.full((16, 32), factor, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -1,9 +1,10 @@
 """What our hooks cost a step in which they have nothing to do: no plugin, plugin without sections, sections disabled.
 
-Three engines live in one process and take their steps in turn, in an order that rotates, so that clocks, heat and a noisy
-host hit all alike: runs in processes of their own differed by 10 % from one to the next. The GPT is small, so that
-the host is the bottleneck and an overhead shows. The first steps run with deterministic attention and deterministic
-algorithms: there the losses must be equal to the bit (attention's default backward on a GPU adds in any order).
+Three engines live in one process and take their steps in turn, in an order that rotates, so that clocks, heat and a
+noisy host hit all alike: runs in processes of their own differed by 10 % from one to the next. The GPT is small, so
+that the host is the bottleneck and an overhead shows. The first steps run with deterministic attention and
+deterministic algorithms: there the losses must be equal to the bit (attention's default backward on a GPU adds in any
+order).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Hugging Face's Llama with random weights under ZeRO-2, gas 2, micro-batch 4 x 2048: eager against eager, compiled against compiled.
+"""Hugging Face's Llama with random weights under ZeRO-2, gas 2, micro-batch 4 x 2048: eager against eager, compiled
+against compiled.
 
     8B width   8 layers, hidden 4096, ffn 14336, 32 heads over 8, vocabulary 32000: 2.0B parameters
     1B         Llama-3.2-1B's shapes: 16 layers, hidden 2048, ffn 8192, 32 heads over 8, vocabulary 128256, tied

@@ -1,7 +1,7 @@
 """LoRA on 8B-width layers under ZeRO-2: the frozen base in FP8, and in FP8 alone (`frozen_weights`), beside bf16.
 
-Llama's shapes (8 layers, hidden 4096, ffn 14336), adapters of rank 16 on every Linear of the layers, micro-batch 4 x 2048. Eager
-against eager, compiled against compiled. Goal: 1.3x bf16's tokens per second.
+Llama's shapes (8 layers, hidden 4096, ffn 14336), adapters of rank 16 on every Linear of the layers, micro-batch 4 x
+2048. Eager against eager, compiled against compiled. Goal: 1.3x bf16's tokens per second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The expert block of a mixture, forward and backward: FP8 by rows beside transformers' grouped bf16.
 
-Whole modules with transformers' own classes and random weights: sort, gather, casts, products, activation, sum. Tokens are
-spread over the experts as an untrained router would: evenly but for chance. Goals (one H100): Mixtral 1.35x, gpt-oss
+Whole modules with transformers' own classes and random weights: sort, gather, casts, products, activation, sum. Tokens
+are spread over the experts as an untrained router would: evenly but for chance. Goals (one H100): Mixtral 1.35x,
+gpt-oss
 1.25x, Qwen3-30B-A3B not slower than bf16.
 """
 
@@ -61,7 +62,8 @@ VARIANTS: dict[str, tuple[LayerSettings, dict[str, Any]]] = {
     "all in FP8": (NAMED, {}),
     "none in FP8": (NAMED, {"override_linear_precision": BF16}),
 }
-"""Row -> which layers, and the recipe's keys. The last is our handling of rows, biases and gates alone. By default products are
+"""Row -> which layers, and the recipe's keys. The last is our handling of rows, biases and gates alone. By default
+products are
 in FP8 where `ds_fp8.plan.expert_speed` expects them to be faster."""
 
 CACHED = "fprop, dgrad in FP8, weights cast before"

@@ -1,4 +1,5 @@
-"""Where the time of an expert block goes: each cast and each product alone, FP8 beside bf16, for the shapes of `measure_moe`.
+"""Where the time of an expert block goes: each cast and each product alone, FP8 beside bf16, for the shapes of
+`measure_moe`.
 
 One row per operation: milliseconds, bytes that it must move at least, and the share of a device copy's rate that it
 reaches. `ds_fp8.plan` decides per product by these numbers.

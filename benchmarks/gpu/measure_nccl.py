@@ -1,4 +1,5 @@
-"""Several GPUs of one host over NCCL: the time of one exchange beside NCCL's own in bf16 and fp32, and trainings by JSON.
+"""Several GPUs of one host over NCCL: the time of one exchange beside NCCL's own in bf16 and fp32, and trainings by
+JSON.
 
 exchange   a gradient of 1 GiB in bf16 (512M elements) on every rank; ours with its casts, NCCL's without any
 gather     updated weights after a step: quantized values (O3) against 16 bits

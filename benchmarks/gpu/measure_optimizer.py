@@ -1,4 +1,5 @@
-"""One optimizer step of 512M parameters: ours in Triton against torch AdamW(fused), TE's FusedAdam, and the copy bandwidth.
+"""One optimizer step of 512M parameters: ours in Triton against torch AdamW(fused), TE's FusedAdam, and the copy
+bandwidth.
 
 Counted bytes are those that a step must read and write once: gradient, states, master and parameter with their scales.
 """
@@ -22,8 +23,9 @@ def make_step(m: str, v: str, master: str, rounding: str, grad: torch.Tensor, nu
     generator = torch.Generator("cuda").manual_seed(0)
     param = (torch.randn(numel, device="cuda", generator=generator) * 0.02).bfloat16()
     return AdamStep(
-        param=param, grad=grad, exp_avg=states.new_state(m, numel, "cuda"), exp_avg_sq=states.new_state(v, numel, "cuda"),
-        master=masters.new_master(master, param), lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+        param=param, grad=grad, exp_avg=states.new_state(m, numel, "cuda"),
+        exp_avg_sq=states.new_state(v, numel, "cuda"), master=masters.new_master(master, param),
+        lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
         decoupled=True, step=1, grad_scale=torch.ones((), device="cuda"), rounding=rounding,
     )  # fmt: skip
 

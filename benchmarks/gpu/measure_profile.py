@@ -1,7 +1,8 @@
 """Where the time of one linear pass goes, on the device and on the host: 4096 x 4096, forward and backward, 4K tokens.
 
 kernels     microseconds of a pass on the device, by kernel (torch.profiler)
-host        microseconds of a pass on the host, by operation, the operation's own (torch.profiler; the profiler adds to each)
+host        microseconds of a pass on the host, by operation, the operation's own (torch.profiler; the profiler adds to
+            each)
 floor       what a pass needs on the host at least: an autograd function that only allocates its results
 graph       a pass replayed as a CUDA graph: what is left when the host is out of the way
 """
@@ -26,7 +27,9 @@ class Nothing(torch.autograd.Function):
     """Allocates what a linear layer allocates, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, bias)
         return x.new_empty(x.shape[0], weight.shape[0])
 

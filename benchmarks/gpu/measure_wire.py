@@ -1,7 +1,7 @@
 """FP8 on the wire between tensors on a GPU: two ranks on one device over gloo, and NCCL as far as one device lets it.
 
-functions   sums to owners, all-reduce and gathered shares over gloo with tensors on the device, each equal to the bit to
-            the same call with tensors on the CPU
+functions   sums to owners, all-reduce and gathered shares over gloo with tensors on the device, each equal to the bit
+            to the same call with tensors on the CPU
 training    a small GPT in ZeRO-2 on two ranks: O2 and O3 give the same losses to the bit
 NCCL        two ranks on one device, if the library allows that; else one rank that sends bytes to itself
 casts       what the device spends on a message: encode, sum at the owner, decode, beside a copy

@@ -1,9 +1,9 @@
 """Real text as tokens: a carried archive of documents and what the machine itself has of source code and documentation.
 
-`documents(archive)` yields both. The archive is xz; each document in it is a line `group<TAB>path`, its text, and a zero
-byte. The machine's own text is Python's library, the installed packages and the C headers. Duplicates count once. One
-document in 64, by its digest, is held out. Documents of group `pod` (Perl's manuals;
-without an archive all text that is not code) are a domain of their own, kept for fine-tuning.
+`documents(archive)` yields both. The archive is xz; each document in it is a line `group<TAB>path`, its text, and a
+zero byte. The machine's own text is Python's library, the installed packages and the C headers. Duplicates count once.
+One document in 64, by its digest, is held out. Documents of group `pod` (Perl's manuals; without an archive all text
+that is not code) are a domain of their own, kept for fine-tuning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The page of `measure_parity.py`'s results: `parity_report.py OUT.md RESULTS.json ...`; curves go to OUT.svg beside it."""
+"""The page of `measure_parity.py`'s results: `parity_report.py OUT.md RESULTS.json ...`; curves go to OUT.svg beside
+it.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ MEASUREMENTS = {
     "moe_parts": "each cast and each product of these blocks alone",
     "lora": "LoRA on 8B-width layers under ZeRO-2, the frozen base in FP8 and in FP8 alone, beside bf16",
     "gpt": "GPT of 1.25B parameters under ZeRO-2: tokens/s and memory for bf16, fp8, O1, O2, O3",
-    "llama": "transformers' Llama of 8B width and of 1B under ZeRO-2, eager and compiled, beside torchao and Accelerate",
+    "llama": "transformers' Llama of 8B width and of 1B under ZeRO-2, eager and compiled; torchao; Accelerate",
     "largest": "largest model that trains on the card, bf16 against O3 with expanded states",
     "wire": "two ranks on one device over gloo, and NCCL as far as one device lets it",
     "nccl": "several GPUs over NCCL: one exchange against NCCL's own, and the GPT in ZeRO-2 and ZeRO-3",

@@ -1,9 +1,11 @@
 """ZeRO-3 on several GPUs of one host: an HF Llama of 8B width with random weights, bf16 DeepSpeed beside ours.
 
-Steps of one micro-batch of 4 x 2048 tokens with activation checkpointing (non-reentrant): least and median milliseconds, spread,
-peak memory and memory at rest before the first step. One process per GPU runs all configurations one after the other:
+Steps of one micro-batch of 4 x 2048 tokens with activation checkpointing (non-reentrant): least and median
+milliseconds, spread, peak memory and memory at rest before the first step. One process per GPU runs all configurations
+one after the other:
 
-    torchrun --nproc-per-node 2 benchmarks/gpu/zero3_llama.py --layers 14 [--stage 3] [--names bf16,fp8,O2,O3] [--profile]
+    torchrun --nproc-per-node 2 benchmarks/gpu/zero3_llama.py --layers 14 [--stage 3] [--names bf16,fp8,O2,O3]
+    [--profile]
 
 Prints one line of JSON for each configuration on rank 0; --profile adds launches and host time by operator.
 """

@@ -9,9 +9,9 @@ Contract for `engine`: in place of DeepSpeedEngine.load_checkpoint call
 
     load_checkpoint(original, engine, *args, check_client_state=None, **kwargs)      what `original` returns
 
-which reads everything that this rank will load *before* anything is changed, on all ranks; a truncated, foreign or newer
-file raises CheckpointError on every rank and leaves the engine as it was. `check_client_state(state, path)` may raise too.
-Saving needs no help: the optimizer's `state_dict()` brings its quantized values.
+which reads everything that this rank will load *before* anything is changed, on all ranks; a truncated, foreign or
+newer file raises CheckpointError on every rank and leaves the engine as it was. `check_client_state(state, path)` may
+raise too. Saving needs no help: the optimizer's `state_dict()` brings its quantized values.
 """
 
 from __future__ import annotations

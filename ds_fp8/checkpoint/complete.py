@@ -7,8 +7,8 @@ checkpoints beside it. A tag is complete when
 
     no save of it was interrupted (`UNFINISHED`), and
     it has a manifest (`MANIFEST`): every file of it is there, and is the one of that save
-    or it has none: a model file for every model-parallel rank (ZeRO 3: every rank), an optimizer shard for every rank that
-    ought to have one, all of them readable to their end, all of one step
+    or it has none: a model file for every model-parallel rank (ZeRO 3: every rank), an optimizer shard for every rank
+    that ought to have one, all of them readable to their end, all of one step
 
 How many there ought to be stands in the model file. torch.save writes a zip archive, with its directory at the end: a
 truncated file has none. Its pickle is read with every class replaced by an inert one.

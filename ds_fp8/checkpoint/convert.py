@@ -6,8 +6,8 @@
                                                  O3
     ds_fp8 convert CKPT OUT --level plain        a DeepSpeed checkpoint without our entries, a quarter smaller
 
-CKPT is what `save_checkpoint` was given; the tag is `latest` unless `--tag` says otherwise. A job can load any level as it
-is; converting before saves nothing but the first encoding. Weights come from the masters, not from the 16-bit model.
+CKPT is what `save_checkpoint` was given; the tag is `latest` unless `--tag` says otherwise. A job can load any level as
+it is; converting before saves nothing but the first encoding. Weights come from the masters, not from the 16-bit model.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
         shard = content.get("optimizer_state_dict") or content.get("optimizer")
         if path.name.endswith("_optim_states.pt") and (not isinstance(shard, dict) or shard.get(KEY) is None):
             raise CheckpointError(
-                f"{path}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as it is."
+                f"{path}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as "
+                "it is."
             )
         changed = level == "plain" and content.pop(KEY, None) is not None
         if isinstance(shard, dict) and shard.get(KEY) is not None:
@@ -169,7 +170,8 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
     if not count:
         shutil.rmtree(target)
         raise CheckpointError(
-            f"{folder}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as it is."
+            f"{folder}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as "
+            "it is."
         )
     finish_alone(target, look(folder).step)
     (out / "latest").write_text(folder.name)  # last: it names what is complete

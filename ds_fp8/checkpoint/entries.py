@@ -50,7 +50,7 @@ def check_masters(entry: dict[str, Any], flats: Sequence[torch.Tensor], where: s
         different = (decoded[:shared] != found) & ~(decoded[:shared].isnan() & found.isnan())
         if different.any():
             raise CheckpointError(
-                f"{where}: {int(different.sum())} of {shared} fp32 masters of partition {number} are not those that the exact"
-                f" states beside them ({KEY}) stand for: one of the two was changed after the save.\n"
+                f"{where}: {int(different.sum())} of {shared} fp32 masters of partition {number} are not those that "
+                f"the exact states beside them ({KEY}) stand for: one of the two was changed after the save.\n"
                 "  Use another tag; or `ds_fp8 convert DIR OUT --level plain` to go on from the fp32 values alone."
             )

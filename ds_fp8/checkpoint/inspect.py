@@ -42,14 +42,15 @@ from .stamp import STAMP, Found, agree
 TOUCHED = {
     "CheckpointEngine": touched(reads="load"),
     "Engine": touched(
-        reads="_get_all_ckpt_names _get_zero_ckpt_name checkpoint_engine load_universal_checkpoint module optimizer param_names"
-        " use_node_local_storage zero_optimization zero_optimization_stage",
+        reads="_get_all_ckpt_names _get_zero_ckpt_name checkpoint_engine load_universal_checkpoint module optimizer "
+        "param_names use_node_local_storage zero_optimization zero_optimization_stage",
     ),
     "ZeroStage12": touched(reads="dp_process_group"),
 }
 
 UNIVERSAL_CURE = (
-    "  Convert it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder DIR/TAG --output_folder DIR/TAG_universal`"
+    "  Convert it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder DIR/TAG --output_folder "
+    "DIR/TAG_universal`"
     ' and load that with "checkpoint": {"load_universal": true}.'
 )
 
@@ -204,7 +205,8 @@ def _inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, An
     if not Path(path).is_file():
         if shards:
             raise CheckpointError(
-                f"{path}: not there, though {len(shards)} optimizer shards are: another world size or base dtype.\n{UNIVERSAL_CURE}"
+                f"{path}: not there, though {len(shards)} optimizer shards are: another world size or base "
+                f"dtype.\n{UNIVERSAL_CURE}"
             )
         return []
     content = files[path] = _read(engine, path)
@@ -249,7 +251,8 @@ def _check_layout(engine: Any, shard: dict[str, Any], path: str) -> None:
         saved = flat.numel() + (padding if stage != 3 and flat.numel() != master.numel() else 0)
         if saved != master.numel():
             raise CheckpointError(
-                f"{path}: partition {index} has {flat.numel()} elements, this job's has {master.numel()}: another model."
+                f"{path}: partition {index} has {flat.numel()} elements, this job's has {master.numel()}: "
+                "another model."
             )
 
 

@@ -1,4 +1,6 @@
-"""The module's part of a model file against the module that will take it: names and shapes, before anything is loaded."""
+"""The module's part of a model file against the module that will take it: names and shapes, before anything is
+loaded.
+"""
 
 from __future__ import annotations
 

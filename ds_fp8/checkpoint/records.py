@@ -28,7 +28,8 @@ def check_records(path: str | Path) -> None:
             for record in archive.infolist():
                 if _crc32(archive, record) != record.CRC:
                     raise CheckpointError(
-                        f"{path}: the record {record.filename} is damaged (its CRC32 is not the one written beside it).\n"
+                        f"{path}: the record {record.filename} is damaged (its CRC32 is not the one written beside "
+                        "it).\n"
                         "  Use an older tag, or another copy of the file."
                     )
     except (zipfile.BadZipFile, OSError, zlib.error, RuntimeError) as error:

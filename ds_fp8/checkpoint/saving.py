@@ -1,11 +1,12 @@
 """A complete checkpoint or none: a manifest written last, when all ranks are done, and `latest` only after it.
 
 DeepSpeed lets rank 0 write `latest` when *its* files are written. A rank that is killed in its shard then leaves a
-`latest` that names half a checkpoint; overwriting a tag leaves files of two steps in one folder. So around DeepSpeed's save:
+`latest` that names half a checkpoint; overwriting a tag leaves files of two steps in one folder. So around DeepSpeed's
+save:
 
     before   the tag's old manifest goes, a file UNFINISHED comes; from here on nobody takes the tag for complete
-    after    every rank looks at the files it has written; all meet; rank 0 writes the manifest, takes UNFINISHED away, and
-             lets `latest` name the tag, each in one move
+    after    every rank looks at the files it has written; all meet; rank 0 writes the manifest, takes UNFINISHED away,
+             and lets `latest` name the tag, each in one move
 
 The manifest says for each file its bytes and a digest of the archive's own directory, in which torch.save has noted a
 CRC-32 of every tensor: a file of another save has another one, and `ds_fp8 verify` needs nothing else to find a
@@ -53,8 +54,8 @@ def save_checkpoint(
     stamp   of this save (`stamp.py`); its id goes into the manifest too
 
     CheckpointError on all ranks if the folder cannot be written. Checkpoint engines that go on writing
-    after the call has returned (DataStates, decoupled, fast) have no moment at which all is done: they save as DeepSpeed
-    does, without a manifest.
+    after the call has returned (DataStates, decoupled, fast) have no moment at which all is done: they save as
+    DeepSpeed does, without a manifest.
     """
     if not save_dir or not _is_done_on_return(engine):
         return original(save_dir, tag, client_state or {}, save_latest, *args, **kwargs)

@@ -80,8 +80,9 @@ def _compare(everyone: Sequence[Found]) -> None:
     tags = [one.tag for one in everyone]
     if len(set(tags)) > 1:
         raise CheckpointError(
-            f"the ranks would load different checkpoints: {_by_rank(tags)}. `latest` differs between nodes, or the script"
-            " passes different tags.\n  Put one folder where all ranks see it, or pass the same tag on all of them."
+            f"the ranks would load different checkpoints: {_by_rank(tags)}. `latest` differs between nodes, or the "
+            "script passes different tags.\n  Put one folder where all ranks see it, or pass the same tag on all of "
+            "them."
         )
     if len({one.exists for one in everyone}) > 1:
         lacking = [rank for rank, one in enumerate(everyone) if not one.exists]
@@ -94,8 +95,9 @@ def _compare(everyone: Sequence[Found]) -> None:
     ids = sorted({name for one in everyone for name in one.ids})
     if len(ids) > 1:
         raise CheckpointError(
-            f"the checkpoint {tags[0]} is made of files of {len(ids)} saves: {_by_rank([one.ids for one in everyone])}. A"
-            " file was copied from another tag, or a save over this tag was broken off.\n  Use another tag."
+            f"the checkpoint {tags[0]} is made of files of {len(ids)} saves: "
+            f"{_by_rank([one.ids for one in everyone])}. A file was copied from another tag, or a save over this tag "
+            "was broken off.\n  Use another tag."
         )
     steps = [one.step for one in everyone]
     if len({step for step in steps if step is not None}) > 1:
@@ -114,7 +116,8 @@ def _compare_with_manifest(everyone: Sequence[Found]) -> None:
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(
-            f"the checkpoint {everyone[0].tag} is not as it was saved: {'; '.join(faults[:3])}{more}.\n  Use another tag. {CURE}"
+            f"the checkpoint {everyone[0].tag} is not as it was saved: {'; '.join(faults[:3])}{more}.\n  Use another "
+            f"tag. {CURE}"
         )
 
 

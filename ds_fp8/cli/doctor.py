@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--deepspeed",
         metavar="PATH",
-        help="a DeepSpeed that is not installed (source tree, sdist or wheel): what differs there; nothing else is looked at",
+        help="a DeepSpeed that is not installed (source tree, sdist or wheel): what differs there, and nothing else",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     # DeepSpeed's launcher puts its own argument before those of the script.

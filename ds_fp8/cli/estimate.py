@@ -1,10 +1,9 @@
 """`ds_fp8 estimate FILE --params N --world-size W`: memory and wire of every level and ZeRO stage, side by side.
 
 It helps to choose a level before there is a model to load. With `--model MODULE:FACTORY` instead of `--params` the
-model's parameters are counted by what a plan does with them (frozen ones, heads, norms), and the share of its matrix FLOPs
-that computes in FP8 is printed. Without a file it compares the
-levels for a bf16 job. Exit code 1 when the file has problems or the plan is refused, 2 when file or model cannot be
-read.
+model's parameters are counted by what a plan does with them (frozen ones, heads, norms), and the share of its matrix
+FLOPs that computes in FP8 is printed. Without a file it compares the levels for a bf16 job. Exit code 1 when the file
+has problems or the plan is refused, 2 when file or model cannot be read.
 """
 
 from __future__ import annotations
@@ -90,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     where = job.where
     print(
-        f"{job.params:,} parameters, {where.world_size} ranks, {where.base}, {where.micro_batches} micro-batch(es) per step"
+        f"{job.params:,} parameters, {where.world_size} ranks, {where.base}, {where.micro_batches} micro-batch(es) per "
+        "step"
     )
     if options.file:
         chosen = level.name if level else "fp8" if settings.fp8.enabled else "AMP"

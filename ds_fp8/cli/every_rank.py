@@ -77,7 +77,10 @@ def _judge(store: Any, world_size: int, deadline: float) -> list[str]:
         missing = [rank for rank in range(world_size) if not store.check([f"report/{rank}"])]
         shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
         return [
-            f"rank {shown} did not answer: no ds_fp8 in the Python there, a dead node, or a network that lets nobody through"
+            (
+                f"rank {shown} did not answer: no ds_fp8 in the Python there, a dead node, or a network "
+                "that lets nobody through"
+            )
         ]
     hosts: dict[str, dict[str, None]] = {}
     for rank in range(world_size):

@@ -58,7 +58,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _chosen(found: Sequence, named: str | None):
-    """The tag that `latest` names, where it is complete: the user may have turned back. Else the newest complete one."""
+    """The tag that `latest` names, where it is complete: the user may have turned back. Else the newest complete
+    one.
+    """
     complete = [each for each in found if each.complete]
     return next((each for each in complete if each.tag == named), complete[0] if complete else None)
 

@@ -1,7 +1,7 @@
 """`ds_fp8 doctor --deepspeed PATH`: what in a DeepSpeed that is not installed is not as our code expects it.
 
-Its source is read, never imported. Exit code 0: nothing differs; 1: a job would be refused with this list; 2: no DeepSpeed
-there. docs/porting.md says what to do with each line.
+Its source is read, never imported. Exit code 0: nothing differs; 1: a job would be refused with this list; 2: no
+DeepSpeed there. docs/porting.md says what to do with each line.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def report(path: str, *, as_json: bool) -> int:
         return int(bool(everything))
     known = "tested" if version in releases.DEEPSPEED else "not tested"
     print(
-        f"DeepSpeed {version or 'of unknown version'} in {path} ({known}); adapters: {', '.join(lines) or 'none needed'}"
+        f"DeepSpeed {version or 'of unknown version'} in {path} ({known}); adapters: "
+        f"{', '.join(lines) or 'none needed'}"
     )
     for text in releases.faults(version):
         print(f"  by itself: {text}")

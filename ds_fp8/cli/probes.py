@@ -91,7 +91,10 @@ def deepspeed_names() -> Iterator[Finding]:
     of_fp8 = list(private_names.differences(source, msamp=False, version=version))
     of_msamp = [text for text in private_names.differences(source, version=version) if text not in of_fp8]
     tested = f"{releases.DEEPSPEED[0]} to {releases.DEEPSPEED[-1]}"
-    cure = f"install DeepSpeed {releases.DEEPSPEED[-1]}, or a newer ds_fp8; `ds_fp8 doctor --deepspeed PATH` looks into others"
+    cure = (
+        f"install DeepSpeed {releases.DEEPSPEED[-1]}, or a newer ds_fp8; "
+        "`ds_fp8 doctor --deepspeed PATH` looks into others"
+    )
     if numbers(version) < numbers(releases.DEEPSPEED[0]):
         return  # `versions` has said it
     for text in releases.faults(version):
@@ -189,7 +192,10 @@ def _bit_for_bit(device: str) -> Finding:
         return Finding(what, "equal to the PyTorch reference")
     shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
     compiler = "triton" if device == "cuda" else "C++ compiler"
-    cure = f"do not train here: gradients or weights would be wrong. Try another version of the {compiler}, and report this line"
+    cure = (
+        f"do not train here: gradients or weights would be wrong. Try another version of the {compiler}, "
+        "and report this line"
+    )
     return Finding(what, f"differ from the PyTorch reference: {shown}", "fail", cure)
 
 
@@ -204,7 +210,10 @@ def activation_hook() -> Iterator[Finding]:
     elif found:
         yield Finding("activation hook", str(found[0]))
     else:
-        cure = "pip install ds-fp8 (or -e .) into this environment; or `import ds_fp8` in the script; or `deepspeed --module ds_fp8.run train.py`"
+        cure = (
+            "pip install ds-fp8 (or -e .) into this environment; or `import ds_fp8` in the script; "
+            "or `deepspeed --module ds_fp8.run train.py`"
+        )
         yield Finding(
             "activation hook",
             "no ds_fp8.pth in the site directories: JSON alone does not activate the plugin",
@@ -227,7 +236,8 @@ def msamp_package() -> Iterator[Finding]:
         "msamp package",
         f"{version} in {spec.origin}; in use for the msamp section of the JSON: ds_fp8",
         "note",
-        "scripts with `from msamp import deepspeed` get that package, not ds_fp8; unmodified `import deepspeed` gets ds_fp8",
+        "scripts with `from msamp import deepspeed` get that package, not ds_fp8; "
+        "unmodified `import deepspeed` gets ds_fp8",
     )
 
 

@@ -1,7 +1,7 @@
 """`ds_fp8 schema`: where the JSON Schema of the whole file lies, for editors and other validators.
 
-One file for each release line of DeepSpeed: its own keys and our two sections, without a reference to another file. In VS
-Code, for example, `"json.schemas": [{"fileMatch": ["ds*.json"], "url": "<the printed path>"}]` gives completion and
+One file for each release line of DeepSpeed: its own keys and our two sections, without a reference to another file. In
+VS Code, for example, `"json.schemas": [{"fileMatch": ["ds*.json"], "url": "<the printed path>"}]` gives completion and
 checks; on a command line `check-jsonschema --schemafile "$(ds_fp8 schema)" ds.json` does.
 """
 

@@ -1,8 +1,9 @@
 """`ds_fp8 verify DIR`: is every checkpoint in a folder whole, to the last bit? Reads all of it; torch is not needed.
 
-For each tag: complete (`ds_fp8 latest` asks the same), every file the one that the manifest was written for, and every record
-with the CRC-32 that torch.save has noted beside it. A checkpoint without a manifest (DeepSpeed's own, an older version) is
-judged without it. Exit code 0: all whole; 2: a fault, named on stdout; 2 too where there is nothing to verify.
+For each tag: complete (`ds_fp8 latest` asks the same), every file the one that the manifest was written for, and every
+record with the CRC-32 that torch.save has noted beside it. A checkpoint without a manifest (DeepSpeed's own, an older
+version) is judged without it. Exit code 0: all whole; 2: a fault, named on stdout; 2 too where there is nothing to
+verify.
 """
 
 from __future__ import annotations

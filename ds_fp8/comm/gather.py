@@ -56,8 +56,8 @@ def all_gather_shares(store: Tensor, bounds: Sequence[int], group: Any, *, kind:
 def gather_messages(message: Tensor, route: Route) -> tuple[Any, list[Tensor], list[Tensor]]:
     """Send `message` [n] uint8, of equal size on all ranks, to everyone: (handle, all messages by rank, scratch).
 
-    The messages may be read once the handle's wait has returned; the own one is `message` itself where that saves a copy.
-    The scratch holds them and what is being sent: keep it until the wait, give it back when they have been read.
+    The messages may be read once the handle's wait has returned; the own one is `message` itself where that saves a
+    copy. The scratch holds them and what is being sent: keep it until the wait, give it back when they have been read.
     """
     size, others = message.numel(), route.world_size - 1
     if message.device.type != "cpu":

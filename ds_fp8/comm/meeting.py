@@ -1,9 +1,10 @@
-"""Do all ranks ask for the same thing now? Asked of the process group's store, before a collective that one rank may start alone.
+"""Do all ranks ask for the same thing now? Asked of the process group's store, before a collective that one rank may
+start alone.
 
-`model.state_dict()` is local in ZeRO 1 and 2, so scripts call it on rank 0 alone. At O3 the 16-bit weights are spread over
-the ranks: bringing them back is a collective, and one that only some ranks enter is a hang. A store can be asked with a time
-limit. Each rank that comes says so; the last one opens the meeting, and a rank that has waited too long closes it. Whichever
-word is first counts, for all of them: nobody enters a collective that another one has given up.
+`model.state_dict()` is local in ZeRO 1 and 2, so scripts call it on rank 0 alone. At O3 the 16-bit weights are spread
+over the ranks: bringing them back is a collective, and one that only some ranks enter is a hang. A store can be asked
+with a time limit. Each rank that comes says so; the last one opens the meeting, and a rank that has waited too long
+closes it. Whichever word is first counts, for all of them: nobody enters a collective that another one has given up.
 
 A meeting belongs to a moment (the number of steps so far, the same on all ranks) and has a number within it.
 """

@@ -1,8 +1,8 @@
 """Message buffers that are used again: a round's memory serves the next round and the next step.
 
 On the CPU fresh memory is not free: the kernel clears every page before it is touched for the first time, 5000 faults
-for the rounds of 25 M elements, as much time as casting them. CUDA's allocator keeps its blocks, so there this file does
-nothing.
+for the rounds of 25 M elements, as much time as casting them. CUDA's allocator keeps its blocks, so there this file
+does nothing.
 
 A buffer belongs to the one who took it until it is given back; nobody gives back what a collective still reads or
 writes, that is, before the handle has been waited for.

@@ -1,7 +1,8 @@
 """`gradient_wire_scope: auto`: where FP8 gradients win, asked of the machine.
 
-Inside a node whose GPUs are joined by NVLink bytes cost less than casts: 1 GiB of bf16 gradients to their owners took 3.4 ms in
-FP8 and NCCL's own reduce-scatter 2.2 (two H100s, benchmarks/results/gpu_h100x2_202611.md). Over a network the bytes decide. So:
+Inside a node whose GPUs are joined by NVLink bytes cost less than casts: 1 GiB of bf16 gradients to their owners took
+3.4 ms in FP8 and NCCL's own reduce-scatter 2.2 (two H100s, benchmarks/results/gpu_h100x2_202611.md). Over a network the
+bytes decide. So:
 
     one node, NVLink               DeepSpeed's own reduction, in high precision
     several nodes, NVLink in each  inter_node: high precision inside a node, FP8 between nodes

@@ -1,6 +1,7 @@
 """One message of quantized values and scales: what travels when a gradient goes FP8.
 
-    message to owner d   | quantized values of d's slice, 1 byte each | 0 to 3 bytes of padding | fp32 scale_inv per 128 elements |
+    message to owner d   | quantized values of d's slice, 1 byte each | 0 to 3 bytes of padding | fp32 scale_inv per 128
+                         elements |
 
 Quantized values and scales travel together as uint8, so any backend carries them (none of them knows float8), one
 collective suffices, and no rank has to learn another rank's amax: every rank casts with its own block scales.

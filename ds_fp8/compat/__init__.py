@@ -1,7 +1,8 @@
 """A shim for the `msamp` package, for scripts that say `from msamp import deepspeed`.
 
-MS-AMP is unmaintained and does not import on today's DeepSpeed. Scripts written for it, and Accelerate's MS-AMP backend,
-need four names of it: `msamp.initialize`, `msamp.deepspeed`, `msamp.clip_grad_norm_`, and to be found as installed.
+MS-AMP is unmaintained and does not import on today's DeepSpeed. Scripts written for it, and Accelerate's MS-AMP
+backend, need four names of it: `msamp.initialize`, `msamp.deepspeed`, `msamp.clip_grad_norm_`, and to be found as
+installed.
 
     import ds_fp8.compat
     ds_fp8.compat.install()              # before the first `import msamp`

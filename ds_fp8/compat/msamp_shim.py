@@ -119,7 +119,8 @@ def _with_level(initialize: Callable, opt_level: str) -> Callable:
             kwargs["config_params"] = {**config, "msamp": {"enabled": True, "opt_level": opt_level}}
         elif isinstance(config, dict) and "msamp" not in config:
             print_rank_0(
-                f"the JSON has an fp8 section and no msamp section: opt_level {opt_level} of Accelerate's MSAMPRecipeKwargs is not used"
+                f"the JSON has an fp8 section and no msamp section: opt_level {opt_level} of Accelerate's "
+                "MSAMPRecipeKwargs is not used"
             )
         return initialize(*args, **kwargs)
 

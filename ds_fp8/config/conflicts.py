@@ -53,8 +53,8 @@ def nvme_states(data: dict[str, Any]) -> Found:
         yield (
             ("zero_optimization", "offload_optimizer", "device"),
             (
-                "nvme swaps states of the master's size and dtype, quantized values and scales have neither; use cpu, where msamp's "
-                "states take a third of the memory"
+                "nvme swaps states of the master's size and dtype, quantized values and scales have neither; use cpu, "
+                "where msamp's states take a third of the memory"
             ),
         )
 
@@ -156,7 +156,8 @@ def secondary_partition(data: dict[str, Any]) -> Found:
         yield (
             ("zero_optimization", "zero_hpz_partition_size"),
             (
-                f"{size} keeps a second 16-bit copy of weights that msamp gathers as e4m3 values; set it to 1, or weight_wire to none"
+                f"{size} keeps a second 16-bit copy of weights that msamp gathers as e4m3 values; set it to 1, or "
+                "weight_wire to none"
             ),
         )
 

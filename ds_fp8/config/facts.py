@@ -34,7 +34,8 @@ def zero_stage(data: dict[str, Any]) -> int:
 def base_dtype(data: dict[str, Any]) -> str:
     """What DeepSpeed casts parameters to. Under torch_autocast they stay fp32.
 
-    "auto" is decided by the trainer above DeepSpeed before an engine sees it; until then the 16-bit type is planned with.
+    "auto" is decided by the trainer above DeepSpeed before an engine sees it; until then the 16-bit type is planned
+    with.
     """
     if is_on(data, "bf16") or ("bf16" not in data and is_on(data, "bfloat16")):
         return "bf16"

@@ -62,9 +62,9 @@ def fp8_weights_travel(settings: Settings, host: Host | None, model: ModelFacts 
     if settings.fp8.implied and "weight_wire" not in settings.msamp.explicit:
         return
     what = (
-        "sends the weights of FP8 layers in quantized form, but no weight qualifies: each is frozen, shared with another "
-        "module, used in high precision (override_linear_precision), or belongs to a layer whose weights travel in 16 "
-        "bits (Conv1D, experts)"
+        "sends the weights of FP8 layers in quantized form, but no weight qualifies: each is frozen, shared with "
+        "another module, used in high precision (override_linear_precision), or belongs to a layer whose weights "
+        "travel in 16 bits (Conv1D, experts)"
     )
     path = ("msamp", "weight_wire" if "weight_wire" in settings.msamp.explicit else "opt_level")
     yield Refusal(path, what, "Use opt_level O2")

@@ -31,7 +31,8 @@ class _LostError(Exception):
 
 @dataclass
 class Positions:
-    """keys: path -> (line, column), both 1-based; duplicates: paths that occur twice, with the second place; root: where
+    """keys: path -> (line, column), both 1-based; duplicates: paths that occur twice, with the second place; root:
+    where
     the outermost object begins."""
 
     keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
@@ -39,7 +40,9 @@ class Positions:
     root: tuple[int, int] = (0, 0)
 
     def find(self, path: Path) -> tuple[int, int]:
-        """Place of `path`, or of its nearest ancestor that has one (the top of the object at last); (0, 0) without text."""
+        """Place of `path`, or of its nearest ancestor that has one (the top of the object at last); (0, 0) without
+        text.
+        """
         for length in range(len(path), 0, -1):
             if path[:length] in self.keys:
                 return self.keys[path[:length]]
@@ -129,7 +132,8 @@ class _Scanner:
 
     def skip_blank(self, commas: bool = False) -> None:
         while True:
-            self.at = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]  # the pattern matches nothing too
+            # The pattern matches nothing too.
+            self.at = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
             if not (commas and self.text.startswith(",", self.at)):
                 return
             self.at += 1

@@ -101,8 +101,8 @@ def compiled_layers_are_our_own(settings: Settings, host: Host | None, model: Mo
         return
     if fp8.backend == "transformer_engine" or not fp8.recipe.facts.is_ours:
         what = (
-            "Transformer Engine's layers (fp8/backend, fp8/recipe, msamp/use_te) run outside a compiled graph and break it at "
-            "each layer"
+            "Transformer Engine's layers (fp8/backend, fp8/recipe, msamp/use_te) run outside a compiled graph and "
+            "break it at each layer"
         )
         cure = f"Set fp8/backend to torch with recipe {listed(OUR_RECIPES)}, or fp8/compile to false"
         yield Refusal(("fp8", "compile"), what, cure)
@@ -192,8 +192,8 @@ def unscaled_fp16(settings: Settings, host: Host | None, model: ModelFacts | Non
         return
     if facts.base_dtype == "fp16" and facts.zero_stage == 0:
         what = (
-            "fp16 at ZeRO stage 0 trains wrongly in DeepSpeed since 0.18.4: it unscales the gradients without having scaled "
-            "the loss, with or without FP8"
+            "fp16 at ZeRO stage 0 trains wrongly in DeepSpeed since 0.18.4: it unscales the gradients without having "
+            "scaled the loss, with or without FP8"
         )
         yield Refusal(("fp16", "enabled"), what, "Set zero_optimization/stage to 1, 2 or 3, or use bf16")
 

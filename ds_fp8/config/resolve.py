@@ -55,7 +55,9 @@ def explicit_keys(given: dict[str, Any]) -> frozenset[str]:
 
 
 def without_training(data: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as an engine without an optimizer has it: `msamp` off, the FP8 layers that it brought along on."""
+    """The configuration as an engine without an optimizer has it: `msamp` off, the FP8 layers that it brought along
+    on.
+    """
     if not is_enabled(data.get("msamp")):
         return data
     return {"fp8": {"enabled": True}, **data, "msamp": {**data["msamp"], "enabled": False}}

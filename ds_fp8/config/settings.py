@@ -137,7 +137,9 @@ class Settings:
 
     @property
     def checkpoint_on_signal(self) -> str | None:
-        """Folder for the checkpoint that a signal asks for; whichever section names one (two that differ are refused)."""
+        """Folder for the checkpoint that a signal asks for; whichever section names one (two that differ are
+        refused).
+        """
         return self.fp8.checkpoint_on_signal or self.msamp.checkpoint_on_signal
 
     @property

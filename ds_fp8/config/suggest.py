@@ -49,7 +49,9 @@ def completed(levelled: str, known: Iterable[str], least: int = 4) -> str | None
 
 
 def nearest(levelled: str, known: Iterable[str], most: int) -> str | None:
-    """The known word within `most` edits of `levelled`, the nearest and then the one of equal length; None without one."""
+    """The known word within `most` edits of `levelled`, the nearest and then the one of equal length; None without
+    one.
+    """
     best: tuple[int, int, str] | None = None
     for other in known:
         spelling = level_spelling(other)

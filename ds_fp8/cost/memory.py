@@ -13,7 +13,8 @@ Bytes of one parameter on one rank, W ranks, b bytes of the base dtype (2 or 4);
 
     m   4 for DeepSpeed's fp32 copy, which ZeRO makes of fp32 weights too (stage 0 does not); `extra_bytes` of a
         level, nothing beside an fp32 weight. At O3 in stages 1 and 2 the owner's weight itself (b) is part of it.
-    *   stage 1 keeps whole gradients while it accumulates micro-batches, the partition when every backward is a boundary
+    *   stage 1 keeps whole gradients while it accumulates micro-batches, the partition when every backward is a
+        boundary
 
 `offload_optimizer` moves masters, states and the gradient partition to the host, the last as fp32 for DeepSpeed's own
 optimizers; `offload_param` moves the weights of stage 3. Reduction buckets are counted apart (`bucket_bytes`).

@@ -3,8 +3,8 @@
     gradients   DeepSpeed  stages 0 to 2: all-reduce of whole buckets, 2 b; stage 3: reduce-scatter, b
                 FP8        stages 1 to 3: to the owners only, 1 byte and its share of a scale; stage 0: there and back
                            in stages 2 and 3 in each micro-batch, in 0 and 1 at the boundary
-    weights     stages 1, 2: gathered once after the step; stage 3: for the forward and the backward of each micro-batch;
-                b bytes, or 1 where they travel as FP8 data (O3)
+    weights     stages 1, 2: gathered once after the step; stage 3: for the forward and the backward of each
+                micro-batch; b bytes, or 1 where they travel as FP8 data (O3)
 
 Source: ZeRO (arXiv 1910.02054), section 7; counted by `comm.counters` and by the kernel (`benchmarks/bench_wire.py`).
 """

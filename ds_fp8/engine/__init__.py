@@ -2,7 +2,8 @@
 
 `activate()` wraps two methods of `DeepSpeedEngine` (`patches.py`); each wrapper asks at once whether this engine has
 an `fp8` or `msamp` section and, if not, calls the original and nothing else. The first wrapper that meets a section
-reads it, plans, swaps (`attach.py`), compares with all ranks (`agreement.py`), and leaves an `Attachment` on the engine.
+reads it, plans, swaps (`attach.py`), compares with all ranks (`agreement.py`), and leaves an `Attachment` on the
+engine.
 
 Heavy packages are imported only then. The plugin makes the import of DeepSpeed a few milliseconds longer.
 """

@@ -66,7 +66,10 @@ def judge(rank: int, findings: list[Finding]) -> None:
             raise PlanError(
                 "\n".join(
                     [
-                        "the ranks differ in what all of them must have alike; their weights would drift apart, or they would hang:",
+                        (
+                            "the ranks differ in what all of them must have alike; their weights would drift apart, "
+                            "or they would hang:"
+                        ),
                         *(f"  {line}" for line in foreign),
                         "  Give every node the same ds.json, the same arguments and the same packages.",
                     ]

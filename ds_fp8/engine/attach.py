@@ -80,7 +80,8 @@ class Attachment:
         """DeepSpeed has put the model on its device and knows its groups: whoever shares data shares scales."""
         if self.fp8_state is not None:
             self.fp8_state.group = self.engine.seq_data_parallel_group
-            # Now, not with the first forward: a rank that runs none in a step takes part in its collective all the same.
+            # Now, not with the first forward: a rank that runs none in a step takes part in its collective all the
+            # same.
             self.fp8_state.to(self.engine.device)
         if self.plan.fp8.frozen_weights:
             from ..zero.frozen_weights import FrozenWeights
@@ -220,7 +221,9 @@ class Attachment:
 
 
 def optimized_parameters(engine: Any) -> frozenset[int]:
-    """ids of the model's Parameters that the engine's optimizer steps; ZeRO's groups hold flats, and name them elsewhere."""
+    """ids of the model's Parameters that the engine's optimizer steps; ZeRO's groups hold flats, and name them
+    elsewhere.
+    """
     optimizer = engine.optimizer
     found: set[int] = set()
     groups = [group["params"] for group in getattr(optimizer, "param_groups", ())]

@@ -15,7 +15,10 @@ from ..zero.touched import touched
 
 TOUCHED = {
     "Engine": touched(
-        reads="client_optimizer communication_data_type config gradient_accumulation_steps gradient_clipping gradient_predivide_factor zero_optimization"
+        reads=(
+            "client_optimizer communication_data_type config gradient_accumulation_steps gradient_clipping "
+            "gradient_predivide_factor zero_optimization"
+        ),
     ),
 }
 

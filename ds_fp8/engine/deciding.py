@@ -1,4 +1,6 @@
-"""Settings and plan of an engine, and this rank's word about them: everything that is decided before the model is touched."""
+"""Settings and plan of an engine, and this rank's word about them: everything that is decided before the model is
+touched.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ TOUCHED = {
 
 
 def settings_of(engine: Any) -> Settings:
-    """The validated JSON of an engine; ConfigError, and PrivateNameError for a DeepSpeed that differs from those we know."""
+    """The validated JSON of an engine; ConfigError, and PrivateNameError for a DeepSpeed that differs from those we
+    know.
+    """
     from .. import config
 
     settings = config.load(engine.config, where=source_name(engine.config), trains=has_optimizer(engine))
@@ -72,7 +76,9 @@ def plan_of(engine: Any, model: Any, settings: Settings) -> Plan:
 
 
 def has_optimizer(engine: Any) -> bool:
-    """False for a frozen reference model, and for evaluation alone: neither JSON nor `initialize` names an optimizer."""
+    """False for a frozen reference model, and for evaluation alone: neither JSON nor `initialize` names an
+    optimizer.
+    """
     return bool(engine.client_optimizer or engine.optimizer_name())
 
 

@@ -32,8 +32,10 @@ def refuse(engine: Any) -> None:
     if not _is_asked_for(engine):
         return
     message = (
-        "a DeepSpeed engine whose JSON has our sections was built before ds_fp8 was activated: it would train without them.\n"
-        "  Put `import ds_fp8` at the head of the script; `ds_fp8 doctor ds.json --client ...` tells why the installed hook was not met."
+        "a DeepSpeed engine whose JSON has our sections was built before ds_fp8 was activated: it would train without "
+        "them.\n"
+        "  Put `import ds_fp8` at the head of the script; `ds_fp8 doctor ds.json --client ...` tells why the installed "
+        "hook was not met."
     )
     # This error leaves from an import that somebody else makes, perhaps in a `try`.
     print(f"ds_fp8: error: {message}", file=sys.stderr, flush=True)

@@ -5,9 +5,9 @@
     initialize(a copy)       a copied or unpickled model brings layers of an engine that is not its own: restored
     initialize(shares some)  each engine computes with its own form of the modules that they share (`layers/owners.py`)
 
-DeepSpeed's own hooks keep an engine alive as long as its model, so an engine that a script has merely forgotten counts as
-living; for the same model it does not matter. An engine that dies with its model (`__del__`) must not communicate: its
-layers are restored where that needs no other rank.
+DeepSpeed's own hooks keep an engine alive as long as its model, so an engine that a script has merely forgotten counts
+as living; for the same model it does not matter. An engine that dies with its model (`__del__`) must not communicate:
+its layers are restored where that needs no other rank.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ def forget(attachment: Any) -> None:
 
 @contextmanager
 def unmodified(model: Any, *, plans: bool) -> Iterator[None]:
-    """Inside, `model` is as its script made it: every layer unmodified, so that the engine that comes may plan and swap.
+    """Inside, `model` is as its script made it: every layer unmodified, so that the engine that comes may plan and
+    swap.
 
     plans  the engine has our sections
-    Detaching an engine at O3 gathers weights: collective, as `initialize` is. Raises PlanError where layers cannot be shared.
+    Detaching an engine at O3 gathers weights: collective, as `initialize` is. Raises PlanError where layers cannot be
+    shared.
     """
     _unmodified_models.discard(model)
     if "ds_fp8.layers" not in sys.modules and not plans:  # nothing was ever swapped, or unpickled, in this process
@@ -127,8 +129,8 @@ def _take_turns(model: Any) -> None:
     if not shared:
         return
     print_rank_0(
-        f"{len(shared)} layers of this model belong to another engine too, which was not destroyed: each engine computes"
-        " with its own form of them"
+        f"{len(shared)} layers of this model belong to another engine too, which was not destroyed: each engine "
+        "computes with its own form of them"
     )
     for other, fp8_state in sharing:
         remove_turns(other, fp8_state)
@@ -138,7 +140,8 @@ def _take_turns(model: Any) -> None:
 def is_collected() -> bool:
     """Whether the engine's `destroy` was called by its `__del__`: at any time, on any rank, so nothing may communicate.
 
-    Asked of the stack, because an object that is being collected looks like any other; others may have wrapped `destroy`.
+    Asked of the stack, because an object that is being collected looks like any other; others may have wrapped
+    `destroy`.
     """
     frame: Any = sys._getframe(2)
     for _ in range(CALLERS):

@@ -1,8 +1,9 @@
 """A job whose loss is no number stops with the reason, instead of running on and reporting 0.0.
 
-DeepSpeed skips a step whose gradients overflow where it looks (fp16 always, bf16 by default). A step that it takes with a
-loss or a gradient norm that is not finite has destroyed the weights of all ranks, and nothing says so: Transformers'
-Trainer logs NaN as 0.0. So each step leaves one flag, and after `fp8/max_nonfinite_steps` bad steps in a row the job ends.
+DeepSpeed skips a step whose gradients overflow where it looks (fp16 always, bf16 by default). A step that it takes with
+a loss or a gradient norm that is not finite has destroyed the weights of all ranks, and nothing says so: Transformers'
+Trainer logs NaN as 0.0. So each step leaves one flag, and after `fp8/max_nonfinite_steps` bad steps in a row the job
+ends.
 
     skipped steps    neither count nor break the row; in bf16 as many of them in a row are reported once
     cost             one flag on the device for each step; on a GPU it is read a step later, so nothing waits
@@ -76,8 +77,8 @@ class NonFiniteGuard:
         self.skipped += 1
         if self.skipped == self.limit and not self.engine.fp16_enabled():
             print_rank_0(
-                f"WARNING: step {self.engine.global_steps}: DeepSpeed has skipped {self.skipped} steps in a row, as the gradients"
-                " are not finite; without a loss scale nothing will cure that"
+                f"WARNING: step {self.engine.global_steps}: DeepSpeed has skipped {self.skipped} steps in a row, as "
+                "the gradients are not finite; without a loss scale nothing will cure that"
             )
 
     def _flag(self, losses: list[torch.Tensor]) -> torch.Tensor | None:
@@ -119,10 +120,10 @@ class NonFiniteGuard:
             else "all weights here are finite"
         )
         return (
-            f"step {self.engine.global_steps}: the loss or the gradient norm was not finite in {self.count} steps in a row, and"
-            f" DeepSpeed took these steps; {weights}.\n"
-            "  Go back to a checkpoint from before, and look at the data, the learning rate and gradient_clipping; in bf16,"
-            " bf16/check_grad_overflow true skips such steps.\n"
+            f"step {self.engine.global_steps}: the loss or the gradient norm was not finite in {self.count} steps in a "
+            f"row, and DeepSpeed took these steps; {weights}.\n"
+            "  Go back to a checkpoint from before, and look at the data, the learning rate and gradient_clipping; in "
+            "bf16, bf16/check_grad_overflow true skips such steps.\n"
             "  fp8/max_nonfinite_steps says after how many steps a job stops (0: never)."
         )
 

@@ -32,7 +32,8 @@ def _refuse(model: Any, package: str, library: str) -> None:
         shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
         raise PlanError(
             f"fp8 is enabled, but {library} computes in FP8 here already: {shown}.\n"
-            "  Choose one: in Accelerate `mixed_precision: bf16` beside the JSON's fp8 section, or mixed_precision fp8 and no fp8 section."
+            "  Choose one: in Accelerate `mixed_precision: bf16` beside the JSON's fp8 section, or mixed_precision fp8 "
+            "and no fp8 section."
         )
 
 

@@ -5,7 +5,8 @@ Asked in this order, and only for messages:
     command line      --deepspeed_config ds.json, --deepspeed ds.json, as DeepSpeed and the Trainer read it
     environment       where `accelerate launch` and Lightning leave the name
     Trainer           TrainingArguments(deepspeed="ds.json"), found in the functions that are building this engine
-    folder            the one JSON in the current folder, the script's, or among the arguments, that has these very sections
+    folder            the one JSON in the current folder, the script's, or among the arguments, that has these very
+                      sections
 
 A script that builds its dict itself has no file: then the messages say so.
 """

@@ -63,14 +63,15 @@ def gather_ranks() -> None:
     without_section = call.ranks_without_section()
     if without_section:
         raise PlanError(
-            f"{names(without_section)} made a DeepSpeed engine without an fp8 or msamp section; rank {call.rank} has one.\n  {SAME_JSON}"
+            f"{names(without_section)} made a DeepSpeed engine without an fp8 or msamp section; rank {call.rank} has "
+            f"one.\n  {SAME_JSON}"
         )
 
 
 def _absent(call: _StartupCheck) -> str:
     return (
-        f"{names(call.absent_ranks())} did not come within {PATIENCE_S:.0f} s, so rank {call.rank} stops: no plugin there, or "
-        "another ds.json, or an error of their own.\n"
+        f"{names(call.absent_ranks())} did not come within {PATIENCE_S:.0f} s, so rank {call.rank} stops: no plugin "
+        "there, or another ds.json, or an error of their own.\n"
         "  Run `ds_fp8 doctor ds.json` on each node: it finds a missing activation hook and DS_FP8_DISABLE."
     )
 

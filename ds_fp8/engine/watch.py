@@ -1,8 +1,9 @@
 """Telemetry: one step in every `interval` optimizer steps is measured; the others cost nothing.
 
-For that one step hooks lie on the FP8 layers; operators of compiled layers, which call no hooks, report by themselves. They see each operand as the layer sees it, measure its amax and the
-share of elements that the cast flushes to zero, and keep the results on the device; after the step they are taken off
-and the numbers are read, which is the only time that waits for the device. Nothing that is computed is changed.
+For that one step hooks lie on the FP8 layers; operators of compiled layers, which call no hooks, report by themselves.
+They see each operand as the layer sees it, measure its amax and the share of elements that the cast flushes to zero,
+and keep the results on the device; after the step they are taken off and the numbers are read, which is the only time
+that waits for the device. Nothing that is computed is changed.
 
     step N * interval   hooks on -> forward, backward, step -> hooks off -> monitor (rank 0), log (each rank), alarms
 
@@ -226,8 +227,8 @@ class Watch:
         if not statistics and self._layers() and not self._told_unseen:
             self._told_unseen = True
             print_rank_0(
-                f"telemetry: no operand was seen at step {engine.global_steps}: a CUDA graph (fp8/compile/mode reduce-overhead) is "
-                "replayed without our code; mode default shows them"
+                f"telemetry: no operand was seen at step {engine.global_steps}: a CUDA graph (fp8/compile/mode "
+                "reduce-overhead) is replayed without our code; mode default shows them"
             )
         alarms = find_alarms(statistics)
         values = aggregate(statistics, alarms)

@@ -47,7 +47,8 @@ class AdamStep:
     bias_correction   False leaves both corrections out (an option of DeepSpeed's Adam)
     grad_scale        multiplies the gradient in fp32: unscale and clip; a float, or a 0-d fp32 tensor on the same
                       device
-    rounding          `nearest` | `stochastic`, for the quantized values of states and master (never for fp32 and split32)
+    rounding          `nearest` | `stochastic`, for the quantized values of states and master (never for fp32 and
+                      split32)
     seed              of the stochastic rounding, with `step` and the element's number its whole state
     torch_sqrt        True: the very square root of torch.optim.Adam, see numerics/adam.py; on a CPU where it is not the
                       rounded one, C++ calls it in torch's library (kernels/cpu/torch_sqrt.py), or PyTorch does the step

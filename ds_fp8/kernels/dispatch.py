@@ -1,8 +1,8 @@
 """One name for each operation, whatever the device: C++ on the CPU, Triton on a GPU, PyTorch where neither can.
 
 The names and arguments are those of `ds_fp8.numerics`, which is also what runs when a fast path is missing. A fast path
-is what `kernels.cpu.library()` or `kernels.triton.library()` gives: None when it cannot run here (after one warning), or
-an object with a string `path` and (some of) these functions, which compute the same bits as numerics:
+is what `kernels.cpu.library()` or `kernels.triton.library()` gives: None when it cannot run here (after one warning),
+or an object with a string `path` and (some of) these functions, which compute the same bits as numerics:
 
     quantize(x, scale, fmt)   dequantize(quantized, scale_inv, dtype)   amax(x)
     amax_many(tensors)   quantize_many(tensors, scales, fmt, quantized values)

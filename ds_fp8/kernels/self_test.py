@@ -1,10 +1,10 @@
 """Do this device's kernels give the reference's bits? Asked of the machine itself, before a job trusts them.
 
-Tests show that the source is right. Whether *this* compiler makes the right code of it is another question: ptxas 12.8 wrote
-every second code of a gradient as a copy of its neighbour, from PTX that was right, and the job trained on. So each
-kernel of the wire, the casts and the optimizer step runs here once on awkward numbers (all exponents, zeros, an
-infinity, a short last block), and its result is compared with `ds_fp8.numerics` on the CPU, bit for bit. That takes a third of
-a second, and on a GPU the compilation of some thirty variants when nothing is cached yet.
+Tests show that the source is right. Whether *this* compiler makes the right code of it is another question: ptxas 12.8
+wrote every second code of a gradient as a copy of its neighbour, from PTX that was right, and the job trained on. So
+each kernel of the wire, the casts and the optimizer step runs here once on awkward numbers (all exponents, zeros, an
+infinity, a short last block), and its result is compared with `ds_fp8.numerics` on the CPU, bit for bit. That takes a
+third of a second, and on a GPU the compilation of some thirty variants when nothing is cached yet.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ Compared = tuple[str, Callable[[], tuple[Tensor, ...]], Callable[[], tuple[Tenso
 
 
 def disagreements(device: torch.device | str) -> list[str]:
-    """Names of the kernels of `device` that differ from the reference; empty when all agree, or PyTorch does the work."""
+    """Names of the kernels of `device` that differ from the reference; empty when all agree, or PyTorch does the
+    work.
+    """
     if dispatch.path(device) == "torch":
         return []
     wrong = []

@@ -11,9 +11,9 @@ One `update` per step, in Transformer Engine's order and layout (its golden vect
     the history rolls by -1, slot 0 is zeroed
 
 A column whose amax of the step is zero is left alone, history and scale: its layer did not run, or the tensor was all
-zeros. So a step without a backward does not age the gradients' histories. So is one whose amax is not finite: in Transformer
-Engine it stays in the history like any other, and under `max` holds the scale still until it rolls out, 1024 steps after one
-bad batch that everybody skipped (`keeps_non_finite`, JSON key `fp8/amax_rules`).
+zeros. So a step without a backward does not age the gradients' histories. So is one whose amax is not finite: in
+Transformer Engine it stays in the history like any other, and under `max` holds the scale still until it rolls out,
+1024 steps after one bad batch that everybody skipped (`keeps_non_finite`, JSON key `fp8/amax_rules`).
 Source: Transformer Engine 2.x, delayed scaling.
 """
 

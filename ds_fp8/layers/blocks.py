@@ -1,11 +1,12 @@
 """`fp8.compile`: torch.compile for a model's repeated blocks, in place, once its layers are converted.
 
 Why blocks and not the whole model: equal blocks share one compilation, so starting takes seconds and not minutes; and a
-compiled block meets attention as its model calls it. (Traced as a whole, transformers' models make a mask tensor, for which
-torch has slower attention kernels only.) What a model does once stays as it is, embeddings and head; but its loss over a
-vocabulary is compiled by itself (`compiled_loss`).
+compiled block meets attention as its model calls it. (Traced as a whole, transformers' models make a mask tensor, for
+which torch has slower attention kernels only.) What a model does once stays as it is, embeddings and head; but its loss
+over a vocabulary is compiled by itself (`compiled_loss`).
 
-`nn.Module.compile` changes how a module is called and nothing else: names, parameters, hooks and the module itself stay.
+`nn.Module.compile` changes how a module is called and nothing else: names, parameters, hooks and the module itself
+stay.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) 
     """
     if not torch._dynamo.is_dynamo_supported():
         raise BackendError(
-            f"fp8/compile: torch {torch.__version__} cannot compile on this Python or platform.\n  Set fp8/compile to false."
+            f"fp8/compile: torch {torch.__version__} cannot compile on this Python or platform.\n  Set fp8/compile to "
+            "false."
         )
     blocks = repeated_blocks(model, converted) if how.regional else {}
     for block in blocks.values() if blocks else (model,):
@@ -49,7 +51,9 @@ def release_blocks(model: nn.Module) -> None:
 
 
 def repeated_blocks(model: nn.Module, converted: set[str]) -> dict[str, nn.Module]:
-    """The outermost modules that have a sibling of their class and hold converted layers: decoder layers, pipeline layers."""
+    """The outermost modules that have a sibling of their class and hold converted layers: decoder layers, pipeline
+    layers.
+    """
     found: dict[str, nn.Module] = {}
 
     def holds(name: str) -> bool:

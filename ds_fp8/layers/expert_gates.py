@@ -1,7 +1,7 @@
 """Gated activations that are known by what they compute, in one launch on a GPU; every other one is called as it is.
 
-Known are transformers' default gate with SiLU, and gpt-oss's clamped one. On a CPU, in a dtype without a kernel, and for a
-class that overrides its gate, the module's own `_apply_gate` runs.
+Known are transformers' default gate with SiLU, and gpt-oss's clamped one. On a CPU, in a dtype without a kernel, and
+for a class that overrides its gate, the module's own `_apply_gate` runs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Stacked experts that compute in FP8: a module's class is changed in place, its parameters and names are not.
 
 transformers dispatches its experts by `config._experts_implementation`; what an implementation is handed and may read
-(`has_gate`, `has_bias`, `is_transposed`, `_apply_gate`) is that registry's contract, and `_transformers` below is written
-to it. It is not entered into the registry, because one configuration is shared by experts that are converted and experts
-that are kept, is read when a model generates, and is saved with it. Where FP8 is off (eval, before `start_step`) the
-module computes as it would have: by whatever implementation its configuration names.
+(`has_gate`, `has_bias`, `is_transposed`, `_apply_gate`) is that registry's contract, and `_transformers` below is
+written to it. It is not entered into the registry, because one configuration is shared by experts that are converted
+and experts that are kept, is read when a model generates, and is saved with it. Where FP8 is off (eval, before
+`start_step`) the module computes as it would have: by whatever implementation its configuration names.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Fp8Experts:
         return f"{super().extra_repr()} {recipe.of_experts}".strip()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copied and pickled as the module it was, and converted again: the class itself exists in this process only."""
+        """Copied and pickled as the module it was, and converted again: the class itself exists in this process
+        only.
+        """
         attributes = {name: value for name, value in self.__dict__.items() if name != STATE}
         return _rebuilt, (self.__dict__[STATE].original, self.__dict__[STATE], attributes)
 
@@ -209,7 +211,8 @@ def _transformers(
 ) -> torch.Tensor:
     """hidden_states [tokens, H], the experts that each token visits [tokens, k] and their weights -> [tokens, H].
 
-    One stable sort puts the visits in the order of the experts; index `num_experts` stands for an expert of another rank.
+    One stable sort puts the visits in the order of the experts; index `num_experts` stands for an expert of another
+    rank.
     """
     first, second = linear.state.rule.weights
     visits, count = Visits(top_k_index), module.num_experts

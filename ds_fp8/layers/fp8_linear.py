@@ -111,9 +111,9 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def is_ordinary(input: torch.Tensor) -> bool:
     """Whether FP8 casts can take a call with this input.
 
-    Not inside transforms of torch.func (vmap, grad, jvp, jacrev) and forward-mode derivatives, which ask an operator for
-    rules of its own, nor under torch.jit.trace, nor for tensors that are no dense memory: nested (jagged and strided),
-    sparse, subclasses.
+    Not inside transforms of torch.func (vmap, grad, jvp, jacrev) and forward-mode derivatives, which ask an operator
+    for rules of its own, nor under torch.jit.trace, nor for tensors that are no dense memory: nested (jagged and
+    strided), sparse, subclasses.
     """
     if type(input) is not torch.Tensor and type(input) is not nn.Parameter:
         return False

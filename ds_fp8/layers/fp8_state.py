@@ -109,7 +109,9 @@ class ModelFp8State:
         return self.tensors.backward
 
     def watch(self, root: torch.nn.Module) -> None:
-        """Learn where a forward of `root` begins: only a model without an engine needs to know, under delayed scaling."""
+        """Learn where a forward of `root` begins: only a model without an engine needs to know, under delayed
+        scaling.
+        """
         if self.keeps_history and not self.managed:
             root.register_forward_pre_hook(self._before_root, prepend=True)
             root.register_forward_hook(self._after_root, always_call=True)
@@ -142,8 +144,8 @@ class ModelFp8State:
         grad      whether gradients are recorded; asked of torch when not given
 
         A step before `start_step` is in high precision too, but fills the histories, so that FP8 starts with scales
-        that fit. A call without gradients (evaluation, a teacher, the first forward under reentrant checkpointing, whose
-        recompute has them) leaves no amax.
+        that fit. A call without gradients (evaluation, a teacher, the first forward under reentrant checkpointing,
+        whose recompute has them) leaves no amax.
         """
         grad = torch.is_grad_enabled() if grad is None else grad
         training = training or (self.trains_in_eval and grad)
@@ -172,7 +174,9 @@ class ModelFp8State:
         return self.tensors.pending
 
     def slot(self, column: int) -> torch.Tensor:
-        """fp32 [1], a view into the pending amaxes, for somebody who raises it himself: a kernel, Transformer Engine."""
+        """fp32 [1], a view into the pending amaxes, for somebody who raises it himself: a kernel, Transformer
+        Engine.
+        """
         self._recorded = True
         return self.tensors.pending_slots[column].reshape(1)
 
@@ -223,7 +227,9 @@ class ModelFp8State:
         self._renew_anchors()
 
     def _renew_anchors(self) -> None:
-        """Tell CUDA graphs (`anchors`) when the layers go on in another way: `start_step` is reached, a history has begun."""
+        """Tell CUDA graphs (`anchors`) when the layers go on in another way: `start_step` is reached, a history has
+        begun.
+        """
         phase = self.warming, self.tensors.current.unknown
         if phase != self._phase:
             self._phase = phase

@@ -66,8 +66,8 @@ def match_state(
 
 
 def _known(state: dict[str, Any]) -> torch.Tensor:
-    """Which columns have a scale of their own: as written, or (until version 0.1.0, and under Transformer Engine's rules, which
-    do not ask) as it shows.
+    """Which columns have a scale of their own: as written, or (until version 0.1.0, and under Transformer Engine's
+    rules, which do not ask) as it shows.
     """
     known = state["scales"] != 1
     return known | state["known"] if "known" in state else known

@@ -1,10 +1,11 @@
 """`fuse`: a norm and the linear layer that alone reads it become one te.LayerNormLinear.
 
-Why: the norm's result is written and read once less, and is cast to FP8 before it was ever rounded to 16 bits. When: only
-where it is the same function. The parent's forward is traced (torch.fx, with every child as a leaf), and a pair is taken
-if the norm is called once, its result goes into one linear layer and nowhere else, and that layer is called once with
-nothing else. A forward that cannot be traced, a norm with hooks, products in high precision: kept as they are, with the
-reason. A te.LayerNormMLP would need the activation too, and is left out: its first layer is fused, its second is FP8.
+Why: the norm's result is written and read once less, and is cast to FP8 before it was ever rounded to 16 bits. When:
+only where it is the same function. The parent's forward is traced (torch.fx, with every child as a leaf), and a pair is
+taken if the norm is called once, its result goes into one linear layer and nowhere else, and that layer is called once
+with nothing else. A forward that cannot be traced, a norm with hooks, products in high precision: kept as they are,
+with the reason. A te.LayerNormMLP would need the activation too, and is left out: its first layer is fused, its second
+is FP8.
 
 Names and checkpoints stay the unmodified model's: the norm's Parameters stay registered in the norm, which now passes
 its input on; the fused layer only refers to them. That is why ZeRO-3 is refused: it gathers the Parameters of the
@@ -52,7 +53,8 @@ def fuse_layers(model: nn.Module, plan: Plan) -> tuple[Pair, ...]:
     if not pairs:
         listed = "".join(f"\n  {reason}" for reason in sorted(set(reasons))[:10])
         raise BackendError(
-            f"fp8/fuse: no norm was found whose result one FP8 linear layer alone reads.{listed}\n  Set fp8/fuse to false."
+            f"fp8/fuse: no norm was found whose result one FP8 linear layer alone reads.{listed}\n  Set fp8/fuse to "
+            "false."
         )
     for pair in pairs:
         make_norm_linear(model.get_submodule(pair.parent), pair.norm, pair.linear)

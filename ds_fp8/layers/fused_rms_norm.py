@@ -1,4 +1,5 @@
-"""RMS norms of model libraries (`plan.known_norms`) run torch's fused kernel; the class changes in place, nothing else does.
+"""RMS norms of model libraries (`plan.known_norms`) run torch's fused kernel; the class changes in place, nothing else
+does.
 
 Written out in six operations such a norm reads and writes its tensor a dozen times, and rounds to 16 bits before it
 multiplies with the weight. The fused kernel reads and writes it once, and rounds once.

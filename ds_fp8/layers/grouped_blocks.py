@@ -1,7 +1,7 @@
 """Products of stacked experts under recipe `block`: for each expert the three products of a linear layer.
 
-1x128 groups along the axis that is summed, 128x128 tiles of each expert's weight. So in wgrad, which sums over tokens, a
-group holds up to 128 tokens of one expert and never those of two. The formats are the recipe's.
+1x128 groups along the axis that is summed, 128x128 tiles of each expert's weight. So in wgrad, which sums over tokens,
+a group holds up to 128 tokens of one expert and never those of two. The formats are the recipe's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Products of stacked experts in high precision: what an FP8 expert does where one of its three products stays as it was."""
+"""Products of stacked experts in high precision: what an FP8 expert does where one of its three products stays as it
+was.
+"""
 
 from __future__ import annotations
 

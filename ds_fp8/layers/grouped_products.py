@@ -1,8 +1,8 @@
 """The three products of stacked experts as one autograd function; `grouped_rows` and `grouped_blocks` say how.
 
 A product that `override_linear_precision` keeps in high precision uses the operands as they came. Weights are cast in
-each forward and again in the backward, from the Parameter itself: under ZeRO 3 it exists only while its module runs, and
-nothing of the size of the weights is held between the two, unless `weight_cache` keeps them for the optimizer step.
+each forward and again in the backward, from the Parameter itself: under ZeRO 3 it exists only while its module runs,
+and nothing of the size of the weights is held between the two, unless `weight_cache` keeps them for the optimizer step.
 """
 
 from __future__ import annotations

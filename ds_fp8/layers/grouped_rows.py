@@ -24,8 +24,8 @@ from ..kernels import grouped as casts
 from .groups import Groups, Stack
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
-"""Quantized values [.., rows, columns] and scale_inv [.., rows]; an operand of wgrad is [columns, room] (`Groups.room`) with
-scale_inv [E, columns].
+"""Quantized values [.., rows, columns] and scale_inv [.., rows]; an operand of wgrad is [columns, room] (`Groups.room`)
+with scale_inv [E, columns].
 """
 
 

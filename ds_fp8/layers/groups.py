@@ -1,4 +1,6 @@
-"""Rows sorted by expert, and the stack of their weights: what lies where, on the device and, where a loop needs it, on the host."""
+"""Rows sorted by expert, and the stack of their weights: what lies where, on the device and, where a loop needs it,
+on the host.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ class Groups:
 
     @property
     def table(self) -> torch.Tensor:
-        """[3, experts] int32, contiguous: sums up to and with each expert of tiles of TILE rows, of rows, and of rows rounded
-        up to ALIGNMENT. Waits for nothing.
+        """[3, experts] int32, contiguous: sums up to and with each expert of tiles of TILE rows, of rows, and of rows
+        rounded up to ALIGNMENT. Waits for nothing.
         """
         if self._table is None:
             counts = self.counts.to(torch.int32)
@@ -71,7 +73,9 @@ class Groups:
         return out
 
     def without_rows_zero(self, out: torch.Tensor) -> torch.Tensor:
-        """`out` [experts, ., .] with zeros for experts without rows, in place: a product over nothing writes nothing."""
+        """`out` [experts, ., .] with zeros for experts without rows, in place: a product over nothing writes
+        nothing.
+        """
         zero_experts(out, self.ends)
         return out
 

@@ -1,5 +1,5 @@
-"""Layers of libraries with one weight (`plan.shapes.LAYER_TYPES`) in FP8: the class changes in place, names and shapes do
-not.
+"""Layers of libraries with one weight (`plan.shapes.LAYER_TYPES`) in FP8: the class changes in place, names and shapes
+do not.
 
 The products are those of `Fp8Linear` on the weight, or on the transposed view of one that lies as [in, out] (GPT-2's
 Conv1D), so recipes, scales and telemetry are the same; autograd turns the gradient back. What differs for a view: under

@@ -14,8 +14,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def opaque(function: Function) -> Function:
-    """`function` as one opaque call for torch.compile, and as itself without: `torch.compiler.disable` alone costs every
-    eager call a change of Dynamo's callback, several microseconds of the host's time on a GPU's machine.
+    """`function` as one opaque call for torch.compile, and as itself without: `torch.compiler.disable` alone costs
+    every eager call a change of Dynamo's callback, several microseconds of the host's time on a GPU's machine.
     """
     hidden = torch.compiler.disable(function)
 

@@ -71,7 +71,9 @@ class Operand:
         return self._inflate_blocks(dtype)
 
     def _inflate_blocks(self, dtype: torch.dtype) -> torch.Tensor:
-        """Whole blocks: the fast decode, then one product by powers of two, exact in bf16 too. Short edges: numerics."""
+        """Whole blocks: the fast decode, then one product by powers of two, exact in bf16 too. Short edges:
+        numerics.
+        """
         rows, columns = self.data.shape
         whole = columns % BLOCK_SIZE == 0 and (self.extent == GROUPS or rows % BLOCK_SIZE == 0)
         if not whole or not self.data.is_contiguous() or dtype == torch.float16:
@@ -129,8 +131,9 @@ def cast_transposed(x: torch.Tensor, quantized: Operand | None, call: Call, colu
 def cast_weight(weight: torch.Tensor, call: Call) -> Operand:
     """The weight [N, K] in quantized form: set from outside (O3), cached in this optimizer step, or cast now.
 
-    Cast as often as the layer runs, since a weight can change in ways that leave no trace (`weight.data.copy_(...)`): within
-    a step the scale stands still, so an unchanged weight gives the same quantized values, and its amax counts once.
+    Cast as often as the layer runs, since a weight can change in ways that leave no trace (`weight.data.copy_(...)`):
+    within a step the scale stands still, so an unchanged weight gives the same quantized values, and its amax counts
+    once.
     """
     layer_state = call.layer_state
     if call.quantized_weight is not None:

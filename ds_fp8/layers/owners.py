@@ -1,9 +1,10 @@
 """Whose a layer is: one engine's for as long as that lives, or several engines' at a time.
 
-An engine that swaps the layers of its model owns them until it is destroyed. A model may hold modules that another living
-engine holds too: actor and critic share a trunk, a student wraps its teacher. Then each engine computes as if it were
-alone: with the FP8 state, scales and recipe of its own JSON, or unmodified if it has no section of ours. Whose turn it is
-tell hooks on the models of engines that share (`Turn`; others have none): the one's whose model runs, or is differentiated.
+An engine that swaps the layers of its model owns them until it is destroyed. A model may hold modules that another
+living engine holds too: actor and critic share a trunk, a student wraps its teacher. Then each engine computes as if it
+were alone: with the FP8 state, scales and recipe of its own JSON, or unmodified if it has no section of ours. Whose
+turn it is tell hooks on the models of engines that share (`Turn`; others have none): the one's whose model runs, or is
+differentiated.
 
 Owners lie in the layer's `__dict__`, so copies and pickles of a model carry them, with FP8 states of their own.
 """

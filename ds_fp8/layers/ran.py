@@ -1,7 +1,7 @@
 """What an FP8 layer has really done: written where the products run, read once, after the first step.
 
-A plan says which layers shall multiply in FP8. A layer that is never called, or whose weight somebody else multiplies by
-(fused losses read `lm_head.weight`), does not, and nothing in the plan can know.
+A plan says which layers shall multiply in FP8. A layer that is never called, or whose weight somebody else multiplies
+by (fused losses read `lm_head.weight`), does not, and nothing in the plan can know.
 """
 
 from __future__ import annotations

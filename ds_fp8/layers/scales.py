@@ -1,4 +1,5 @@
-"""Amaxes, histories and scales of many tensors, in a few contiguous fp32 tensors; and `Scales`, what one step casts with.
+"""Amaxes, histories and scales of many tensors, in a few contiguous fp32 tensors; and `Scales`, what one step casts
+with.
 
 Contiguous, because then one collective reduces all amaxes and one small computation renews all scales, whatever the
 number of layers. Columns:
@@ -6,8 +7,9 @@ number of layers. Columns:
     [0, 2n)   input and weight of layer 0, of layer 1, ...     e4m3
     [2n, 3n)  grad_output of layer 0, of layer 1, ...          e5m2 (HYBRID) or e4m3
 
-A cast raises its column of `pending` to its amax. That may happen any number of times in a step (micro-batches, recompute):
-a maximum does not mind. `update` takes `pending` into the histories, renews the scales and zeroes `pending`.
+A cast raises its column of `pending` to its amax. That may happen any number of times in a step (micro-batches,
+recompute): a maximum does not mind. `update` takes `pending` into the histories, renews the scales and zeroes
+`pending`.
 
 Two copies of the scales are handed out, because two kinds of reader want opposite things:
 
@@ -79,7 +81,8 @@ class ScaleTensors:
     scales   [3n] fp32
     pending  [3n] fp32, amaxes since the last update
     slots    [3n, 4] fp32: scale_inv, scale
-    exact    Transformer Engine's rules to the bit: a tensor without history has scale 1, non-finite amaxes are remembered
+    exact    Transformer Engine's rules to the bit: a tensor without history has scale 1, non-finite amaxes are
+             remembered
     """
 
     def __init__(self, layers: int, recipe: Recipe, *, exact: bool, device: torch.device):
@@ -113,7 +116,9 @@ class ScaleTensors:
 
     @property
     def standing(self) -> Scales:
-        """The scales of every step at one address, for what a CUDA graph replays; whoever takes it does not outlive a step."""
+        """The scales of every step at one address, for what a CUDA graph replays; whoever takes it does not outlive
+        a step.
+        """
         return Scales(self.slots, self._unknown, self.known if self._unknown else None, self.recipe.margin)
 
     # -- the update --------------------------------------------------------------------------------------------------
@@ -156,8 +161,9 @@ class ScaleTensors:
     def _learn_known(self) -> None:
         """Columns with an amax in `pending` have a history from now on.
 
-        The host needs to know it to choose a one-pass cast. On a GPU it asks without waiting and reads the answer at the
-        next update; until then the device chooses (`Scales.of_tensor`), so the numbers do not depend on when it learns.
+        The host needs to know it to choose a one-pass cast. On a GPU it asks without waiting and reads the answer at
+        the next update; until then the device chooses (`Scales.of_tensor`), so the numbers do not depend on when it
+        learns.
         """
         if not self._unknown:
             return

@@ -36,8 +36,9 @@ def lift(model: nn.Module) -> list[Lifted]:
     foreign = [module for module in found if swap.OWN in vars(module)]
     if foreign:
         raise BackendError(
-            f"{len(foreign)} layers of this model belong to another engine that was not destroyed, and Transformer Engine's"
-            " layers cannot be shared.\n  Call that engine's destroy() first, or set fp8/backend to torch in both."
+            f"{len(foreign)} layers of this model belong to another engine that was not destroyed, and Transformer "
+            "Engine's layers cannot be shared.\n  Call that engine's destroy() first, or set fp8/backend to torch in "
+            "both."
         )
     lifted = [Lifted(module, owners_of(module)) for module in found]
     for one in lifted:

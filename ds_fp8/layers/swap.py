@@ -163,8 +163,9 @@ def _make_foreign(
         new = make_norm(module)
     else:
         scaling = make_recipe(load(), fp8_state.recipe)
-        new = make_linear(module, SlotState(fp8_state.layer_state(decision.fqn), module.weight, scaling))  # type: ignore[arg-type]
-        new.__dict__["layer_state"] = fp8_state.layer_state(decision.fqn)
+        layer_state = fp8_state.layer_state(decision.fqn)
+        new = make_linear(module, SlotState(layer_state, module.weight, scaling))  # type: ignore[arg-type]
+        new.__dict__["layer_state"] = layer_state
     new.__dict__[ORIGINAL] = type(module)
     new.__dict__[OWNERS] = owners
     new.__dict__[OWN] = frozenset(vars(new)) | {OWN}

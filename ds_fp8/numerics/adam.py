@@ -3,7 +3,8 @@
 Scalars are Python doubles, made as torch makes them and rounded to fp32 once, when they meet a tensor:
 
     decay = 1 - lr * weight_decay                   (AdamW)
-    bias_correction1 = 1 - beta1 ** step;  bias_correction2_sqrt = (1 - beta2 ** step) ** 0.5     (both 1 if switched off)
+    bias_correction1 = 1 - beta1 ** step;  bias_correction2_sqrt = (1 - beta2 ** step) ** 0.5     (both 1 if switched
+                                                                                                  off)
     step_size = -(lr / bias_correction1)
 
 Elements, all fp32. `fma(a, b, c)` is a * b + c rounded once; every other operation is rounded by itself:
@@ -24,8 +25,9 @@ Where exp_avg_sq is not stored in fp32 no step can equal torch's to the bit, and
     d = fma(1 / bias_correction2_sqrt, r, eps)
     w = fma(step_size, m / d, w)
 
-which spares a division and two more operations of some sixty. The fma's are what torch 2.13 does on an AVX2 or AVX-512 CPU, in vectors and tails alike (tests/numerics/test_adam.py);
-here torch's own operators are called, so that this file is torch wherever it runs. Two operators differ by place:
+which spares a division and two more operations of some sixty. The fma's are what torch 2.13 does on an AVX2 or AVX-512
+CPU, in vectors and tails alike (tests/numerics/test_adam.py); here torch's own operators are called, so that this file
+is torch wherever it runs. Two operators differ by place:
 
 - torch's CPU builds take sqrt from MKL, which is wrong in the last bit for a fifth of all numbers on some processors
   (seen with torch 2.13 on an AMD EPYC; torch's own fused Adam uses the processor's sqrt). An optimizer that promises
@@ -128,8 +130,8 @@ def update(
 def ieee_sqrt(x: torch.Tensor) -> torch.Tensor:
     """The correctly rounded fp32 square root.
 
-    On CPU by way of fp64, where an error of one unit cannot reach fp32: the root of a 24-bit number is never closer than
-    2^-51 to the middle between two 24-bit numbers, unless it is one.
+    On CPU by way of fp64, where an error of one unit cannot reach fp32: the root of a 24-bit number is never closer
+    than 2^-51 to the middle between two 24-bit numbers, unless it is one.
     """
     if x.device.type != "cpu" or torch_sqrt_is_ieee():
         return x.sqrt()

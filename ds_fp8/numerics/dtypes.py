@@ -1,7 +1,8 @@
 """The one place where a `Format` becomes a torch dtype.
 
 The floors below do not import torch, so a `Format` carries only the dtype's name. An e4m3 or e5m2 code travels as
-`uint8` wherever a library cannot carry float8 (gloo, checkpoints): a view changes no bit, and the `Format` always stands beside the bytes.
+`uint8` wherever a library cannot carry float8 (gloo, checkpoints): a view changes no bit, and the `Format` always
+stands beside the bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """e4m3 values that stretch to the range of their block.
 
 e4m3 spans 17.8 powers of two, but 128 neighbouring moments mostly span fewer: the FP8 values for the rest are unused.
-Raising magnitudes to a power k >= 1 before the cast spreads the block over all quantized values. With u = |x| / amax_b in (0, 1]:
+Raising magnitudes to a power k >= 1 before the cast spreads the block over all quantized values. With u = |x| / amax_b
+in (0, 1]:
 
     code = RNE_e4m3(448 * u^k)                       so amax itself is always code 448
     |x|  = scale_inv * 448 * (code / 448)^(1/k)      scale_inv = amax_b / 448, as in `flat`

@@ -21,11 +21,12 @@ bf16 is the upper half of fp32, so with `bits` the pattern of the master (uint32
 
 all in wrapping 32-bit integers. Both are rounded half up (away from zero): with ties to even a remainder of 16 bits
 would need 65537 values, and one of 8 bits three more operations. A join is NaN without a NaN weight only where somebody
-has written a weight in place: zero (pruning, a mask) beside the negative remainder of what was there. The weight differs from RNE for one master in 2^17.
-For fp16, weight = RNE(master), q = (master - weight) / (ulp * 2^-k), exact in fp32, remainder = RNE(q) or
-floor(q + float(random >> 8) * 2^-24); join is weight + float(remainder) * unit, product exact, one fp32 sum.
-ulp(weight) = 2^(max(E, 1) - 25) with E the exponent field of the fp16 pattern. A weight that is not finite has
-remainder 0. split rounding is RNE unless `Stochastic` (then split24 and fp16 only; split32 is never rounded randomly).
+has written a weight in place: zero (pruning, a mask) beside the negative remainder of what was there. The weight
+differs from RNE for one master in 2^17. For fp16, weight = RNE(master), q = (master - weight) / (ulp * 2^-k), exact in
+fp32, remainder = RNE(q) or floor(q + float(random >> 8) * 2^-24); join is weight + float(remainder) * unit, product
+exact, one fp32 sum. ulp(weight) = 2^(max(E, 1) - 25) with E the exponent field of the fp16 pattern. A weight that is
+not finite has remainder 0. split rounding is RNE unless `Stochastic` (then split24 and fp16 only; split32 is never
+rounded randomly).
 Source: split fp32 as in bf16 optimizers (Zamirai et al., arXiv 2010.06192, and TE's remainders); the fp16 form is ours.
 """
 

@@ -9,10 +9,10 @@ C++ and Triton draw the same. So there is no generator with a hidden state; the 
 `index` is the number of the element in its partition (mod 2^32), `stream` names the use. The inner three mixes are one
 `key` for the whole partition.
 
-A step of Adam rounds an element up to three times, and draws one word for it (stream 1), since a word costs as much as a
-rounding. Each rounding takes its bits from the top of the word shifted left by a number of its own: exp_avg by 0,
-master by 12, exp_avg_sq by 20. So their upper 12, 8 and 12 bits are disjoint; what overlaps below them decides less than
-2^-8 of a unit, which makes no correlation that could be seen.
+A step of Adam rounds an element up to three times, and draws one word for it (stream 1), since a word costs as much as
+a rounding. Each rounding takes its bits from the top of the word shifted left by a number of its own: exp_avg by 0,
+master by 12, exp_avg_sq by 20. So their upper 12, 8 and 12 bits are disjoint; what overlaps below them decides less
+than 2^-8 of a unit, which makes no correlation that could be seen.
 
 Rounding a magnitude to a format with `m` mantissa bits whose smallest normal exponent is `e0`: on the grid of width
 ulp = 2^(max(exponent, e0) - m) the value lies between two neighbours; take the upper one with probability equal to
@@ -62,8 +62,8 @@ def unmix(h: int) -> int:
 def seed_at(first: int, seed: int, step: int, stream: int) -> int:
     """A seed with which a chunk that counts from 0 draws the words that its partition draws from element `first` on.
 
-    `first` is a multiple of a power of two that is no less than the chunk's length, so that first + i = first ^ i, and the
-    key of the chunk is the partition's ^ first.
+    `first` is a multiple of a power of two that is no less than the chunk's length, so that first + i = first ^ i, and
+    the key of the chunk is the partition's ^ first.
     """
     if not first:
         return seed

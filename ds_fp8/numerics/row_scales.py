@@ -6,9 +6,9 @@
 A row holds one token, or one output of one expert, so no scale depends on how many tokens an expert was sent, nor on
 what its neighbours look like. A row that holds inf or NaN gets scale_inv NaN: an overflow stays visible.
 
-A product that sums over rows wants the columns of each expert instead, transposed. There `table` [3, E] int32 says where the
-experts' rows lie (`Groups.table`): sums up to and with each expert of tiles, of rows, and of rows rounded up to 16.
-Without a table the experts have equally many: x is [E, rows, columns], a stack of weights.
+A product that sums over rows wants the columns of each expert instead, transposed. There `table` [3, E] int32 says
+where the experts' rows lie (`Groups.table`): sums up to and with each expert of tiles, of rows, and of rows rounded up
+to 16. Without a table the experts have equally many: x is [E, rows, columns], a stack of weights.
 Source: torch._scaled_grouped_mm's row-wise scales; torchao's training of mixtures in float8.
 """
 
@@ -32,7 +32,9 @@ def quantize_rows(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Ten
 def quantize_rows_measured(
     x: torch.Tensor, fmt: Format, table: torch.Tensor | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """`quantize_rows`, and `column_amaxes` from the same read; rows of no expert have quantized values without meaning."""
+    """`quantize_rows`, and `column_amaxes` from the same read; rows of no expert have quantized values without
+    meaning.
+    """
     return quantize_rows(x, fmt), column_amaxes(x, table)
 
 
@@ -53,8 +55,8 @@ def quantize_columns(
     """One scale for each column of each expert, from its amax [E, columns]: values transposed, scale_inv [E, columns].
 
     x [E, rows, columns]     without a table: values [E, columns, rows]
-    x [S, columns]           with one: [columns, room], the rows of each expert from a multiple of 16 on, zeros behind them
-                             up to the next; what lies behind the last expert's means nothing
+    x [S, columns]           with one: [columns, room], the rows of each expert from a multiple of 16 on, zeros behind
+                             them up to the next; what lies behind the last expert's means nothing
     """
     scale, scale_inv = _scales(amax, fmt)
     values = x.detach().float()

@@ -27,7 +27,8 @@ values.
 
 The functions are elementwise over blocks; a chunk that starts at a multiple of 128 gives the same quantized values as
 the whole. Rounding: RNE, or `Stochastic` for every format but fp32.
-Source: MS-AMP keeps v in tensor-scaled fp16; docs/numerics.md shows what that costs, why we keep the root and the ratio.
+Source: MS-AMP keeps v in tensor-scaled fp16; docs/numerics.md shows what that costs, why we keep the root and the
+ratio.
 """
 
 from __future__ import annotations

@@ -168,8 +168,9 @@ def _torch_entry(entry: dict[str, Any], moments: tuple[str, ...], where: str) ->
     missing, foreign = {"step", *moments} - entry.keys(), set(MOMENTS) & entry.keys() - set(moments)
     if missing or foreign:
         raise CheckpointError(
-            f"{where}: missing {', '.join(sorted(missing)) or 'nothing'}, not expected {', '.join(sorted(foreign)) or 'nothing'};"
-            f" this is not the state of an optimizer that keeps {' and '.join(moments)}."
+            f"{where}: missing {', '.join(sorted(missing)) or 'nothing'}, not expected "
+            f"{', '.join(sorted(foreign)) or 'nothing'}; this is not the state of an optimizer that keeps "
+            f"{' and '.join(moments)}."
         )
     if "max_exp_avg_sq" in entry:
         raise CheckpointError(f"{where}: saved with amsgrad, which FP8 states do not have.")
@@ -206,8 +207,9 @@ def _check_header(header: Any, where: str, names: tuple[str, ...]) -> None:
         raise CheckpointError(f"{where}: version is {header['version']!r}, expected a whole number.")
     if header["version"] < VERSION:
         raise CheckpointError(
-            f"{where}: version {header['version']}, from a ds_fp8 before its first release; there exp_avg in 8 bits meant"
-            f" something else. This ds_fp8 reads version {VERSION}: load the fp32 export, or save anew with the old one."
+            f"{where}: version {header['version']}, from a ds_fp8 before its first release; there exp_avg in 8 bits "
+            f"meant something else. This ds_fp8 reads version {VERSION}: load the fp32 export, or save anew with the "
+            "old one."
         )
     if header["version"] > VERSION:
         raise CheckpointError(

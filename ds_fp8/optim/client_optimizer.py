@@ -90,7 +90,9 @@ def algorithm_of(client: Any) -> str | None:
 
 
 def client_states(client: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
-    """`step` and the moments (fp32) of every parameter that `client` has stepped; PlanError for a state of another kind."""
+    """`step` and the moments (fp32) of every parameter that `client` has stepped; PlanError for a state of another
+    kind.
+    """
     found: dict[torch.Tensor, dict[str, Any]] = {}
     for group in client.param_groups:
         own = {param: _state_of(client, param, group) for param in group["params"] if client.state.get(param)}

@@ -1,8 +1,8 @@
 """A gradient in pieces: the step takes it chunk by chunk and lets each piece go, so it never lies in memory twice.
 
-ZeRO 1 and 2 have the gradient of a partition as a list of tensors, one per parameter. Flattened, as DeepSpeed does, it is
-there twice at the peak of the step: 2 bytes per parameter and rank more than before it. Here only one chunk is flat at a
-time. A chunk starts at a multiple of its length, a power of two, which makes it a whole number of blocks and lets
+ZeRO 1 and 2 have the gradient of a partition as a list of tensors, one per parameter. Flattened, as DeepSpeed does, it
+is there twice at the peak of the step: 2 bytes per parameter and rank more than before it. Here only one chunk is flat
+at a time. A chunk starts at a multiple of its length, a power of two, which makes it a whole number of blocks and lets
 stochastic rounding draw the bits of the whole partition (`random_bits.seed_at`).
 """
 

@@ -1,9 +1,9 @@
 """ScaledOptimizer: what every optimizer with states and masters in 8 and 16 bits shares; an algorithm is a subclass.
 
 A parameter is a flat ZeRO partition or a regular tensor, in bf16 or fp16 (the 16-bit weight itself, half of its
-master) or fp32 (its own master). The gradient is `param.grad`, or `optimizer.gradients[param]`: a tensor of another dtype
-than the parameter's (torch refuses an fp32 `.grad` on a bf16 tensor), or `Pieces`, which the step frees as it goes.
-`grad_scale` multiplies every gradient inside the pass: unscaling and clipping cost nothing.
+master) or fp32 (its own master). The gradient is `param.grad`, or `optimizer.gradients[param]`: a tensor of another
+dtype than the parameter's (torch refuses an fp32 `.grad` on a bf16 tensor), or `Pieces`, which the step frees as it
+goes. `grad_scale` multiplies every gradient inside the pass: unscaling and clipping cost nothing.
 
 `state[param]`, all tensors flat, updated in place and never rebound:
 
@@ -215,8 +215,8 @@ class ScaledOptimizer(torch.optim.Optimizer):
         """
         if foreign := [name for name, values in given.items() if values is not None and name not in self.moments]:
             raise CheckpointError(
-                f"{', '.join(foreign)}: no state of {self.algorithm}, which keeps {' and '.join(self.moments)}; it was saved"
-                " by another algorithm.\n  Load the weights alone (load_optimizer_states=False)."
+                f"{', '.join(foreign)}: no state of {self.algorithm}, which keeps {' and '.join(self.moments)}; it was "
+                "saved by another algorithm.\n  Load the weights alone (load_optimizer_states=False)."
             )
         for name, values in {"master": master, **given}.items():
             if values is not None and values.numel() != param.numel():

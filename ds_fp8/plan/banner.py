@@ -114,8 +114,8 @@ def _released_line(plan: Plan) -> list[str]:
     kept = "" if plan.zero_stage == 3 else "; model.state_dict() is for all ranks at once"
     return [
         (
-            f"{count} weight{'s' if count != 1 else ''} only in FP8 between steps: read outside of their layer they have its FP8"
-            f" values, writes are refused{kept}; in 16 bits inside deepspeed.zero.GatheredParameters, or by"
+            f"{count} weight{'s' if count != 1 else ''} only in FP8 between steps: read outside of their layer they "
+            f"have its FP8 values, writes are refused{kept}; in 16 bits inside deepspeed.zero.GatheredParameters, or by"
             " msamp/weight_wire_exclude; an extension in C++ that is no operator of torch.ops takes weight.detach()"
         )
     ]

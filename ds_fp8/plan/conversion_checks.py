@@ -28,7 +28,8 @@ KNOWN: tuple[tuple[str, type[nn.Module]], ...] = (
     ("LayerNorm", nn.LayerNorm),
     ("RMSNorm", nn.RMSNorm),
 )
-"""Kinds that are a class of torch. Other layers (`shapes.LAYER_TYPES`) and Experts ([experts, ., .] parameters) are known
+"""Kinds that are a class of torch. Other layers (`shapes.LAYER_TYPES`) and Experts ([experts, ., .] parameters) are
+known
 by their structure, RMS norms of model libraries by what they compute (`known_norms.py`)."""
 
 MATRICES = (*DENSE, "Experts")
@@ -143,7 +144,9 @@ def unaligned(candidate: CandidateModule) -> str | None:
 
 
 def norm_shape(candidate: CandidateModule) -> str | None:
-    """Transformer Engine's norms always have a weight, LayerNorm a bias, over one dimension; one rule for both backends."""
+    """Transformer Engine's norms always have a weight, LayerNorm a bias, over one dimension; one rule for both
+    backends.
+    """
     if candidate.kind in MATRICES:
         return None
     if candidate.weight is None:

@@ -28,9 +28,9 @@ class ModuleDecision:
     target  class that takes over, e.g. `Fp8Linear` or `te.Linear`; empty when kept
     reason  why it is kept; for a swap empty, or what made an exception
     shape   (out, in) of a Linear and a Conv1D, (experts, out, in) of experts' first weight, normalized shape of a norm
-    least_rows  of experts whose products were measured: for each weight the rows per expert from which fprop, and from which
-                dgrad, are faster in FP8, 0 for never; with fewer they run in high precision in that call, and wgrad always
-                does. Empty: every product is in FP8
+    least_rows  of experts whose products were measured: for each weight the rows per expert from which fprop, and from
+                which dgrad, are faster in FP8, 0 for never; with fewer they run in high precision in that call, and
+                wgrad always does. Empty: every product is in FP8
     """
 
     fqn: str
@@ -177,7 +177,9 @@ class Plan:
         return banner(self)
 
     def digest(self) -> str:
-        """SHA-256 of all that is decided; the name of the device is left out, so an H100 and an H200 may share a job."""
+        """SHA-256 of all that is decided; the name of the device is left out, so an H100 and an H200 may share a
+        job.
+        """
         decided = {key: value for key, value in asdict(self).items() if key != "device"}
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 

@@ -80,8 +80,9 @@ def _without_steps(asked: Fp8Settings, notes: list[str]) -> Fp8Settings:
     """
     if asked.eval is None:
         notes.append(
-            "this engine has no optimizer: FP8 in eval mode, so that a reference model rounds as the policy trained by this"
-            " JSON does; fp8/eval false keeps it in high precision, true computes the policy's evaluation in FP8 too"
+            "this engine has no optimizer: FP8 in eval mode, so that a reference model rounds as the policy trained by "
+            "this JSON does; fp8/eval false keeps it in high precision, true computes the policy's evaluation in FP8 "
+            "too"
         )
     recipe = asked.recipe
     if recipe.keeps_history:

@@ -45,7 +45,8 @@ def rule_of(module: nn.Module) -> ExpertRule | None:
         missing = [name for name in registration.weights if not _is_stack(module, name)]
         if missing:
             raise PlanError(
-                f"ds_fp8.experts.register({type(module).__name__}): {', '.join(missing)} is no parameter [experts, ., .]."
+                f"ds_fp8.experts.register({type(module).__name__}): {', '.join(missing)} is no parameter [experts, ., "
+                ".]."
             )
         transposed = frozenset(name for name, layout in registration.weights.items() if layout == "in_out")
         return ExpertRule("registered", tuple(registration.weights), transposed)

@@ -1,8 +1,9 @@
-"""RMS norms that are no `nn.RMSNorm`, known by what they do: `LlamaRMSNorm`, `Qwen3RMSNorm`, `T5LayerNorm`, Gemma's and their like.
+"""RMS norms that are no `nn.RMSNorm`, known by what they do: `LlamaRMSNorm`, `Qwen3RMSNorm`, `T5LayerNorm`, Gemma's and
+their like.
 
-Every model of transformers brings a class of its own, written out in some six operations. A module is one of them if it has
-one Parameter `weight` of one dimension and nothing else, a small number for eps, and if its forward gives what RMS norm
-gives, on typical rows and on rows so small that eps decides:
+Every model of transformers brings a class of its own, written out in some six operations. A module is one of them if it
+has one Parameter `weight` of one dimension and nothing else, a small number for eps, and if its forward gives what RMS
+norm gives, on typical rows and on rows so small that eps decides:
 
     y = x / sqrt(mean(x * x) + eps) * weight           Llama, Qwen, Mistral, T5
     y = x / sqrt(mean(x * x) + eps) * (1 + weight)     Gemma

@@ -36,8 +36,9 @@ class Rules:
     """Everything that decides about a module, apart from the module.
 
     first, last  there is a first, a last Linear here to keep: false in the middle of a pipeline
-    on_gpu       stacked experts are in FP8 there where that was measured to be faster, unless a pattern names them; norms of
-                 model libraries are replaced unless `library_norms` says otherwise: there they were measured faster
+    on_gpu       stacked experts are in FP8 there where that was measured to be faster, unless a pattern names them;
+                 norms of model libraries are replaced unless `library_norms` says otherwise: there they were measured
+                 faster
     measured     something was measured for experts, on this GPU and with this recipe
     weight_cache  casts of weights serve several micro-batches
     """

@@ -58,7 +58,10 @@ def no_match(key: str, pattern: str, modules: Sequence[ModuleNames], others: Seq
 
     others  (fqn, class name) of all other modules: containers, embeddings, ...
     """
-    head = f"fp8/layers/{key}: {pattern!r} matches no Linear, Conv1D, experts or norm of this model, so it would do nothing."
+    head = (
+        f"fp8/layers/{key}: {pattern!r} matches no Linear, Conv1D, experts or norm of this model, "
+        "so it would do nothing."
+    )
     for fqn, class_name in others:
         if fqn and fnmatchcase(fqn, pattern):
             inner = [module for module in modules if module.fqn.startswith(f"{fqn}.")]

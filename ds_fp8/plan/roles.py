@@ -7,7 +7,8 @@ them:
     output head           what `get_output_embeddings()` gives, or a Linear as wide as the vocabulary of the embedding
     router                a Linear that gives one number per expert, or that belongs to a class of routers
     classification head   the layers under `classifier`, `score`, `qa_outputs` and the like; a last Linear named `head`
-    adapter               LoRA and its like: what PEFT lists in `adapter_layer_names`, or a name that says lora or adapter
+    adapter               LoRA and its like: what PEFT lists in `adapter_layer_names`, or a name that says lora or
+                          adapter
 
 Source: what torchtitan, torchao's float8 recipes, Megatron-LM and DeepSeek-V3 (arXiv 2412.19437, 3.3) keep.
 """

@@ -24,7 +24,8 @@ def numel_of(parameter: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class LayerType:
-    """A class of layers whose forward is x @ weight.T + bias (or x @ weight), for x [..., in] and one bias [out] or None.
+    """A class of layers whose forward is x @ weight.T + bias (or x @ weight), for x [..., in] and one bias [out] or
+    None.
 
     fits        of a module with this class name and a two-dimensional Parameter `weight`: whether it is such a layer
     transposed  the weight lies as [in, out], and not as [out, in]
@@ -58,7 +59,9 @@ def layer_type(module: nn.Module) -> str | None:
 
 
 def matrix_of(module: nn.Module) -> tuple[int, int] | None:
-    """(out_features, in_features) of a Linear, one of `LAYER_TYPES`, or a wrapper such as PEFT's around one; None for all else."""
+    """(out_features, in_features) of a Linear, one of `LAYER_TYPES`, or a wrapper such as PEFT's around one; None
+    for all else.
+    """
     if (kind := layer_type(module)) is not None:
         first, second = weight_shape(module)
         return (second, first) if LAYER_TYPES[kind].transposed else (first, second)

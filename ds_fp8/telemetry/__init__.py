@@ -1,8 +1,8 @@
 """What a job in FP8 reports about itself: ranges used, overflow, flush to zero, bytes on the wire.
 
-A `TensorStatistics` describes one operand of one layer at one step. Aggregates of all of them (about twenty numbers) go to DeepSpeed's
-own monitor, so TensorBoard, W&B, CSV and Comet show them; each one goes to a JSONL log; and alarms
-name the layer and the key of the JSON to change. Nothing here needs torch: `engine.watch` brings the numbers.
+A `TensorStatistics` describes one operand of one layer at one step. Aggregates of all of them (about twenty numbers) go
+to DeepSpeed's own monitor, so TensorBoard, W&B, CSV and Comet show them; each one goes to a JSONL log; and alarms name
+the layer and the key of the JSON to change. Nothing here needs torch: `engine.watch` brings the numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The JSONL log of telemetry: one JSON object on each line, appended and flushed, so that a killed job leaves a readable file.
+"""The JSONL log of telemetry: one JSON object on each line, appended and flushed, so that a killed job leaves a
+readable file.
 
 Every line has `event` (`plan`, `step`, `alarm`) and `time` (seconds since the epoch). The first line of a run is its
 plan; a resumed run writes another one behind the old lines.

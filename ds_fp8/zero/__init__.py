@@ -11,9 +11,10 @@ is copied, so a new argument in DeepSpeed needs no change here. The mixins come 
 Contract for `engine` (one hook is enough, `DeepSpeedEngine._configure_optimizer`):
 
     configure_optimizer(original, engine, client_optimizer, model_parameters, plan, fp8_state) -> None
-        Calls `original(engine, ...)` with our optimizer in place of the JSON's or the client's, and leaves a specialised
-        `engine.optimizer`. During the call DeepSpeed's choice of master dtype is ours, and the wrappers of stage 0 are
-        replaced by `Stage0Optimizer`; nothing stays patched afterwards. Call it only when `plan.optim` is not None.
+        Calls `original(engine, ...)` with our optimizer in place of the JSON's or the client's, and leaves a
+        specialised `engine.optimizer`. During the call DeepSpeed's choice of master dtype is ours, and the wrappers of
+        stage 0 are replaced by `Stage0Optimizer`; nothing stays patched afterwards. Call it only when `plan.optim` is
+        not None.
 
     build_optimizer(engine, model_parameters, plan) -> ScaledAdam       from DeepSpeed's own `optimizer` section
     replace_client_optimizer(engine, client_optimizer, model_parameters, plan) -> ScaledAdam, ClientStates
@@ -22,16 +23,17 @@ Contract for `engine` (one hook is enough, `DeepSpeedEngine._configure_optimizer
     idempotent
         `configure_optimizer` uses these three; they are public for tests and for callers that bring their own order.
 
-Which mixins serve which class of DeepSpeed is said once, in `specializing.SERVED`. `specialize` composes, first to last, the
-wire's mixins (weights, gradients; as the plan asks), the states mixin, the adapters for the installed release (`adapters`),
-DeepSpeed's class; afterwards it calls `wire.attach(engine, zero_optimizer, plan, fp8_state)`. Facts the wire may rely
-on:
+Which mixins serve which class of DeepSpeed is said once, in `specializing.SERVED`. `specialize` composes, first to
+last, the wire's mixins (weights, gradients; as the plan asks), the states mixin, the adapters for the installed release
+(`adapters`), DeepSpeed's class; afterwards it calls `wire.attach(engine, zero_optimizer, plan, fp8_state)`. Facts the
+wire may rely on:
 
     optimizer.fp8_plan, .fp8_layers_state, .fp8_engine        set before any mixin method runs
     optimizer.fp8_masters: list[Tensor]                       this rank's partitions in the base dtype, one per group
-        (`single_partition_of_fp32_groups` in stages 1 and 2, `fp32_partitioned_groups_flat` in stage 3); each shares its
-        storage with the rank's own slice of the 16-bit weights, so nothing is copied back. Where states are offloaded it has its
-        own storage instead, and at O3 in stages 1 and 2 from the first release of the 16-bit weights on.
+        (`single_partition_of_fp32_groups` in stages 1 and 2, `fp32_partitioned_groups_flat` in stage 3); each shares
+        its storage with the rank's own slice of the 16-bit weights, so nothing is copied back. Where states are
+        offloaded it has its own storage instead, and at O3 in stages 1 and 2 from the first release of the 16-bit
+        weights on.
     The step takes gradients in the base dtype or in fp32 (`averaged_gradients`), and multiplies by 1 / combined_scale
     inside ScaledAdam; gradients are never rescaled in place.
     After a load or a setter call `optimizer.fp8_weights_changed()` runs: O3 overrides it to gather its quantized values

@@ -2,8 +2,8 @@
 #
 # The form is that of the newest tested release; adapters (adapters/) give older ones the same. A mixin has the class it
 # stands over as its base while types are checked, so `super()` and every attribute have types, and a name that is not
-# here is an error. `TOUCHED` says which module uses which name; tests/zero/test_wrappers.py holds that both name the same,
-# and that DeepSpeed's methods have these parameters.
+# here is an error. `TOUCHED` says which module uses which name; tests/zero/test_wrappers.py holds that both name the
+# same, and that DeepSpeed's methods have these parameters.
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,9 +1,10 @@
 """Which DeepSpeed has the hooks of ZeRO 3 that `hooks_stage3.py` restates: told by their text, not by a version.
 
-A method that is restated has to be the one that was read. So its source is compared, by digest, with what the tested releases
-have; of any other DeepSpeed, and of one that somebody has changed, the hooks stay as they are.
+A method that is restated has to be the one that was read. So its source is compared, by digest, with what the tested
+releases have; of any other DeepSpeed, and of one that somebody has changed, the hooks stay as they are.
 
-    python -m ds_fp8.zero.hooks_known [PATH...]     digests of source trees, sdists or wheels; the installed one without a path
+    python -m ds_fp8.zero.hooks_known [PATH...]     digests of source trees, sdists or wheels; the installed one without
+                                                    a path
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def is_known() -> bool:
 
 
 def lighten(optimizer: Any) -> bool:
-    """Put our hooks in the place of ZeRO 3's, if `optimizer` is its wrapper and this DeepSpeed is known; whether it was done."""
+    """Put our hooks in the place of ZeRO 3's, if `optimizer` is its wrapper and this DeepSpeed is known; whether it
+    was done.
+    """
     offload = getattr(optimizer, "parameter_offload", optimizer)  # an engine without an optimizer has it in its place
     if type(offload).__name__ != "DeepSpeedZeRoOffload" or not is_known():
         return False

@@ -1,19 +1,21 @@
 """ZeRO 3's hooks around each module, with the same effect and less work on the host.
 
-DeepSpeed hangs four hooks on every module, those without parameters too, and two nodes into its graph. A decoder layer of
-Llama has 13 modules and runs three times under checkpointing. On two GPUs this took most of the host's time, and FP8 products
-are done before the host is (benchmarks/results/zero3_h200x2_202611.md). What DeepSpeed's hooks do is little; they pay for
-texts that nobody prints, profiler ranges, `torch.compiler.disable`, signatures of functions, and the generators of
-`named_parameters`.
+DeepSpeed hangs four hooks on every module, those without parameters too, and two nodes into its graph. A decoder layer
+of Llama has 13 modules and runs three times under checkpointing. On two GPUs this took most of the host's time, and FP8
+products are done before the host is (benchmarks/results/zero3_h200x2_202611.md). What DeepSpeed's hooks do is little;
+they pay for texts that nobody prints, profiler ranges, `torch.compiler.disable`, signatures of functions, and the
+generators of `named_parameters`.
 
-In a step that follows the recorded trace, with eager modules, the methods here do what DeepSpeed's do, in the same order:
-fetch and wait, prefetch, mark as active, release. Whatever is rarer goes to DeepSpeed's own code, one call at a time: steps that
-record the trace, leaf modules, recomputed frozen parameters, functorch, compilers, unusual outputs. Jobs with NVMe, ZenFlow,
-secondary partitions (hpZ), or a DeepSpeed whose code is another one than was read (`hooks_known.py`) keep DeepSpeed's hooks.
+In a step that follows the recorded trace, with eager modules, the methods here do what DeepSpeed's do, in the same
+order: fetch and wait, prefetch, mark as active, release. Whatever is rarer goes to DeepSpeed's own code, one call at a
+time: steps that record the trace, leaf modules, recomputed frozen parameters, functorch, compilers, unusual outputs.
+Jobs with NVMe, ZenFlow, secondary partitions (hpZ), or a DeepSpeed whose code is another one than was read
+(`hooks_known.py`) keep DeepSpeed's hooks.
 
-Left out is what a module without parameters of its own would do. It fetches and releases nothing; DeepSpeed puts it into its
-trace, lets the device wait for gathers that it does not read, and two nodes into the graph. Its nodes stay where some
-parameters are frozen: DeepSpeed releases those that a recompute has fetched with the innermost module in backward.
+Left out is what a module without parameters of its own would do. It fetches and releases nothing; DeepSpeed puts it
+into its trace, lets the device wait for gathers that it does not read, and two nodes into the graph. Its nodes stay
+where some parameters are frozen: DeepSpeed releases those that a recompute has fetched with the innermost module in
+backward.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """ZeRO 3's small parameters after a step: one all-gather instead of one for each.
 
 DeepSpeed keeps parameters below `stage3_param_persistence_threshold` whole on every rank, norms and biases mostly, and
-gathers each of them by a collective of its own after the step: 180 in a GPT of 22 layers, a few thousand bytes each, all of
-it latency. Here the shares of all travel in one message. Shares of one size lie side by side in it, so that one copy turns
-what arrived (rank by rank) into whole parameters (one by one): a launch for each size, not for each parameter.
+gathers each of them by a collective of its own after the step: 180 in a GPT of 22 layers, a few thousand bytes each,
+all of it latency. Here the shares of all travel in one message. Shares of one size lie side by side in it, so that one
+copy turns what arrived (rank by rank) into whole parameters (one by one): a launch for each size, not for each
+parameter.
 
 Gathered weights are DeepSpeed's to the bit. What differs from that keeps DeepSpeed's path: quantised or secondary
 shares, shares that lie elsewhere, parameters that are there already.
@@ -51,7 +52,8 @@ def gather_together(params: list[Any], group_of: Callable[[Any], Any]) -> list[A
     group_of  the process group over which a parameter is cut
     """
     left: list[Any] = []
-    # (group, dtype) -> the group, and its parameters by the size of their shares. In the order of `params`: alike on all ranks.
+    # (group, dtype) -> the group, and its parameters by the size of their shares. In the order of `params`: alike on
+    # all ranks.
     found: dict[tuple[int, torch.dtype], tuple[Any, dict[int, list[Any]]]] = {}
     for param in params:
         group = group_of(param)
@@ -91,7 +93,8 @@ def _gather(params: list[Any], group: Any) -> None:
     for numel, alike in groupby(params, key=lambda param: param.ds_tensor.ds_numel):
         members = list(alike)
         stop = start + numel * len(members)
-        # Each begins at a multiple of 16 bytes, as one that was allocated by itself would: products want that of a bias.
+        # Each begins at a multiple of 16 bytes, as one that was allocated by itself would: products want that of a
+        # bias.
         step = -(-world_size * numel * message.element_size() // 16) * 16 // message.element_size()
         whole = torch.empty(len(members), step, dtype=message.dtype, device=message.device)
         target = whole[:, : world_size * numel].unflatten(1, (world_size, numel))

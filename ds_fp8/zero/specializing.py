@@ -43,7 +43,9 @@ from .wire_stage12 import WireStage12
 
 TOUCHED = {
     "Engine": touched(
-        overrides="_configure_basic_optimizer _configure_bf16_optimizer _configure_fp16_optimizer _configure_zero_optimizer",
+        overrides=(
+            "_configure_basic_optimizer _configure_bf16_optimizer _configure_fp16_optimizer _configure_zero_optimizer"
+        ),
         reads="basic_optimizer gradient_clipping mpu optimizer optimizer_params",
         writes="bf16_master_weights_and_gradients bf16_optimizer_states fp16_master_weights_and_gradients optimizer",
     ),
@@ -84,7 +86,8 @@ def served(zero_optimizer: Any) -> Served:
             return row
     raise PlanError(
         f"msamp does not know DeepSpeed's optimizer wrapper {type(zero_optimizer).__name__}; it knows "
-        f"{', '.join(row.wrapper.__name__ for row in SERVED)}.\n  Remove the msamp section, or what brings this wrapper."
+        f"{', '.join(row.wrapper.__name__ for row in SERVED)}.\n  Remove the msamp section, or what brings this "
+        "wrapper."
     )
 
 
@@ -178,9 +181,10 @@ def wire_mixins(row: Served, plan: Plan) -> tuple[type, ...]:
     if plan.comm is not None and plan.comm.weight_wire != "none" and plan.comm.fp8_weights:
         if row.weights is None:
             raise PlanError(
-                f"msamp/weight_wire is {plan.comm.weight_wire}, but {row.wrapper.__name__} is not one of ZeRO's optimizers for"
-                " stages 1, 2 and 3, so no gathered weights travel in quantized form.\n  Set weight_wire to none (or opt_level to O2),"
-                " or remove data_types/grad_accum_dtype so that DeepSpeed uses its ZeRO optimizer."
+                f"msamp/weight_wire is {plan.comm.weight_wire}, but {row.wrapper.__name__} is not one of ZeRO's "
+                "optimizers for stages 1, 2 and 3, so no gathered weights travel in quantized form.\n  Set weight_wire "
+                "to none (or opt_level to O2), or remove data_types/grad_accum_dtype so that DeepSpeed uses its ZeRO "
+                "optimizer."
             )
         found.append(row.weights)
     if plan.comm is not None and plan.comm.gradient_wire != "none":

@@ -1,7 +1,7 @@
 """BF16_Optimizer: quantized states where DeepSpeed accumulates gradients in fp32 (ZeRO 1) or pipelines (stage 0).
 
-DeepSpeed chooses this wrapper for bf16 with `data_types.grad_accum_dtype` fp32 in stage 1, and for bf16 under a pipeline
-without ZeRO. It partitions like ZeRO 1: `fp32_groups_flat_partition[i]` is this rank's master, a slice of
+DeepSpeed chooses this wrapper for bf16 with `data_types.grad_accum_dtype` fp32 in stage 1, and for bf16 under a
+pipeline without ZeRO. It partitions like ZeRO 1: `fp32_groups_flat_partition[i]` is this rank's master, a slice of
 `bf16_groups_flat[i]`. Gradients stay in its accumulation buffer; the step reads the rank's slice of it as it is.
 
 The pipeline engine asks once, at the end of its constructor, whether the optimizer is of this very class, and for any
@@ -29,7 +29,10 @@ else:
 TOUCHED = {
     "Bf16": touched(
         overrides="_link_all_hp_params get_grads_for_norm step",
-        reads="_global_grad_norm bf16_groups bf16_partitioned_groups clip_grad fp32_groups_gradient_flat_partition optimizer real_dp_process_group update_lp_params",
+        reads=(
+            "_global_grad_norm bf16_groups bf16_partitioned_groups clip_grad fp32_groups_gradient_flat_partition "
+            "optimizer real_dp_process_group update_lp_params"
+        ),
         writes="fp32_groups_gradient_flat_partition",
         later="_global_grad_norm",
     ),

@@ -1,8 +1,8 @@
 """The states of a client's optimizer, cut to ZeRO's partitions.
 
-Whoever has trained with torch's Adam and passes the optimizer to `deepspeed.initialize` expects its moments and its step
-to go on. The client's states belong to whole parameters, ZeRO steps flats in which parameters lie one after the other,
-each rank a part: so every rank cuts its own part out of the states that it has. DeepSpeed alone drops them.
+Whoever has trained with torch's Adam and passes the optimizer to `deepspeed.initialize` expects its moments and its
+step to go on. The client's states belong to whole parameters, ZeRO steps flats in which parameters lie one after the
+other, each rank a part: so every rank cuts its own part out of the states that it has. DeepSpeed alone drops them.
 
 A flat has one step. A parameter without state counts as one whose gradients were zero so far, which is what ZeRO would
 have made of it; parameters of one group that have stepped differently often cannot be one flat, and are refused.
@@ -37,7 +37,9 @@ class ClientStates:
 
     @classmethod
     def of(cls, client: Any, engine: Any) -> ClientStates:
-        """Read and check; PlanError on every rank if it cannot be taken over. Collective over the data-parallel group."""
+        """Read and check; PlanError on every rank if it cannot be taken over. Collective over the data-parallel
+        group.
+        """
         states = optim.client_states(client)
         groups = [[param for param in group["params"] if param.requires_grad] for group in client.param_groups]
         names = getattr(engine, "param_names", {})
@@ -80,8 +82,8 @@ class Fragment:
 def _check_steps(number: int, steps: list[int]) -> None:
     if len(set(steps)) > 1:
         raise PlanError(
-            f"optimizer group {number}: parameters with {min(steps)} to {max(steps)} steps behind them; in ZeRO they are"
-            " stepped as one and have one bias correction.\n"
+            f"optimizer group {number}: parameters with {min(steps)} to {max(steps)} steps behind them; in ZeRO they "
+            "are stepped as one and have one bias correction.\n"
             "  Put them into groups by their steps, use stage 0, or pass an optimizer without state."
         )
 
@@ -91,8 +93,8 @@ def _check_sizes(name: str, param: Any, state: dict[str, Any]) -> None:
     for moment in state.keys() & set(MOMENTS):
         if state[moment].numel() != numel:
             raise PlanError(
-                f"optimizer state {moment} of {name}: {state[moment].numel()} elements for a parameter of {numel}. It was"
-                " made while zero.Init kept a part of the parameter.\n"
+                f"optimizer state {moment} of {name}: {state[moment].numel()} elements for a parameter of {numel}. It "
+                "was made while zero.Init kept a part of the parameter.\n"
                 "  Pass an optimizer without state, or load a state_dict of whole parameters into it first."
             )
 

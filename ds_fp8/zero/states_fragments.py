@@ -5,8 +5,8 @@ flat and into each state. With quantized values there is no such view: a uint8 s
 out raw, and a view of the master would show its upper 16 bits only. So the fragment decodes when it is asked, and the
 setter encodes. Reading costs one decode of the blocks that the fragment touches; nothing fp32 is kept.
 
-In 8 bits exp_avg is a ratio to the root of exp_avg_sq: who sets both sets exp_avg_sq first. In the other order exp_avg is
-rounded twice, the first time beside roots that it has nothing to do with.
+In 8 bits exp_avg is a ratio to the root of exp_avg_sq: who sets both sets exp_avg_sq first. In the other order exp_avg
+is rounded twice, the first time beside roots that it has nothing to do with.
 
 Setting a parameter writes the 16-bit weight too, whole and on every rank (the caller passes the full value), because
 the weight *is* the upper half of the master.
@@ -127,8 +127,8 @@ def link_quantized_fragments(wrapper: Any, groups: list[list[Any]], masters: lis
 def load_universal_fragment(self: Any, folder: str, tp_rank: int, tp_world_size: int, **experts: int) -> Any:
     """A parameter's `load_hp_checkpoint_state` that also reads what was converted from stage 3.
 
-    There the converter writes bare tensors, where DeepSpeed's stages 1 and 2 expect a dict with the tensor in it, and no
-    step; the step is in the file of all parameters.
+    There the converter writes bare tensors, where DeepSpeed's stages 1 and 2 expect a dict with the tensor in it, and
+    no step; the step is in the file of all parameters.
     """
     whole = torch.load(Path(folder) / "fp32.pt", map_location="cpu", weights_only=False)
     if isinstance(whole, dict):

@@ -1,9 +1,9 @@
 """Norm and overflow check of all gradients on a GPU in a few launches instead of fifteen for every parameter.
 
-DeepSpeed looks at each gradient by itself: inf and NaN by minimum, maximum and two comparisons, the norm by a copy in fp64.
-For 268 parameters these are 4000 launches, 40 ms of host time in a step whose memory traffic takes 5. One multi-tensor
-norm in fp64 answers both questions: it is finite if and only if every element is (a 16-bit or fp32 element squared fits
-fp64 well). DeepSpeed's own methods still do the reductions over ranks and model-parallel groups.
+DeepSpeed looks at each gradient by itself: inf and NaN by minimum, maximum and two comparisons, the norm by a copy in
+fp64. For 268 parameters these are 4000 launches, 40 ms of host time in a step whose memory traffic takes 5. One
+multi-tensor norm in fp64 answers both questions: it is finite if and only if every element is (a 16-bit or fp32 element
+squared fits fp64 well). DeepSpeed's own methods still do the reductions over ranks and model-parallel groups.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def on_gpu(gradients: list[Tensor]) -> bool:
 
 
 def _counts_apart(param: Any) -> bool:
-    """Parameters of which DeepSpeed adds some on one rank only: replicas of a pipeline, slices of tensor parallelism."""
+    """Parameters of which DeepSpeed adds some on one rank only: replicas of a pipeline, slices of tensor
+    parallelism.
+    """
     return any(
         getattr(param, name, False) for name in ("ds_pipe_replicated", "model_parallel", "tensor_model_parallel")
     )

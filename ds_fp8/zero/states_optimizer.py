@@ -55,7 +55,8 @@ def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Plan) ->
         arguments.pop(key, None)
     if arguments.pop("fp32_optimizer_states", None) is not None:
         raise PlanError(
-            "optimizer/params/fp32_optimizer_states: with msamp the formats of states are msamp/exp_avg and exp_avg_sq.\n"
+            "optimizer/params/fp32_optimizer_states: with msamp the formats of states are msamp/exp_avg and "
+            "exp_avg_sq.\n"
             "  Remove the key; fp32 states are exp_avg: fp32, exp_avg_sq: fp32."
         )
     if "max_grad_norm" in arguments:
@@ -86,7 +87,8 @@ def replace_client_optimizer(
     ours = optim.replace_client_optimizer(client, **_ours(engine, plan), with_state=False)
     if ours is client and ours.formats() != _formats(plan, ours.formats()):
         raise PlanError(
-            f"optimizer {type(client).__name__} was built with {ours.formats()}, the msamp section says {_formats(plan, ours.formats())}.\n"
+            f"optimizer {type(client).__name__} was built with {ours.formats()}, the msamp section says "
+            f"{_formats(plan, ours.formats())}.\n"
             "  Give it the same level, or pass torch.optim.AdamW and let msamp choose."
         )
     given = ClientStates.of(client, engine)

@@ -1,8 +1,8 @@
 """Stage 0: no partition, no fp32 copy; every rank steps every parameter in place.
 
-Without ZeRO DeepSpeed wraps a bf16 or fp16 job's optimizer into one that clones all weights to fp32. Here the optimizer's
-parameters *are* the model's: its 16-bit value is the upper half of its master, the rest lies in the state. What DeepSpeed
-does around the step (overflow, norm, clip, loss scale) is inherited or repeated number for number.
+Without ZeRO DeepSpeed wraps a bf16 or fp16 job's optimizer into one that clones all weights to fp32. Here the
+optimizer's parameters *are* the model's: its 16-bit value is the upper half of its master, the rest lies in the state.
+What DeepSpeed does around the step (overflow, norm, clip, loss scale) is inherited or repeated number for number.
 
 fp16 in stage 0 needs a repair. Since 0.18.4 `engine.backward` scales the loss for ZeRO's optimizers only, but this
 wrapper still divides the gradients by the loss scale, so updates come out 2^16 too small. `LossScaleAdapter` takes the
@@ -35,8 +35,15 @@ TOUCHED = {
     "Engine": touched(reads="param_names"),
     "Stage0": touched(
         overrides="backward load_state_dict loss_scale refresh_fp32_params state_dict step",
-        reads="_global_grad_norm clip_grad custom_loss_scaler external_loss_scale fp16_groups loss_scale_config low_precision_dtype mpu optimizer overflow overflow_checker zero_grad",
-        writes="_global_grad_norm clip_grad custom_loss_scaler external_loss_scale fp16_groups fp32_groups fused_lamb_legacy loss_scale_config low_precision_dtype mpu norm_type optimizer overflow overflow_checker verbose",
+        reads=(
+            "_global_grad_norm clip_grad custom_loss_scaler external_loss_scale fp16_groups loss_scale_config "
+            "low_precision_dtype mpu optimizer overflow overflow_checker zero_grad"
+        ),
+        writes=(
+            "_global_grad_norm clip_grad custom_loss_scaler external_loss_scale fp16_groups fp32_groups "
+            "fused_lamb_legacy loss_scale_config low_precision_dtype mpu norm_type optimizer overflow overflow_checker "
+            "verbose"
+        ),
     ),
 }
 
@@ -61,7 +68,8 @@ class LossScaleAdapter:
 
 
 class Stage0Optimizer(Base):
-    """Mixin that makes an `FP16_UnfusedOptimizer` for every base dtype, with the model's parameters in place of fp32 copies.
+    """Mixin that makes an `FP16_UnfusedOptimizer` for every base dtype, with the model's parameters in place of fp32
+    copies.
 
     layout  form of the fp32 part of checkpoints: that of the wrapper which DeepSpeed would have chosen without us
             (`fused`, `unfused`, or `bare` for an fp32 base)
@@ -141,8 +149,8 @@ class Stage0Optimizer(Base):
         return self.overflow
 
     def _fill_missing_gradients(self) -> None:
-        """A parameter without gradient (frozen in mid-run) has gradient zero, as in DeepSpeed's wrappers and in every ZeRO
-        stage: its momentum and its decay go on. torch's own Adam, and so DeepSpeed with fp32, leaves it alone.
+        """A parameter without gradient (frozen in mid-run) has gradient zero, as in DeepSpeed's wrappers and in every
+        ZeRO stage: its momentum and its decay go on. torch's own Adam, and so DeepSpeed with fp32, leaves it alone.
         """
         for param in self.fp8_masters:
             if param.grad is None:

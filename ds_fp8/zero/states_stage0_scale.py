@@ -1,4 +1,5 @@
-"""The loss scale of stage 0: DeepSpeed's numbers, kept by us, because its classes for them change from release to release.
+"""The loss scale of stage 0: DeepSpeed's numbers, kept by us, because its classes for them change from release to
+release.
 
 Rule (DeepSpeed, `runtime/fp16/unfused_optimizer.py`): an overflow halves a dynamic scale, down to `min_loss_scale`;
 `scale_window` steps without one double it. Only fp16 has a scale; for bf16 and fp32 it is 1.

@@ -26,8 +26,14 @@ else:
 
 TOUCHED = {
     "ZeroStage12": touched(
-        overrides="_get_offload_gradient_dict _get_preflattened_grad_partition _link_all_hp_params _optimizer_step load_hp_checkpoint_state_from_checkpoint_dir unscale_and_clip_grads",
-        reads="averaged_gradients bit16_groups cpu_offload optimizer parallel_partitioned_bit16_groups real_dp_process_group round_robin_bit16_groups update_lp_params",
+        overrides=(
+            "_get_offload_gradient_dict _get_preflattened_grad_partition _link_all_hp_params _optimizer_step "
+            "load_hp_checkpoint_state_from_checkpoint_dir unscale_and_clip_grads"
+        ),
+        reads=(
+            "averaged_gradients bit16_groups cpu_offload optimizer parallel_partitioned_bit16_groups "
+            "real_dp_process_group round_robin_bit16_groups update_lp_params"
+        ),
         writes="bit16_groups",
     ),
 }
@@ -57,8 +63,8 @@ class StatesStage12(FusedGradNormAndOverflow, ScaledStates, Base):
         self._link_all_hp_params()
 
     def _link_all_hp_params(self) -> None:
-        # DeepSpeed 0.19.8 links in the order of `bit16_groups`; with round_robin_gradients the flats have another, and its
-        # fragments show a neighbour's values. In the order of the flats they are right in either case.
+        # DeepSpeed 0.19.8 links in the order of `bit16_groups`; with round_robin_gradients the flats have another, and
+        # its fragments show a neighbour's values. In the order of the flats they are right in either case.
         groups, self.bit16_groups = self.bit16_groups, self.round_robin_bit16_groups
         try:
             super()._link_all_hp_params()
@@ -78,8 +84,8 @@ class StatesStage12(FusedGradNormAndOverflow, ScaledStates, Base):
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
         """Keep the gradients where they lie, in the dtype that they were summed in.
 
-        DeepSpeed would flatten them, so that they are there twice, and round them to the master's dtype to fit `.grad`. It
-        gets a placeholder of the right shape and dtype and no memory; the step reads the real ones, and frees them.
+        DeepSpeed would flatten them, so that they are there twice, and round them to the master's dtype to fit `.grad`.
+        It gets a placeholder of the right shape and dtype and no memory; the step reads the real ones, and frees them.
         """
         flat = super()._get_preflattened_grad_partition(group_idx)
         grads = self.averaged_gradients[group_idx] if flat is None else [flat]

@@ -30,8 +30,16 @@ else:
 TOUCHED = {
     "Parameter": touched(reads="ds_numel ds_shape ds_tensor"),
     "ZeroStage3": touched(
-        overrides="_fp32_state_allgather _get_fp32_opt_state_partition _optimizer_step _post_step _prepare_fp32_grad_for_sub_group get_hp_param_device offload_states set_full_hp_param set_local_hp_param unscale_and_clip_grads",
-        reads="_get_param_partition_group _get_param_partition_rank _unflatten_partitioned_parameters averaged_gradients fp16_groups fp16_partitioned_groups_flat get_param_id grad_position offload_optimizer optimizer persistent_parameters",
+        overrides=(
+            "_fp32_state_allgather _get_fp32_opt_state_partition _optimizer_step _post_step "
+            "_prepare_fp32_grad_for_sub_group get_hp_param_device offload_states set_full_hp_param set_local_hp_param "
+            "unscale_and_clip_grads"
+        ),
+        reads=(
+            "_get_param_partition_group _get_param_partition_rank _unflatten_partitioned_parameters averaged_gradients "
+            "fp16_groups fp16_partitioned_groups_flat get_param_id grad_position offload_optimizer optimizer "
+            "persistent_parameters"
+        ),
         writes="persistent_parameters",
     ),
 }
@@ -73,7 +81,9 @@ class StatesStage3(FusedGradNorm, ScaledStates, Base):
         self._fp8_set_grad_scale(total_norm)
 
     def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
-        """Hand the sub-group's gradients to the step as they lie: one contiguous run, in the dtype they were summed in."""
+        """Hand the sub-group's gradients to the step as they lie: one contiguous run, in the dtype they were summed
+        in.
+        """
         master = self.fp8_masters[sub_group_id]
         flat = join([grad.reshape(-1) for grad in self.averaged_gradients[sub_group_id]])
         assert flat.numel() == master.numel(), (
@@ -149,7 +159,9 @@ class StatesStage3(FusedGradNorm, ScaledStates, Base):
         self.fp8_weights_changed()
 
     def fp8_gather_weights(self) -> None:
-        """After a load: 16-bit flats are the masters' upper halves; whole parameters are gathered by DeepSpeed's epilogue."""
+        """After a load: 16-bit flats are the masters' upper halves; whole parameters are gathered by DeepSpeed's
+        epilogue.
+        """
         for index, own in enumerate(self.fp8_slices()):
             if own is not None:
                 own.data.copy_(self.fp8_masters[index].data)
@@ -164,7 +176,7 @@ class StatesStage3(FusedGradNorm, ScaledStates, Base):
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            f"{type(self).__name__}.offload_states: DeepSpeed moves fp32 masters and states apart from the 16-bit weights;"
-            " with msamp the master *is* the 16-bit weight plus a remainder.\n"
+            f"{type(self).__name__}.offload_states: DeepSpeed moves fp32 masters and states apart from the 16-bit "
+            "weights; with msamp the master *is* the 16-bit weight plus a remainder.\n"
             f"  Use zero_optimization/offload_optimizer with device cpu instead ({get_accelerator().device_name()})."
         )

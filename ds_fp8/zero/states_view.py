@@ -1,8 +1,8 @@
 """The fp32 view: DeepSpeed's own checkpoint code, run on fp32 flats that exist only while it runs.
 
-DeepSpeed reads and writes optimizer shards in several layouts (rigid, elastic, universal, with and without padding), all
-in terms of three things: a list of master flats, `optimizer.state` with exp_avg and exp_avg_sq of the same shape, and
-`optimizer.param_groups`. We put fp32 CPU tensors and torch's Adam in place of ours, let DeepSpeed do its work, and
+DeepSpeed reads and writes optimizer shards in several layouts (rigid, elastic, universal, with and without padding),
+all in terms of three things: a list of master flats, `optimizer.state` with exp_avg and exp_avg_sq of the same shape,
+and `optimizer.param_groups`. We put fp32 CPU tensors and torch's Adam in place of ours, let DeepSpeed do its work, and
 take the result back:
 
     with self.fp8_fp32_view(export=True):    sd = super().state_dict()       quantized values -> fp32 -> file
@@ -83,7 +83,8 @@ def fp32_state(exported: dict[str, Any], *, torch_step: bool) -> dict[str, Any]:
     """One parameter's state as torch's Adam keeps it: fp32 moments on the host and the step; {} before step 1.
 
     torch_step  the step as torch's Adam keeps it (a tensor), else as FusedAdam and CPUAdam do (an integer). DeepSpeed's
-                universal load hands it on unconverted, so it must be that of the optimizer the job would have without us
+                universal load hands it on unconverted, so it must be that of the optimizer the job would have without
+                us
     """
     if not exported["step"]:
         return {}
@@ -96,8 +97,9 @@ def check_moments(loaded: dict[str, Any], optimizer: Any) -> None:
     """Raise CheckpointError for the states of another algorithm; none at all is a load of weights."""
     if loaded and tuple(loaded) != optimizer.moments:
         raise CheckpointError(
-            f"the checkpoint holds {' and '.join(loaded)}, {optimizer.algorithm} keeps {' and '.join(optimizer.moments)}: it was"
-            " saved by another algorithm.\n  Train on with that one, or load with load_optimizer_states=False."
+            f"the checkpoint holds {' and '.join(loaded)}, {optimizer.algorithm} keeps "
+            f"{' and '.join(optimizer.moments)}: it was saved by another algorithm.\n  Train on with that one, or load "
+            "with load_optimizer_states=False."
         )
 
 

@@ -7,10 +7,10 @@ A module of ds_fp8 that overrides, reads or writes something of a DeepSpeed obje
         "Parameter": touched(reads="ds_tensor", writes="data"),
     }
 
-The key is the owner of the names (`OWNERS`), or several of them. `tests/zero/test_touched.py` compares declaration and code in both
-directions; `check_instance` looks at the finished object; `ds_fp8 doctor --deepspeed` looks into the source of a release.
-Adapters declare too; theirs count only for the releases that they serve. `deepspeed.comm` and `deepspeed.accelerator` are
-public and need no declaration.
+The key is the owner of the names (`OWNERS`), or several of them. `tests/zero/test_touched.py` compares declaration and
+code in both directions; `check_instance` looks at the finished object; `ds_fp8 doctor --deepspeed` looks into the
+source of a release. Adapters declare too; theirs count only for the releases that they serve. `deepspeed.comm` and
+`deepspeed.accelerator` are public and need no declaration.
 """
 
 from __future__ import annotations

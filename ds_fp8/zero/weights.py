@@ -86,7 +86,9 @@ class WeightCaster:
 
 
 def reciprocals(scales: Sequence[Tensor]) -> list[Tensor]:
-    """scale_inv of every weight; those of whole tensors by one launch, each at a multiple of 16 bytes, as cuBLASLt wants them."""
+    """scale_inv of every weight; those of whole tensors by one launch, each at a multiple of 16 bytes, as cuBLASLt
+    wants them.
+    """
     if not scales or any(scale.dim() for scale in scales):
         return [torch.reciprocal(scale) for scale in scales]
     apart = torch.reciprocal(torch.stack(list(scales))).unsqueeze(1).expand(-1, 4).contiguous()

@@ -1,12 +1,13 @@
 """Who asks for O3's 16-bit weights, and whether all ranks do.
 
-Hooks on the model notice `state_dict()` and `load_state_dict()`. Either may happen on one rank alone, where unmodified ZeRO 1
-and 2 need nobody else. So a rank asks in the store first (`comm.meeting`):
+Hooks on the model notice `state_dict()` and `load_state_dict()`. Either may happen on one rank alone, where unmodified
+ZeRO 1 and 2 need nobody else. So a rank asks in the store first (`comm.meeting`):
 
     state_dict, load_state_dict   alone: WeightError, with the ranks that are missing and the ways out
     the end of the engine         alone: the model keeps decoded weights
 
-A forward asks nobody: in eval mode it reads the weights that this rank has. The hooks belong to this model: a copy or a pickle of it (an average, a teacher) has none of them.
+A forward asks nobody: in eval mode it reads the weights that this rank has. The hooks belong to this model: a copy or a
+pickle of it (an average, a teacher) has none of them.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class AskedTogether:
         names = [weight.name for weight, _, _ in store.fp8_weights]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WeightError(
-            f"{asked}: at O3 the 16-bit values of {names[0] if names else 'the weights'}{more} are spread over all ranks, but"
-            f" {_ranks(absent)} did not ask for them within {PATIENCE_S:.0f} s.\n"
+            f"{asked}: at O3 the 16-bit values of {names[0] if names else 'the weights'}{more} are spread over all "
+            f"ranks, but {_ranks(absent)} did not ask for them within {PATIENCE_S:.0f} s.\n"
             "  Call it on every rank (then save on one; a barrier before it if ranks come far apart), or use"
             " engine.save_16bit_model or engine.save_checkpoint, or keep weights in 16 bits: msamp/weight_wire_exclude."
         )

@@ -4,8 +4,8 @@ DeepSpeed keeps all 16-bit weights of a parameter group in one flat tensor, gath
 memory is given back, and a store of quantized values and one of the rest take its place (`weights_store`). Readers
 outside of the layer get decoded values; writers are refused (`weights_released`).
 
-The 16-bit weights come back (`restore`, a gather from the masters) and leave again with the next step (after a context, at
-its end):
+The 16-bit weights come back (`restore`, a gather from the masters) and leave again with the next step (after a context,
+at its end):
 
     by contract of all ranks     save_checkpoint, load_checkpoint, save_16bit_model, a pipeline's eval_batch,
                                  `deepspeed.zero.GatheredParameters`
@@ -48,7 +48,10 @@ TOUCHED = {
     "Parameter": touched(reads="_hp_mapping"),
     "TensorFragment": touched(reads="get_hp_fragment"),
     "ZeroStage12": touched(
-        overrides="_restore_from_bit16_weights _update_model_bit16_weights reduce_ready_partitions_and_remove_grads step update_lp_params",
+        overrides=(
+            "_restore_from_bit16_weights _update_model_bit16_weights reduce_ready_partitions_and_remove_grads step "
+            "update_lp_params"
+        ),
         reads="bit16_groups_flat cpu_offload parallel_partitioned_bit16_groups single_partition_of_fp32_groups",
         writes="bit16_groups_flat parallel_partitioned_bit16_groups",
         later="param_buffer_of_bit16_for_cpu_offload_groups",
@@ -254,7 +257,9 @@ class WeightsStage12(Base):
         self.fp8_asked.moment += 1
 
     def _fp8_part_masters(self) -> None:
-        """Masters that lie in a flat about to be released get memory of their own; the whole of a flat is that already."""
+        """Masters that lie in a flat about to be released get memory of their own; the whole of a flat is that
+        already.
+        """
         moved = False
         for master, store in zip(self.single_partition_of_fp32_groups, self.fp8_stores, strict=True):
             shared = not store.is_released and master.untyped_storage()._cdata == store.flat.untyped_storage()._cdata

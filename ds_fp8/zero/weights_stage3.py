@@ -300,14 +300,14 @@ class WeightsStage3(Base):
 
     def _fp8_let_go(self, param: Any) -> None:
         """What `partition` does to a parameter that nobody has written (`hooks_stage3`)."""
-        quantized = self.fp8_chunks.get(id(param))
-        if quantized is None or not weights_released.is_released(param):
+        chunk = self.fp8_chunks.get(id(param))
+        if chunk is None or not weights_released.is_released(param):
             free_param(param)
         else:
             weights_released.take_back(param)
-            param.data = torch.empty(0, dtype=quantized.dtype, device=quantized.device)
+            param.data = torch.empty(0, dtype=chunk.dtype, device=chunk.device)
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        if quantized is not None:
+        if chunk is not None:
             let_go_of_quantized(chunk.weight)
 
     def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:

@@ -3,12 +3,12 @@
     quantized  1 byte for each element that an FP8 layer owns, in the flat's order; the layers hold views of it
     rest       16 bits for all others (norms, biases, embeddings, ...)
 
-Both keep the flat's order, so the share of a rank is one range of each store: the owner casts and copies straight into its
-range and the gather fills the others in place. Where everything lies is worked out once.
+Both keep the flat's order, so the share of a rank is one range of each store: the owner casts and copies straight into
+its range and the gather fills the others in place. Where everything lies is worked out once.
 
-Before the first step nothing is released yet and the stores do not exist: the master is this rank's slice of the flat, as at
-O2. With the first release it gets memory of its own, or keeps the flat's where it is the whole of it. Memory is freed
-by dropping the reference: a view of 16-bit weights that somebody still holds keeps their values of that moment.
+Before the first step nothing is released yet and the stores do not exist: the master is this rank's slice of the flat,
+as at O2. With the first release it gets memory of its own, or keeps the flat's where it is the whole of it. Memory is
+freed by dropping the reference: a view of 16-bit weights that somebody still holds keeps their values of that moment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ TOUCHED = {
     "Parameter": touched(reads="_hp_mapping"),
     "TensorFragment": touched(reads="lp_fragment_address", writes="lp_fragment"),
     "ZeroStage12": touched(
-        reads="bit16_groups_flat parallel_partitioned_bit16_groups real_dp_process_group round_robin_bit16_groups round_robin_bit16_padding"
+        reads=(
+            "bit16_groups_flat parallel_partitioned_bit16_groups real_dp_process_group round_robin_bit16_groups "
+            "round_robin_bit16_padding"
+        ),
     ),
 }
 

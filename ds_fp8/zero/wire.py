@@ -35,7 +35,10 @@ TOUCHED = {
     "ZeroStage12": touched(reads="expert_dp_process_group"),
     "ZeroStage12 Bf16": touched(reads="real_dp_process_group"),
     "Engine": touched(
-        reads="_config expert_data_parallel_group mpu seq_data_parallel_group zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights"
+        reads=(
+            "_config expert_data_parallel_group mpu seq_data_parallel_group zero_hpz_partition_size "
+            "zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights"
+        ),
     ),
 }
 

@@ -34,8 +34,16 @@ else:
 
 TOUCHED = {
     "ZeroStage12": touched(
-        overrides="_add_full_reduction_to_compact_grad_partition _buffered_reduce_fallback_preserving_fp32 allreduce_and_scatter allreduce_no_retain average_tensor buffered_reduce_fallback gradient_reduction_w_predivide",
-        reads="_add_to_grad_partition_buffer _clear_previous_reduced_grads _get_compact_grad_partition_slice bit16_groups dp_process_group grad_start_offset gradient_average ipg_buckets overlap_comm param_to_partition_ids real_dp_process_group reduce_scatter reduction_stream sequence_parallel_size",
+        overrides=(
+            "_add_full_reduction_to_compact_grad_partition _buffered_reduce_fallback_preserving_fp32 "
+            "allreduce_and_scatter allreduce_no_retain average_tensor buffered_reduce_fallback "
+            "gradient_reduction_w_predivide"
+        ),
+        reads=(
+            "_add_to_grad_partition_buffer _clear_previous_reduced_grads _get_compact_grad_partition_slice "
+            "bit16_groups dp_process_group grad_start_offset gradient_average ipg_buckets overlap_comm "
+            "param_to_partition_ids real_dp_process_group reduce_scatter reduction_stream sequence_parallel_size"
+        ),
     ),
 }
 
@@ -102,7 +110,9 @@ class WireStage12(Base):
         self._fp8_reduce(fragments, process_group, self._fp8_factor(divide))
 
     def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
-        """reduce_scatter: false. Where the division stands (before, after, split) makes no difference in an fp32 sum."""
+        """reduce_scatter: false. Where the division stands (before, after, split) makes no difference in an fp32
+        sum.
+        """
         if tensor.numel() == 0:
             return tensor
         fragments: list[Fragment] = []

@@ -25,8 +25,15 @@ else:
 TOUCHED = {
     "Parameter": touched(reads="partition_numel"),
     "ZeroStage3": touched(
-        overrides="_DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
-        reads="_assert_same_partition_group _get_param_partition_group _gradient_averaging_world_size gradient_accumulation_dtype gradient_predivide_factor ipg_buckets postscale_gradients sequence_parallel_size",
+        overrides=(
+            "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads "
+            "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+        ),
+        reads=(
+            "_assert_same_partition_group _get_param_partition_group _gradient_averaging_world_size "
+            "gradient_accumulation_dtype gradient_predivide_factor ipg_buckets postscale_gradients "
+            "sequence_parallel_size"
+        ),
     ),
 }
 

@@ -137,5 +137,8 @@ def test_a_hostile_pickle_is_not_run(saved):
 
 
 def test_it_needs_no_torch():
-    code = "import ds_fp8.checkpoint.complete, ds_fp8.cli.latest, sys; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    code = (
+        "import ds_fp8.checkpoint.complete, ds_fp8.cli.latest, sys; "
+        "print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

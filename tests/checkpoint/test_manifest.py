@@ -1,4 +1,6 @@
-"""A complete checkpoint or none: `latest` never names half of one, whatever ends the save, and `verify` finds every change."""
+"""A complete checkpoint or none: `latest` never names half of one, whatever ends the save, and `verify` finds every
+change.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def test_verify_finds_what_nobody_sees(saved, capsys):
 
 
 def test_a_tag_written_over_by_a_job_without_the_plugin(saved):
-    """DeepSpeed alone knows no manifest: the old one speaks of files that are gone, and must not condemn the new ones."""
+    """DeepSpeed alone knows no manifest: the old one speaks of files that are gone, and must not condemn the new
+    ones.
+    """
     for number, name in enumerate((shard(0), shard(1), MODEL)):
         edit(saved / "b" / name, lambda content: content.update(more="x"))
         assert look(saved / "b").complete == (number == 2), "files of two saves, until the last one is written"

@@ -62,7 +62,9 @@ def test_keys_in_other_letters_on_an_ascii_terminal(tmp_path):
 
 
 def test_thousands_of_unknown_keys_take_linear_time(tmp_path, capsys):
-    """Each key is compared with the known ones only where lengths and letters allow it; places are found by bisection."""
+    """Each key is compared with the known ones only where lengths and letters allow it; places are found by
+    bisection.
+    """
     from ds_fp8.config import suggest
 
     path = tmp_path / "ds.json"

@@ -65,7 +65,11 @@ def test_a_shard_without_a_size(size, capsys):
 
 def test_help_does_not_wait_for_torch():
     """Each command's help, within a second of Python's own start on a quiet machine; here: without torch."""
-    code = "import sys; from ds_fp8.cli.main import main\ntry: main([sys.argv[1], '--help'])\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys; from ds_fp8.cli.main import main\n"
+        "try: main([sys.argv[1], '--help'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
     for command in ("check", "estimate", "report", "convert", "verify", "latest"):
         done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "False", (command, done.stdout, done.stderr)

@@ -1,4 +1,6 @@
-"""`explain` and `estimate` say the same bytes of the same job, in every stage, level, base, world size and placement."""
+"""`explain` and `estimate` say the same bytes of the same job, in every stage, level, base, world size and
+placement.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def row_of(name: str, answer: dict) -> str:
 @pytest.mark.parametrize("base", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", SECTIONS)
 def test_explain_and_estimate_agree(name, base, tmp_path, monkeypatch, capsys):
-    """Device and host, by what the bytes hold, and what is sent: 1 or 4 micro-batches, 1, 2 and 8 ranks, CPU and H100."""
+    """Device and host, by what the bytes hold, and what is sent: 1 or 4 micro-batches, 1, 2 and 8 ranks, CPU and
+    H100.
+    """
     (tmp_path / "one_cost_model.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     compared = 0
@@ -106,8 +110,9 @@ def test_frozen_parameters_cost_their_weight_alone(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
 def test_deepspeeds_own_estimators_differ_by_what_is_explained(world_size):
-    """docs/memory.md: theirs have the fp32 gradients that live inside the step alone, 4/W (in ZeRO 3 in place of the 16-bit
-    ones, 2/W more), and in ZeRO 3 the largest layer; an offloaded job's are the same, but for their factor on the host.
+    """docs/memory.md: theirs have the fp32 gradients that live inside the step alone, 4/W (in ZeRO 3 in place of the
+    16-bit ones, 2/W more), and in ZeRO 3 the largest layer; an offloaded job's are the same, but for their factor on
+    the host.
     """
     stage_1_and_2 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
     stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3")

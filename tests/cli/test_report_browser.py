@@ -42,7 +42,7 @@ def find_browser() -> str | None:
 pytestmark = pytest.mark.slow
 
 LAYERS = [f"blocks.{block}.{name}" for block in range(4) for name in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")]
-BANNER = """ds_fp8: 16 of 17 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: lm_head (the head)
+BANNER = """ds_fp8: 16 of 17 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: lm_head
 ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache off; eval off
 ds_fp8: plan ccf42bf5f123"""
 
@@ -140,14 +140,18 @@ def test_nothing_stands_beyond_the_edge(open_page, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") == width
     outside = page.evaluate(
         """() => { const edge = (e) => e.getBoundingClientRect();
-        return [...document.querySelectorAll('.card')].filter((card) => [...card.querySelectorAll('h3, .main-svg text')].some(
-            (e) => edge(e).width && (edge(e).left < edge(card).left - 1 || edge(e).right > edge(card).right + 1))).length }"""
+        return [...document.querySelectorAll('.card')].filter((card) => [...card.querySelectorAll('h3, .main-svg
+        text')].some(
+            (e) => edge(e).width && (edge(e).left < edge(card).left - 1 || edge(e).right > edge(card).right +
+            1))).length }"""
     )
     assert (page.locator(".chart .main-svg:first-child").count(), outside) == (11, 0)
     titles = page.evaluate("[...document.querySelectorAll('.chart')].map((c) => c._fullLayout.yaxis.title.text)")
     assert titles[:2] == ["loss", "MB"] and titles[-1] == "% of the elements"
-    light = """(name) => { const c = getComputedStyle(document.body)[name].match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
-        .map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * c[0] + .7152 * c[1] + .0722 * c[2] }"""
+    light = """(name) => {
+        const c = getComputedStyle(document.body)[name].match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+        .map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * c[0] + .7152 * c[1] + .0722 *
+        c[2] }"""
     ground, text = page.evaluate(light, "backgroundColor"), page.evaluate(light, "color")
     assert (ground < text) == (scheme == "dark") and (max(ground, text) + 0.05) / (min(ground, text) + 0.05) > 4.5
     assert page.evaluate("charts[0].chart._fullLayout.font.color") == ("#e6e7ea" if scheme == "dark" else "#1c1e21")
@@ -161,7 +165,8 @@ def test_alarms_come_first_and_are_marked_where_they_were_raised(open_page):
     assert page.evaluate("document.querySelector('main section').id") == "alarms"
     assert page.locator(".alarm summary b").all_inner_texts() == ["saturated", "underflow"]
     assert "amax_history_len" in page.locator(".alarm summary").nth(1).inner_text()
-    marks = """() => charts.flatMap((c) => (c.chart.data ?? []).filter((l) => l.isAlarm).map((l) => [c.axis, l.x, l.text[0]]))"""
+    marks = """() => charts.flatMap((c) =>
+        (c.chart.data ?? []).filter((l) => l.isAlarm).map((l) => [c.axis, l.x, l.text[0]]))"""
     found = page.evaluate(marks)
     assert ["amax", [200], "saturated: blocks.1.attn.qkv input"] in found
     assert ["% of the elements", [310], "underflow: blocks.3.mlp.down grad_output"] in found
@@ -170,14 +175,16 @@ def test_alarms_come_first_and_are_marked_where_they_were_raised(open_page):
 def test_layers_are_grouped_and_filtered_and_lines_smoothed(open_page):
     """Four groups of four blocks; one layer of two ranks; a smoothed loss turns less than the raw one."""
     page = open_page("one")
-    assert page.locator("#legend .chip").all_inner_texts() == [f"blocks.*.{name}" for name in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")]  # fmt: skip
+    names = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+    assert page.locator("#legend .chip").all_inner_texts() == [f"blocks.*.{name}" for name in names]
     page.select_option("#mode", "layers")
     page.fill("#filter", "blocks.2.*.up")
     assert page.locator("#legend .chip").all_inner_texts() == ["blocks.2.mlp.up"]
     assert "1 of 16 layers" in page.locator("#shown").inner_text()
     names = "charts[2].chart.data.map((l) => l.name)"
     assert page.evaluate(names) == ["blocks.2.mlp.up, rank 0", "blocks.2.mlp.up, rank 1"]
-    turns = "(() => { const y = charts[0].chart.data.at(-1).y; return y.slice(1).map((v, i) => Math.abs(v - y[i])).reduce((a, b) => a + b) })()"
+    turns = """(() => { const y = charts[0].chart.data.at(-1).y;
+        return y.slice(1).map((v, i) => Math.abs(v - y[i])).reduce((a, b) => a + b) })()"""
     raw = page.evaluate(turns)
     page.fill("#smoothing", "0.9")
     assert page.evaluate(turns) < 0.8 * raw

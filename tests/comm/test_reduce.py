@@ -36,7 +36,9 @@ def to_owners(rank, world_size, numel, bounds, wire_name, chunk_numel, dtype):
 @pytest.mark.parametrize("bounds", [[0, 500, 1000], [0, 0, 1000], [0, 1000, 1000], [0, 37, 1000]])
 @pytest.mark.parametrize("wire_name", ["e4m3", "e5m2", "none"])
 def test_each_owner_gets_the_mean_of_its_slice(bounds, wire_name):
-    """Uneven and empty slices; an e4m3 cast errs by at most 2^-4 of an element, e5m2 by 2^-3, and one of two is cast."""
+    """Uneven and empty slices; an e4m3 cast errs by at most 2^-4 of an element, e5m2 by 2^-3, and one of two is
+    cast.
+    """
     numel = bounds[-1]
     results = run_ranks(2, to_owners, numel, bounds, wire_name, None, torch.float32)
     assert [r.numel() for r in results] == [bounds[1] - bounds[0], bounds[2] - bounds[1]]

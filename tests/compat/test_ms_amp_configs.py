@@ -1,8 +1,8 @@
 """MS-AMP's four example configurations, and what Accelerate writes, through the example's model.
 
-The model is the small convolutional net of that example. None of its linear layers (400-120-84-10) is a multiple of 16 both
-ways, so no product runs in FP8, which msamp alone turns on but does not insist on: the plan says so, states and gradients
-are in FP8 all the same. A second net has aligned layers. The files are those in `configs/`, unchanged.
+The model is the small convolutional net of that example. None of its linear layers (400-120-84-10) is a multiple of 16
+both ways, so no product runs in FP8, which msamp alone turns on but does not insist on: the plan says so, states and
+gradients are in FP8 all the same. A second net has aligned layers. The files are those in `configs/`, unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Bad input: a clear error with place, value, suggestion and cure; all of a file at once; never an exception of ours."""
+"""Bad input: a clear error with place, value, suggestion and cure; all of a file at once; never an exception of
+ours.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,10 @@ def test_load_and_check_import_neither_torch_nor_deepspeed_nor_pydantic():
 
 
 def test_an_unmodified_job_does_not_even_import_jsonschema():
-    code = "from ds_fp8 import config; import sys; config.load({'train_batch_size': 1}); print('jsonschema' in sys.modules)"
+    code = (
+        "from ds_fp8 import config; import sys; config.load({'train_batch_size': 1}); "
+        "print('jsonschema' in sys.modules)"
+    )
     assert run(code) == "False"
 
 

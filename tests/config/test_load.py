@@ -39,7 +39,9 @@ def test_file_dict_and_base64_give_the_same_settings(tmp_path):
 
 
 def test_base64_longer_than_a_file_name_may_be():
-    """The launcher passes whole configurations as one argument; asking the file system for such a name is an OSError."""
+    """The launcher passes whole configurations as one argument; asking the file system for such a name is an
+    OSError.
+    """
     data = {**BOTH, "padding": "x" * 5000}
     assert config.load(base64.urlsafe_b64encode(json.dumps(data).encode()).decode()).fp8.enabled
 

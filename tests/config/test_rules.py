@@ -194,7 +194,9 @@ def test_refused_by_name_and_the_neighbour_passes(data, path, neighbour):
 
 
 def test_every_rule_refuses_something():
-    """A rule that no example trips is dead, or wrong. What asks the machine or the model is tried below and in tests/plan."""
+    """A rule that no example trips is dead, or wrong. What asks the machine or the model is tried below and in
+    tests/plan.
+    """
     silent = [
         rule.__name__
         for rule in (*rules.RULES, *conflicts.CONFLICTS)

@@ -1,4 +1,6 @@
-"""Trains a small net with a preset as it stands, on real ranks; a module of its own, so that processes can import it."""
+"""Trains a small net with a preset as it stands, on real ranks; a module of its own, so that processes can import
+it.
+"""
 
 from __future__ import annotations
 

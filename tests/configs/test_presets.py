@@ -1,4 +1,6 @@
-"""The ready files of `configs/`: each passes `check`, each is taken by the real DeepSpeed, each does what its name says."""
+"""The ready files of `configs/`: each passes `check`, each is taken by the real DeepSpeed, each does what its name
+says.
+"""
 
 from __future__ import annotations
 

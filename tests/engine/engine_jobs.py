@@ -1,4 +1,6 @@
-"""Small DeepSpeed jobs that engine tests run on real ranks; module-level functions, so that processes can import them."""
+"""Small DeepSpeed jobs that engine tests run on real ranks; module-level functions, so that processes can import
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What scripts do besides forward, backward and step, one function each; they run under DeepSpeed alone and with our sections.
+"""What scripts do besides forward, backward and step, one function each; they run under DeepSpeed alone and with our
+sections.
 
-The scripts are in `scripts/`. A script is `name(make, rank) -> numbers`: `make(model)` is `deepspeed.initialize` with the JSON of the case. On a CPU over
-gloo, or on one GPU or several.
+The scripts are in `scripts/`. A script is `name(make, rank) -> numbers`: `make(model)` is `deepspeed.initialize` with
+the JSON of the case. On a CPU over gloo, or on one GPU or several.
 """
 
 from __future__ import annotations

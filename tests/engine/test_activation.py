@@ -38,8 +38,8 @@ def test_importing_the_package_waits_for_deepspeed():
 def test_importing_the_package_after_deepspeed_activates_at_once():
     """A script may well import ds_fp8 last. The variable keeps an installed .pth from being first."""
     code = (
-        "import deepspeed, os; os.environ['DS_FP8_DISABLE'] = '0'; import ds_fp8, ds_fp8.import_hook; ds_fp8.import_hook.install(); "
-        "print(ds_fp8.is_active())"
+        "import deepspeed, os; os.environ['DS_FP8_DISABLE'] = '0'; import ds_fp8, ds_fp8.import_hook; "
+        "ds_fp8.import_hook.install(); print(ds_fp8.is_active())"
     )
     assert python(code, DS_FP8_DISABLE="1") == "True"
 

@@ -24,9 +24,9 @@ def together(*calls):
 def test_json_alone_swaps_and_trains_in_every_stage(stage):
     """Four Linear in FP8, the head of 7 outputs kept with its reason, losses near those of the unmodified job.
 
-    bf16 and fp32 everywhere, fp16 where DeepSpeed scales its loss (stages 1 to 3). E4M3 rounds operands by at most 2^-4;
-    two products in a row on top of a residual path move a mean square by far less than that, so 2^-4 relative is a safe
-    bound, and a swap that computes something else fails it.
+    bf16 and fp32 everywhere, fp16 where DeepSpeed scales its loss (stages 1 to 3). E4M3 rounds operands by at most
+    2^-4; two products in a row on top of a residual path move a mean square by far less than that, so 2^-4 relative is
+    a safe bound, and a swap that computes something else fails it.
     """
     dtypes = ["bf16", "fp32"] + (["fp16"] if stage else [])
     calls = []
@@ -60,7 +60,9 @@ def test_bad_input_stops_every_rank_with_the_reason():
 
 
 def test_ranks_that_disagree_stop_each_other():
-    """Another learning rate, betas or clip on rank 1: named. Another margin on rank 1: both hear who holds what. A typo on rank 1: rank 0 quotes it."""
+    """Another learning rate, betas or clip on rank 1: named. Another margin on rank 1: both hear who holds what. A
+    typo on rank 1: rank 0 quotes it.
+    """
     one, other = (config(1, fp8={"enabled": True, "margin": margin}) for margin in (0, 1))
     typo = config(1, fp8={"enabled": True, "margn": 1})
     fast, clipped = config(1, **FP8), config(1, **FP8, gradient_clipping=2.0)
@@ -95,7 +97,9 @@ def test_resume_is_exact_and_checkpoints_are_deepspeeds(stage, tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_parameters_handed_over_before_initialize_are_the_ones_trained(stage):
-    """A client AdamW, its groups or a generator hold Parameters from before the swap; the new layers use the very same."""
+    """A client AdamW, its groups or a generator hold Parameters from before the swap; the new layers use the very
+    same.
+    """
     forms = ("optimizer", "groups", "generator")
     for results in together(*(("client_optimizer_job", config(stage, **FP8), form) for form in forms)):
         assert all(found["changed"] == found["all"] for found in results)

@@ -76,7 +76,9 @@ def test_fp8_trains_beside_autocast(jobs, stage, kind):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, "fp16"])
 def test_msamp_steps_as_deepspeed_does_under_autocast(jobs, stage):
-    """With fp32 states and DeepSpeed's wire only the order of fp32 operations differs, also behind fp16's GradScaler."""
+    """With fp32 states and DeepSpeed's wire only the order of fp32 operations differs, also behind fp16's
+    GradScaler.
+    """
     for baseline, ours in zip(jobs["unmodified", stage], jobs["exact", stage]):
         assert ours["attached"]
         assert ours["losses"] == pytest.approx(baseline["losses"], rel=2**-18)

@@ -1,4 +1,6 @@
-"""Engines with a compiled model: the losses of eager mode, one whole graph, and nothing compiled anew as training goes on."""
+"""Engines with a compiled model: the losses of eager mode, one whole graph, and nothing compiled anew as training
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def readings(folder: Path, rank: int) -> list[tuple[int, str, str, float, float,
 def test_compiled_engines_train_as_eager_ones(tmp_path):
     """Two ranks, gas 2, `start_step` 1, 12 steps with an evaluation: equal losses and telemetry, whatever is compiled.
 
-    `aot_eager` runs the compiled graph op by op, so that equal means equal. At O3 weights are released in the first step.
-    Telemetry looks at every fourth step, after compilation; or at every step, while the graph is made too.
+    `aot_eager` runs the compiled graph op by op, so that equal means equal. At O3 weights are released in the first
+    step. Telemetry looks at every fourth step, after compilation; or at every step, while the graph is made too.
     """
     calls = [
         (stage, level, how, recipe, {"interval": interval, "path": str(tmp_path / f"{stage} {how}")})

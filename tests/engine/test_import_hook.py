@@ -1,4 +1,5 @@
-"""The activation hook under every way of finding and importing DeepSpeed: whatever was asked before, the class is hooked.
+"""The activation hook under every way of finding and importing DeepSpeed: whatever was asked before, the class is
+hooked.
 
 A DeepSpeed of three lines, so that a case costs a tenth of a second; `tests/journeys/test_natural_imports.py` does the
 same with the real one and the real clients. Each case is a fresh Python whose start reads our .pth.
@@ -287,7 +288,8 @@ CASES = {
         def find(fullname, path, target):
             if fullname == "deepspeed":
                 file = Path(root, "deepspeed", "__init__.py")
-                return importlib.util.spec_from_file_location(fullname, file, submodule_search_locations=[str(file.parent)])
+                where = [str(file.parent)]
+                return importlib.util.spec_from_file_location(fullname, file, submodule_search_locations=where)
         ours = [type(finder).__name__ for finder in sys.meta_path].index("DeepSpeedFinder")
         sys.meta_path.insert(ours + 1, Front(find))
         importlib.util.find_spec("deepspeed")

@@ -1,6 +1,8 @@
-"""FP8 layers live as long as their engine; what a model does afterwards is what DeepSpeed alone would do with its weights.
+"""FP8 layers live as long as their engine; what a model does afterwards is what DeepSpeed alone would do with its
+weights.
 
-Each job trains in an engine of ours, ends it, and goes on with the same model; beside it a fresh model gets the same weights.
+Each job trains in an engine of ours, ends it, and goes on with the same model; beside it a fresh model gets the same
+weights.
 """
 
 from __future__ import annotations

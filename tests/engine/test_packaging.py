@@ -115,7 +115,9 @@ def test_an_install_puts_the_hook_in_at_pythons_start(tree, kind):
 
 
 def test_torch_calls_us_where_no_pth_file_is_read(tree):
-    """`pip install --target` and PYTHONPATH: Python runs no .pth there, but torch finds the entry point of its extensions."""
+    """`pip install --target` and PYTHONPATH: Python runs no .pth there, but torch finds the entry point of its
+    extensions.
+    """
     site = build(tree, "build_wheel")
     code = (
         "import importlib.util, sys, torch; before = 'ds_fp8' in sys.modules, 'deepspeed' in sys.modules;"
@@ -140,7 +142,9 @@ def test_the_wheel_has_everything_that_runs(tree):
 
 
 def test_the_published_wheel_in_an_environment_of_its_own(tree, tmp_path):
-    """`pip install` of the wheel beside nothing but its requirements: the command runs, the version is the package's own."""
+    """`pip install` of the wheel beside nothing but its requirements: the command runs, the version is the package's
+    own.
+    """
     site = build(tree, "build_wheel")
     (wheel,) = site.parent.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -165,7 +169,12 @@ def test_what_an_index_shows(tree):
 
     site = build(tree, "build_wheel")
     text = next(site.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
-    for line in ("Author: ", "Keywords: fp8,deepspeed", "Classifier: Operating System :: POSIX :: Linux", f"Requires-Python: >={PYTHON.oldest}"):  # fmt: skip
+    for line in (
+        "Author: ",
+        "Keywords: fp8,deepspeed",
+        "Classifier: Operating System :: POSIX :: Linux",
+        f"Requires-Python: >={PYTHON.oldest}",
+    ):
         assert f"\n{line}" in text
     shown = {line.rpartition(" ")[2] for line in text.splitlines() if "Programming Language :: Python :: 3." in line}
     assert shown == set(PYTHON.tested)

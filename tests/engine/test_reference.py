@@ -18,11 +18,11 @@ def sections(level=None, **fp8):
 
 
 def test_a_reference_rounds_as_its_policy_does():
-    """Same weights, same batch: the loss of both is one number, which bf16's is not. A delayed policy's first step takes each
-    scale from the tensor itself, as a reference always does.
+    """Same weights, same batch: the loss of both is one number, which bf16's is not. A delayed policy's first step
+    takes each scale from the tensor itself, as a reference always does.
 
-    The reference stays as it is while the policy learns, at every level and stage; O3's copy is one of stage 0 too, where O3
-    itself would be refused. A misspelt key of msamp is refused there as well.
+    The reference stays as it is while the policy learns, at every level and stage; O3's copy is one of stage 0 too,
+    where O3 itself would be refused. A misspelt key of msamp is refused there as well.
     """
     jsons = [
         config(1, **sections(recipe="current")),

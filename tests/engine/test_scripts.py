@@ -1,4 +1,6 @@
-"""Scripts that do more than forward, backward and step give DeepSpeed's numbers with FP8 layers, or an error with the name."""
+"""Scripts that do more than forward, backward and step give DeepSpeed's numbers with FP8 layers, or an error with
+the name.
+"""
 
 from __future__ import annotations
 

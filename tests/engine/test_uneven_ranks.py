@@ -198,7 +198,8 @@ def chosen(rank: int, world_size: int, cases: list[Any], stages: Any, modes: dic
         for stage in stages
         for case in cases
         for mode, sections in modes.items()
-        # DeepSpeed 0.19.8's own stage 0 moves less in its first step on a GPU than its other stages, to which levels are held.
+        # DeepSpeed 0.19.8's own stage 0 moves less in its first step on a GPU than its other stages, to which levels
+        # are held.
         if stage or mode in ("control", "delayed")
     }
 

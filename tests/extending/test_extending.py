@@ -51,7 +51,8 @@ x = torch.randn(8, 32).bfloat16().requires_grad_()
 y = model(x)
 y.float().square().sum().backward()
 layer, scaling = model[0], model[0].layer_state.fp8_state.scaling
-found["power of two"] = float(torch.log2(scaling.requantize_weight(layer.weight, None, settings.fp8.recipe.forward_format).scale_inv)).is_integer()
+weight = scaling.requantize_weight(layer.weight, None, settings.fp8.recipe.forward_format)
+found["power of two"] = float(torch.log2(weight.scale_inv)).is_integer()
 found["gradients"] = bool(x.grad.isfinite().all() and layer.weight.grad.abs().sum() > 0)
 o3 = {**base, "fp8": {"enabled": True, "recipe": "power"}, "msamp": {"enabled": True, "opt_level": "O3"}}
 found["refused"] = [problem.message for problem in config.check(o3)]
@@ -116,8 +117,9 @@ restore_layers(model)
 found["dense restored"] = [type(model[0]).__name__, bool(torch.equal(model(x), exact))]
 
 # An algorithm: DeepSpeed's type is taken, and at O1 the step is torch's to the bit.
-found["problems"] = [str(one) for one in config.check({**base, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
-                                                       "msamp": {"enabled": True, "opt_level": "O2"}}) if one.severity == "error"]
+sgd = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+file = {**base, "optimizer": sgd, "msamp": {"enabled": True, "opt_level": "O2"}}
+found["problems"] = [str(one) for one in config.check(file) if one.severity == "error"]
 ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 1000)) for _ in range(2))
 one, two = ALGORITHMS["sgd"]([ours], lr=0.1, level="O1"), torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
 for step in range(5):

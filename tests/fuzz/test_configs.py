@@ -19,7 +19,8 @@ from ds_fp8.errors import ConfigError
 
 PRESETS = [json.loads(path.read_text()) for path in sorted(Path(__file__).parents[2].glob("configs/**/*.json"))]
 WORDS = ("fp8", "msamp", "enabled", "recipe", "margin", "opt_level", "layers", "include", "telemetry", "compile",
-         "bf16", "zero_optimization", "stage", "optimizer", "", "é\0", "O3", "auto", "fp16", "e4m3", "checkpoint_fallback")  # fmt: skip
+         "bf16", "zero_optimization", "stage", "optimizer", "", "é\0", "O3", "auto", "fp16", "e4m3",
+         "checkpoint_fallback")  # fmt: skip
 
 
 def value(chosen: random.Random, depth: int = 0) -> Any:

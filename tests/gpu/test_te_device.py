@@ -1,7 +1,7 @@
 """The real Transformer Engine behind our adapter, on the device, against the torch backend on the same data.
 
-Scales and histories of the first layer are equal to the bit (same inputs); behind it an amax is a sum of products that two
-GEMMs add in different orders, and outputs agree within FP8 accumulation: a flipped code moves one product by 2^-3.
+Scales and histories of the first layer are equal to the bit (same inputs); behind it an amax is a sum of products that
+two GEMMs add in different orders, and outputs agree within FP8 accumulation: a flipped code moves one product by 2^-3.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def test_names_and_the_way_back():
 
 
 def test_fused_norm_and_linear_are_the_two_layers():
-    """te.LayerNormLinear normalises in fp32 and casts at once, so it differs by the 16-bit rounding of the norm's result."""
+    """te.LayerNormLinear normalises in fp32 and casts at once, so it differs by the 16-bit rounding of the norm's
+    result.
+    """
     torch.manual_seed(0)
     results = []
     for fuse in (False, True):

@@ -1,4 +1,6 @@
-"""Compiled Triton kernels on the device against `numerics` on the CPU, bit for bit, with integer and with hardware casts."""
+"""Compiled Triton kernels on the device against `numerics` on the CPU, bit for bit, with integer and with hardware
+casts.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def test_o3_is_o2_to_the_bit(stage):
 
 @pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
 def test_ranks_that_run_different_forwards(backend, tmp_path):
-    """Rank 0 evaluates alone, a tower runs twice on one rank, a batch is dropped: no hang, DeepSpeed's losses, equal scales."""
+    """Rank 0 evaluates alone, a tower runs twice on one rank, a batch is dropped: no hang, DeepSpeed's losses, equal
+    scales.
+    """
     if backend == "transformer_engine":
         pytest.importorskip("transformer_engine.pytorch")
     cases = [
@@ -59,7 +61,8 @@ def test_ranks_that_run_different_forwards(backend, tmp_path):
 
 def cases_of(stage: int) -> list[dict]:
     levels = ("O1", "O2", "O3") if stage else ("O1", "O2")
-    # DeepSpeed 0.19.8's own stage 0 moves less in its first step than its stages 1 to 3: those are what levels are held to.
+    # DeepSpeed 0.19.8's own stage 0 moves less in its first step than its stages 1 to 3: those are what levels are held
+    # to.
     cases = [{"stage": max(stage, 1), "level": None, "gas": gas} for gas in (1, 3)]
     cases += [{"stage": stage, "level": level} for level in levels]
     cases += [{"stage": stage, "level": levels[-1], "gas": 3}]
@@ -98,7 +101,9 @@ def test_resume_is_bit_exact_on_both_ranks(stage, level, tmp_path):
 
 
 def is_asked(case: dict) -> bool:
-    """Of the CPU's table: overlap_comm with at most one other switch off, and all of them off; an engine takes seconds here."""
+    """Of the CPU's table: overlap_comm with at most one other switch off, and all of them off; an engine takes
+    seconds here.
+    """
     switches = [case[name] for name in test_wire_stages.NAMES[:3] if name in case]
     return (
         "overlap_comm" not in case or (case["overlap_comm"] and sum(switches) >= len(switches) - 1) or not any(switches)

@@ -91,7 +91,9 @@ def resumed(rank: int, world_size: int, case: dict[str, Any], folder: str) -> tu
 
 
 def wire_functions(rank: int, world_size: int) -> dict[str, bool]:
-    """Each function of the wire on device tensors over NCCL, beside the same on CPU tensors over gloo: the same bits?"""
+    """Each function of the wire on device tensors over NCCL, beside the same on CPU tensors over gloo: the same
+    bits?
+    """
     from ds_fp8.comm import Wire, all_reduce, reduce_slices
     from ds_fp8.comm.gather import all_gather_shares
     from ds_fp8.comm.reduce import owner_bounds

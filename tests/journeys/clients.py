@@ -1,4 +1,6 @@
-"""Start a client's script once for several JSON files, and read what it said; `record` fills the table of docs/huggingface.md."""
+"""Start a client's script once for several JSON files, and read what it said; `record` fills the table of
+docs/huggingface.md.
+"""
 
 from __future__ import annotations
 

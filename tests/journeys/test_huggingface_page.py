@@ -25,7 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 import tiny
 letters = Tokenizer(models.WordLevel({chr(97 + n) if n < 26 else f"<{n}>": n for n in range(64)}, unk_token="<63>"))
 letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<62>", bos_token="<61>", eos_token="<60>", unk_token="<63>")
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=letters, pad_token="<62>", bos_token="<61>", eos_token="<60>", unk_token="<63>"
+)
 experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 for name, model in {
     "MODEL": LlamaForCausalLM(LlamaConfig(**tiny.LLAMA)),

@@ -1,7 +1,7 @@
 """Scripts as their writers start them: each client in its own order of imports, and none says `import deepspeed`.
 
-All clients ask `importlib.util.find_spec("deepspeed")` long before they import it. Each script here trains twice, with a
-JSON that differs in our section alone; FP8 is on when the banner says so, the model's layers are ours, and the losses
+All clients ask `importlib.util.find_spec("deepspeed")` long before they import it. Each script here trains twice, with
+a JSON that differs in our section alone; FP8 is on when the banner says so, the model's layers are ours, and the losses
 differ from bf16's. A hook that was lost fails all three.
 """
 

@@ -1,4 +1,6 @@
-"""PEFT's adapters and TRL's trainers, each by the words of their documentation, and with reference models from the same JSON."""
+"""PEFT's adapters and TRL's trainers, each by the words of their documentation, and with reference models from the
+same JSON.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_trl_trains_in_fp8(trainers, kind):
 
 
 def test_an_interrupted_sft_goes_on_and_its_adapter_loads_without_us(tmp_path):
-    """From the checkpoint after step 3 to the bit; the saved adapter over an unmodified base model gives the same loss."""
+    """From the checkpoint after step 3 to the bit; the saved adapter over an unmodified base model gives the same
+    loss.
+    """
     clients.write(tmp_path, fp8={**clients.AUTO, **clients.FP8})
     whole, parts = clients.run(
         tmp_path, "trl_resume", ["fp8.json", "whole"], ["fp8.json", "parts", "whole/checkpoint-3"]

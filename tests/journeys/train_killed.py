@@ -1,4 +1,6 @@
-"""A script that saves after every second step and resumes; the rank named in KILL dies in the middle of a step, once."""
+"""A script that saves after every second step and resumes; the rank named in KILL dies in the middle of a step,
+once.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ HOPPER = GPUTarget("cuda", 90, 32)
 
 
 def build(kernel: Any, types: list[str], constants: dict[str, Any], *, fused: int = 0) -> None:
-    """One kernel: `types` of its arguments that are not constants, in order; `fused` multiply-adds that it spells out."""
+    """One kernel: `types` of its arguments that are not constants, in order; `fused` multiply-adds that it spells
+    out.
+    """
     given = iter(types)
     signature = {name: "constexpr" if name in constants else next(given) for name in kernel.arg_names}
     assert next(given, None) is None, f"{kernel.__name__}: too many types"

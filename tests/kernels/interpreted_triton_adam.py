@@ -1,7 +1,7 @@
 """The fused Triton step of Adam, interpreted, against `reference_step`, bit for bit: every state, master and gradient.
 
-Run by `test_triton.py` with TRITON_INTERPRET=1. Three steps with changing gradients, 1000 elements (a short last block),
-so that states decode, change and encode again; zeros, a tiny and a huge block among them.
+Run by `test_triton.py` with TRITON_INTERPRET=1. Three steps with changing gradients, 1000 elements (a short last
+block), so that states decode, change and encode again; zeros, a tiny and a huge block among them.
 """
 
 from __future__ import annotations

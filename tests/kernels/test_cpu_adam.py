@@ -180,8 +180,8 @@ def test_fp32_states_and_master_are_torch_adam(path, decoupled):
     """O1's promise: with split32 and fp32 states the update is torch's, to the last bit.
 
     `fused=True`, because torch's unfused Adam takes its square root from MKL, which is one ulp off on some CPUs
-    (torch 2.13 on an AMD EPYC: a fifth of the inputs). A multiple of 16 elements, because torch rounds what is left over
-    of its vectors in another order than the rest.
+    (torch 2.13 on an AMD EPYC: a fifth of the inputs). A multiple of 16 elements, because torch rounds what is left
+    over of its vectors in another order than the rest.
     """
     numel = 3072
     step = make_step(numel, "bf16", "split32", "fp32", "fp32", torch.float32, grad_scale=1.0, decoupled=decoupled)
@@ -222,7 +222,9 @@ def test_with_torchs_own_square_root_they_are_unfused_torch_adam(path, decoupled
 
 @pytest.mark.skipif(torch_sqrt.entry() is None, reason="torch's square root has no name in this build")
 def test_torchs_own_square_root_beside_every_pair_of_states(path):
-    """The root that is stored is torch's; the divisor of an 8-bit exp_avg beside fp32 and bf16 stays the rounded one."""
+    """The root that is stored is torch's; the divisor of an 8-bit exp_avg beside fp32 and bf16 stays the rounded
+    one.
+    """
     for m, v in itertools.product(EXP_AVG_FORMATS, EXP_AVG_SQ_FORMATS):
         run_both(make_step(3 * 128 + 37, "bf16", "split24", m, v, torch.float32, torch_sqrt=True), 3)
 

@@ -33,7 +33,10 @@ def start(tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
-    code = "from ds_fp8.kernels.cpu import build; build.PATIENCE_S = 1.0; build.HEARTBEAT_S = 0.1; print(build.build_cached())"
+    code = (
+        "from ds_fp8.kernels.cpu import build; build.PATIENCE_S = 1.0; build.HEARTBEAT_S = 0.1; "
+        "print(build.build_cached())"
+    )
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

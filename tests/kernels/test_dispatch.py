@@ -34,7 +34,8 @@ def flat_calls(encode, decode, add, add_encode, x):
     stacked, scales = quantized.expand(3, -1).contiguous(), scale_inv.expand(3, -1).contiguous()
     out = torch.empty(x.numel(), dtype=torch.bfloat16)
     return [
-        quantized, scale_inv, random, random_scale_inv, decode(quantized, scale_inv, E4M3), decode(quantized, scale_inv, E4M3, out=out),
+        quantized, scale_inv, random, random_scale_inv, decode(quantized, scale_inv, E4M3),
+        decode(quantized, scale_inv, E4M3, out=out),
         add(stacked, scales, E4M3, factor=1 / 3), *add_encode(stacked, scales, E4M3, factor=0.5, out_fmt=E5M2),
     ]  # fmt: skip
 

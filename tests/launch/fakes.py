@@ -1,4 +1,5 @@
-"""Fakes of Slurm, MPI, PBS and the launchers that note what they are given, and start every rank with the original's variables.
+"""Fakes of Slurm, MPI, PBS and the launchers that note what they are given, and start every rank with the original's
+variables.
 
 What they show is the whole way from the user's line to the environment in which Python starts. They do not show that
 the originals behave so: `test_slurm.py` and `test_mpi.py` run those.

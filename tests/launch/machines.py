@@ -1,4 +1,5 @@
-"""Real launchers on one machine: Slurm with two nodes, Open MPI, MPICH, and a second host behind ssh in a network namespace.
+"""Real launchers on one machine: Slurm with two nodes, Open MPI, MPICH, and a second host behind ssh in a network
+namespace.
 
 Nothing of the machine's own is used or changed: every daemon gets its configuration, key, ports and folders from the
 test, is ended by its pid, and listens on 127.0.0.1 or inside the namespace. What is not installed is installed where

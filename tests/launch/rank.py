@@ -1,4 +1,5 @@
-"""Stands for a training on one rank, without torch: steps, checkpoints with a manifest, and what a test wishes to go wrong.
+"""Stands for a training on one rank, without torch: steps, checkpoints with a manifest, and what a test wishes to go
+wrong.
 
 STEPS, STEP_S      how many, how long                        SAVE_EVERY   steps between checkpoints (rank 0 writes)
 DIE                "rank step code", or KILL for the code    HANG         "rank step": sleeps there

@@ -1,7 +1,7 @@
 """A second host on one machine: a network namespace with a name of its own and an sshd, and one sshd on this side.
 
-Hosts are named by their addresses, 10.<a>.<b>.1 and .2, on a veth pair that only these two share. `ssh` on the PATH that
-this gives knows the key and asks nothing; nothing of the user's own ssh is read.
+Hosts are named by their addresses, 10.<a>.<b>.1 and .2, on a veth pair that only these two share. `ssh` on the PATH
+that this gives knows the key and asks nothing; nothing of the user's own ssh is read.
 """
 
 from __future__ import annotations

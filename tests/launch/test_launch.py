@@ -73,7 +73,9 @@ def test_slurm_container_serves_check_and_ranks(cluster):
 
 
 def test_slurm_requeues_before_the_limit_and_waits_for_the_end(cluster):
-    """USR1 reaches the batch shell; bash handles it although the launcher runs, and the job goes on until it is done."""
+    """USR1 reaches the batch shell; bash handles it although the launcher runs, and the job goes on until it is
+    done.
+    """
     process = cluster.start("slurm.sh", *TRAIN, **SLURM, LAUNCHER_SLEEPS="2", FORWARD_SIGNAL="TERM")
     wait_for(lambda: len(of(cluster.read(), "python")) == 2)
     process.send_signal(signal.SIGUSR1)
@@ -249,11 +251,13 @@ def test_kubernetes_validates_the_manifest():
 
 
 def test_kubernetes_gives_the_ranks_the_pods_grace(cluster):
-    """TERM reaches this shell alone: the ranks get USR1 from it, torchrun nothing, and the exit code says interrupted."""
+    """TERM reaches this shell alone: the ranks get USR1 from it, torchrun nothing, and the exit code says
+    interrupted.
+    """
     (cluster.folder / "bin" / "torchrun").write_text(
         "#!/bin/bash\ntrap 'echo TORCHRUN SIGNALLED >&2' TERM USR1\n"
-        "LOCAL_RANK=0 bash -c 'trap \"echo RANK HEARD >&2; exit 138\" USR1; echo READY >&2; while :; do sleep .1; done' & "
-        "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done\n"
+        'LOCAL_RANK=0 bash -c \'trap "echo RANK HEARD >&2; exit 138" USR1; echo READY >&2; while :; do sleep .1; '
+        "done' & while kill -0 $! 2>/dev/null; do wait $!; code=$?; done\n"
         'echo "failed (exitcode: $code) local_rank: 0 (pid: 1)" >&2; exit 1\n'
     )
     process = cluster.start("kubernetes.sh", *TRAIN, SKIP_CHECK="1")

@@ -1,4 +1,6 @@
-"""launch/mpi.sh under Open MPI and MPICH on two hosts, launch/hostfile.sh over pdsh: what reaches the far rank, and what stays."""
+"""launch/mpi.sh under Open MPI and MPICH on two hosts, launch/hostfile.sh over pdsh: what reaches the far rank, and
+what stays.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A script that never saves loses at most one step: real launchers, two ranks, a signal, and the same losses as without it."""
+"""A script that never saves loses at most one step: real launchers, two ranks, a signal, and the same losses as
+without it.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,8 @@ def test_the_function_refuses_what_it_cannot_do(tmp_path):
     code = """
 import threading, torch, deepspeed, ds_fp8
 from ds_fp8.errors import CheckpointError
-config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+adamw = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+config = {"train_micro_batch_size_per_gpu": 1, "optimizer": adamw}
 def engine():
     model = torch.nn.Linear(4, 4)
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=dict(config))[0]

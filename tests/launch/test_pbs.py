@@ -1,4 +1,6 @@
-"""launch/pbs.sh against fakes of PBS and MPI: the node file, the limit, the successor. No PBS can be had on a test machine."""
+"""launch/pbs.sh against fakes of PBS and MPI: the node file, the limit, the successor. No PBS can be had on a test
+machine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""5000 nodes, by name only: nothing in the scripts may grow, close a pipe early, or pass an argument that is too long."""
+"""5000 nodes, by name only: nothing in the scripts may grow, close a pipe early, or pass an argument that is too
+long.
+"""
 
 from __future__ import annotations
 

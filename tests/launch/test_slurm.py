@@ -1,4 +1,6 @@
-"""launch/slurm.sh under a real Slurm with two nodes: submit, typo, signal, crash, node death, silence, resume, exit codes."""
+"""launch/slurm.sh under a real Slurm with two nodes: submit, typo, signal, crash, node death, silence, resume, exit
+codes.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """FP8 layers under torch.compile: one whole graph, compiled once, with the eager layers' numbers.
 
-`aot_eager` runs the graph that Inductor would get op by op, so there every number is the eager one's, bit for bit, and a
-difference is a bug of the operators. What Inductor fuses is rounded less often: there losses agree, and the first output to
-the rounding of bf16.
+`aot_eager` runs the graph that Inductor would get op by op, so there every number is the eager one's, bit for bit, and
+a difference is a bug of the operators. What Inductor fuses is rounded less often: there losses agree, and the first
+output to the rounding of bf16.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def make(recipe: Recipe, *, managed: bool = True, dtype: torch.dtype = torch.bfl
     return model, swapped(model, recipe, managed=managed, **fp8)
 
 
-def train(model: nn.Module, fp8_state: Any, *, steps: int = 4, gas: int = 1, rows: tuple[int, ...] = (8,), evals: bool = False,
+def train(model: nn.Module, fp8_state: Any, *, steps: int = 4, gas: int = 1, rows: tuple[int, ...] = (8,),
+          evals: bool = False,
           dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:  # fmt: skip
     """Outputs, gradients and scales of some optimizer steps of SGD."""
     generator, found = torch.Generator().manual_seed(1), []

@@ -76,7 +76,9 @@ def visit(module: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("recipe", ["delayed", "block"])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_gradients_of_experts_beside_fp32(name, recipe):
-    """Two products one after the other, three rounded operands in a gradient: 0.04 each in the mean square, and not 0."""
+    """Two products one after the other, three rounded operands in a gradient: 0.04 each in the mean square, and not
+    0.
+    """
     model = mixture(name)
     module = list(experts_of(model).values())[-1]
     (exact_loss, _), exact, names = loss_and_gradients(model), visit(module), list(model.state_dict())

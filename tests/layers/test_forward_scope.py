@@ -111,7 +111,9 @@ def test_scales_are_constant_within_a_forward_and_move_with_the_next():
 
 
 def test_under_an_engine_a_step_is_one_entry_whatever_was_run():
-    """Four micro-batches share their scales; the step takes the largest amax. Without an engine each pass is an entry."""
+    """Four micro-batches share their scales; the step takes the largest amax. Without an engine each pass is an
+    entry.
+    """
     model = nn.Sequential(nn.Linear(32, 32))
     fp8_state = swapped(model, Recipe(amax_history_len=8, amax_compute_algo="most_recent"), managed=True)
     for micro in (1, 3, 0, 2):
@@ -131,7 +133,9 @@ def test_under_an_engine_a_step_is_one_entry_whatever_was_run():
 
 
 def test_addresses_stay_and_an_old_forward_keeps_its_scales():
-    """What a captured graph reads is rewritten in place; what a forward of the last step kept for its backward is not."""
+    """What a captured graph reads is rewritten in place; what a forward of the last step kept for its backward is
+    not.
+    """
     model = nn.Sequential(nn.Linear(32, 32))
     fp8_state = swapped(model, RECIPE, managed=True)
     addresses = [tensor.data_ptr() for tensor in (fp8_state.slots, fp8_state.pending, fp8_state.scales)]

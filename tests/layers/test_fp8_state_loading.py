@@ -1,4 +1,6 @@
-"""`match_state`: a saved FP8 state is put into the columns of today's layers by name, or refused before anything moves."""
+"""`match_state`: a saved FP8 state is put into the columns of today's layers by name, or refused before anything
+moves.
+"""
 
 from __future__ import annotations
 

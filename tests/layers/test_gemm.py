@@ -38,7 +38,9 @@ def test_bf16_is_rounded_once(with_bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_wider_formats_keep_their_bits(dtype):
-    """An fp32 sum of 256 products is off by at most 256 roundings of the largest partial sum; then one of the output."""
+    """An fp32 sum of 256 products is off by at most 256 roundings of the largest partial sum; then one of the
+    output.
+    """
     a, b = operands()
     factor = (a.scale_inv * b.scale_inv).double()
     size = a.decode(torch.float32).abs().double() @ b.decode(torch.float32).abs().double().t() * factor

@@ -71,7 +71,8 @@ def test_all_three_products_are_within_the_formats_error_of_fp32(recipe, counts)
 
 @pytest.mark.parametrize("recipe", ["current", "block", "high"])
 def test_weights_that_lie_as_in_out_give_the_same_numbers(recipe):
-    """gpt-oss keeps [experts, in, out]: the same quantized values; the gradient is made as the weight lies, so its sums and
+    """gpt-oss keeps [experts, in, out]: the same quantized values; the gradient is made as the weight lies, so its sums
+    and
     scales come in another order."""
     straight, transposed = run(RECIPES[recipe], [3, 0, 40])[0], run(RECIPES[recipe], [3, 0, 40], transposed=True)[0]
     assert torch.equal(straight[0], transposed[0]) and torch.equal(straight[1], transposed[1])
@@ -147,9 +148,11 @@ def test_where_rows_lie():
 
 
 def grouped_product_of_torch(a, b, scale_a, scale_b, offs=None, out_dtype=None, use_fast_accum=False):
-    """What `torch._scaled_grouped_mm` computes and demands, written out: row-wise scales, both operands by rows of 16 bytes.
+    """What `torch._scaled_grouped_mm` computes and demands, written out: row-wise scales, both operands by rows of 16
+    bytes.
 
-    [S, Q] with [E, Q, R]: scales [S] and [E, R], groups of rows;  [P, S] with [S, R]: scales [E * P] and [E * R], groups of the sum.
+    [S, Q] with [E, Q, R]: scales [S] and [E, R], groups of rows;  [P, S] with [S, R]: scales [E * P] and [E * R],
+                                                                   groups of the sum.
     Memory that belongs to no group comes back as NaN: the kernel does not write it.
     """
     assert a.dtype == b.dtype == torch.float8_e4m3fn and offs.dtype == torch.int32 and out_dtype == torch.bfloat16

@@ -1,9 +1,9 @@
 """An FP8 layer in the hands of an unmodified script: what works with nn.Linear works here, to FP8's rounding, or says
 why not.
 
-Beside each case stands the control, the same model with nn.Linear. The rounding of one layer: two operands with 3 bits of
-mantissa, so a relative error of the whole result below 2^-4 in each of two layers (2^-4 is one operand's largest single
-error; over a sum errors average out).
+Beside each case stands the control, the same model with nn.Linear. The rounding of one layer: two operands with 3 bits
+of mantissa, so a relative error of the whole result below 2^-4 in each of two layers (2^-4 is one operand's largest
+single error; over a sum errors average out).
 """
 
 from __future__ import annotations
@@ -190,7 +190,9 @@ def test_transforms_of_torch_func(kind):
     for transform in (
         lambda each: torch.func.vmap(each)(x),
         lambda each: torch.func.grad(loss_of(each))(dict(each.named_parameters()), x)["0.weight"],
-        lambda each: torch.func.vmap(torch.func.grad(loss_of(each)), (None, 0))(dict(each.named_parameters()), x)["0.weight"],
+        lambda each: torch.func.vmap(torch.func.grad(loss_of(each)), (None, 0))(dict(each.named_parameters()), x)[
+            "0.weight"
+        ],
         lambda each: torch.func.jvp(each, (x,), (torch.ones_like(x),))[1],
         lambda each: torch.func.jacrev(each)(x[0]),
     ):  # fmt: skip

@@ -102,7 +102,9 @@ def test_decode_rounds_once_into_the_wanted_dtype():
 
 
 def test_sum_over_ranks_cannot_saturate():
-    """64 equal contributions at the end of the range: their sum is 64 times one, in fp32, and so is its requantisation."""
+    """64 equal contributions at the end of the range: their sum is 64 times one, in fp32, and so is its
+    requantisation.
+    """
     quantized, scale_inv = flat.encode(torch.full((200,), 5.0), E4M3)
     total = flat.sum_contributions(quantized.expand(64, -1), scale_inv.expand(64, -1), E4M3, factor=1 / 64)
     assert torch.allclose(total, torch.full((200,), 5.0), rtol=64 * 2.0**-23)
@@ -160,7 +162,9 @@ def test_the_best_of_two_is_never_worse_and_keeps_its_amax(fmt):
 
 
 def test_expansion_halves_the_error_of_e4m3():
-    """Normal numbers, 128 to a block: they span 8 of the 17.8 powers of two, so k is about 2 and the error about half."""
+    """Normal numbers, 128 to a block: they span 8 of the 17.8 powers of two, so k is about 2 and the error about
+    half.
+    """
     x = torch.randn(128 * 64, generator=torch.Generator().manual_seed(0))
     baseline = (flat.decode(*flat.encode(x, E4M3), E4M3) - x).norm() / x.norm()
     expanded = (expansion.decode(*expansion.encode(x)) - x).norm() / x.norm()

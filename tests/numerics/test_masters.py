@@ -68,7 +68,9 @@ def test_not_finite_is_seen_in_the_weight(base, remainder):
 
 
 def test_fp16_split32_is_fp32_from_two_to_the_minus_16_up():
-    """The remainder counts in ulp(weight) / 2^15; fp32 has 13 bits below fp16's, and below 6e-5 the ulp stands still."""
+    """The remainder counts in ulp(weight) / 2^15; fp32 has 13 bits below fp16's, and below 6e-5 the ulp stands
+    still.
+    """
     x = torch.cat([patterns(2.0**-16, 60000.0), torch.tensor([0.0, 65504.0])])
     weight, remainder = masters.split(x, FP16, INT16)
     assert torch.equal(weight, x.half())

@@ -12,7 +12,9 @@ from ds_fp8.numerics import blocks8, states
 from ds_fp8.numerics.random_bits import Stochastic
 
 TOLERANCE = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11 * 1.001, "e4m3": 2.0**-4 * 1.001, "e4m3_expanded": 0.12}
-"""Half an ulp. Expanded: the smallest of a block is e4m3's smallest code, half a step of it is 1/2, and k = 4 divides that."""
+"""Half an ulp. Expanded: the smallest of a block is e4m3's smallest code, half a step of it is 1/2, and k = 4
+divides that.
+"""
 
 TOLERANCE["int8"] = 0.5 / 127 * math.exp(3) * 1.001
 """Half a step, 1/254 of the block's amax, relative to the smallest of `narrow`, exp(3) below it."""
@@ -72,8 +74,8 @@ def test_roots_below_fp16_survive_in_their_own_block():
 def test_moments_are_m_and_v_whatever_is_stored(fmt, squares):
     """The tolerance of m is that of its own format, however coarse sqrt(v) is: the divisor cancels.
 
-    Ratios span a factor of exp(4.5) here, so k is 17.8 / 6.5 = 2.7, and half a step at the smallest code 1 - 1.5^(-1 / 2.7);
-    in int8 half a step is exp(4.5) / 254 of the smallest.
+    Ratios span a factor of exp(4.5) here, so k is 17.8 / 6.5 = 2.7, and half a step at the smallest code 1 - 1.5^(-1 /
+    2.7); in int8 half a step is exp(4.5) / 254 of the smallest.
     """
     wide = {"e4m3_expanded": 0.14, "int8": 0.5 / 127 * math.exp(4.5)}
     tolerance = wide.get(fmt, TOLERANCE[fmt] + 2.0**-22)
@@ -142,7 +144,8 @@ def test_int8_divides_a_block_into_127_steps_to_each_side():
 
 
 def test_int8_rounds_stochastically_without_bias_and_never_beyond_127():
-    """A whole number stays; a value between takes the upper neighbour with the probability of its fraction (4,000 draws:
+    """A whole number stays; a value between takes the upper neighbour with the probability of its fraction (4,000
+    draws:
     four standard deviations are .032); largest and smallest values are +-127 whatever is drawn."""
     x = torch.linspace(-1, 1, 128).repeat(4000) * torch.tensor(127.0)
     x[1::128], x[2::128] = 5.0, 4.3

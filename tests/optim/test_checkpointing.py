@@ -194,7 +194,9 @@ def test_an_exported_state_comes_back_to_its_quantized_values():
 
 @pytest.mark.parametrize(("before", "after"), [("int8", "e4m3"), ("e4m3", "int8"), ("int8", "fp32"), ("bf16", "int8")])
 def test_another_exp_avg(before, after):
-    """A state that was saved in one format goes on in the other: decoded, encoded anew, wrong by e4m3's half ulp, 2^-4, at most."""
+    """A state that was saved in one format goes on in the other: decoded, encoded anew, wrong by e4m3's half ulp,
+    2^-4, at most.
+    """
     params = parameters(torch.bfloat16)
     ours = ScaledAdamW(params, level=LEVELS["O2"].override(exp_avg=before))
     train(ours, params, 1, 3)

@@ -146,8 +146,8 @@ def test_neighbours_of_other_sizes_cost_nothing(exp_avg, error):
 
 @pytest.mark.parametrize("spread", [0.0, 2.0])
 def test_o2_over_300_steps(spread):
-    """The target of O2: an update wrong by at most 2.5 % when every step's storage error is in it, and never 1.05 times the
-    right one's largest. int8 gives .012; with e4m3 it was .053. Sizes exp(spread * z), each element for itself.
+    """The target of O2: an update wrong by at most 2.5 % when every step's storage error is in it, and never 1.05 times
+    the right one's largest. int8 gives .012; with e4m3 it was .053. Sizes exp(spread * z), each element for itself.
     """
     sizes = torch.randn(2048, generator=torch.Generator().manual_seed(1)).mul(spread).exp() * 1e-3
     generator = torch.Generator().manual_seed(2)

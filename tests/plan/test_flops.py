@@ -72,11 +72,14 @@ def counted_flops(model: nn.Module, name: str, length: int) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_count_by_shapes_is_torchs_count_of_a_real_forward(name):
-    """2 FLOPs for a multiply-add. Experts visited, all heads, both towers; nothing else is a product in these models."""
+    """2 FLOPs for a multiply-add. Experts visited, all heads, both towers; nothing else is a product in these
+    models.
+    """
     model = built(name)
     counted = count_products(model, ())
     ours = 2 * counted.length * sum(product.macs for product in counted.products)
-    # Rotary tables are products of their own (length x head / 2), and the patches of a ViT are one less than its tokens.
+    # Rotary tables are products of their own (length x head / 2), and the patches of a ViT are one less than its
+    # tokens.
     assert ours == pytest.approx(counted_flops(model, name, counted.length), rel=0.01)
     assert counted.unknown == ()
 

@@ -57,7 +57,10 @@ def test_banner():
     """Counts, target, numerics and reasons in one line; effective settings; the level."""
     text = plan_at("O3").banner()
     assert text.splitlines() == [
-        "ds_fp8: 4 of 5 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: head (tied to embed (Embedding))",
+        (
+            "ds_fp8: 4 of 5 Linear -> Fp8Linear (HYBRID, delayed, history 1024 (max), margin 0); kept 1: "
+            "head (tied to embed (Embedding))"
+        ),
         "ds_fp8: 2 of 2 LayerNorm -> Fp8LayerNorm (fp32 inside, high precision out)",
         "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache off; eval off",
         "ds_fp8: 75% of the model's matrix FLOPs in FP8 (sequences of 2048 tokens); not: head 25%",
@@ -66,9 +69,10 @@ def test_banner():
             "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks"
         ),
         (
-            "ds_fp8: 4 weights only in FP8 between steps: read outside of their layer they have its FP8 values, writes are "
-            "refused; model.state_dict() is for all ranks at once; in 16 bits inside deepspeed.zero.GatheredParameters, or by "
-            "msamp/weight_wire_exclude; an extension in C++ that is no operator of torch.ops takes weight.detach()"
+            "ds_fp8: 4 weights only in FP8 between steps: read outside of their layer they have its FP8 values, writes "
+            "are refused; model.state_dict() is for all ranks at once; in 16 bits inside "
+            "deepspeed.zero.GatheredParameters, or by msamp/weight_wire_exclude; an extension in C++ that is no "
+            "operator of torch.ops takes weight.detach()"
         ),
         f"ds_fp8: plan {plan_at('O3').digest()[:12]}",
     ]

@@ -1,4 +1,6 @@
-"""Which of our overrides of DeepSpeed's methods were called? Counting wrappers, put around them before any engine is made."""
+"""Which of our overrides of DeepSpeed's methods were called? Counting wrappers, put around them before any engine is
+made.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What has to work on every release of DeepSpeed: one small job for each feature, two ranks, the plugin as users have it.
+"""What has to work on every release of DeepSpeed: one small job for each feature, two ranks, the plugin as users have
+it.
 
 Each function is collective, runs on both ranks and raises AssertionError. Together they call every method of DeepSpeed
 that we override (`uncalled` in run.py holds that). O1 keeps fp32 numbers exactly, so there our job must equal
@@ -60,7 +61,8 @@ def alone(folder: Path) -> None:
 
 def fp8_layers(folder: Path) -> None:
     """`fp8` alone in stages 0, 2 and 3, then saved and resumed with its scales."""
-    # DeepSpeed before 0.18.6 does not clear the gradients of bf16 jobs in stage 0, so its resumed jobs lack what was in them.
+    # DeepSpeed before 0.18.6 does not clear the gradients of bf16 jobs in stage 0, so its resumed jobs lack what was in
+    # them.
     for stage in (2, 3) if is_before("0.18.6") else (0, 2, 3):
         config = {**configuration(stage), "fp8": FP8}
         engine = start(config)
@@ -130,7 +132,8 @@ def o3(folder: Path) -> None:
 
 def wire_ways(folder: Path) -> None:
     """Every way in which ZeRO 1 and 2 reduce gradients, and stage 3's two."""
-    # On a CPU DeepSpeed before 0.19.8 skips this reduction itself, without a word: contiguous gradients are the measure.
+    # On a CPU DeepSpeed before 0.19.8 skips this reduction itself, without a word: contiguous gradients are the
+    # measure.
     near(2, zero={"contiguous_gradients": False}, baseline={})
     near(2, zero={"contiguous_gradients": False, "overlap_comm": True}, baseline={})
     near(2, zero={"reduce_scatter": False})

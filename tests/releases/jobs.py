@@ -1,7 +1,7 @@
 """Small jobs on two ranks, and how ours is measured by DeepSpeed's: equal, or as near as 8 bits allow.
 
-`exact` is for O1 without its wire, which keeps fp32 numbers: DeepSpeed's step, bit for bit. `near` is for quantized states
-and gradients; its bounds are derived, not tuned.
+`exact` is for O1 without its wire, which keeps fp32 numbers: DeepSpeed's step, bit for bit. `near` is for quantized
+states and gradients; its bounds are derived, not tuned.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Run the features on the installed DeepSpeed; one line of JSON:   python tests/releases/run.py [feature ...]
 
-Two ranks over gloo. A feature that fails on one rank fails; the ranks agree after each, so that the next one starts level.
-Last comes `uncalled`: overridden methods of DeepSpeed that no feature has called, which a table would promise blindly.
+Two ranks over gloo. A feature that fails on one rank fails; the ranks agree after each, so that the next one starts
+level. Last comes `uncalled`: overridden methods of DeepSpeed that no feature has called, which a table would promise
+blindly.
 """
 
 from __future__ import annotations

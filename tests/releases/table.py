@@ -44,7 +44,8 @@ def failures(result: dict[str, Any]) -> dict[str, str]:
 def line(result: dict[str, Any]) -> str:
     """The outcome of a release in one line."""
     wrong, ran = failures(result), len(result["features"])
-    shown = f"== DeepSpeed {result['deepspeed']} ({result.get('versions', 'not run')}): {ran - len(wrong)} of {ran} features ok"
+    versions = result.get("versions", "not run")
+    shown = f"== DeepSpeed {result['deepspeed']} ({versions}): {ran - len(wrong)} of {ran} features ok"
     return shown + "".join(f"; {name} FAILS: {text.splitlines()[0][:200]}" for name, text in wrong.items())
 
 
@@ -89,7 +90,10 @@ def page(results: list[dict[str, Any]], meanings: dict[str, str]) -> str:
         lines.append("")
     for fault in FAULTS:
         lines += [
-            f"DeepSpeed {fault.first} to {fault.last} by themselves: {fault.what}. The other columns were run with that mended.",
+            (
+                f"DeepSpeed {fault.first} to {fault.last} by themselves: {fault.what}. "
+                "The other columns were run with that mended."
+            ),
             "",
         ]
     absent = [release for release in RELEASED if release not in {result["deepspeed"] for result in results}]

@@ -1,8 +1,8 @@
 """The support matrix: each feature of DeepSpeed, what a script and its JSON do for it, and what comes of it.
 
 A cell *works* when the job ends, with finite losses near those of DeepSpeed alone and with our layers and states in the
-engine; it is *refused* when all ranks raise one of our errors with the words given here, before the first step. Anything
-else fails. `absent` means the plugin without its sections: losses equal to the last bit.
+engine; it is *refused* when all ranks raise one of our errors with the words given here, before the first step.
+Anything else fails. `absent` means the plugin without its sections: losses equal to the last bit.
 """
 
 from __future__ import annotations

@@ -33,9 +33,10 @@ from features import COLUMNS, FEATURES, Feature, configuration  # noqa: E402
 LIMIT_S = float(os.environ.get("DS_FP8_SUPPORT_LIMIT_S", "90"))
 ALONE = "alone"
 ONCE = (
-    "deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 deepspeed.runtime.bf16_optimizer deepspeed.runtime.checkpoint_engine"
-    " ds_fp8.engine.attach ds_fp8.engine.patches ds_fp8.zero.specializing ds_fp8.zero.private_names ds_fp8.layers ds_fp8.plan.make"
-    " ds_fp8.config.loading ds_fp8.config.rules ds_fp8.checkpoint.saving ds_fp8.checkpoint.loading torch._dynamo"
+    "deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 deepspeed.runtime.bf16_optimizer "
+    "deepspeed.runtime.checkpoint_engine ds_fp8.engine.attach ds_fp8.engine.patches ds_fp8.zero.specializing "
+    "ds_fp8.zero.private_names ds_fp8.layers ds_fp8.plan.make ds_fp8.config.loading ds_fp8.config.rules "
+    "ds_fp8.checkpoint.saving ds_fp8.checkpoint.loading torch._dynamo"
 )
 """Modules that most cells need: imported before the forks. Importing is not activating."""
 
@@ -137,7 +138,9 @@ def expected(feature: Feature, column: str) -> str:
 
 
 def fill(names: list[str], kept: Path | None = None) -> dict[str, dict[str, str]]:
-    """feature -> column -> verdict; with `kept`, rows of earlier calls too, and each new one is written there at once."""
+    """feature -> column -> verdict; with `kept`, rows of earlier calls too, and each new one is written there at
+    once.
+    """
     for name in ONCE.split():
         importlib.import_module(name)
     from ds_fp8 import kernels

@@ -1,4 +1,6 @@
-"""The support matrix holds: what `features.py` says of each cell is what happens, and `docs/support.md` says the same."""
+"""The support matrix holds: what `features.py` says of each cell is what happens, and `docs/support.md` says the
+same.
+"""
 
 from __future__ import annotations
 

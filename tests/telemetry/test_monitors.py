@@ -42,7 +42,9 @@ def of_tensorboard(folder: Path) -> dict[str, float]:
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """Records of a .wandb file: LevelDB's log, i.e. blocks of 32 KiB with pieces of (crc 4, length 2, kind 1), after 7 bytes."""
+    """Records of a .wandb file: LevelDB's log, i.e. blocks of 32 KiB with pieces of (crc 4, length 2, kind 1), after
+    7 bytes.
+    """
     at, record = 7, b""
     while at + 7 <= len(data):
         length, kind = struct.unpack_from("<HB", data, at + 4)

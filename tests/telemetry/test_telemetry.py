@@ -69,9 +69,18 @@ def test_each_alarm_names_the_layer_and_the_key(found, kind, key):
     ("found", "kind", "cure", "not_told"),
     [
         # A head whose gradients all become zero under an old amax: lost before unused.
-        (statistics_of(448 * 2.0**-20, underflow=1.0, underflow_of_own_amax=0.01), "underflow", "fp8/amax_history_len", "block"),
-        (statistics_of(448 * 2.0**-8, underflow=0.4, margin=8, underflow_without_margin=0.02), "underflow", "lower fp8/margin", "history"),
-        (statistics_of(448 * 2.0**-8, underflow=0.9, margin=8, underflow_without_margin=0.6), "underflow", "recipe block", "margin"),
+        (
+            statistics_of(448 * 2.0**-20, underflow=1.0, underflow_of_own_amax=0.01),
+            "underflow", "fp8/amax_history_len", "block",
+        ),
+        (
+            statistics_of(448 * 2.0**-8, underflow=0.4, margin=8, underflow_without_margin=0.02),
+            "underflow", "lower fp8/margin", "history",
+        ),
+        (
+            statistics_of(448 * 2.0**-8, underflow=0.9, margin=8, underflow_without_margin=0.6),
+            "underflow", "recipe block", "margin",
+        ),
         (statistics_of(448 * 2.0**-14, margin=10), "idle", "lower fp8/margin", "history"),
         (statistics_of(448 * 2.0**-14, margin=1), "idle", "fp8/amax_history_len", "lower fp8/margin"),
     ],

@@ -52,7 +52,9 @@ def sections(level: str | None) -> dict[str, Any]:
 
 
 def train_families(rank: int, world_size: int, stage: int, names: list[str], folder: str) -> dict[str, Any]:
-    """For each model: losses in bf16, at O2 and at O3; the last one saved in the middle and gone on with from the file."""
+    """For each model: losses in bf16, at O2 and at O3; the last one saved in the middle and gone on with from the
+    file.
+    """
     import ds_fp8.engine
 
     ds_fp8.activate()
@@ -89,7 +91,9 @@ def lora() -> nn.Module:
 
 
 def train_lora(rank: int, world_size: int, stages: list[int], folder: str) -> dict[str, Any]:
-    """PEFT's LoRA with the base kept in 16 bits and in FP8: losses, a resumed run, adapters on disk, the merged model."""
+    """PEFT's LoRA with the base kept in 16 bits and in FP8: losses, a resumed run, adapters on disk, the merged
+    model.
+    """
     import ds_fp8.engine
     from ds_fp8.zero.weights_released import is_released
 

@@ -138,7 +138,9 @@ def storages(tensors: Any) -> dict[int, int]:
 
 
 def run_case(case: dict[str, Any], ours: bool, steps: int = 4, *, overflow_at: int | None = None) -> dict[str, Any]:
-    """One job of `case` (stage, dtype, level, overrides, config): losses, norms, weights, and what it was wrapped in."""
+    """One job of `case` (stage, dtype, level, overrides, config): losses, norms, weights, and what it was wrapped
+    in.
+    """
     engine = make_engine(
         ds_config(case["stage"], case.get("dtype", "bf16"), **case.get("config", {})),
         plan_of(case) if ours else None,

@@ -46,7 +46,9 @@ def frozen(model: nn.Module, kind: str) -> FrozenWeights:
 
 @pytest.mark.parametrize("by_tiles", [False, True])
 def test_decoding_is_exact_in_bf16_and_casting_again_changes_nothing(by_tiles):
-    """Powers of two: what a checkpoint or a merge gets is what was trained with, and a resumed run trains with it again."""
+    """Powers of two: what a checkpoint or a merge gets is what was trained with, and a resumed run trains with it
+    again.
+    """
     torch.manual_seed(0)
     weight = (torch.randn(256, 384) * torch.logspace(-6, 0, 384)).bfloat16()
     model = nn.Sequential(nn.Linear(384, 256).bfloat16().requires_grad_(False))
@@ -68,7 +70,9 @@ def test_decoding_is_exact_in_bf16_and_casting_again_changes_nothing(by_tiles):
 
 @pytest.mark.parametrize("kind", ["delayed", "current", "block"])
 def test_one_byte_is_left_and_the_layer_computes_with_it(kind):
-    """The Parameter's memory is one element; forward and dgrad are those of a layer whose weight has the decoded values."""
+    """The Parameter's memory is one element; forward and dgrad are those of a layer whose weight has the decoded
+    values.
+    """
     model, other = base(), base()
     weights = frozen(model, kind)
     layer = model[0]

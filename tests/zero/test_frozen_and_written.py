@@ -21,7 +21,9 @@ def settings(stage, level, **more):
 
 
 def test_a_layer_frozen_in_mid_run_goes_on_by_momentum():
-    """Without gradient it counts as gradient zero in every stage of DeepSpeed with 16-bit weights: at all levels too."""
+    """Without gradient it counts as gradient zero in every stage of DeepSpeed with 16-bit weights: at all levels
+    too.
+    """
     stages = (0, 1, 2)
     calls = [("frozen_in_mid_run", (settings(stage, level),)) for stage in stages for level in LEVELS]
     results = [found[0]["moved"] for found in run_ranks_by_call(calls)]
@@ -32,7 +34,8 @@ def test_a_layer_frozen_in_mid_run_goes_on_by_momentum():
 
 
 def test_a_weight_written_in_place_stays_written_with_msamp():
-    """The 16-bit weight is half of its master, so zeros stay near zero; DeepSpeed's next step overwrites them from fp32.
+    """The 16-bit weight is half of its master, so zeros stay near zero; DeepSpeed's next step overwrites them from
+    fp32.
 
     Zero beside the remainder of the old weight was NaN in one of two elements. Two steps of 1e-2 move a weight by 2e-2.
     """

@@ -29,7 +29,8 @@ def found():
 
 @pytest.mark.dist
 def test_training_is_equal_to_the_bit_and_nothing_stays_gathered(found):
-    """Checkpointing of both kinds, frozen weights that are recomputed, a weight read outside of its layer, leaf modules,
+    """Checkpointing of both kinds, frozen weights that are recomputed, a weight read outside of its layer, leaf
+    modules,
     gradient accumulation, an evaluation that breaks the trace."""
     for case, ours, theirs in found[0]:
         assert (ours["hooks"], theirs["hooks"]) == ("Fp8DeepSpeedZeRoOffload", "DeepSpeedZeRoOffload"), case

@@ -46,7 +46,8 @@ def journeys(rank: int, world_size: int, folder: str) -> dict[tuple, dict]:
 
     ds_fp8.activate()
     found = {}
-    # Stage 3 last: DeepSpeed replaces nn.functional.linear there for good, and the unconverted head rounds otherwise then.
+    # Stage 3 last: DeepSpeed replaces nn.functional.linear there for good, and the unconverted head rounds otherwise
+    # then.
     for level, stage in (("O1", 2), ("O2", 0), ("O2", 1), ("O2", 2), ("O3", 1), ("O3", 2), ("O2", 3), ("O3", 3)):
         settings = engine_jobs.config(
             stage,

@@ -1,4 +1,6 @@
-"""GPT-2's Conv1D and a mixture's stacked experts in ZeRO 0 to 3, at O2 and O3: FP8 by JSON, the script is DeepSpeed's."""
+"""GPT-2's Conv1D and a mixture's stacked experts in ZeRO 0 to 3, at O2 and O3: FP8 by JSON, the script is
+DeepSpeed's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SAID = {
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
-    """Losses beside bf16's but not equal to them, O3's equal to O2's (no code of theirs changes), a resumed run to the bit."""
+    """Losses beside bf16's but not equal to them, O3's equal to O2's (no code of theirs changes), a resumed run to
+    the bit.
+    """
     ranks = run_ranks(2, train_families, stage, ["gpt2", "mixtral"], str(tmp_path))
     for found in ranks:
         for name in SAID:

@@ -1,8 +1,8 @@
 """`safe_get_full_fp32_param`, `safe_get_full_optimizer_state` and their setters, on quantized values.
 
-With a master of 24 bits and states of 8, DeepSpeed's views would show half a weight and raw bytes. The getters must give
-what the next step will compute with: the decoded master, which rounds to the model's own weight, and the decoded moments.
-What a setter writes must come back within the format's half ulp, and the next step must start from it.
+With a master of 24 bits and states of 8, DeepSpeed's views would show half a weight and raw bytes. The getters must
+give what the next step will compute with: the decoded master, which rounds to the model's own weight, and the decoded
+moments. What a setter writes must come back within the format's half ulp, and the next step must start from it.
 """
 
 from __future__ import annotations

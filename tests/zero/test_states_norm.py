@@ -51,7 +51,9 @@ class Ours(FusedGradNorm, Theirs):
 
 @pytest.mark.parametrize("mark", ["ds_pipe_replicated", "model_parallel", "tensor_model_parallel"])
 def test_parameters_that_count_on_one_rank_only_are_left_to_deepspeed(monkeypatch, mark):
-    """With tensor parallelism some gradients are added on rank 0 alone: one norm of all would count them on every rank."""
+    """With tensor parallelism some gradients are added on rank 0 alone: one norm of all would count them on every
+    rank.
+    """
     monkeypatch.setattr(states_norm, "on_gpu", bool)
     gradients = [torch.ones(3), torch.ones(4)]
     step = Ours()

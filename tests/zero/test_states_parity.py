@@ -80,8 +80,8 @@ def stage0_work(rank: int, world_size: int) -> dict[str, dict]:
 
 
 def test_stage_0_steps_like_stage_1():
-    """Without ZeRO DeepSpeed's own 16-bit wrappers start at step 2 (a dry step at construction) and, in fp16, never scale
-    the loss. Ours do neither: stage 0 gives the weights of stage 1 up to the order of the gradient sums.
+    """Without ZeRO DeepSpeed's own 16-bit wrappers start at step 2 (a dry step at construction) and, in fp16, never
+    scale the loss. Ours do neither: stage 0 gives the weights of stage 1 up to the order of the gradient sums.
 
     The norm is the unscaled one, as in every other stage.
     """

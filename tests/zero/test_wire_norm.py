@@ -1,7 +1,7 @@
 """The gradient norm that a job reports, and the factor it clips with, are fp32's within 3 %: every stage and level.
 
-The wire casts gradients to e4m3, so the norm of what arrives is not that of what was sent; and a norm taken of a part, or
-before the mean over ranks, would be wrong by far more than the casts are.
+The wire casts gradients to e4m3, so the norm of what arrives is not that of what was sent; and a norm taken of a part,
+or before the mean over ranks, would be wrong by far more than the casts are.
 """
 
 from __future__ import annotations

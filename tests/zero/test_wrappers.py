@@ -47,7 +47,9 @@ def declared(owner: str, version: str | None = None) -> set[str]:
 
 @pytest.mark.parametrize("owner", OWNERS_THERE)
 def test_a_name_is_typed_if_and_only_if_it_is_declared(owner):
-    """All that the newest release is touched at, and nothing that no module touches; an adapter may touch older names."""
+    """All that the newest release is touched at, and nothing that no module touches; an adapter may touch older
+    names.
+    """
     assert declared(owner, DEEPSPEED[-1]) <= set(typed(owner)) <= declared(owner)
 
 

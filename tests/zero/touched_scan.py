@@ -1,9 +1,9 @@
 """What the code of ds_fp8 touches of DeepSpeed, read off its syntax tree; `test_touched.py` compares it with `TOUCHED`.
 
 A name counts as DeepSpeed's
-    on something that is known to be DeepSpeed's (`self` in a mixin, `engine`, a parameter): always, unless it is torch's
-    elsewhere: when one of DeepSpeed's classes has it and neither we nor torch nor Python's own types do
-    in a string: when it is the name of a method of the engine or of a wrapper, as in setattr(engine, "save_checkpoint", ...)
+    on something that is known to be DeepSpeed's (`self` in a mixin, `engine`, a parameter): always, unless it is
+    torch's elsewhere: when one of DeepSpeed's classes has it and neither we nor torch nor Python's own types do in a
+    string: when it is the name of a method of the engine or of a wrapper, as in setattr(engine, "save_checkpoint", ...)
 """
 
 from __future__ import annotations

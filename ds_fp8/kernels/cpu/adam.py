@@ -28,7 +28,9 @@ GRAIN_BLOCKS = 128
 
 
 def adam_step(step: AdamStep) -> Any:
-    """Update param, states and master in place; NotImplemented for what only PyTorch handles: other dtypes, a root of its own."""
+    """Update param, states and master in place; NotImplemented for what only PyTorch handles: other dtypes, a root
+    of its own.
+    """
     gradient_dtype = jobs.DTYPES.get(step.grad.dtype)
     if gradient_dtype is None or step.param.dtype not in jobs.DTYPES:
         return NotImplemented

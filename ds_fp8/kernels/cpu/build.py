@@ -38,7 +38,8 @@ COMPILE_LIMIT_S = 300.0
 
 # Nothing may be fused or reassociated: the kernels promise the bits of the PyTorch reference.
 COMMON_FLAGS = (
-    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-ffp-contract=off",
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",
+    "-ffp-contract=off",
     "-w",  # GCC 12 warns about its own intrinsics, ten thousand lines that cost a quarter of the build
 )  # fmt: skip
 PATH_FLAGS = {
@@ -164,7 +165,8 @@ def build(target_dir: Path | str, *, flags: tuple[str, ...] = (), portable_only:
 
 
 def cache_dir() -> Path:
-    """Where this user's build of these sources belongs: a directory that nobody else can write, since code is loaded from it.
+    """Where this user's build of these sources belongs: a directory that nobody else can write, since code is loaded
+    from it.
 
     Raises BuildError where there is none: no home and no folder for temporary files, or somebody else's.
     """
@@ -186,7 +188,9 @@ def cache_dir() -> Path:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, made with mode 0700 whatever the umask; BuildError if it is another user's, or others may write it."""
+    """The folder, made with mode 0700 whatever the umask; BuildError if it is another user's, or others may write
+    it.
+    """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another rank was faster

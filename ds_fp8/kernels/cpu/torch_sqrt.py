@@ -4,8 +4,8 @@ torch's builds for x86 take fp32 sqrt from MKL (`vmsSqrt`), which on some proces
 all numbers. No arithmetic of ours can follow that, but the function is there: MKL is linked into libtorch_cpu, and its
 name is exported. So C++ is handed its address and calls it for each block of 128, with the mode bits that torch uses.
 
-Nothing is taken on trust: `entry` compares it with torch.sqrt, in blocks at several alignments and whole, and gives None
-if the name is missing (other builds of torch) or one bit differs; such a step then runs in PyTorch.
+Nothing is taken on trust: `entry` compares it with torch.sqrt, in blocks at several alignments and whole, and gives
+None if the name is missing (other builds of torch) or one bit differs; such a step then runs in PyTorch.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 `kernels.adam.reference_step`.
 
 A program takes ROWS blocks of 128 elements, reads gradient, states and master, computes in fp32 exactly as
-`numerics.adam` spells it, and writes states, master and weights. What it moves is what is stored: 14 bytes per parameter
-of a split24 O2 step with a bf16 gradient. The states of O2 and O3 take the fast path of `adam_fast.py`, tile by tile, where it gives the same bits.
+`numerics.adam` spells it, and writes states, master and weights. What it moves is what is stored: 14 bytes per
+parameter of a split24 O2 step with a bf16 gradient. The states of O2 and O3 take the fast path of `adam_fast.py`, tile
+by tile, where it gives the same bits.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def _gradient(grad_ptr, grad_scale_ptr, grad_scale, index, inside, SCALE_TENSOR:
 def _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr, master_ptr,
              master_scale_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
              one_minus_beta2, correction, eps, step_size, key, M_FORMAT: tl.constexpr, M_RATIO: tl.constexpr,
-             V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr, HALF: tl.constexpr, DECAY: tl.constexpr,
-             L2: tl.constexpr, LERP_SMALL: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+             V_FORMAT: tl.constexpr, V_ROOT: tl.constexpr, MASTER: tl.constexpr, HALF: tl.constexpr,
+             DECAY: tl.constexpr, L2: tl.constexpr, LERP_SMALL: tl.constexpr, STOCHASTIC: tl.constexpr,
+             EVEN: tl.constexpr, FAST: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     """One tile, whatever is in it."""
     w = masters.read(param_ptr, master_ptr, master_scale_ptr, index, row, inside, row_inside, MASTER, HALF)
     m = states.read(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, index, row, inside, row_inside, M_FORMAT, HARDWARE)
@@ -101,10 +103,10 @@ def _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr,
             m = ieee.ratio(m, divisor)
         else:
             m = tl.div_rn(m, divisor)
-    states.write(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, m, index, row, inside, row_inside, word_m, M_FORMAT, False,
-                 STOCHASTIC, HARDWARE)  # fmt: skip
-    masters.write(param_ptr, master_ptr, master_scale_ptr, w, index, row, inside, row_inside, word_w, MASTER, HALF, STOCHASTIC,
-                  HARDWARE)  # fmt: skip
+    states.write(m_ptr, m_scale_ptr, m_expansion_ptr, table_ptr, m, index, row, inside, row_inside, word_m, M_FORMAT,
+                 False, STOCHASTIC, HARDWARE)  # fmt: skip
+    masters.write(param_ptr, master_ptr, master_scale_ptr, w, index, row, inside, row_inside, word_w, MASTER, HALF,
+                  STOCHASTIC, HARDWARE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -121,7 +123,8 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
     done = False
     if SHORT:  # noqa: SIM102 - a constant: without it the rest is not compiled
-        # A tile that ends within the partition needs no mask. Small offsets from the tile's start are cheaper than 64-bit ones.
+        # A tile that ends within the partition needs no mask. Small offsets from the tile's start are cheaper than
+        # 64-bit ones.
         if (first + ROWS) * 128 <= n:
             begin = first * 128
             here, tile_row = tl.arange(0, ROWS)[:, None] * 128 + tl.arange(0, 128)[None, :], tl.arange(0, ROWS)
@@ -144,8 +147,8 @@ def _adam_kernel(param_ptr, grad_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr
         g = _gradient(grad_ptr, grad_scale_ptr, grad_scale, index, inside, SCALE_TENSOR)
         _general(param_ptr, m_ptr, m_scale_ptr, m_expansion_ptr, v_ptr, v_scale_ptr, v_expansion_ptr, master_ptr,
                  master_scale_ptr, table_ptr, g, index, row, inside, row_inside, decay, l2, beta2, lerp_weight,
-                 one_minus_beta2, correction, eps, step_size, key, M_FORMAT, M_RATIO, V_FORMAT, V_ROOT, MASTER, HALF, DECAY,
-                 L2, LERP_SMALL, STOCHASTIC, EVEN, FAST, HARDWARE)  # fmt: skip
+                 one_minus_beta2, correction, eps, step_size, key, M_FORMAT, M_RATIO, V_FORMAT, V_ROOT, MASTER, HALF,
+                 DECAY, L2, LERP_SMALL, STOCHASTIC, EVEN, FAST, HARDWARE)  # fmt: skip
 
 
 def adam_step(step: AdamStep) -> None:

@@ -2,16 +2,17 @@
 
 The general step (adam.py) is right for every tile and slow where it has to look: at each root and quotient for its
 exponents, at each rounding for NaN, at each code for zero. On a GPU such looks are half of its instructions, and
-instructions are what a step with quantized states waits for: the device moves the bytes of one element in the time of some
+instructions are what a step with quantized states waits for: the device moves the bytes of one element in the time of
+some
 70. So a tile is computed once without them, one look at all its exponents tells whether that was right, and what
 follows then needs no case; else nothing is stored, and the general step does the tile. Both give the same bits.
 
     in range    sqrt(v) in [2^-50, 2^10), |m| in [2^-95, 2^25), |w| < 2^113
-    hence       the root that is read again lies in [2^-51, 2^11): a zero code of a nonzero root is the smallest code, and
-                its block's amax is less than 2^10; no quotient leaves 2^-120 .. 2^120 (ieee.py)
+    hence       the root that is read again lies in [2^-51, 2^11): a zero code of a nonzero root is the smallest code,
+                and its block's amax is less than 2^10; no quotient leaves 2^-120 .. 2^120 (ieee.py)
 
-A block of 128 elements lies in 16 threads of a warp, so its amaxes need shuffles and no barrier; the look at a tile of two warps is the
-only one.
+A block of 128 elements lies in 16 threads of a warp, so its amaxes need shuffles and no barrier; the look at a tile of
+two warps is the only one.
 """
 
 from __future__ import annotations
@@ -130,11 +131,13 @@ def _write_master(param_ptr, data_ptr, scale_inv_ptr, w, index, row, word, KIND:
 
 
 @triton.jit
-def step(param_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr, master_ptr, master_scale_ptr, g, w, m, v, index,
-         row, begin, decay, l2, beta2, lerp_weight, one_minus_beta2, correction, eps, step_size, key, M_FORMAT: tl.constexpr,
-         V_FORMAT: tl.constexpr, MASTER: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr,
-         LERP_SMALL: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """A whole tile of gradient, master and states as they were read: stores the new ones and returns True, or returns False."""
+def step(param_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr, master_ptr, master_scale_ptr, g, w, m, v, index, row, begin,
+         decay, l2, beta2, lerp_weight, one_minus_beta2, correction, eps, step_size, key, M_FORMAT: tl.constexpr,
+         V_FORMAT: tl.constexpr, MASTER: tl.constexpr, DECAY: tl.constexpr, L2: tl.constexpr, LERP_SMALL: tl.constexpr,
+         STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """A whole tile of gradient, master and states as they were read: stores the new ones and returns True, or
+    returns False.
+    """
     one = tl.full(g.shape, 1.0, tl.float32)
     m = m * states.divisor(v, True)
     v = v * v

@@ -1,10 +1,10 @@
 """Block scales for matrix operands on a GPU: 1x128 groups along the sum, 128x128 tiles of a weight.
 
-A product sums over the last axis of both operands, and its three forms sum over three axes. So an activation needs groups
-along its features (fprop) and along its tokens (wgrad), and both come from one read: a program takes a 128x128 tile,
-writes the quantized values with row groups as they lie, and those with column groups transposed, which is the layout
-that Hopper wants. A weight has one scale for the tile, so its transposed data are the same quantized values.
-The rule for one group is that of `numerics.gemm_blocks`, to the bit.
+A product sums over the last axis of both operands, and its three forms sum over three axes. So an activation needs
+groups along its features (fprop) and along its tokens (wgrad), and both come from one read: a program takes a 128x128
+tile, writes the quantized values with row groups as they lie, and those with column groups transposed, which is the
+layout that Hopper wants. A weight has one scale for the tile, so its transposed data are the same quantized values. The
+rule for one group is that of `numerics.gemm_blocks`, to the bit.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def reciprocal(scale):
 
 
 @triton.jit
-def _block_kernel(x_ptr, quantized_ptr, scale_ptr, transposed_ptr, transposed_scale_ptr, rows, columns, scale_row, scale_column,
-                  transposed_scale_row, transposed_scale_column, FMT: tl.constexpr, FMAX: tl.constexpr, TILES: tl.constexpr,
-                  STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr, EVEN: tl.constexpr,
-                  HARDWARE: tl.constexpr):  # fmt: skip
+def _block_kernel(x_ptr, quantized_ptr, scale_ptr, transposed_ptr, transposed_scale_ptr, rows, columns, scale_row,
+                  scale_column, transposed_scale_row, transposed_scale_column, FMT: tl.constexpr, FMAX: tl.constexpr,
+                  TILES: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+                  EVEN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     block_row, block_column = tl.program_id(0), tl.program_id(1)
     first_row, first_column = block_row.to(tl.int64) * 128, block_column.to(tl.int64) * 128
     row, column = tl.arange(0, 128), tl.arange(0, 128)
-    # 64 bits for the tile's origin only, added to the pointers first: in every element's index they cost more than the cast.
+    # 64 bits for the tile's origin only, added to the pointers first: in every element's index they cost more than the
+    # cast.
     origin, inner = first_row * columns + first_column, row[:, None] * columns + column[None, :]
     transposed_origin, transposed_inner = first_column * rows + first_row, column[:, None] * rows + row[None, :]
     if EVEN:
@@ -112,8 +113,8 @@ def quantize_tiles(x: torch.Tensor, fmt: Format, straight: Quantized, power_of_t
     _launch(x, fmt, straight, None, power_of_two, tiles=True)
 
 
-def _launch(x: torch.Tensor, fmt: Format, straight: Quantized | None, transposed: Quantized | None, power_of_two: bool, *,
-            tiles: bool) -> None:  # fmt: skip
+def _launch(x: torch.Tensor, fmt: Format, straight: Quantized | None, transposed: Quantized | None, power_of_two: bool,
+            *, tiles: bool) -> None:  # fmt: skip
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0
     if not rows or not (straight or transposed):
@@ -125,15 +126,16 @@ def _launch(x: torch.Tensor, fmt: Format, straight: Quantized | None, transposed
     launch = _launch_of(
         x.dtype, quantized.dtype, tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors),
         tuple(number == 1 or (number % 16 == 0 and 2) for number in numbers),
-        fmt.name, tiles, straight is not None, transposed is not None, power_of_two, rows % 128 == 0 and columns % 128 == 0,
-        hardware_casts(x),
+        fmt.name, tiles, straight is not None, transposed is not None, power_of_two,
+        rows % 128 == 0 and columns % 128 == 0, hardware_casts(x),
     )  # fmt: skip
     launch((-(-rows // 128), -(-columns // 128)), tensors, *numbers)
 
 
 @functools.cache
-def _launch_of(dtype: torch.dtype, quantized: torch.dtype, addresses: tuple[bool, ...], numbers: tuple[int, ...], fmt: str,
-               tiles: bool, straight: bool, transposed: bool, power_of_two: bool, even: bool, hardware: bool) -> Launch:  # fmt: skip
+def _launch_of(dtype: torch.dtype, quantized: torch.dtype, addresses: tuple[bool, ...], numbers: tuple[int, ...],
+               fmt: str, tiles: bool, straight: bool, transposed: bool, power_of_two: bool, even: bool,
+               hardware: bool) -> Launch:  # fmt: skip
     """The launch for one set of everything by which Triton compiles another kernel."""
     constants = (codec.MODES[fmt], FORMATS[fmt].max, tiles, straight, transposed, power_of_two, even, hardware)
     return Launch(_block_kernel, constants, num_warps=WARPS)

@@ -2,8 +2,9 @@
 values.
 
 Hopper multiplies FP8 only as row-major by column-major, so dgrad wants the quantized weight transposed and wgrad that
-of grad_output and input: operands.py writes both from one read; `turn` transposes what is quantized already. The amax is left in the caller's slot by an
-atomic maximum of the magnitude's bits, which order like the magnitudes: no second pass, nothing on the host.
+of grad_output and input: operands.py writes both from one read; `turn` transposes what is quantized already. The amax
+is left in the caller's slot by an atomic maximum of the magnitude's bits, which order like the magnitudes: no second
+pass, nothing on the host.
 """
 
 from __future__ import annotations

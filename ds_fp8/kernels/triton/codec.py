@@ -1,8 +1,8 @@
 """FP8 values inside Triton kernels, by integer arithmetic.
 
-Triton's interpreter runs kernels on a CPU, but its FP8 casts are wrong there (6.8 % of the e4m3 values, NaN and inf too). With
-integers the same source gives the same bits in the interpreter and on a GPU, so CI checks what the GPU runs. The
-hardware cast (`HARDWARE=True`) is faster by a few instructions and is compared with this one on the device.
+Triton's interpreter runs kernels on a CPU, but its FP8 casts are wrong there (6.8 % of the e4m3 values, NaN and inf
+too). With integers the same source gives the same bits in the interpreter and on a GPU, so CI checks what the GPU runs.
+The hardware cast (`HARDWARE=True`) is faster by a few instructions and is compared with this one on the device.
 
 Encode, for |a| <= fmt.max:
     normal      round the fp32 mantissa to MANT bits: add half an ulp minus one plus the last kept bit, shift right
@@ -208,8 +208,8 @@ def quotient(a, b, r):
 def block_scale(x, fmax: tl.constexpr, axis: tl.constexpr, HARDWARE: tl.constexpr):
     """(scale, scale_inv) of the blocks along `axis` of fp32 `x`, as `numerics.flat` has them; `fmax` is its top.
 
-    IEEE division, because Triton's `/` is not; a block with inf or NaN gets NaN. HARDWARE: the short sequences of `ieee.py`
-    do for every amax, since `fmax` has three bits and what lies below 2^-126 is raised to it.
+    IEEE division, because Triton's `/` is not; a block with inf or NaN gets NaN. HARDWARE: the short sequences of
+    `ieee.py` do for every amax, since `fmax` has three bits and what lies below 2^-126 is raised to it.
     """
     amax_bits = tl.max(magnitude_bits(x), axis=axis)
     amax = amax_bits.to(tl.float32, bitcast=True)

@@ -42,8 +42,8 @@ def _error_under(x, scale, FMT: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.c
 def _encode_best_of_two(x, FMT: tl.constexpr, FMAX: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
     """(quantized, scale_inv) under the better of two scales; `FMAX` is 7 / 4 of a power of two.
 
-    The scale is chosen and the cast made again, though both casts are there: ptxas 12.8 (in Triton 3.6) makes wrong code of a
-    choice between bytes that its own FP8 conversions packed, the second of each pair a copy of the first.
+    The scale is chosen and the cast made again, though both casts are there: ptxas 12.8 (in Triton 3.6) makes wrong
+    code of a choice between bytes that its own FP8 conversions packed, the second of each pair a copy of the first.
     """
     upper, upper_inv = codec.block_scale(x, FMAX, 1, HARDWARE)
     lower, lower_inv = codec.block_scale(x, FMAX * 4 / 7, 1, HARDWARE)
@@ -86,9 +86,10 @@ def _decode_kernel(quantized_ptr, scale_inv_ptr, out_ptr, n, FMT: tl.constexpr, 
 
 
 @triton.jit
-def _sum_kernel(own_ptr, quantized_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, quantized_stride, scale_stride,
-                WORLD: tl.constexpr, FMT: tl.constexpr, OUT_FMT: tl.constexpr, FMAX: tl.constexpr, REQUANTISE: tl.constexpr,
-                OWN: tl.constexpr, BEST_OF_TWO: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+def _sum_kernel(own_ptr, quantized_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, factor, n, quantized_stride,
+                scale_stride, WORLD: tl.constexpr, FMT: tl.constexpr, OUT_FMT: tl.constexpr, FMAX: tl.constexpr,
+                REQUANTISE: tl.constexpr, OWN: tl.constexpr, BEST_OF_TWO: tl.constexpr, ROWS: tl.constexpr,
+                HARDWARE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = index < n
@@ -164,13 +165,15 @@ def sum_and_encode(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format
 
 
 def _sum(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out: torch.Tensor,
-         out_scale_inv: torch.Tensor, out_fmt: Format | None, own: torch.Tensor | None, best_of_two: bool) -> None:  # fmt: skip
+         out_scale_inv: torch.Tensor, out_fmt: Format | None, own: torch.Tensor | None,
+         best_of_two: bool) -> None:  # fmt: skip
     world, n = quantized.shape
     target = out_fmt or fmt
     if n:
         with on_device(quantized):
             _sum_kernel[_grid(n)](
                 scale_inv if own is None else own, quantized, scale_inv, out, out_scale_inv, factor, n,
-                quantized.stride(0), scale_inv.stride(0), world, codec.MODES[fmt.name], codec.MODES[target.name], target.max,
-                out_fmt is not None, own is not None, best_of_two, ROWS, hardware_casts(quantized), **LAUNCH,
+                quantized.stride(0), scale_inv.stride(0), world, codec.MODES[fmt.name], codec.MODES[target.name],
+                target.max, out_fmt is not None, own is not None, best_of_two, ROWS, hardware_casts(quantized),
+                **LAUNCH,
             )  # fmt: skip

@@ -1,17 +1,18 @@
 """Operands of stacked experts on a GPU: one launch casts the rows of all experts, whatever each was sent.
 
-A grouped product takes one scale for each row along the axis that it sums over. So fprop and dgrad want rows, each scaled by
-its own amax: a program holds whole rows, so one read measures and casts. The sum over rows that is left (wgrad; a weight
-in the other direction) wants columns of each expert, transposed: a launch finds their amaxes, which cross programs by
-an atomic maximum, and a launch casts by them. Where rows are cast anyway, that launch leaves the amaxes of columns too.
+A grouped product takes one scale for each row along the axis that it sums over. So fprop and dgrad want rows, each
+scaled by its own amax: a program holds whole rows, so one read measures and casts. The sum over rows that is left
+(wgrad; a weight in the other direction) wants columns of each expert, transposed: a launch finds their amaxes, which
+cross programs by an atomic maximum, and a launch casts by them. Where rows are cast anyway, that launch leaves the
+amaxes of columns too.
 
     rows      [S, columns] as it lies                     scale_inv [S]
     columns   [columns, room], each expert's rows at a multiple of 16, zeros behind them; or, for weights
               [E, rows, columns], [E, columns, rows]      scale_inv [E, columns]
 
-`table` [3, E] int32 tells where an expert's rows lie: the sums up to and with each expert of tiles of TILE_ROWS rows, of rows,
-and of rows rounded up to 16. None: E experts of equal size, one after the other.
-The rule for one scale is that of `numerics.row_scales`, to the bit.
+`table` [3, E] int32 tells where an expert's rows lie: the sums up to and with each expert of tiles of TILE_ROWS rows,
+of rows, and of rows rounded up to 16. None: E experts of equal size, one after the other. The rule for one scale is
+that of `numerics.row_scales`, to the bit.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _rows_kernel(x_ptr, quantized_ptr, scale_inv_ptr, rows, columns, FMT: tl.con
 @triton.jit
 def _rows_measured_kernel(x_ptr, quantized_ptr, scale_inv_ptr, amax_ptr, table_ptr, experts, rows_each, columns,
                           FMT: tl.constexpr, FMAX: tl.constexpr, EQUAL: tl.constexpr, EXPERTS: tl.constexpr,
-                          TILE_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+                          TILE_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                          HARDWARE: tl.constexpr):  # fmt: skip
     expert, first, last, number = _tile(tl.program_id(0), table_ptr, experts, rows_each, EQUAL, EXPERTS, TILE_ROWS)
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inner = row[:, None] * columns + column[None, :]
@@ -247,9 +249,9 @@ def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | N
         block, held, warps = _held(columns)
         with on_device(x):
             _rows_measured_kernel[(_tiles(x, table, TILE_ROWS),)](
-                x, quantized.view(torch.uint8), scale_inv, amax, scale_inv if table is None else table, experts, rows, columns,
-                codec.MODES[fmt.name], FORMATS[fmt.name].max, table is None, triton.next_power_of_2(experts), TILE_ROWS, held,
-                block, hardware_casts(x), num_warps=warps, **LAUNCH,
+                x, quantized.view(torch.uint8), scale_inv, amax, scale_inv if table is None else table, experts, rows,
+                columns, codec.MODES[fmt.name], FORMATS[fmt.name].max, table is None, triton.next_power_of_2(experts),
+                TILE_ROWS, held, block, hardware_casts(x), num_warps=warps, **LAUNCH,
             )  # fmt: skip
     return (quantized, scale_inv), amax
 
@@ -281,9 +283,9 @@ def quantize_columns(
     if x.numel():
         with on_device(x):
             _columns_kernel[(_tiles(x, table, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
-                x, quantized.view(torch.uint8), scale_inv, amax, amax if table is None else table, experts, rows, columns,
-                shape[-1], codec.MODES[fmt.name], FORMATS[fmt.name].max, table is None, triton.next_power_of_2(experts),
-                TILE_ROWS, TILE_COLUMNS, hardware_casts(x), num_warps=WARPS, **LAUNCH,
+                x, quantized.view(torch.uint8), scale_inv, amax, amax if table is None else table, experts, rows,
+                columns, shape[-1], codec.MODES[fmt.name], FORMATS[fmt.name].max, table is None,
+                triton.next_power_of_2(experts), TILE_ROWS, TILE_COLUMNS, hardware_casts(x), num_warps=WARPS, **LAUNCH,
             )  # fmt: skip
     return quantized, scale_inv
 

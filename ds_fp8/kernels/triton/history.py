@@ -1,9 +1,9 @@
 """All scales of a model in one launch: amaxes taken into the histories, scales renewed, and written out once more.
 
-In PyTorch these are forty launches, whose host time a small model would notice: once per optimizer step under an engine,
-once per forward without one. A program takes a few columns (tensors) with their whole history; the rolled history goes to a second buffer,
-because rows move while others are read. The rules and their order are those of `layers.amax_history` and
-`numerics.scaling`, to the bit.
+In PyTorch these are forty launches, whose host time a small model would notice: once per optimizer step under an
+engine, once per forward without one. A program takes a few columns (tensors) with their whole history; the rolled
+history goes to a second buffer, because rows move while others are read. The rules and their order are those of
+`layers.amax_history` and `numerics.scaling`, to the bit.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Half(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["forward_columns", "backward_columns", "forward_renews", "backward_renews"])
-def _update_kernel(pending_ptr, scale_ptr, frozen_ptr, forward_ptr, forward_rolled_ptr, backward_ptr, backward_rolled_ptr,
-                 forward_columns, backward_columns, forward_renews, backward_renews, FORWARD_MAX: tl.constexpr,
-                 BACKWARD_MAX: tl.constexpr, MARGIN_FACTOR: tl.constexpr, LENGTH: tl.constexpr,
-                 MOST_RECENT: tl.constexpr, KEEP: tl.constexpr, FROZEN: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _update_kernel(pending_ptr, scale_ptr, frozen_ptr, forward_ptr, forward_rolled_ptr, backward_ptr,
+                   backward_rolled_ptr, forward_columns, backward_columns, forward_renews, backward_renews,
+                   FORWARD_MAX: tl.constexpr, BACKWARD_MAX: tl.constexpr, MARGIN_FACTOR: tl.constexpr,
+                   LENGTH: tl.constexpr, MOST_RECENT: tl.constexpr, KEEP: tl.constexpr, FROZEN: tl.constexpr,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     # Second axis of the grid: 0 for the columns of forward, 1 for those of backward, which come after them.
     is_backward = tl.program_id(1) == 1
     columns = tl.where(is_backward, backward_columns, forward_columns)

@@ -24,8 +24,8 @@ SPAN = tl.constexpr(0x3C000000)  # 120 binades, in bits
 def has_normal_exponents(eps: float, bias_correction2_sqrt: float) -> bool:
     """Whether, for `v` and numerators within the span, no denominator and no quotient leaves the normal exponents.
 
-    v in [2^-100, 2^20): root in [2^-50, 2^10), denominator in [2^-50, 2^25); numerator in [2^-95, 2^25): the quotient stays
-    above 2^-120, and the residuals (47 bits further down) are exact as subnormals.
+    v in [2^-100, 2^20): root in [2^-50, 2^10), denominator in [2^-50, 2^25); numerator in [2^-95, 2^25): the quotient
+    stays above 2^-120, and the residuals (47 bits further down) are exact as subnormals.
     """
     return 0.0 <= eps <= 1024.0 and 2.0**-14 <= bias_correction2_sqrt <= 1.0
 
@@ -51,7 +51,8 @@ def root_and_change(v, numerator, correction, eps, DIVIDES: tl.constexpr):
     else:
         denominator = tl.fma(b, found, tl.zeros_like(v) + eps)
     change = codec.quotient(numerator, denominator, codec.reciprocal(denominator))
-    # One unsigned maximum: what lies below the span wraps around to the top. Zeros do, too; they are rare, or whole tiles.
+    # One unsigned maximum: what lies below the span wraps around to the top. Zeros do, too; they are rare, or whole
+    # tiles.
     v_above = (v.to(tl.int32, bitcast=True) - LEAST_ROOT).to(tl.uint32, bitcast=True)
     above = (codec.magnitude_bits(numerator) - LEAST_NUMERATOR).to(tl.uint32, bitcast=True)
     if tl.max(tl.max(tl.maximum(v_above, above), axis=1), axis=0) >= SPAN:

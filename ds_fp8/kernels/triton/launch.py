@@ -1,7 +1,7 @@
 """How every kernel of this package is started.
 
-Fused multiply-add is switched off: `a * b + c` rounded once differs from the CPU, which rounds twice, and the promise is
-equality bit for bit. It costs nothing here, because these kernels wait for memory.
+Fused multiply-add is switched off: `a * b + c` rounded once differs from the CPU, which rounds twice, and the promise
+is equality bit for bit. It costs nothing here, because these kernels wait for memory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _LAUNCHER_IS_KNOWN = triton.__version__.startswith("3.6.") and not INTERPRETED
 class Launch:
     """One kernel with its constants, started where the host's time counts.
 
-    Triton's binder looks at every argument of every launch: half of the 34 microseconds that one costs on the host of an H200,
-    and its launcher asks the driver about each tensor. So the first call on a device goes that way and compiles; later ones
-    hand addresses and integers to the compiled kernel's launcher. Only with a Triton whose launcher is known (3.6).
+    Triton's binder looks at every argument of every launch: half of the 34 microseconds that one costs on the host of
+    an H200, and its launcher asks the driver about each tensor. So the first call on a device goes that way and
+    compiles; later ones hand addresses and integers to the compiled kernel's launcher. Only with a Triton whose
+    launcher is known (3.6).
 
     One instance is one compilation: its caller keeps dtypes, alignment to 16 bytes and divisibility by 16 the same, and
     names integers in `do_not_specialize` that are neither.

@@ -1,7 +1,7 @@
 """Reading and writing a master inside a kernel: the Triton counterpart of `numerics.masters`.
 
-The bits of a master in 32-bit integers, whose wrapping is what the formulas ask for; the bf16 half and the remainder are
-simply its upper and lower bits after rounding.
+The bits of a master in 32-bit integers, whose wrapping is what the formulas ask for; the bf16 half and the remainder
+are simply its upper and lower bits after rounding.
 """
 
 from __future__ import annotations

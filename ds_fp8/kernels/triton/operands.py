@@ -33,11 +33,11 @@ FROZEN = 4
 
 
 @triton.jit(do_not_specialize=["column"])
-def _operand_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, amax_ptr, scale_inv_ptr, shown_ptr, rows, columns, column,
-                    FMT: tl.constexpr, FMAX: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
-                    MEASURE: tl.constexpr, CURRENT: tl.constexpr, GUARDED: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
-                    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, PARTS: tl.constexpr, FROZEN: tl.constexpr,
-                    HARDWARE: tl.constexpr):  # fmt: skip
+def _operand_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, amax_ptr, scale_inv_ptr, shown_ptr, rows, columns,
+                    column, FMT: tl.constexpr, FMAX: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
+                    MEASURE: tl.constexpr, CURRENT: tl.constexpr, GUARDED: tl.constexpr, KEPT: tl.constexpr,
+                    EVEN: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+                    FROZEN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     first_row, first_column = tl.program_id(0).to(tl.int64) * TILE_ROWS, tl.program_id(1).to(tl.int64) * TILE_COLUMNS
     row, place = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
     origin = first_row * columns + first_column
@@ -106,15 +106,16 @@ def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format
     rows = x.numel() // columns
     quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
     launch = _launch(
-        x.dtype, fmt.name, straight, transposed, pending is not None, False, False, kept is not None, x.data_ptr() % 16 == 0,
-        rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, kind(rows), kind(columns), hardware_casts(x),
+        x.dtype, fmt.name, straight, transposed, pending is not None, False, False, kept is not None,
+        x.data_ptr() % 16 == 0, rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, kind(rows), kind(columns),
+        hardware_casts(x),
     )  # fmt: skip
     any_quantized = quantized if transposed_out is None else transposed_out
     assert any_quantized is not None, "a cast without quantized values"
     launch(
         (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)),
-        (x, any_quantized if quantized is None else quantized, any_quantized, frozen, frozen if pending is None else pending,
-         frozen if kept is None else kept, frozen),
+        (x, any_quantized if quantized is None else quantized, any_quantized, frozen,
+         frozen if pending is None else pending, frozen if kept is None else kept, frozen),
         rows, columns, column,
     )  # fmt: skip
     return quantized, transposed_out
@@ -159,12 +160,12 @@ def cast_current(
 
 
 @functools.cache
-def _launch(dtype: torch.dtype, fmt: str, straight: bool, transposed: bool, measure: bool, current: bool, guarded: bool, kept: bool,
-            is_aligned: bool, even: bool, rows: int, columns: int, hardware: bool) -> Launch:  # fmt: skip
+def _launch(dtype: torch.dtype, fmt: str, straight: bool, transposed: bool, measure: bool, current: bool, guarded: bool,
+            kept: bool, is_aligned: bool, even: bool, rows: int, columns: int, hardware: bool) -> Launch:  # fmt: skip
     """The launch for one set of everything by which Triton compiles another kernel."""
     constants = (
-        codec.MODES[fmt], FORMATS[fmt].max, straight, transposed, measure, current, guarded, kept, even, TILE_ROWS, TILE_COLUMNS,
-        PARTS, FROZEN, hardware,
+        codec.MODES[fmt], FORMATS[fmt].max, straight, transposed, measure, current, guarded, kept, even, TILE_ROWS,
+        TILE_COLUMNS, PARTS, FROZEN, hardware,
     )  # fmt: skip
     return Launch(_operand_kernel, constants, num_warps=WARPS)
 
@@ -183,7 +184,9 @@ def _empty(x: torch.Tensor, rows: int, columns: int, fmt: Format, straight: bool
 def cast_groups(
     x: torch.Tensor, fmt: Format, *, straight: bool = True, transposed: bool = True
 ) -> tuple[blocks.Quantized | None, blocks.Quantized | None]:
-    """1x128 groups of `x` [..., K] along K, and along its M rows transposed; scale_inv with the outer axis contiguous."""
+    """1x128 groups of `x` [..., K] along K, and along its M rows transposed; scale_inv with the outer axis
+    contiguous.
+    """
     columns = x.shape[-1]
     rows = x.numel() // columns
     quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)

@@ -56,8 +56,8 @@ def quantize(
     _launch(tensors, quantized, scales, fmt, None)
 
 
-def _launch(tensors: Sequence[torch.Tensor], quantized: Sequence[torch.Tensor] | None, scales: torch.Tensor, fmt: Format,
-            found: torch.Tensor | None) -> None:  # fmt: skip
+def _launch(tensors: Sequence[torch.Tensor], quantized: Sequence[torch.Tensor] | None, scales: torch.Tensor,
+            fmt: Format, found: torch.Tensor | None) -> None:  # fmt: skip
     first, first_target = tensors[0], tensors[0] if quantized is None else quantized[0]
     size, start = first.element_size(), first.data_ptr()
     rows = []
@@ -71,7 +71,8 @@ def _launch(tensors: Sequence[torch.Tensor], quantized: Sequence[torch.Tensor] |
     with on_device(first):
         _segments_kernel[(owners.numel(),)](
             first, first_target, table, owners, scales, scales if found is None else found,
-            codec.MODES[fmt.name], found is not None, quantized is not None, aligned, ELEMENTS, hardware_casts(first), **LAUNCH,
+            codec.MODES[fmt.name], found is not None, quantized is not None, aligned, ELEMENTS, hardware_casts(first),
+            **LAUNCH,
         )  # fmt: skip
 
 

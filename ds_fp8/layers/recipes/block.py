@@ -60,9 +60,17 @@ class BlockScaling(Scaling):
         return 0 if any(size % TILE_STEP for size in weight.shape) else BLOCK_SIZE
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        self,
+        library: Any,
+        x: torch.Tensor,
+        call: Call,
+        column: int,
+        *,
+        straight: bool,
+        transposed: bool,
+        guarded: bool,
         kept: torch.Tensor | None = None,
-    ) -> QuantizedPair:  # fmt: skip
+    ) -> QuantizedPair:
         found = library.operands.cast_groups(x, call.format_of(column), straight=straight, transposed=transposed)
         pair = list(found)
         if guarded:

@@ -36,9 +36,17 @@ class CurrentScaling(Scaling):
         return 0 if any(size % STEP for size in weight.shape) else STEP
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        self,
+        library: Any,
+        x: torch.Tensor,
+        call: Call,
+        column: int,
+        *,
+        straight: bool,
+        transposed: bool,
+        guarded: bool,
         kept: torch.Tensor | None = None,
-    ) -> QuantizedPair:  # fmt: skip
+    ) -> QuantizedPair:
         (quantized, back), scale_inv, shown = library.operands.cast_current(
             x, call.format_of(column), straight=straight, transposed=transposed, guarded=guarded, kept=kept
         )

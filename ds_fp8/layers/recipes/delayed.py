@@ -57,9 +57,17 @@ class DelayedScaling(CurrentScaling):
         return Operand(quantize(weight.detach(), scale[0], fmt), scale[1], TENSOR, scale[0])
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        self,
+        library: Any,
+        x: torch.Tensor,
+        call: Call,
+        column: int,
+        *,
+        straight: bool,
+        transposed: bool,
+        guarded: bool,
         kept: torch.Tensor | None = None,
-    ) -> QuantizedPair:  # fmt: skip
+    ) -> QuantizedPair:
         fmt = call.format_of(column)
         if not call.knows(column):
             (quantized, back), scale_inv, shown = _unknown_on_cuda(

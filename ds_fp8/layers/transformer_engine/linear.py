@@ -4,9 +4,10 @@ Three habits of Transformer Engine do not fit a plug-in, and are turned here:
 
 1. *Ambient autocast.* FP8 is on inside `te.autocast`, which a script would open around the model. A plug-in cannot, and
    recompute in activation checkpointing or `engine.module(x)` would be outside of it. So each call opens its own.
-2. *The global update.* On leaving the outermost autocast TE rolls the histories of **all** layers that ever ran, and in the
-   backward the first layer of each autocast does it again: with one autocast per layer, N times a step. A layer takes
-   part when it has no entry under `buffer_key` in `fp8_meta`; ours have one from the start, so TE's buffers stay empty.
+2. *The global update.* On leaving the outermost autocast TE rolls the histories of **all** layers that ever ran, and in
+   the backward the first layer of each autocast does it again: with one autocast per layer, N times a step. A layer
+   takes part when it has no entry under `buffer_key` in `fp8_meta`; ours have one from the start, so TE's buffers stay
+   empty.
 3. *State.* Instead the quantisers read their scale from, and leave their amax in, slots of the FP8 state, which updates
    all layers of all backends at once, with the group that it was given. TE's casts raise the slot to a running maximum
    (seen on an H200 with 2.20.2), so several calls in a step, and a recompute, count once.
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from ..layer_state import QuantizedWeight
 
 TOKEN_MULTIPLE = 16
-"""FP8 GEMMs on Hopper take operands of multiples of 16 only; 8 or 24 tokens pass the forward and fail in the backward."""
+"""FP8 GEMMs on Hopper take operands of multiples of 16 only; 8 or 24 tokens pass the forward and fail in the
+backward.
+"""
 
 ROLES = (("scaling_fwd", 0, "input"), ("scaling_fwd", 1, "weight"), ("scaling_bwd", 0, "grad_output"))
 """Where te.Linear keeps the quantiser of each operand; its output and grad_input stay in high precision."""

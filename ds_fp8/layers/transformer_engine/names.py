@@ -5,9 +5,9 @@ Transformer Engine moves: `fp8_autocast` became `autocast` in 2.9, the state man
 with what our adapter passes, and an unknown Transformer Engine is refused with the list of what differs.
 
 Private is only this: the key under which a layer notes that it takes part in the global update of all scales, the
-attributes `fp8_meta`, `quantizers` and `init_fp8_metadata` of a layer (`linear.py` says why they are needed), and for O3
-its cache of quantised weights and the tensors in it (`quantized_weight.py`).
-Supported: 2.2 to 2.20; run on an H200 with 2.11.0 and 2.20.2.
+attributes `fp8_meta`, `quantizers` and `init_fp8_metadata` of a layer (`linear.py` says why they are needed), and for
+O3 its cache of quantised weights and the tensors in it (`quantized_weight.py`). Supported: 2.2 to 2.20; run on an H200
+with 2.11.0 and 2.20.2.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def quantized_class(kind: str) -> type[Any]:
             differences.append("update_usage")
     if differences:
         raise BackendError(
-            f"msamp/weight_wire e4m3: Transformer Engine's {name} for recipe {kind} is not the one that ds_fp8 knows: it"
-            f" lacks {', '.join(differences)}.\n  Set msamp/weight_wire to none, or fp8/backend to torch."
+            f"msamp/weight_wire e4m3: Transformer Engine's {name} for recipe {kind} is not the one that ds_fp8 knows: "
+            f"it lacks {', '.join(differences)}.\n  Set msamp/weight_wire to none, or fp8/backend to torch."
         )
     return found
 

@@ -1,4 +1,5 @@
-"""te.LayerNormLinear in the place of a linear layer, reading the Parameters of the norm before it; see `layers/fused.py`.
+"""te.LayerNormLinear in the place of a linear layer, reading the Parameters of the norm before it; see
+`layers/fused.py`.
 
 The FP8 side is that of `linear.py`: an autocast of its own, slots of the FP8 state, no `_extra_state`. Tokens are
 padded by repeating the last one, not with zeros: the norm would turn zeros into its bias, which might be the largest

@@ -1,9 +1,9 @@
 """te.LayerNorm and te.RMSNorm in place of torch's: high precision, fused kernels, the same Parameters.
 
-Neither computes in FP8; Transformer Engine's kernels are only faster, and are what its fused layers build on. They always
-have a weight, a LayerNorm also a bias, over the last dimensions: the plan keeps norms that lack one. torch's RMSNorm has
-`eps=None` for the epsilon of the input's dtype, which te.RMSNorm cannot follow from call to call, so it is resolved from
-the weight's dtype here.
+Neither computes in FP8; Transformer Engine's kernels are only faster, and are what its fused layers build on. They
+always have a weight, a LayerNorm also a bias, over the last dimensions: the plan keeps norms that lack one. torch's
+RMSNorm has `eps=None` for the epsilon of the input's dtype, which te.RMSNorm cannot follow from call to call, so it is
+resolved from the weight's dtype here.
 """
 
 from __future__ import annotations

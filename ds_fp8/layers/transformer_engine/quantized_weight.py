@@ -70,8 +70,9 @@ def weight_of(layer: Any, engine: TransformerEngine, state: TELayerState) -> Ite
     if quantized is None or layer.weight is not layer.__dict__["layer_state"].quantized_weight_of:
         if has_torch_function_unary(layer.weight):
             raise LayerError(
-                f"{layer.__dict__['layer_state'].fqn}: its weight is another layer's, of which O3 keeps FP8 data alone; Transformer"
-                " Engine cannot read that.\n  Tie weights before initialize, or set fp8/backend to torch."
+                f"{layer.__dict__['layer_state'].fqn}: its weight is another layer's, of which O3 keeps FP8 data "
+                "alone; Transformer Engine cannot read that.\n  Tie weights before initialize, or set fp8/backend to "
+                "torch."
             )
         fresh = state.microbatch()
         if fresh:

@@ -1,13 +1,13 @@
 """What older DeepSpeeds lack or do otherwise: one small file for each line of releases that has ended.
 
 The mixins of `zero` speak the newest release, and the few words of `vocabulary.py` where releases differ in more than a
-name. `until_0_19_7.py` holds what 0.19.7 and all before it did otherwise, seen from the release after; so 0.18.5 gets the
-adapters of 0.18.5 and of every line that ended later, each translating one step. In the specialised class
+name. `until_0_19_7.py` holds what 0.19.7 and all before it did otherwise, seen from the release after; so 0.18.5 gets
+the adapters of 0.18.5 and of every line that ended later, each translating one step. In the specialised class
 
     Fp8DeepSpeedZeroOptimizer(wire mixins, states mixin, until_0_19_7, until_0_19_5, ..., vocabulary, DeepSpeed's class)
 
-they stand between our mixins and DeepSpeed, and `super()` in a mixin meets them first. A line has a class for each kind of
-optimizer wrapper that it concerns, under the name of the kind: ZeroStage12, ZeroStage3, Bf16, Stage0.
+they stand between our mixins and DeepSpeed, and `super()` in a mixin meets them first. A line has a class for each kind
+of optimizer wrapper that it concerns, under the name of the kind: ZeroStage12, ZeroStage3, Bf16, Stage0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""0.18.5 and before: nobody clears the gradients of a bf16 job in stage 0, so each step would see those of all before it."""
+"""0.18.5 and before: nobody clears the gradients of a bf16 job in stage 0, so each step would see those of all
+before it.
+"""
 
 from __future__ import annotations
 

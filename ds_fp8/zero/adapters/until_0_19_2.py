@@ -16,7 +16,10 @@ else:
 
 TOUCHED = {
     "ZeroStage3": touched(
-        overrides="_assert_same_partition_group _get_param_partition_group _get_param_partition_rank _gradient_averaging_world_size",
+        overrides=(
+            "_assert_same_partition_group _get_param_partition_group _get_param_partition_rank "
+            "_gradient_averaging_world_size"
+        ),
         reads="dp_process_group",
     ),
 }

@@ -1,4 +1,6 @@
-"""0.19.7 and before: reduced gradients of ZeRO 1 and 2 go back into the bucket only, never straight into a partition."""
+"""0.19.7 and before: reduced gradients of ZeRO 1 and 2 go back into the bucket only, never straight into a
+partition.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ else:
 
 TOUCHED = {
     "ZeroStage12": touched(
-        overrides="_add_full_reduction_to_compact_grad_partition _add_to_grad_partition_buffer _buffered_reduce_fallback_preserving_fp32 _get_compact_grad_partition_slice allreduce_no_retain"
+        overrides=(
+            "_add_full_reduction_to_compact_grad_partition _add_to_grad_partition_buffer "
+            "_buffered_reduce_fallback_preserving_fp32 _get_compact_grad_partition_slice allreduce_no_retain"
+        ),
     ),
 }
 

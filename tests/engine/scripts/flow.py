@@ -30,7 +30,9 @@ def evaluation_of_every_kind(make: Any, rank: int) -> Any:
 
 @script()
 def trained_in_eval_mode(make: Any, rank: int) -> Any:
-    """`from_pretrained` without `train()`: FP8 from the second step on, except without gradients; then train mode after all."""
+    """`from_pretrained` without `train()`: FP8 from the second step on, except without gradients; then train mode
+    after all.
+    """
     import ds_fp8.engine
 
     engine = make()
@@ -79,7 +81,9 @@ def batches_without_tokens(make: Any, rank: int) -> Any:
 
 @script(not_in=(3,))
 def errors_that_are_caught(make: Any, rank: int) -> Any:
-    """An exception and a Ctrl-C in the middle of a forward and of a backward; the script goes on with the next batch."""
+    """An exception and a Ctrl-C in the middle of a forward and of a backward; the script goes on with the next
+    batch.
+    """
     engine = make()
     found = train(engine, range(2))
 

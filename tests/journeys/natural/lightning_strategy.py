@@ -1,4 +1,6 @@
-"""Lightning's Trainer with its DeepSpeedStrategy, which refuses CPUs: its checks of the device are left out, the rest is its own."""
+"""Lightning's Trainer with its DeepSpeedStrategy, which refuses CPUs: its checks of the device are left out, the
+rest is its own.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""What the natural scripts share: sizes of a tiny model and text that is easy to learn. Imports torch when it is used."""
+"""What the natural scripts share: sizes of a tiny model and text that is easy to learn. Imports torch when it is
+used.
+"""
 
 from __future__ import annotations
 

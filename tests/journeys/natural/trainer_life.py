@@ -1,4 +1,6 @@
-"""A Trainer's whole life: `python trainer_life.py ds.json out [checkpoint]`; evaluates, saves, keeps the best, generates."""
+"""A Trainer's whole life: `python trainer_life.py ds.json out [checkpoint]`; evaluates, saves, keeps the best,
+generates.
+"""
 
 import sys
 from pathlib import Path

@@ -20,7 +20,9 @@ MODELS = {
     "Qwen3Moe": lambda: decoder("Qwen3Moe", head_dim=16, num_experts=4, moe_intermediate_size=32, **EXPERTS),
     "Mixtral": lambda: decoder("Mixtral", num_local_experts=4, **EXPERTS),
     "GPT2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+        transformers.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
+        )
     ),
     "Bert": lambda: transformers.BertForMaskedLM(
         transformers.BertConfig(

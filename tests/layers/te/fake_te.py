@@ -1,8 +1,9 @@
 """A fake of Transformer Engine 2.20 on a CPU: the signatures, the bookkeeping and the arithmetic that we rely on.
 
 It is stricter than the original: unknown arguments are refused where the original swallows them, tokens that are no
-multiple of 16 fail at once instead of in the backward, and using a layer outside of autocast is no FP8, as there. It keeps
-the original's habits that our adapter must live with: the global buffers into which a layer enters itself, the update of
+multiple of 16 fail at once instead of in the backward, and using a layer outside of autocast is no FP8, as there. It
+keeps the original's habits that our adapter must live with: the global buffers into which a layer enters itself, the
+update of
 *all* of them on leaving the outermost autocast and again in the backward, amax slots that are raised to a running
 maximum, `_extra_state`, an empty `.bias` without bias, `register_parameter` that wants an initialiser, and the cache of
 quantised weights (`quantize_weight` and `_is_weight_workspace_valid` of 2.20, Hopper's transposes): an entry without a

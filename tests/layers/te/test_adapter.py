@@ -121,7 +121,9 @@ def test_recompute_records_once_and_the_backward_still_records(te, reentrant):
 
 @pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad"])
 def test_override_linear_precision_takes_each_product(te, name):
-    """Transformer Engine dropped this argument; the product in question must be the torch backend's high-precision one."""
+    """Transformer Engine dropped this argument; the product in question must be the torch backend's high-precision
+    one.
+    """
     recipe = Recipe(amax_history_len=4, override_linear_precision=HighPrecision(**{name: True}))
     (ours, _), (theirs, _) = both_backends(recipe)
     assert_close(run(theirs, 1), run(ours, 1))

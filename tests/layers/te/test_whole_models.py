@@ -1,4 +1,6 @@
-"""Under Transformer Engine's backend a Conv1D and stacked experts are ours, beside its layers, with the same FP8 state."""
+"""Under Transformer Engine's backend a Conv1D and stacked experts are ours, beside its layers, with the same FP8
+state.
+"""
 
 from __future__ import annotations
 
