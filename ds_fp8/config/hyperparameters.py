@@ -8,10 +8,13 @@ outside these two (`muadam` ...) are left alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
+from ..releases import numbers
 from . import contract
 from .messages import show
+from .other_words import SCHEDULES
 from .positions import Path
 from .suggest import did_you_mean
 
@@ -31,6 +34,9 @@ WANTED = {
 }
 OWN_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
 NOT_NEGATIVE = ("lr", "eps", "weight_decay")
+
+REMOVED_OPTIMIZERS = dict.fromkeys(("onebitadam", "zerooneadam", "onebitlamb"), "0.19.7")
+"""Names that DeepSpeed knew until the release before this one."""
 
 RENAMED = {
     "learning_rate": "lr",
@@ -63,9 +69,16 @@ def _judge(part: str, name: str, params: Any) -> Found:
     known: dict[str, Any] = contract.schema_file("optimizers")[table]
     # DeepSpeed's own optimizers may be written in any case; torch's, and schedules, are looked up as they stand.
     found = name.lower() if part == "optimizer" and name.lower() in known else name
+    if part == "optimizer" and found not in known and (removed := REMOVED_OPTIMIZERS.get(found.lower())):
+        if not _is_installed_before(removed):
+            cure = "use AdamW (msamp sends its gradients in FP8), or an older DeepSpeed"
+            yield (part, "type"), f"{show(name)} was removed in DeepSpeed {removed}; {cure}"
+        return
     if found not in known:
         proper = [known_name for known_name in known if not known_name.islower()] or list(known)
-        hint = did_you_mean(name, [*proper, *(known_name for known_name in known if known_name.islower())])
+        meant = SCHEDULES.get(name.lower()) if part == "scheduler" else None
+        hint = f"; DeepSpeed calls it {meant}" if meant else ""
+        hint = hint or did_you_mean(name, [*proper, *(known_name for known_name in known if known_name.islower())])
         if not hint and part == "scheduler":
             hint = f"; DeepSpeed's own are {', '.join(OWN_SCHEDULERS)}"
         yield (part, "type"), f"{show(name)} is no {part} of {where}{hint}"
@@ -84,6 +97,14 @@ def _judge(part: str, name: str, params: Any) -> Found:
         if message:
             yield (part, "params", key), message
     yield from _missing(part, found, params)
+
+
+def _is_installed_before(release: str) -> bool:
+    """Whether the DeepSpeed of this environment is older; False where there is none."""
+    try:
+        return numbers(metadata.version("deepspeed")) < numbers(release)
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _missing(part: str, name: str, params: dict[str, Any]) -> Found:

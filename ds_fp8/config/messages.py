@@ -10,40 +10,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..levels import OPT_LEVELS
 from . import contract
+from .other_words import CURES, MOVED, SYNONYMS, VALUES
 from .positions import Path
-from .suggest import closest, did_you_mean
-
-SYNONYMS = {"skip": "exclude", "ignore": "exclude", "level": "opt_level", "name": "type"}
-"""What people call a key, where the key itself is known and that word is not."""
+from .suggest import closest, did_you_mean, level_spelling
 
 Messages = Iterator[tuple[Path, str]]
 
-CURES = {
-    ("fp8_format", "E5M2"): "its two mantissa bits are too coarse for activations and "
-    "weights. Use HYBRID, which takes E5M2 for gradients only",
-    ("fp8_format", "FP8"): "FP8 is two formats; use HYBRID (E4M3 forward, E5M2 backward) or E4M3",
-    ("exp_avg_sq", "int8"): "its steps are evenly spaced, and the roots of a block span decades: small ones would be "
-    "lost. Use fp16, or e4m3_expanded for 8 bits; int8 is for exp_avg",
-}
-"""Values that people are known to try, each with the reason why not."""
-
 INNER = ("layers", "compile", "telemetry")
 """Objects inside a section."""
-
-MOVED = {
-    ("fp8", "use_autocast_during_eval"): "unknown key; ds_fp8 calls it 'eval'",
-    ("fp8", "use_mxfp8_block_scaling"): 'unknown key; ds_fp8 writes it "recipe": "mxfp8"',
-    ("fp8", "amax_history_length"): "unknown key; did you mean 'amax_history_len'?",
-    ("fp8", "fp8_recipe"): "unknown key; did you mean 'recipe'?",
-    ("fp8", "format"): "unknown key; did you mean 'fp8_format'?",
-    ("msamp", "optimization_level"): "unknown key; did you mean 'opt_level'?",
-    ("fp16", "opt_level"): "unknown key; apex's levels stand in its section `amp`, MS-AMP's in `msamp`",
-    ("compile", "backend"): "unknown key; give torch.compile's backend to engine.compile(backend=...)",
-    ("zero_optimization", "cpu_offload_params"): 'unknown key; write "offload_param": {"device": "cpu"}',
-    ("zero_optimization", "cpu_offload_optimizer"): 'unknown key; write "offload_optimizer": {"device": "cpu"}',
-}
-"""Names that other tools use for our keys."""
 
 
 def messages_of(error: Any, section: Path) -> Messages:
@@ -82,8 +58,11 @@ def unknown_key(key: str, path: Path, known: dict[str, Any]) -> str:
     ours = not section or section in contract.SECTIONS
     for other in (*INNER, *contract.SECTIONS) if ours else ():
         home = f"{section}/{other}" if other in INNER else other
-        if (other in known or other in contract.SECTIONS) and key in contract.properties(other) and home != section:
-            return f"unknown key here; it belongs to {home}"
+        if (other in known or other in contract.SECTIONS) and home != section:
+            if key in contract.properties(other):
+                return f"unknown key here; it belongs to {home}"
+            if SYNONYMS.get(key) in contract.properties(other):
+                return f"unknown key here; it is '{SYNONYMS[key]}' in {home}"
     return f"unknown key; known are {', '.join(known)}"
 
 
@@ -109,7 +88,10 @@ def _enum(error: Any, path: Path) -> Messages:
     if isinstance(value, str) and value in allowed:
         yield path, f"{show(value)} is text; write {value} without quotes"
         return
-    hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+    hint = ""
+    if isinstance(value, str):
+        meant = VALUES.get((key, level_spelling(value)))
+        hint = f"; did you mean '{meant}'?" if meant in allowed else did_you_mean(value, allowed)
     if not hint and f"O{value}".replace("O0", "O") in allowed:
         hint = f'; write "O{str(value).lstrip("0")}"'
     if not hint and isinstance(value, str) and "," in value:
@@ -244,8 +226,8 @@ def _keys(schema: dict[str, Any]) -> Iterable[str]:
 def _unquote(value: Any, schema: dict[str, Any]) -> str:
     """The cure for the commonest slip: a number or boolean in quotes."""
     types = _types(schema)
-    if isinstance(value, str) and "boolean" in types and value.lower() in ("true", "false"):
-        return f"; write {value.lower()}, without quotes and in lower case"
+    if isinstance(value, str) and "boolean" in types and value.lower() in _TRUTHS:
+        return f"; write {_TRUTHS[value.lower()]}, without quotes and in lower case"
     if isinstance(value, str) and ("integer" in types or "number" in types):
         try:
             float(value)
@@ -254,10 +236,30 @@ def _unquote(value: Any, schema: dict[str, Any]) -> str:
         return f"; write {value} without quotes"
     if value in (0, 1) and not isinstance(value, bool) and "boolean" in types:
         return f"; write {'true' if value else 'false'}"
-    if isinstance(value, bool) and "object" in types and "enabled" in _keys(schema):
-        return f'; write {{"enabled": {str(value).lower()}}}'
-    if isinstance(value, str) and "object" in types and "device" in _keys(schema):
-        return f'; write {{"device": {json.dumps(value)}}}'
+    if "object" in types and (written := _object(value, list(_keys(schema)))):
+        return f"; write {json.dumps(written)}"
     if isinstance(value, str) and types == ["array"]:
         return f"; write [{json.dumps(value)}]"
     return ""
+
+
+_TRUTHS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+"""Words for true and false."""
+
+
+def _object(value: Any, keys: list[str]) -> dict[str, Any]:
+    """The object of these keys that was meant by a single value; empty where nobody can tell."""
+    if isinstance(value, bool):
+        return {"enabled": value} if "enabled" in keys else {"device": "cpu"} if value and "device" in keys else {}
+    if "stage" in keys:
+        digits = [character for character in str(value) if character in "0123"]
+        return {"stage": int(digits[-1])} if digits else {}
+    if not isinstance(value, str):
+        return {}
+    if "opt_level" in keys and value.upper() in OPT_LEVELS:
+        return {"enabled": True, "opt_level": value.upper()}
+    if "device" in keys:
+        return {"device": value}
+    if "enabled" in keys:
+        return {"enabled": value} if value == "auto" else {}
+    return {"type": value} if "type" in keys else {}

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .contract import SECTIONS
+from .other_words import TOP_LEVEL
 from .suggest import completed, level_spelling, nearest
 
 OURS_MISSPELT = {
@@ -98,5 +99,7 @@ def judge(
         elif ours and key in homes:
             message = f"stands at the top, where DeepSpeed ignores it in silence; it belongs into {homes[key]}"
             yield key, message, "warning" if homes[key] == "optimizer/params" else "error"
+        elif ours and key in TOP_LEVEL:
+            yield key, f"unknown key, which DeepSpeed ignores in silence; it belongs into {TOP_LEVEL[key]}", "warning"
         elif ours:
             yield key, "unknown key; DeepSpeed and ds_fp8 ignore it", "warning"

@@ -22,6 +22,8 @@ PYTHON_WORDS = {
     "inf": "JSON has no infinity; write a large number, or leave the key out",
 }
 _TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\]]|-?[A-Za-z]+', re.DOTALL)
+_NUMBER = re.compile(r"\+?\.\d+|\+\d[\d.]*|0[xX][0-9a-fA-F]+|0\d[\d.]*")
+"""Numbers as other languages write them."""
 _COMMENT = re.compile(r"#|//|/\*")
 _PAIRS = {"}": "{", "]": "["}
 
@@ -48,12 +50,26 @@ def json_error(text: str) -> SyntaxProblem | None:
     try:
         json.loads(text, parse_constant=_constant, parse_float=_float)
     except json.JSONDecodeError as error:
-        return SyntaxProblem(error.msg[0].lower() + error.msg[1:], error.lineno, error.colno)
+        return _slip(text, error.pos) or SyntaxProblem(error.msg[0].lower() + error.msg[1:], error.lineno, error.colno)
     except _TooLargeError as error:
         line, column = _place(text, max(text.find(str(error)), 0))
         return Overflow(f"{error} is beyond the largest double, 1.8e308", line, column)
     except (ValueError, RecursionError) as error:
         return SyntaxProblem(str(error))
+    return None
+
+
+def _slip(text: str, at: int) -> SyntaxProblem | None:
+    """A slip that the parser's words do not name: quotes of a word processor, numbers that JSON does not write so."""
+    if text[at : at + 1] in ("\u201c", "\u201d", "\u2018", "\u2019"):
+        return SyntaxProblem('these are quotes of a word processor; write straight quotes, "', *_place(text, at))
+    for start in (at, at - 1):
+        found = _NUMBER.match(text, max(start, 0))
+        if found and not text[:start].endswith(tuple("0123456789.")):
+            number = found.group()
+            whole = int(number, 16) if number[:2] in ("0x", "0X") else number.lstrip("+0") or "0"
+            cure = f"0{whole}" if str(whole).startswith(".") else str(whole)
+            return SyntaxProblem(f"JSON does not write numbers as {number}; write {cure}", *_place(text, start))
     return None
 
 

@@ -148,3 +148,13 @@ def test_check_jsonschema_validates_with_it(line, tmp_path):
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
+
+
+def test_an_optimizer_that_older_releases_have_is_theirs(monkeypatch):
+    """DeepSpeed 0.19.7 removed the 1-bit optimizers; a machine with an older one is told nothing."""
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "version", {"deepspeed": "0.19.8"}.__getitem__)
+    assert "was removed in DeepSpeed 0.19.7" in found("optimizer", "OneBitAdam", {"lr": 1e-4})["optimizer/type"]
+    monkeypatch.setattr(metadata, "version", {"deepspeed": "0.18.4"}.__getitem__)
+    assert found("optimizer", "OneBitAdam", {"lr": 1e-4}) == {}
