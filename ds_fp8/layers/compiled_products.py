@@ -19,7 +19,14 @@ from ..errors import LayerError
 from ..formats import E4M3
 from ..kernels import dense
 from ..numerics.dtypes import torch_dtype
-from .cuda_products import backward_on_cuda, cast_input_transposed, forward_on_cuda, ready_weight, takes
+from .cuda_products import (
+    backward_on_cuda,
+    cast_input_transposed,
+    forward_on_cuda,
+    ready_weight,
+    takes,
+    weight_for_dgrad,
+)
 from .layer_state import Call, LayerFp8State
 from .operands import Quantized, cast_transposed, cast_weight
 from .products import as_shape, backward_products, forward_products
@@ -102,7 +109,10 @@ def _forward_on_cuda(
     if carries_weight:
         made = ready.source.transposed
         transposed = ready.dgrad.t() if made is None else made.data  # type: ignore[union-attr]
-    scale_inv = pair if pair is not None or scale_inv is None else scale_inv.contiguous()
+    if pair is not None:
+        scale_inv = pair
+    elif quantized is not None and scale_inv is not None:
+        scale_inv = scale_inv.contiguous().view(call.scaling.carried_scale_shape(*quantized.shape))
     return output, _filled(quantized, scale_inv, transposed, input.device)
 
 
@@ -215,6 +225,8 @@ def _both_scales(given: Quantized, call: Call) -> torch.Tensor:
 def _weight_on_cuda(weight: torch.Tensor, carried: Carried, call: Call) -> tuple[Any, Any]:
     if carried.weight.numel():
         return carried.weight.t(), carried.scale_inv[1, 0]
+    if not call.scaling.weight_transposes:
+        return weight_for_dgrad(weight, call)
     ready = ready_weight(weight, call, transposed=True)
     return ready.dgrad, ready.dgrad_scale_inv
 
@@ -222,6 +234,8 @@ def _weight_on_cuda(weight: torch.Tensor, carried: Carried, call: Call) -> tuple
 def _input_on_cuda(input: torch.Tensor | None, carried: Carried, call: Call) -> tuple[Any, Any]:
     if input is not None:
         return cast_input_transposed(input, call)
+    if carried.scale_inv.dim() == 1:  # one for each row of the transposed input
+        return carried.input, carried.scale_inv.unsqueeze(1)
     if not call.scaling.transposes:
         return carried.input, carried.scale_inv.t().contiguous().t()
     return carried.input, carried.scale_inv[0, 0]

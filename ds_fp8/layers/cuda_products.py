@@ -27,12 +27,10 @@ from .layer_state import Call, LayerFp8State
 from .operands import CachedWeight, Operand, Quantized, QuantizedPair, cast_weight, is_given, is_sharded
 from .products import refuse_second_derivative
 
-COMPUTE = (torch.bfloat16, torch.float16)
-
 
 def takes(input: torch.Tensor, weight: torch.Tensor, call: Call) -> bool:
     """Whether `CudaProducts` can do this call; contiguous `input` [..., K] in the compute dtype."""
-    if not input.is_cuda or call.warming or input.dtype not in COMPUTE:
+    if not input.is_cuda or call.warming or input.dtype not in call.scaling.fast_dtypes:
         return False
     layer_state = call.layer_state
     if is_given(weight, layer_state) or not call.knows_operands():  # their scales come from the tensors themselves

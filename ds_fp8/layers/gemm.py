@@ -87,18 +87,20 @@ def _by_rows(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | No
         out = out.mul_(b.scale_inv).mul_(a.scale_inv.unsqueeze(1))
         return (out if bias is None else out.add_(bias.float())).to(dtype)
     left, right = _padded(a.data, 1), _padded(b.data, STEP)
+    fused = bias.to(dtype) if bias is not None and right.shape[0] == columns else None
     scale_b = F.pad(b.scale_inv, (0, right.shape[0] - columns), value=1.0)
     out = torch._scaled_mm(
         left,
         right.t(),
         scale_a=a.scale_inv.unsqueeze(1),
         scale_b=scale_b.unsqueeze(0),
+        bias=fused,
         out_dtype=dtype,
         use_fast_accum=fast,
     )
     if out.shape != (rows, columns):
         out = out[:rows, :columns].contiguous()
-    return out if bias is None else out + bias.to(dtype)
+    return out if bias is None or fused is not None else out + bias.to(dtype)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

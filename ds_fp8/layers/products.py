@@ -21,6 +21,7 @@ from ..errors import LayerError
 from .gemm import inside, matmul, multiplies_fp8
 from .layer_state import Call
 from .operands import (
+    ROWS,
     TENSOR,
     Operand,
     amax_of,
@@ -195,7 +196,9 @@ def _shared(quantized: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dty
 
 
 def _propagate_nan(operand: Operand, x: torch.Tensor) -> Operand:
-    """NaN as scale_inv if `x` is not finite, else the operand as it is; see `with_overflow_shown`."""
+    """NaN as scale_inv if `x` is not finite, else the operand as it is; see `with_overflow_shown`. A row has it by itself."""
+    if operand.extent == ROWS:
+        return operand
     return replace(operand, scale_inv=with_overflow_shown(operand.scale_inv, measure(x, operand)))
 
 

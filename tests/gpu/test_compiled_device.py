@@ -65,7 +65,7 @@ def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         assert torch.equal(one, other), f"tensor {number}: {(one.float() - other.float()).abs().max()}"
 
 
-RECIPES = [Recipe(amax_history_len=4), Recipe(kind="current"), Recipe(kind="block")]
+RECIPES = [Recipe(amax_history_len=4), Recipe(kind="current"), Recipe(kind="block"), Recipe(kind="rowwise")]
 
 
 @pytest.mark.parametrize("rows", [128, 9], ids=["fast", "padded"])

@@ -23,7 +23,7 @@ from tests.layers import test_golden
 from tests.layers.small_models import swapped
 
 RECIPES = [Recipe(amax_history_len=4), Recipe(fp8_format="E4M3", margin=1, amax_history_len=4), Recipe(kind="current"),
-           Recipe(kind="block")]  # fmt: skip
+           Recipe(kind="block"), Recipe(kind="rowwise")]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", test_golden.CASES, ids=test_golden.name_of)

@@ -18,7 +18,8 @@ def passes(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch, *, decoded: b
     torch.manual_seed(0)
     layer = nn.Linear(512, 768, bias=bias).to("cuda", torch.bfloat16)
     model = nn.Sequential(layer)
-    swapped(model, Recipe(kind="rowwise"), backend="torch")
+    fp8_state = swapped(model, Recipe(kind="rowwise"), backend="torch")
+    fp8_state.layer_states[0].fast_step = 0 if decoded else None
     generator = torch.Generator("cuda").manual_seed(1)
     x = torch.randn(rows, 512, generator=generator, device="cuda").bfloat16()
     x = (x * torch.logspace(-3, 3, rows, device="cuda").unsqueeze(1)).bfloat16().requires_grad_()  # rows of any size
@@ -28,6 +29,7 @@ def passes(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch, *, decoded: b
             patch.setattr(gemm, "multiplies_rows", lambda device: False)
         output = model(x)
         output.backward(gradient)
+    assert bool(fp8_state.layer_states[0].fast_step) != decoded
     return [output.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
 
 

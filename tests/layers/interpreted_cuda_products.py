@@ -18,15 +18,17 @@ from ds_fp8.kernels.triton import entry, launch, operands
 from ds_fp8.layers import compiled, compiled_products, cuda_products, fp8_linear
 from ds_fp8.layers.gemm import matmul
 from ds_fp8.layers.layer_state import QuantizedWeight
-from ds_fp8.layers.operands import GROUPS, TENSOR, TILES, Operand
+from ds_fp8.layers.operands import GROUPS, ROWS, TENSOR, TILES, Operand
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
 assert launch.INTERPRETED, "run this file with TRITON_INTERPRET=1"
 
 RECIPES = [Recipe(amax_history_len=3), Recipe(fp8_format="E4M3", margin=1, amax_history_len=3), Recipe(kind="current"),
-           Recipe(kind="block")]  # fmt: skip
+           Recipe(kind="block"), Recipe(kind="rowwise")]  # fmt: skip
 WIDTH, HIDDEN = 128, 128
+RUNS = {"recipe": ""}
+"""Of which recipe a pass runs: operands of 128 columns have one scale per row under `block` too."""
 operands.PARTS = 4  # the interpreter runs programs one after the other
 
 
@@ -37,6 +39,8 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_
     operands = []
     for quantized, scale_inv in ((a, scale_a), (b.t(), scale_b.t() if scale_b.dim() == 2 else scale_b)):
         extent = TENSOR if scale_inv.dim() < 2 else GROUPS if scale_inv.shape[0] == quantized.shape[0] else TILES
+        if extent == GROUPS and RUNS["recipe"] == "rowwise":
+            extent, scale_inv = ROWS, scale_inv.view(-1)
         assert extent != TENSOR or scale_inv.data_ptr() % 16 == 0
         operands.append(
             Operand(quantized, scale_inv.reshape(()) if extent == TENSOR else scale_inv.contiguous(), extent)
@@ -70,6 +74,7 @@ def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True
            shape: tuple[int, ...] = (2, 64), micro_batches: int = 1, managed: bool = False, sharded: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
     """Outputs and gradients of some steps, each after an evaluation, and the FP8 state."""
     torch.manual_seed(0)
+    RUNS["recipe"] = recipe.kind
     model = nn.Sequential(
         nn.Linear(WIDTH, HIDDEN, bias=bias), nn.GELU(), nn.Linear(HIDDEN, WIDTH, bias=bias)
     ).bfloat16()

@@ -36,6 +36,7 @@ class Scaling:
     weight_transposes    data of a weight serve fprop and dgrad; else dgrad casts the weight again
     carries_weight       a compiled layer carries the transposed data of a weight to its backward, instead of casting
                          again
+    fast_dtypes          dtypes of inputs that the fast path on a GPU takes
     fast_accumulation    fprop may accumulate in fewer bits on Hopper, as Transformer Engine does
     grouped              module with the products of stacked experts
     te_class             class in transformer_engine.common.recipe; the plan keeps recipes without one to our own layers
@@ -49,6 +50,7 @@ class Scaling:
     transposes = True
     weight_transposes = True
     carries_weight = True
+    fast_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     fast_accumulation = True
     grouped: ModuleType = grouped_rows
     te_class = ""
