@@ -66,5 +66,7 @@ def _own_loss(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     given = inspect.getattr_static(type(module), "loss_function", None)
     if not isinstance(given, property) or given.fset is None or PLACE in vars(module):
         return None
+    if not isinstance(getattr(module, "loss_type", None), str):
+        return None  # a model without a head: it has the property, calls no loss, and warns when it is asked
     function = module.loss_function
     return function if inspect.isfunction(function) else None

@@ -153,7 +153,9 @@ def _notes(
         kinds = " and ".join(dict.fromkeys(decision.kind for decision in apart))
         notes.append(f"{level.name}: the weights of {len(apart)} {kinds} compute in FP8 and travel in 16 bits")
     if effective.fp8.enabled and not effective.fp8.emulated:
-        slower = performance.slower_note(host, effective.fp8.backend, effective.fp8.recipe.kind, modules)
+        fp8 = effective.fp8
+        mode = None if fp8.compile is None else fp8.compile.mode
+        slower = performance.slower_note(host, fp8.backend, fp8.recipe.kind, modules, mode)
         notes += [slower] if slower else []
     return tuple(notes)
 

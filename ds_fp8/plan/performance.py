@@ -1,22 +1,24 @@
-"""Which layers are slower in FP8 than in bf16 on this GPU, and which backend is faster, by measurements.
+"""Where FP8 was measured to be faster than bf16 on this GPU, and which backend is faster: in models, and layer by layer.
 
-A small linear layer takes as long as the host needs to start its kernels, and FP8 starts more of them. The figures are
-of one layer alone, forward and backward, so the host's time counts in full. In a deep model the host runs ahead of the
-device, and FP8 wins for layers where it loses alone (GPT of width 2048, 16K tokens: 1.2x). So the figures choose a
-backend and name layers that may lose. `min_features` stays 0, because no width was seen to lose in a model.
-Source: benchmarks/results/gpu_h200_202611.md, measurement `linear` of 2026-11-24 (torch 2.11, Transformer Engine
-2.20.2).
+A small linear layer takes as long as the host needs to start its kernels, and FP8 starts more of them. One layer alone pays
+for all of that (`SPEED`); in a deep model the host runs ahead of the device, and FP8 wins where its layers lose alone;
+compiled, it has less to start, and a CUDA graph takes it out altogether. So trainings of whole models (`MODELS`) have the
+first word: they choose the backend where both were measured, and the banner names only layers that are narrower than every
+model that gained. `min_features` stays 0, because no width was seen to lose in a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..capabilities import Host
 from .decisions import ModuleDecision
 
-DEVICE, CAPABILITY = "H200", (9, 0)
+CAPABILITY = (9, 0)
 SOURCE = "benchmarks/results/gpu_h200_202611.md"
+"""Of SPEED: measurement `linear` of 2026-11-24, one H200 (torch 2.11, Transformer Engine 2.20.2)."""
+LLAMA = "benchmarks/results/gpu_h100_llama_202611.md"
 TOKENS = (1024, 4096, 16384)
 
 SPEED = {
@@ -59,6 +61,35 @@ SPEED = {
 }
 """(backend, recipe) -> width -> times bf16's speed at each of TOKENS, of a square layer."""
 
+
+class MeasuredModel(NamedTuple):
+    """One training under recipe delayed beside bf16 in the same run, on one GPU.
+
+    width    of its hidden states
+    tokens   of a micro-batch
+    compile  None: eager against eager; "default" or "reduce-overhead": ours in that mode against bf16 compiled
+    speed    times bf16's
+    over_te  times that of the same job through Transformer Engine, where that was measured
+    """
+
+    name: str
+    width: int
+    tokens: int
+    compile: str | None
+    speed: float
+    over_te: float | None
+    source: str
+
+
+MODELS = (
+    MeasuredModel("GPT of 1.18B", 2048, 16384, None, 1.21, 1.03, SOURCE),
+    MeasuredModel("GPT of 1.18B, O2", 2048, 16384, None, 1.31, 1.04, SOURCE),
+    MeasuredModel("Llama of 8B width, O2", 4096, 8192, None, 1.43, None, LLAMA),
+    MeasuredModel("Llama 1B, O2", 2048, 8192, None, 1.28, None, LLAMA),
+    MeasuredModel("Llama of 8B width, O2", 4096, 8192, "default", 1.43, None, LLAMA),
+    MeasuredModel("Llama 1B, O2", 2048, 8192, "default", 1.17, None, LLAMA),
+)
+
 SHOWN = 3
 
 
@@ -68,17 +99,22 @@ def measured(host: Host) -> bool:
 
 
 def faster_backend(host: Host, recipe: str) -> str | None:
-    """The backend that was at least as fast in every case; None where nothing was measured, or each wins some."""
+    """The backend that was at least as fast in every case: in models where both were measured, else layer by layer. None
+    where nothing was measured, or each wins some.
+    """
     if not measured(host) or ("torch", recipe) not in SPEED:
         return None
-    pairs = [
-        (ours, theirs)
-        for width, row in SPEED["torch", recipe].items()
-        for ours, theirs in zip(row, SPEED["transformer_engine", recipe][width], strict=True)
-    ]
-    if all(ours >= theirs for ours, theirs in pairs):
+    ratios = [model.over_te for model in MODELS if model.over_te is not None] if recipe == "delayed" else []
+    if not ratios:
+        theirs = SPEED["transformer_engine", recipe]
+        ratios = [
+            one / other
+            for width, row in SPEED["torch", recipe].items()
+            for one, other in zip(row, theirs[width], strict=True)
+        ]
+    if min(ratios) >= 1:
         return "torch"
-    return "transformer_engine" if all(theirs >= ours for ours, theirs in pairs) else None
+    return "transformer_engine" if max(ratios) <= 1 else None
 
 
 def wins_from(backend: str, recipe: str, features: int) -> int | None:
@@ -91,26 +127,43 @@ def wins_from(backend: str, recipe: str, features: int) -> int | None:
     return next((tokens for tokens, speed in zip(TOKENS, rows[width], strict=True) if speed >= 1), None)
 
 
-def slower_note(host: Host, backend: str, recipe: str, modules: Sequence[ModuleDecision]) -> str | None:
-    """One line about the layers that are likely slower in FP8, by the number of tokens; None if nothing is known."""
+def narrowest_gain(compile: str | None) -> MeasuredModel:  # noqa: A002 (the key's name)
+    """The narrowest model that was faster than bf16, run in this way: eager, or compiled in this mode."""
+    mode = "reduce-overhead" if compile == "max-autotune" else "default" if compile is not None else None
+    alike = [model for model in MODELS if model.speed >= 1 and model.compile == mode]
+    alike = alike or [model for model in MODELS if model.speed >= 1 and (model.compile is None) == (compile is None)]
+    return min(alike, key=lambda model: (model.width, -model.speed))
+
+
+def slower_note(
+    host: Host,
+    backend: str,
+    recipe: str,
+    modules: Sequence[ModuleDecision],
+    compile: str | None = None,  # noqa: A002 (the key's name)
+) -> str | None:
+    """One line about the layers that are likely slower in FP8; None where none is, or nothing is known.
+
+    compile  mode of `fp8.compile`, None where it is off
+    """
     layers = [module for module in modules if module.is_swap and module.kind == "Linear" and len(module.shape) == 2]
-    if not layers or not measured(host) or (backend, recipe) not in SPEED:
+    if not measured(host) or (backend, recipe) not in SPEED:
         return None
-    groups: dict[int | None, list[str]] = {}
-    for layer in layers:
-        groups.setdefault(wins_from(backend, recipe, min(layer.shape)), []).append(layer.fqn or "the model itself")
-    parts = [
-        f"{len(groups[tokens])} of {len(layers)} below {tokens} tokens per micro-batch"
-        for tokens in TOKENS
-        if tokens in groups and tokens > TOKENS[0]
+    gained = narrowest_gain(compile)
+    slow = [
+        layer
+        for layer in layers
+        if max(layer.shape) < gained.width and wins_from(backend, recipe, min(layer.shape)) != TOKENS[0]
     ]
-    if None in groups:
-        names = groups[None]
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        parts.append(f"{len(names)} of {len(layers)} up to {TOKENS[-1]} ({', '.join(names[:SHOWN])}{more})")
-    if not parts:
+    if not slow:
         return None
+    names = ", ".join(layer.fqn or "the model itself" for layer in slow[:SHOWN])
+    more = f" and {len(slow) - SHOWN} more" if len(slow) > SHOWN else ""
+    how = "compiled" if gained.compile else "eager"
+    cure = "" if compile is not None else "fp8/compile takes most of the host's time away, "
     return (
-        f"likely slower in FP8 than in bf16 where the host sets the pace (one layer alone on an {DEVICE}): "
-        f"{', '.join(parts)}; fp8/layers/min_features keeps narrow ones in bf16 ({SOURCE})"
+        f"likely slower in FP8 than in bf16 where the host sets the pace: {len(slow)} of {len(layers)} Linear ({names}{more}), "
+        f"narrower than every model that was measured to gain (the narrowest, {how}: {gained.name}, width {gained.width}, "
+        f"{gained.speed}x bf16 with {gained.tokens} tokens per micro-batch; {gained.source}); {cure}"
+        "fp8/layers/min_features keeps narrow ones in bf16"
     )

@@ -32,6 +32,7 @@ def test_the_loss_is_compiled_with_the_blocks_and_given_back():
     swapped(model, compile=CompileSettings())
     assert isinstance(model.loss_function, CompiledLoss)
     assert model.loss_function.function is function
+    assert "_loss_function" not in vars(model.model), "the model without its head calls none"
     for copied in (copy.deepcopy(model.loss_function), pickle.loads(pickle.dumps(model.loss_function))):
         assert copied.function is function
     restore_layers(model)

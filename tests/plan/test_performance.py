@@ -56,20 +56,34 @@ def test_a_mixed_result_prefers_nobody(monkeypatch):
     assert performance.faster_backend(HOPPER, "block") is None
 
 
-def test_the_plan_names_layers_that_may_lose():
-    """Grouped by the tokens from which they win; kept layers are not counted."""
-    layers = [
-        linear("wide", 8192, 8192),
-        linear("up", 16384, 4096),
-        *[linear(f"narrow.{n}", 512, 4096) for n in range(5)],
-    ]
+@pytest.mark.parametrize(
+    ("over_te", "backend"), [((1.1, 1.0), "torch"), ((0.9, 0.8), "transformer_engine"), ((1.1, 0.9), None)]
+)
+def test_models_have_the_first_word_about_the_backend(monkeypatch, over_te, backend):
+    """Under delayed scaling, which they were trained with; layer by layer our own backend is ahead in every case."""
+    models = [performance.MODELS[0]._replace(over_te=ratio) for ratio in over_te]
+    monkeypatch.setattr(performance, "MODELS", tuple(models))
+    assert performance.faster_backend(HOPPER, "delayed") == backend
+    assert performance.faster_backend(HOPPER, "current") == "torch"
+
+
+def test_the_plan_names_layers_narrower_than_every_model_that_gained():
+    """A layer's longer side is the width of its model; kept layers are not counted, nor those of a model that gained."""
+    layers = [linear("keys", 512, 2048), *[linear(f"narrow.{n}", 256, 1024) for n in range(5)]]
     kept = ModuleDecision("head", "Linear", "keep", "", "excluded", (512, 512))
     note = performance.slower_note(HOPPER, "torch", "delayed", [*layers, kept])
     assert note is not None
-    assert "1 of 7 below 4096 tokens per micro-batch, 1 of 7 below 16384 tokens" in note
-    assert "5 of 7 up to 16384 (narrow.0, narrow.1, narrow.2 and 2 more)" in note
-    assert performance.slower_note(HOPPER, "torch", "delayed", [kept]) is None
+    assert "5 of 6 Linear (narrow.0, narrow.1, narrow.2 and 2 more), narrower than every model" in note
+    assert "eager: GPT of 1.18B, O2, width 2048, 1.31x bf16" in note and "fp8/compile takes" in note
+    compiled = performance.slower_note(HOPPER, "torch", "delayed", layers, "default")
+    assert compiled is not None and "compiled: Llama" in compiled and "fp8/compile takes" not in compiled
+    assert performance.slower_note(HOPPER, "torch", "delayed", [layers[0], kept]) is None
     assert performance.slower_note(Host("cuda", "B200", (10, 0)), "torch", "delayed", layers) is None
+
+
+def test_every_model_names_a_report_that_tells_of_it():
+    for model in performance.MODELS:
+        assert f"{model.speed:.2f}" in (ROOT / model.source).read_text(), model
 
 
 def test_the_banner_says_it_on_that_machine_only():

@@ -1,0 +1,36 @@
+"""What people use beside us in a Llama: Liger Kernel, flex attention, FlashAttention, cuDNN's. Losses follow bf16's with the
+same peer, every planned layer multiplies in FP8, and no graph breaks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.gpu.llama_peers import train
+
+pytestmark = pytest.mark.gpu
+
+pytest.importorskip("transformers")
+
+NEEDS = {"flash_attention_2": "flash_attn", "liger": "liger_kernel"}
+PEERS = ["sdpa", "eager", "flex_attention", "flash_attention_2", "liger"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_llama_with_a_peer(peer, compiled):
+    if peer in NEEDS and importlib.util.find_spec(NEEDS[peer]) is None:
+        pytest.skip(f"{NEEDS[peer]} is not installed")
+    how = {"liger": True} if peer == "liger" else {"attention": peer}
+    wanted, _ = train("cuda", fp8=False, **how)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    losses, lazy = train("cuda", fp8=True, compiled=compiled, **how)
+    assert not lazy
+    assert losses == pytest.approx(wanted, rel=0.02)
+    assert losses[-1] < losses[0] - 0.05
+    if compiled and peer not in NEEDS:
+        assert not torch._dynamo.utils.counters["graph_break"]
