@@ -99,6 +99,7 @@ def small_layers() -> list[dict[str, Any]]:
             fp8_state = None
             if name != "bf16":
                 fp8_state = swapped(model, Recipe(kind=name.split()[1]), managed=True, backend="torch")
+                fp8_state.to(x.device)  # as an engine does; else it would move when a graph is recorded
             for block in model:
                 block.compile(mode="reduce-overhead")
             for leaf in (x, *model.parameters()):  # a graph's own gradient lives until its next replay only
