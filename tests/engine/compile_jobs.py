@@ -10,7 +10,7 @@ from tests.engine.engine_jobs import batch, config, make_engine, steps
 
 
 def losses(
-    rank: int, stage: int, level: str | None, how: str, recipe: str, telemetry: dict[str, Any]
+    rank: int, stage: int, level: str | None, how: str, recipe: str, telemetry: dict[str, Any] | None = None
 ) -> tuple[list[float], dict[str, int]]:
     """Losses of twelve steps with an evaluation after the tenth; and what torch.compile counted."""
     import ds_fp8
@@ -19,7 +19,8 @@ def losses(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     sections: dict[str, Any] = {"fp8": {"enabled": True, "backend": "torch", "recipe": recipe, "start_step": 1}}
-    sections["fp8"]["telemetry"] = {"enabled": True, **telemetry}
+    if telemetry is not None:
+        sections["fp8"]["telemetry"] = {"enabled": True, **telemetry}
     if level is not None:
         sections["msamp"] = {"enabled": True, "opt_level": level}
     settings = config(stage, gas=2, **sections)

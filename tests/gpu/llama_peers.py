@@ -48,6 +48,10 @@ def train(device: str, *, fp8: bool, liger: bool = False, attention: str = "sdpa
         if fp8_state is not None:
             fp8_state.weights_changed()
         losses.append(float(loss.detach()))
-    lazy = [layer.layer_state.fqn for layer, one in zip(layers, ran, strict=True) if not (one.fprop and one.dgrad and one.wgrad)]
+    lazy = [
+        layer.layer_state.fqn
+        for layer, one in zip(layers, ran, strict=True)
+        if not (one.fprop and one.dgrad and one.wgrad)
+    ]
     watch(layers, on=False)
     return losses, lazy if layers else ["no layer is FP8"]
