@@ -86,8 +86,8 @@ MODELS = (
     MeasuredModel("GPT of 1.18B, O2", 2048, 16384, None, 1.31, 1.04, SOURCE),
     MeasuredModel("Llama of 8B width, O2", 4096, 8192, None, 1.43, None, LLAMA),
     MeasuredModel("Llama 1B, O2", 2048, 8192, None, 1.28, None, LLAMA),
-    MeasuredModel("Llama of 8B width, O2", 4096, 8192, "default", 1.43, None, LLAMA),
-    MeasuredModel("Llama 1B, O2", 2048, 8192, "default", 1.17, None, LLAMA),
+    MeasuredModel("Llama of 8B width, O2", 4096, 8192, "default", 1.60, None, LLAMA),
+    MeasuredModel("Llama 1B, O2", 2048, 8192, "default", 1.29, None, LLAMA),
 )
 
 SHOWN = 3
