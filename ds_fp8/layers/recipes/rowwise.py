@@ -30,6 +30,10 @@ STEP = 16
 """Rows and columns of every operand, in elements: what `torch._scaled_mm` takes without padding."""
 
 
+QuantizedRows = tuple[torch.Tensor, torch.Tensor] | None
+"""Quantized values [rows, columns] and scale_inv [rows, 1]."""
+
+
 class RowwiseScaling(Scaling):
     input_extent = ROWS
     weight_extent = ROWS
@@ -81,12 +85,8 @@ class RowwiseScaling(Scaling):
         return (k,)
 
 
-Coded = tuple[torch.Tensor, torch.Tensor]
-"""Quantized values [rows, columns] and scale_inv [rows, 1]."""
-
-
-def _both(x: torch.Tensor, fmt: Format, straight: bool, transposed: bool) -> tuple[Coded | None, Coded | None]:
-    """Contiguous `x` [R, C] by its rows, and transposed by its columns, where asked for."""
+def _both(x: torch.Tensor, fmt: Format, straight: bool, transposed: bool) -> tuple[QuantizedRows, QuantizedRows]:
+    """Contiguous `x` [R, C] by its rows, and transposed by its columns; None for what is not asked for."""
     if not transposed:
         quantized, scale_inv = casts.quantize_rows(x, fmt)
         return (quantized, scale_inv.unsqueeze(1)), None
