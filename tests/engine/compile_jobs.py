@@ -38,10 +38,12 @@ def losses(
     engine.module.eval()
     with torch.no_grad():
         found.append(engine.module(batch(rank, 999).bfloat16()).item())
+    evaluated = counters["stats"]["unique_graphs"] - graphs - again
+    breaks += sum(counters["graph_break"].values())
     engine.module.train()
     found += steps(engine, settings, rank, 10, 12)
     engine.destroy()
-    return found, {"graphs": graphs, "recompiled": again, "breaks": breaks}
+    return found, {"graphs": graphs, "recompiled": again, "breaks": breaks, "evaluated": evaluated}
 
 
 def several(rank: int, world_size: int, calls: list[tuple]) -> list[Any]:

@@ -45,6 +45,9 @@ def test_compiled_engines_train_as_eager_ones(tmp_path):
             for call, (losses, counted) in zip(calls[number + 1 :], others):
                 assert losses == eager[0], call
                 assert counted["graphs"] > 0 and counted["recompiled"] == 0 and counted["breaks"] == 0, (call, counted)
+                assert counted["evaluated"] == 1, (
+                    "one graph more, for all blocks, also where O3 has released their weights"
+                )
     for rank in range(2):
         for stage, _, _, interval in CALLS:
             seen, *others = (

@@ -33,6 +33,7 @@ from ..ran import note_by_hook
 from .names import TransformerEngine, load
 from .products import attach
 from .quantized_weight import TakesQuantizedWeight, weight_of
+from .serial import serial
 
 if TYPE_CHECKING:
     from ..layer_state import QuantizedWeight
@@ -96,6 +97,7 @@ def linear_class() -> type[nn.Module]:
         get_extra_state = nn.Module.get_extra_state
         set_extra_state = nn.Module.set_extra_state
 
+        @serial
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             state: TELayerState = self.__dict__["te_state"]
             bias = self.bias if self.use_bias else None

@@ -20,6 +20,7 @@ from ..once import once_for_each
 from .linear import TOKEN_MULTIPLE, TELayerState, bind_slots, note_call, note_products, unpadded
 from .names import load
 from .quantized_weight import TakesQuantizedWeight, weight_of
+from .serial import serial
 
 
 @functools.cache
@@ -33,6 +34,7 @@ def norm_linear_class() -> type[nn.Module]:
         get_extra_state = nn.Module.get_extra_state
         set_extra_state = nn.Module.set_extra_state
 
+        @serial
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             state: TELayerState = self.__dict__["te_state"]
             if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
