@@ -7,6 +7,7 @@ Hugging Face Trainer does, and the world size is what the file's three batch siz
 and DeepSpeed builds or names its optimizer: that is the truth.
 
     false alarm   check has an error, DeepSpeed takes the file
+    ignored       check has an error because a section stands where DeepSpeed ignores it in silence
     miss          DeepSpeed refuses the file, check has no error
     other device  DeepSpeed refuses it on this machine only (GDS without CUDA)
 
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 from ds_fp8 import config
 from ds_fp8.config.deepspeed_keys import top_level_keys
 
+IGNORED = "where DeepSpeed ignores it in silence"
 OTHER_DEVICE = "only supported for CUDA"
 LARGEST_BYTES = 100_000
 APART = ("optimizer", "scheduler")
@@ -154,10 +156,12 @@ def main() -> int:
             kind = {(True, True): "both refuse", (False, False): "both take", (True, False): "false alarm"}.get(
                 (bool(said), why is not None), "miss"
             )
+            if kind == "false alarm" and all(IGNORED in one.message for one in said):
+                kind = "ignored"
             kind = "other device" if why and OTHER_DEVICE in why else kind
             counts[kind] += 1
             counts["optimizer or scheduler"] += bool(apart)
-            if kind in ("false alarm", "miss"):
+            if kind in ("false alarm", "miss", "ignored", "other device"):
                 print(f"{kind}: {name}: {why or '; '.join(f'{one.path}: {one.message}' for one in said)}")
             for problem in apart:
                 print(f"apart: {name}: {problem.path}: {problem.message}")

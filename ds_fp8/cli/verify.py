@@ -9,11 +9,14 @@ verify.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from .bars import shown_bytes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,11 +37,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"ds_fp8 verify: {options.folder}: no checkpoint of DeepSpeed there", file=sys.stderr)
         return 2
     results: list[dict[str, Any]] = []
+    files = {each.tag: sorted((options.folder / each.tag).glob("**/*.pt")) for each in found}
+    shown = shown_bytes([file for tag in files.values() for file in tag], "verifying")
     for each in found:
         folder = options.folder / each.tag
-        faults = [*each.faults, *_content_faults(folder)]
+        faults = [*each.faults, *_content_faults(folder, itertools.islice(shown, len(files[each.tag])))]
         by = "manifest" if (folder / MANIFEST).is_file() else "its files, no manifest"
         results.append({"tag": each.tag, "step": each.step, "by": by, "faults": faults})
+    shown.close()
     if options.json:
         print(json.dumps(results))
     else:
@@ -49,13 +55,13 @@ def main(argv: Sequence[str]) -> int:
     return 2 if any(result["faults"] for result in results) else 0
 
 
-def _content_faults(folder: Path) -> list[str]:
+def _content_faults(folder: Path, files: Iterable[Path]) -> list[str]:
     """What neither sizes nor digests show: a flipped bit."""
     from ..checkpoint.records import check_records
     from ..errors import CheckpointError
 
     faults = []
-    for file in sorted(folder.glob("**/*.pt")):
+    for file in files:
         try:
             check_records(file)
         except CheckpointError as error:

@@ -18,6 +18,17 @@ from .messages import messages_of
 from .positions import Path
 from .source import Document
 
+COMPUTED_WITH = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "steps_per_print",
+    }
+)
+"""Numbers that no model of DeepSpeed's converts: as text they end the job in a TypeError."""
+
 
 @cache
 def top_level_keys() -> frozenset[str]:
@@ -67,6 +78,9 @@ def _is_tolerated(error: Any) -> bool:
     if error.validator == "additionalProperties":
         return bool(error.schema.get("x-tolerant"))
     if error.validator in ("type", "pattern"):
+        path = list(error.absolute_path)
+        if len(path) == 1 and path[0] in COMPUTED_WITH and isinstance(error.instance, str):
+            return False
         return _converts(error.instance, error.schema.get("type", ()))
     return False
 

@@ -117,3 +117,22 @@ def test_check_is_quick_with_thousands_of_unknown_keys(tmp_path):
     started = time.process_time()
     assert main(["check", str(path)]) == 0
     assert time.process_time() - started < 0.3
+
+
+def test_verify_shows_a_bar_on_a_terminal_alone(tmp_path, capsys):
+    """Gigabytes are read: a terminal sees how far it is, a pipe sees the results only."""
+    import pty
+
+    torch = pytest.importorskip("torch")
+    folder = tmp_path / "global_step1"
+    folder.mkdir()
+    torch.save({"module": {"weight": torch.zeros(10)}}, folder / "mp_rank_00_model_states.pt")
+    assert main(["verify", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "global_step1: ok (by its files, no manifest)\n" and captured.err == ""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        assert main(["verify", str(tmp_path)]) == 0
+    assert b"verifying" in os.read(ours, 10_000)
+    os.close(ours)

@@ -158,3 +158,10 @@ def test_an_optimizer_that_older_releases_have_is_theirs(monkeypatch):
     assert "was removed in DeepSpeed 0.19.7" in found("optimizer", "OneBitAdam", {"lr": 1e-4})["optimizer/type"]
     monkeypatch.setattr(metadata, "version", {"deepspeed": "0.18.4"}.__getitem__)
     assert found("optimizer", "OneBitAdam", {"lr": 1e-4}) == {}
+
+
+@pytest.mark.parametrize("key", ["gradient_accumulation_steps", "train_batch_size", "gradient_clipping"])
+def test_a_quoted_number_that_deepspeed_computes_with_is_an_error(key):
+    """Two public files have `"gradient_accumulation_steps": "8"`: DeepSpeed compares text with a number and stops."""
+    (problem,) = [one for one in config.check({"train_micro_batch_size_per_gpu": 1, key: "8"}) if one.path == key]
+    assert problem.severity == "error" and "write 8 without quotes" in problem.message
