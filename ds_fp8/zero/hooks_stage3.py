@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -33,6 +33,11 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
+
+if TYPE_CHECKING:
+    from .deepspeed_wrappers import Coordinator, Offload
+else:
+    Coordinator = Offload = object
 
 AVAILABLE, AWAY = ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE
 
@@ -55,7 +60,7 @@ def is_empty(module: nn.Module) -> bool:
     return not facts["_parameters"] and facts.get("_external_params") == {} and not facts.get("_z3_leaf", False)
 
 
-class LeanCoordinator:
+class LeanCoordinator(Coordinator):
     """Mixin over `PartitionedParameterCoordinator`; the names are Python's mangled private ones.
 
     fp8_let_go  frees a parameter that nobody needs now
@@ -63,7 +68,7 @@ class LeanCoordinator:
 
     fp8_let_go: Callable[[Any], None] = staticmethod(free_param)
 
-    def fp8_fetch(self: Any, module: nn.Module, forward: bool) -> None:
+    def fp8_fetch(self, module: nn.Module, forward: bool) -> None:
         """Before a module's forward or backward: `trace_prologue`, `record_module`, `fetch_sub_module`."""
         step, order = (
             self._PartitionedParameterCoordinator__step_id,
@@ -103,7 +108,7 @@ class LeanCoordinator:
                         self._PartitionedParameterCoordinator__all_gather_params(ahead, forward)
         self._PartitionedParameterCoordinator__step_id = step + 1
 
-    def _fp8_bring(self: Any, module: nn.Module, params: Iterable[Any], forward: bool) -> None:
+    def _fp8_bring(self, module: nn.Module, params: Iterable[Any], forward: bool) -> None:
         """Gather what is away, and wait for what is on its way."""
         number, in_flight = module.ds_id, self._PartitionedParameterCoordinator__inflight_param_registry.data
         away = [param for param in params if param.ds_status is AWAY]
@@ -126,7 +131,7 @@ class LeanCoordinator:
         if waits and not accelerator.resolves_data_dependency():
             accelerator.current_stream().wait_stream(self._PartitionedParameterCoordinator__allgather_stream)
 
-    def _fp8_wait(self: Any, handle: Any) -> None:
+    def _fp8_wait(self, handle: Any) -> None:
         """In the stream of the gathers; no more than a few of them wait for the device."""
         accelerator, events = get_accelerator(), self._PartitionedParameterCoordinator__ongoing_fetch_events
         stream = self._PartitionedParameterCoordinator__allgather_stream
@@ -141,7 +146,7 @@ class LeanCoordinator:
                 event.record(stream)
                 events.append(event)
 
-    def fp8_release(self: Any, module: nn.Module, forward: bool) -> None:
+    def fp8_release(self, module: nn.Module, forward: bool) -> None:
         """After a module's forward or backward: `release_sub_module`."""
         params = parameters_of(module)
         if (
@@ -196,30 +201,30 @@ def _take_from_queue(queue: Any, latest: Any, room: int) -> set[Any]:
     return ahead
 
 
-class LeanOffload:
+class LeanOffload(Offload):
     """Mixin over `DeepSpeedZeRoOffload`: what its hooks call."""
 
     fp8_skips: bool
 
-    def _register_deepspeed_module(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def _register_deepspeed_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Also after hooks were taken off for a while, as for generation."""
-        super()._register_deepspeed_module(module, *args, **kwargs)  # type: ignore[misc]
+        super()._register_deepspeed_module(module, *args, **kwargs)
         if module is self.module:
             _replace_all(self)
 
-    def pre_sub_module_forward_function(self: Any, sub_module: nn.Module) -> None:
+    def pre_sub_module_forward_function(self, sub_module: nn.Module) -> None:
         FWD_MODULE_STACK.append(sub_module)
         if not (self.fp8_skips and is_empty(sub_module)):
             self.param_coordinator.fp8_fetch(sub_module, True)
 
-    def post_sub_module_forward_function(self: Any, sub_module: nn.Module) -> None:
+    def post_sub_module_forward_function(self, sub_module: nn.Module) -> None:
         if not (self.fp8_skips and is_empty(sub_module)):
             self.param_coordinator.fp8_release(sub_module, True)
 
-    def pre_sub_module_backward_function(self: Any, sub_module: nn.Module) -> None:
+    def pre_sub_module_backward_function(self, sub_module: nn.Module) -> None:
         self.param_coordinator.fp8_fetch(sub_module, False)
 
-    def post_sub_module_backward_function(self: Any, sub_module: nn.Module) -> None:
+    def post_sub_module_backward_function(self, sub_module: nn.Module) -> None:
         self.param_coordinator.fp8_release(sub_module, False)
 
 
