@@ -1,4 +1,5 @@
-"""Does `ds_fp8 check` agree with DeepSpeed about configurations that people have written? Counts, and each disagreement.
+"""Does `ds_fp8 check` agree with DeepSpeed about configurations that people have written? Counts, and each
+disagreement.
 
     python benchmarks/compare_check.py FOLDER ...      every JSON below, or in a git repository without a work tree
 

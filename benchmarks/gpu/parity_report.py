@@ -69,7 +69,10 @@ def rise(run: dict[str, Any]) -> float:
 
 def pretraining(runs: Runs) -> list[str]:
     lines = [
-        "| configuration | ranks | eval loss by seed | gap to bf16 by seed | mean | training loss, last 100 steps | forward in FP8 | "
+        (
+            "| configuration | ranks | eval loss by seed | gap to bf16 by seed | mean | training loss, last 100 steps | "
+            "forward in FP8 | "
+        )
     ]
     lines[0] += "moved at lr 1e-6, of bf16's | largest rise between evaluations | tokens/s |"
     lines.append("|---" * 10 + "|")
@@ -112,7 +115,10 @@ def operands(runs: Runs) -> list[str]:
     """Underflow and clamping of each role, and the layers that are worst."""
     lines = ["", "Operands of all layers over the looks of telemetry (each tenth of a run), first seed:", ""]
     lines += [
-        "| configuration | role | mean share flushed to zero | largest, and where | layers clamped at a look | largest `used` |"
+        (
+            "| configuration | role | mean share flushed to zero | largest, and where | layers clamped at a look | "
+            "largest `used` |"
+        )
     ]
     lines.append("|---" * 6 + "|")
     for name, seeds in runs.items():
@@ -152,10 +158,14 @@ def curves(runs: Runs) -> str:
         return f"{LEFT + step / steps * WIDTH:.1f},{TOP + (1 - gap / top) / 2 * HEIGHT:.1f}"
 
     drawn = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 190} {TOP + HEIGHT + 40}" font-family="sans-serif" font-size="12">'
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 190} {TOP + HEIGHT + 40}" '
+            'font-family="sans-serif" font-size="12">'
+        )
     ]
     drawn.append(
-        f'<rect width="100%" height="100%" fill="white"/><text x="{LEFT}" y="14">eval loss less that of bf16, same seed</text>'
+        f'<rect width="100%" height="100%" fill="white"/><text x="{LEFT}" y="14">eval loss less that of bf16, same '
+        "seed</text>"
     )
     for gap in (-top, -top / 2, 0, top / 2, top):
         x, y = at(0, gap).split(",")
@@ -186,7 +196,10 @@ def main(out: Path, paths: list[Path]) -> None:
         lines.append(f"- {machine}; corpus {corpus}")
     lines += [
         "",
-        f"{each['parameters'] / 1e6:.0f}M parameters, {len(each['losses'])} optimizer steps, the last ones at a learning rate of 1e-6.",
+        (
+            f"{each['parameters'] / 1e6:.0f}M parameters, {len(each['losses'])} optimizer steps, the last ones at a "
+            "learning rate of 1e-6."
+        ),
         "",
     ]
     lines += pretraining(runs)

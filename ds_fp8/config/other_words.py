@@ -1,4 +1,5 @@
-"""What other tools call things: the Trainer, Accelerate, Transformer Engine, MS-AMP. Each word with ours, or with the reason.
+"""What other tools call things: the Trainer, Accelerate, Transformer Engine, MS-AMP. Each word with ours, or with the
+reason.
 
 Only words that are no slip of a known one stand here; those are found by their spelling (`suggest`).
 """

@@ -6,7 +6,8 @@ the products of each layer set a flag (`layers/ran.py`), and weights of planned 
 them. After the step all ranks are combined: a layer that runs on some ranks only has run.
 
     ds_fp8: FP8 in 62% of the model's FLOPs, all 224 planned layers ran in FP8 in step 1
-    ds_fp8: WARNING: FP8 in 55% of the model's FLOPs, 223 of 224 planned layers ran in FP8 in step 1; not: lm_head (never
+    ds_fp8: WARNING: FP8 in 55% of the model's FLOPs, 223 of 224 planned layers ran in FP8 in step 1; not: lm_head
+    (never
             called, and yet its weight got a gradient ...)
 
 `fp8/first_step_check` makes an error of the second line, or turns the check off. After that step no hook and
@@ -123,7 +124,9 @@ def _together(attachment: Any, names: list[str], bits: bytes) -> tuple[dict[str,
 
 
 def verdict(seen: dict[str, int], step: int, plan: Plan) -> tuple[str, bool]:
-    """What to say of a step in which the layers did `seen` (bits by name), and whether all of them did what was planned."""
+    """What to say of a step in which the layers did `seen` (bits by name), and whether all of them did what was
+    planned.
+    """
     failed = {name: reason for name, bits in seen.items() if (reason := _failure(bits))}
     small = [name for name, bits in seen.items() if _is_small(bits)]
     share = flops_share(plan, without=(*failed, *small))
@@ -155,12 +158,18 @@ def _failure(bits: int) -> str | None:
     """Why a layer did not do what was planned; None if it did. What it did on any rank counts."""
     if not has(bits, "called"):
         if bits & GRADIENT:
-            return "never called, and yet its weight got a gradient: something else multiplied by it in high precision, as fused losses do"
+            return (
+                "never called, and yet its weight got a gradient: something else multiplied by it in high precision, "
+                "as fused losses do"
+            )
         return "never called"
     if _is_small(bits):
         return None
     if not has(bits, "fprop"):
-        return "called in high precision only: in eval mode, in which from_pretrained gives a model; engine.train() ends it"
+        return (
+            "called in high precision only: in eval mode, in which from_pretrained gives a model; "
+            "engine.train() ends it"
+        )
     missing = [product for product in ("dgrad", "wgrad") if has(bits, f"wants_{product}") and not has(bits, product)]
     if missing:
         return f"no {' and no '.join(missing)}: its output was in no loss"

@@ -1,12 +1,12 @@
 """Anchors: a compiled graph names a layer by a tensor, because a Python object would be guarded.
 
 torch.compile turns attributes of modules into constants of the graph, and compiles anew for each layer and whenever one
-changes. Tensors are inputs instead. So each layer owns one small tensor: its address is the layer's name at run time, looked
-up without reading the device; a copy, which some tools make of all inputs, is known by its value. Equal layers then share
-one compilation, and what changes from step to step stays behind the name.
+changes. Tensors are inputs instead. So each layer owns one small tensor: its address is the layer's name at run time,
+looked up without reading the device; a copy, which some tools make of all inputs, is known by its value. Equal layers
+then share one compilation, and what changes from step to step stays behind the name.
 
-For CUDA graphs the address is declared as one that stays. When what a layer does changes for good (`start_step` is reached,
-a history has begun), it gets another anchor: torch then records the graph once more, without compiling.
+For CUDA graphs the address is declared as one that stays. When what a layer does changes for good (`start_step` is
+reached, a history has begun), it gets another anchor: torch then records the graph once more, without compiling.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ Amaxes are raised to a running maximum, which the operators' schemas do not decl
 taken any number of times and in any order, so a compiler may repeat or move a call (activation checkpointing). Nothing
 in a graph reads the amaxes, and scales are constant within a step.
 
-Casts inside the operators, not before them: an H100 showed that a cast which Inductor fuses into the norm or SwiGLU before
-it gains less than 1 % of a Llama block, because the transposed data and the amax then are launches of their own.
+Casts inside the operators, not before them: an H100 showed that a cast which Inductor fuses into the norm or SwiGLU
+before it gains less than 1 % of a Llama block, because the transposed data and the amax then are launches of their own.
 
 The host's time for a call counts, because a compiled model of small layers waits for it. So the operators are defined
 by `torch.library.Library`, whose calls cost a fifth of `custom_op`'s, take few arguments, and are differentiated by an

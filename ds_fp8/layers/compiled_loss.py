@@ -1,8 +1,8 @@
 """`fp8.compile.loss`: torch.compile for the loss over a vocabulary that a Hugging Face model calls itself.
 
-With 128256 words and 8192 tokens the logits are 2.1 GB in bf16. Written out, the loss copies them to fp32, shifts, takes
-the log-softmax, and does as much again backward: some 38 GB move. Compiled it reads the logits twice, writes their
-gradient once, and no fp32 copy lies in memory. The sums are those of fp32 in another order.
+With 128256 words and 8192 tokens the logits are 2.1 GB in bf16. Written out, the loss copies them to fp32, shifts,
+takes the log-softmax, and does as much again backward: some 38 GB move. Compiled it reads the logits twice, writes
+their gradient once, and no fp32 copy lies in memory. The sums are those of fp32 in another order.
 
 Such a model calls `self.loss_function(logits=..., labels=..., vocab_size=...)`: a property of its class, which gives a
 function, and which a script may set on the model. What a script has set stays as it is; so do losses without a
@@ -62,7 +62,9 @@ def release_losses(model: nn.Module) -> None:
 
 
 def _own_loss(module: nn.Module) -> Callable[..., torch.Tensor] | None:
-    """The function that the property `loss_function` of the module's class gives; None where a script has set another."""
+    """The function that the property `loss_function` of the module's class gives; None where a script has set
+    another.
+    """
     given = inspect.getattr_static(type(module), "loss_function", None)
     if not isinstance(given, property) or given.fset is None or PLACE in vars(module):
         return None

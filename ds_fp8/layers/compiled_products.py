@@ -1,10 +1,10 @@
 """What the operators of `compiled` do when they run: the casts and products of an eager layer, between fixed forms.
 
-An eager layer keeps for its backward whatever its products made. A compiled graph must know shapes, dtypes and strides of
-what it carries from forward to backward before anything runs, whatever the layer then decides (`start_step`, quantized
-values set from outside, rows that no fast path takes). So everything carried has one form (`Carried`), and is made of,
-and into, what the products know. Weights are cast in each forward: a replayed CUDA graph cannot ask whether one has
-changed.
+An eager layer keeps for its backward whatever its products made. A compiled graph must know shapes, dtypes and strides
+of what it carries from forward to backward before anything runs, whatever the layer then decides (`start_step`,
+quantized values set from outside, rows that no fast path takes). So everything carried has one form (`Carried`), and is
+made of, and into, what the products know. Weights are cast in each forward: a replayed CUDA graph cannot ask whether
+one has changed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Carried(NamedTuple):
 
     input             quantized values: [K, M]; or [M, K] on a CPU where a scale is that of a tensor, which serves both
                       ways round
-    scale_inv         fp32 [2, 4], whose rows begin with that of the input and that of the weight, where cuBLASLt can read
-                      them; under other than scales of tensors that of the input alone, [K, ceil(M / 128)] or [K]
+    scale_inv         fp32 [2, 4], whose rows begin with that of the input and that of the weight, where cuBLASLt can
+                      read them; under other than scales of tensors that of the input alone, [K, ceil(M / 128)] or [K]
     weight            quantized [K, N]
     """
 
@@ -94,8 +94,13 @@ def run_forward(
 
 
 def _forward_on_cuda(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, carries_input: bool, carries_weight: bool
-) -> tuple[torch.Tensor, Carried]:  # fmt: skip
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    call: Call,
+    carries_input: bool,
+    carries_weight: bool,
+) -> tuple[torch.Tensor, Carried]:
     """Here the host's time counts: casts write what is carried where it is carried."""
     pair: torch.Tensor | None = None
     rows: tuple[torch.Tensor | None, ...] = (None, None)
@@ -173,18 +178,20 @@ def _call(layer_state: LayerFp8State, *, training: bool, grad: bool, x: torch.Te
 def _refuse_graph(layer_state: LayerFp8State) -> None:
     if layer_state.fp8_state.scopes is not None and layer_state.fp8_state.keeps_history:
         raise LayerError(
-            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed engine steps: "
-            "nothing would renew the scales of delayed scaling.\n  Train it in an engine, or set fp8/recipe to current."
+            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead') in a model that no DeepSpeed "
+            "engine steps: nothing would renew the scales of delayed scaling.\n  Train it in an engine, or set "
+            "fp8/recipe to current."
         )
     if layer_state.fp8_state.plan.weight_cache:
         raise LayerError(
-            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), which casts each weight in every replay; with "
-            "fp8/weight_cache it would replay one that is old.\n  Compile without CUDA graphs, or drop weight_cache."
+            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), which casts each weight in every "
+            "replay; with fp8/weight_cache it would replay one that is old.\n  Compile without CUDA graphs, or drop "
+            "weight_cache."
         )
     if layer_state.quantized_weight is not None:
         raise LayerError(
-            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), but at O3 weights arrive in quantized form in new "
-            "memory at each step.\n  Compile without CUDA graphs, or use msamp/opt_level O2."
+            f"{layer_state.fqn}: a CUDA graph was asked for (mode='reduce-overhead'), but at O3 weights arrive in "
+            "quantized form in new memory at each step.\n  Compile without CUDA graphs, or use msamp/opt_level O2."
         )
 
 

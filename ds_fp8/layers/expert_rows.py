@@ -1,8 +1,8 @@
 """What happens to the rows of experts between their products: sorted, biased, gated, put back.
 
-Autograd's own backward of an index adds into places by sorting them first, on a GPU slower than the products around it. Here
-every token has equally many rows, so what is spread comes back by the inverse permutation and a sum; and the gradient of a
-bias is a sum over rows that lie together already.
+Autograd's own backward of an index adds into places by sorting them first, on a GPU slower than the products around it.
+Here every token has equally many rows, so what is spread comes back by the inverse permutation and a sum; and the
+gradient of a bias is a sum over rows that lie together already.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Visits:
         return _Spread.apply(tokens, self)
 
     def returned(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Rows [tokens * k, H] sorted by expert -> [tokens, H]: the sum of each token's, times `weights` [tokens, k]."""
+        """Rows [tokens * k, H] sorted by expert -> [tokens, H]: the sum of each token's, times `weights` [tokens,
+        k].
+        """
         return _Sum.apply(rows, weights, self)
 
 

@@ -95,7 +95,9 @@ def refuse_second_derivative(call: Call) -> None:
 def forward_products(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call, *, dgrad: bool, wgrad: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(output [M, N], what `backward_products` needs) for `input` [M, K]; `dgrad`, `wgrad`: products that will be asked for."""
+    """(output [M, N], what `backward_products` needs) for `input` [M, K]; `dgrad`, `wgrad`: products that will be
+    asked for.
+    """
     high, layer_state, scaling, dtype = call.high, call.layer_state, call.scaling, input.dtype
     if call.warming and call.records:
         call.record(layer_state.input_column, amax_of(input))
@@ -196,7 +198,9 @@ def _shared(quantized: Operand, dgrad_dtype: torch.dtype, wgrad_dtype: torch.dty
 
 
 def _propagate_nan(operand: Operand, x: torch.Tensor) -> Operand:
-    """NaN as scale_inv if `x` is not finite, else the operand as it is; see `with_overflow_shown`. A row has it by itself."""
+    """NaN as scale_inv if `x` is not finite, else the operand as it is; see `with_overflow_shown`. A row has it by
+    itself.
+    """
     if operand.extent == ROWS:
         return operand
     return replace(operand, scale_inv=with_overflow_shown(operand.scale_inv, measure(x, operand)))

@@ -1,13 +1,17 @@
-"""Which products of stacked experts FP8 makes faster on Hopper, from how many rows on: a model of the time, fitted to measurements.
+"""Which products of stacked experts FP8 makes faster on Hopper, from how many rows on: a model of the time, fitted to
+measurements.
 
-An FP8 product saves time with every multiply-add, and costs a cast of the weight, whatever the rows, and one of the rows:
+An FP8 product saves time with every multiply-add, and costs a cast of the weight, whatever the rows, and one of the
+rows:
 
-    rows * out * in * SAVED  >  out * in * WEIGHT  +  rows * columns * ROW(columns)         times per expert, in picoseconds
+    rows * out * in * SAVED  >  out * in * WEIGHT  +  rows * columns * ROW(columns)         times per expert, in
+                                                                                            picoseconds
 
-so each product of each weight has a least number of rows per expert. wgrad needs casts of both operands across their rows,
-and was never faster with them: it stays in bf16. Fewer rows than that: bf16, in that call. All constants are fitted to Mixtral's,
-gpt-oss's and Qwen3's shapes on an H100 and an H200, a little on bf16's side. Experts in bf16 of which no product wins are converted
-all the same: the kernels around the products (sort, biases, gates, sums) alone made Qwen3's block 1.87x.
+so each product of each weight has a least number of rows per expert. wgrad needs casts of both operands across their
+rows, and was never faster with them: it stays in bf16. Fewer rows than that: bf16, in that call. All constants are
+fitted to Mixtral's, gpt-oss's and Qwen3's shapes on an H100 and an H200, a little on bf16's side. Experts in bf16 of
+which no product wins are converted all the same: the kernels around the products (sort, biases, gates, sums) alone made
+Qwen3's block 1.87x.
 Source: benchmarks/results/gpu_h100_moe_202611.md.
 """
 
@@ -29,7 +33,8 @@ SAVED = 0.9e-3
 """Per multiply-add; 0.9e-3 to 1.4e-3 were measured, 0.6e-3 where a side is 768."""
 
 WEIGHT = {(False, "fprop"): 1.0, (False, "dgrad"): 1.3, (True, "fprop"): 1.85, (True, "dgrad"): 0.95}
-"""Per element, by layout ([in, out] or not) and product: a cast as the weight lies is one pass, one across it nearly two.
+"""Per element, by layout ([in, out] or not) and product: a cast as the weight lies is one pass, one across it nearly
+two.
 Means of an H200 and an H100, whose memory is slower."""
 
 TOKENS = 65536
@@ -65,8 +70,8 @@ def _row(columns: int) -> float:
 
 
 def least_rows_of(module: nn.Module, visited: int | None, weight_cache: bool) -> tuple[int, ...]:
-    """`ModuleDecision.least_rows` of a module of experts; empty if no product wins in a micro-batch of TOKENS, and the weights
-    are not in bf16.
+    """`ModuleDecision.least_rows` of a module of experts; empty if no product wins in a micro-batch of TOKENS, and the
+    weights are not in bf16.
 
     visited  experts that a token visits; None: unknown, so one
     """

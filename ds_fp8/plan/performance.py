@@ -1,10 +1,11 @@
-"""Where FP8 was measured to be faster than bf16 on this GPU, and which backend is faster: in models, and layer by layer.
+"""Where FP8 was measured to be faster than bf16 on this GPU, and which backend is faster: in models, and layer by
+layer.
 
-A small linear layer takes as long as the host needs to start its kernels, and FP8 starts more of them. One layer alone pays
-for all of that (`SPEED`); in a deep model the host runs ahead of the device, and FP8 wins where its layers lose alone;
-compiled, it has less to start, and a CUDA graph takes it out altogether. So trainings of whole models (`MODELS`) have the
-first word: they choose the backend where both were measured, and the banner names only layers that are narrower than every
-model that gained. `min_features` stays 0, because no width was seen to lose in a model.
+A small linear layer takes as long as the host needs to start its kernels, and FP8 starts more of them. One layer alone
+pays for all of that (`SPEED`); in a deep model the host runs ahead of the device, and FP8 wins where its layers lose
+alone; compiled, it has less to start, and a CUDA graph takes it out altogether. So trainings of whole models (`MODELS`)
+have the first word: they choose the backend where both were measured, and the banner names only layers that are
+narrower than every model that gained. `min_features` stays 0, because no width was seen to lose in a model.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def measured(host: Host) -> bool:
 
 
 def faster_backend(host: Host, recipe: str) -> str | None:
-    """The backend that was at least as fast in every case: in models where both were measured, else layer by layer. None
-    where nothing was measured, or each wins some.
+    """The backend that was at least as fast in every case: in models where both were measured, else layer by layer.
+    None where nothing was measured, or each wins some.
     """
     if not measured(host) or ("torch", recipe) not in SPEED:
         return None
@@ -162,8 +163,8 @@ def slower_note(
     how = "compiled" if gained.compile else "eager"
     cure = "" if compile is not None else "fp8/compile takes most of the host's time away, "
     return (
-        f"likely slower in FP8 than in bf16 where the host sets the pace: {len(slow)} of {len(layers)} Linear ({names}{more}), "
-        f"narrower than every model that was measured to gain (the narrowest, {how}: {gained.name}, width {gained.width}, "
-        f"{gained.speed}x bf16 with {gained.tokens} tokens per micro-batch; {gained.source}); {cure}"
-        "fp8/layers/min_features keeps narrow ones in bf16"
+        f"likely slower in FP8 than in bf16 where the host sets the pace: {len(slow)} of {len(layers)} Linear "
+        f"({names}{more}), narrower than every model that was measured to gain (the narrowest, {how}: {gained.name}, "
+        f"width {gained.width}, {gained.speed}x bf16 with {gained.tokens} tokens per micro-batch; {gained.source}); "
+        f"{cure}fp8/layers/min_features keeps narrow ones in bf16"
     )

@@ -32,14 +32,15 @@ GET_DATA, SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[at
 OWN = frozenset(
     (
         *_accessors(
-            "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf grad _grad grad_fn grad_dtype retains_grad "
-            "output_nr _version _backward_hooks _post_accumulate_grad_hooks name names is_cuda is_cpu is_meta is_sparse "
-            "is_sparse_csr is_quantized is_nested is_mkldnn is_xla is_xpu is_hpu is_mps is_mtia is_maia is_ipu is_vulkan"
+            "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf grad _grad grad_fn grad_dtype "
+            "retains_grad output_nr _version _backward_hooks _post_accumulate_grad_hooks name names is_cuda is_cpu "
+            "is_meta is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_xla is_xpu is_hpu is_mps is_mtia "
+            "is_maia is_ipu is_vulkan"
         ),
         *_methods(
-            "size dim ndimension numel nelement element_size get_device is_floating_point is_complex is_signed is_inference "
-            "is_neg is_conj is_same_size _is_view requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad "
-            "has_names __len__ sym_numel sym_size backward"
+            "size dim ndimension numel nelement element_size get_device is_floating_point is_complex is_signed "
+            "is_inference is_neg is_conj is_same_size _is_view requires_grad_ register_hook "
+            "register_post_accumulate_grad_hook retain_grad has_names __len__ sym_numel sym_size backward"
         ),
         torch.autograd.grad,
         torch.autograd.backward,
@@ -54,8 +55,11 @@ ADDRESS = frozenset(_methods("data_ptr untyped_storage storage _typed_storage __
 """They ask where the values lie."""
 
 _ITEM_WRITERS = frozenset(
-    f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand",
-                              "ior", "ixor", "ilshift", "irshift", "imatmul", "set", "delete")
+    f"__{name}__"
+    for name in (
+        "setitem", "iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+        "ilshift", "irshift", "imatmul", "set", "delete",
+    )
 )  # fmt: skip
 
 

@@ -43,8 +43,8 @@ OTHERS = [
 def test_the_first_step_tells_which_layers_ran():
     """All layers, under accumulation, checkpointing, overridden products, every stage, O3, and on one rank only.
 
-    A fused loss reads a weight past its layer; a layer is never called; in eval mode only; its output is in no loss. After
-    the step no mark and no hook is left, and nothing is said a second time.
+    A fused loss reads a weight past its layer; a layer is never called; in eval mode only; its output is in no loss.
+    After the step no mark and no hook is left, and nothing is said a second time.
     """
     calls = [("first_steps", job) for job in (*JOBS["all"], *JOBS["past"], *OTHERS)]
     results = list(zip(*run_ranks(2, several, calls)))
@@ -90,7 +90,8 @@ def test_experts_with_few_rows_are_no_failure():
     whole.forward(_plan().fp8.recipe.override_linear_precision, dgrad=False, wgrad=False)
     text, is_good = verdict({"a": whole.bits(), "experts": few.bits()}, 1, _plan())
     assert is_good and text == (
-        "1 modules of experts in bf16, as faster at their number of rows, the other 1 planned layers ran in FP8 in step 1"
+        "1 modules of experts in bf16, as faster at their number of rows, the other 1 planned layers ran in FP8 in "
+        "step 1"
     )
     few.forward(_plan().fp8.recipe.override_linear_precision, dgrad=False, wgrad=False)
     assert "all 2 planned layers" in verdict({"a": whole.bits(), "experts": few.bits()}, 1, _plan())[0]

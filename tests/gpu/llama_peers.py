@@ -1,4 +1,6 @@
-"""A Llama with Liger Kernel, or with another attention, under our layers: what `test_llama_peers.py` and the interpreter run."""
+"""A Llama with Liger Kernel, or with another attention, under our layers: what `test_llama_peers.py` and the
+interpreter run.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
 
-def train(device: str, *, fp8: bool, liger: bool = False, attention: str = "sdpa", compiled: bool = False, steps: int = 4,
+def train(device: str, *, fp8: bool, liger: bool = False, attention: str = "sdpa", compiled: bool = False,
+          steps: int = 4,
           width: int = 128, tokens: int = 64) -> tuple[list[float], list[str]]:  # fmt: skip
     """Losses of some steps on the same tokens, and the names of FP8 layers that did not run all three products."""
     import transformers

@@ -26,7 +26,8 @@ class Mlp(nn.Module):
         return x + self.down(nn.functional.silu(self.up(self.norm(x))))
 
 
-def train(recipe: Recipe, how: dict[str, Any] | None, *, steps: int = 8, gas: int = 2, rows: int = 128, managed: bool = True,
+def train(recipe: Recipe, how: dict[str, Any] | None, *, steps: int = 8, gas: int = 2, rows: int = 128,
+          managed: bool = True,
           **fp8: Any) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -82,7 +83,9 @@ def test_compiled_is_eager(recipe, rows):
 @pytest.mark.parametrize("start_step", [0, 3])
 @pytest.mark.parametrize("recipe", RECIPES[:2], ids=str)
 def test_a_cuda_graph_follows_scales_weights_and_start_step(recipe, start_step):
-    """Replayed kernels read scales at fixed places and cast the weight anew: the numbers of the same graph without replay."""
+    """Replayed kernels read scales at fixed places and cast the weight anew: the numbers of the same graph without
+    replay.
+    """
     wanted, _ = train(recipe, {}, start_step=start_step)
     found, _ = train(recipe, {"mode": "reduce-overhead"}, start_step=start_step)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0

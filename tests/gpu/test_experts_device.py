@@ -97,8 +97,8 @@ def clamped_gate(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["silu", "clamped"])
 def test_gates_are_those_of_pytorch(kind):
-    """Rounded where PyTorch on a CPU rounds: at most one element in a thousand differs, by the last bit of an exponential.
-    (PyTorch's sigmoid of bf16 on a GPU takes a shortcut, up to two units of the last place.)
+    """Rounded where PyTorch on a CPU rounds: at most one element in a thousand differs, by the last bit of an
+    exponential. (PyTorch's sigmoid of bf16 on a GPU takes a shortcut, up to two units of the last place.)
     """
     from ds_fp8.kernels.triton import gates
 

@@ -89,7 +89,9 @@ def test_the_fast_path_is_the_reference_path(recipe, cached, bias):
 
 
 def test_block_operands_on_the_device():
-    """Both orientations of groups and tiles, every code and scale (the interpreter does not see what the compiler does)."""
+    """Both orientations of groups and tiles, every code and scale (the interpreter does not see what the compiler
+    does).
+    """
     for shape in ((512, 1024), (1024, 512)):
         x = torch.randn(shape).bfloat16()
         (quantized, tiles), (transposed, transposed_tiles) = operands.cast_tiles(x.cuda(), E4M3)

@@ -92,7 +92,9 @@ def test_gates(kind, dtype):
 
 @DTYPES
 def test_rows_come_back_to_their_tokens(dtype):
-    """The layer on a CPU is PyTorch's own operations: sums to the bit, the gradient of a weight summed in another order."""
+    """The layer on a CPU is PyTorch's own operations: sums to the bit, the gradient of a weight summed in another
+    order.
+    """
     torch.manual_seed(0)
     there = Visits(torch.rand(30, 8).topk(3).indices)
     x = torch.randn(90, 200).to(dtype)

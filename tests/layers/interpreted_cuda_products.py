@@ -33,7 +33,8 @@ operands.PARTS = 4  # the interpreter runs programs one after the other
 
 
 def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_b: torch.Tensor,
-              bias: torch.Tensor | None = None, out_dtype: torch.dtype, use_fast_accum: bool = False) -> torch.Tensor:  # fmt: skip
+              bias: torch.Tensor | None = None, out_dtype: torch.dtype,
+              use_fast_accum: bool = False) -> torch.Tensor:  # fmt: skip
     """`torch._scaled_mm` for any device; it refuses the layouts that cuBLASLt refuses."""
     assert a.is_contiguous() and b.t().is_contiguous()
     operands = []
@@ -70,8 +71,9 @@ def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
     )
 
 
-def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True, cached: bool = True, spoiled: int = -1, quantized: bool = False,
-           shape: tuple[int, ...] = (2, 64), micro_batches: int = 1, managed: bool = False, sharded: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
+def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True, cached: bool = True,
+           spoiled: int = -1, quantized: bool = False, shape: tuple[int, ...] = (2, 64), micro_batches: int = 1,
+           managed: bool = False, sharded: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
     """Outputs and gradients of some steps, each after an evaluation, and the FP8 state."""
     torch.manual_seed(0)
     RUNS["recipe"] = recipe.kind
@@ -172,7 +174,9 @@ def test_a_sharded_weight(recipe):
 
 
 def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
-    """Forward: input and weight. Backward: grad_output, and the weight for dgrad. Recompute makes the forward's two again."""
+    """Forward: input and weight. Backward: grad_output, and the weight for dgrad. Recompute makes the forward's two
+    again.
+    """
     launches = []
     for name in ("cast_delayed", "cast_current"):
         cast = getattr(operands, name)
@@ -220,7 +224,9 @@ def test_an_overflow_is_seen_without_a_bias(recipe):
 
 
 def test_an_output_may_be_written_into():
-    """`x += residual` after a layer, as models do: what the function returns is no view that was made without autograd."""
+    """`x += residual` after a layer, as models do: what the function returns is no view that was made without
+    autograd.
+    """
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).bfloat16()
     fp8_state = swapped(model, RECIPES[2], backend="torch")
     fp8_state.layer_states[0].fast_step = 16

@@ -1,4 +1,6 @@
-"""`fp8.compile.loss`: a Hugging Face model's loss over its vocabulary is compiled; nothing else of the model is changed."""
+"""`fp8.compile.loss`: a Hugging Face model's loss over its vocabulary is compiled; nothing else of the model is
+changed.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_what_a_script_has_set_stays_and_so_do_other_models():
 
 @pytest.mark.slow
 def test_losses_and_gradients_are_the_eager_ones():
-    """One graph over steps with and without `num_items_in_batch`, as Trainer gives it; sums in fp32 in another order."""
+    """One graph over steps with and without `num_items_in_batch`, as Trainer gives it; sums in fp32 in another
+    order.
+    """
     torch._dynamo.reset()
     model = llama()
     function = model.loss_function

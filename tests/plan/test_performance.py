@@ -68,7 +68,9 @@ def test_models_have_the_first_word_about_the_backend(monkeypatch, over_te, back
 
 
 def test_the_plan_names_layers_narrower_than_every_model_that_gained():
-    """A layer's longer side is the width of its model; kept layers are not counted, nor those of a model that gained."""
+    """A layer's longer side is the width of its model; kept layers are not counted, nor those of a model that
+    gained.
+    """
     layers = [linear("keys", 512, 2048), *[linear(f"narrow.{n}", 256, 1024) for n in range(5)]]
     kept = ModuleDecision("head", "Linear", "keep", "", "excluded", (512, 512))
     note = performance.slower_note(HOPPER, "torch", "delayed", [*layers, kept])

@@ -178,8 +178,8 @@ def test_lora_of_peft_and_its_saved_head():
 
 
 def test_experts_on_a_gpu_are_in_fp8_where_that_was_measured_faster():
-    """Wide ones in fprop and dgrad from so many rows on; narrow ones not at all, unless named: in bf16 their rows are worth it
-    all the same. On a CPU, emulated, all.
+    """Wide ones in fprop and dgrad from so many rows on; narrow ones not at all, unless named: in bf16 their rows are
+    worth it all the same. On a CPU, emulated, all.
     """
     transformers = pytest.importorskip("transformers")
     gpu = Host("cuda", "NVIDIA H100", (9, 0))

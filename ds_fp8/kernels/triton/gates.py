@@ -4,9 +4,9 @@
     clamped   gate, up = its even and its odd elements;  out = (up + 1) * gate * sigmoid(alpha * gate), gate at most
               `limit` and up within +-limit
 
-Every operation is rounded to the tensors' dtype as PyTorch's own kernels round theirs, so the values are the same but for the
-last bit of an exponential. The backward computes the forward's values anew from the product that it reads anyway: nothing
-but that product is kept.
+Every operation is rounded to the tensors' dtype as PyTorch's own kernels round theirs, so the values are the same but
+for the last bit of an exponential. The backward computes the forward's values anew from the product that it reads
+anyway: nothing but that product is kept.
 Source: transformers' `_default_apply_gate` and gpt-oss.
 """
 

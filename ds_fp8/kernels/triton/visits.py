@@ -1,6 +1,7 @@
 """Rows that visited experts, summed for each token, and the way back: one launch each on a GPU.
 
-forward   out[t]  = sum over j of rows[back[t, j]] * weights[t, j]       products rounded to the dtype of out, sum in fp32
+forward   out[t]  = sum over j of rows[back[t, j]] * weights[t, j]       products rounded to the dtype of out, sum in
+                                                                         fp32
 backward  grad_rows[r] = grad[t] * weights[t, j],  grad_weights[t, j] = sum of grad[t] * rows[r]     order[r] = (t, j)
 """
 

@@ -95,9 +95,17 @@ class Scaling:
         return 0
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        self,
+        library: Any,
+        x: torch.Tensor,
+        call: Call,
+        column: int,
+        *,
+        straight: bool,
+        transposed: bool,
+        guarded: bool,
         kept: torch.Tensor | None = None,
-    ) -> QuantizedPair:  # fmt: skip
+    ) -> QuantizedPair:
         """An input or grad_output [..., K] as [M, K], and as [K, M] dense; (None, None) for what is not asked for.
 
         library  the kernels of the device
@@ -119,8 +127,8 @@ class Scaling:
     # -- compiled layers ---------------------------------------------------------------------------------------------
 
     def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:
-        """Shape of the scale_inv that a compiled layer keeps for its backward, of an input [rows, k]; where a tensor has
-        one, those of input and weight at the head of a row each.
+        """Shape of the scale_inv that a compiled layer keeps for its backward, of an input [rows, k]; where a tensor
+        has one, those of input and weight at the head of a row each.
         """
         return (2, 4)
 

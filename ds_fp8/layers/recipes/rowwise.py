@@ -63,9 +63,17 @@ class RowwiseScaling(Scaling):
         return 0 if any(size % STEP for size in weight.shape) else STEP
 
     def quantize_on_cuda(
-        self, library: Any, x: torch.Tensor, call: Call, column: int, *, straight: bool, transposed: bool, guarded: bool,
+        self,
+        library: Any,
+        x: torch.Tensor,
+        call: Call,
+        column: int,
+        *,
+        straight: bool,
+        transposed: bool,
+        guarded: bool,
         kept: torch.Tensor | None = None,
-    ) -> QuantizedPair:  # fmt: skip
+    ) -> QuantizedPair:
         # A row that is not finite has a scale_inv of NaN by itself: nothing is to be guarded.
         rows, columns = _both(x.view(-1, x.shape[-1]), call.format_of(column), straight, transposed)
         return (None, None) if rows is None else rows, (None, None) if columns is None else columns
