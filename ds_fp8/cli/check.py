@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from .. import config
 from ..errors import Problem
+from .given import document_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,10 +33,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(name: str, as_json: bool, strict: bool) -> int:
-    source: Any = name
-    if name == "-":
-        name, source = "standard input", None
-    document = config.parse(sys.stdin.read(), name) if source is None else config.read(source)
+    document = document_of(name)
+    name = "standard input" if name == "-" else name
     problems = config.check_document(document)
     code = exit_code(problems, strict)
     settings = config.load(document.data, where=name) if exit_code(problems, strict=False) == 0 else None

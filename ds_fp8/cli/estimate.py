@@ -21,6 +21,7 @@ from ..cost.job import Cost, cost_of
 from ..cost.memory import Placement, bucket_bytes
 from ..errors import ConfigError, DsFp8Error
 from ..levels import LEVELS, Level
+from .given import document_of
 from .parameter_kinds import DEEPSPEED, Kind, kinds_of
 from .tables import print_table
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     """Print two tables, or JSON."""
     options = _options(argv)
     try:
-        settings = config.load(options.file) if options.file else config.Settings()
+        settings = config.load_document(document_of(options.file)) if options.file else config.Settings()
     except ConfigError as error:
         print(error)
         return 2 if any(not problem.path for problem in error.problems) else 1
@@ -231,7 +232,8 @@ def count(text: str) -> int:
     return round(number)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
@@ -249,12 +251,17 @@ def _above_zero(text: str) -> float:
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ds_fp8 estimate", description=__doc__.split("\n")[0])
-    parser.add_argument("file", nargs="?", metavar="FILE", help="DeepSpeed configuration; without it, bf16 is assumed")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="DeepSpeed configuration, - for standard input; without it, bf16 is assumed",
+    )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--params", type=count, metavar="N", help="parameters of the model: 7e9, 7B, 350M")
     size.add_argument("--model", metavar="MODULE:FACTORY", help="callable that returns the model, e.g. train:build")
-    parser.add_argument("--world-size", type=_positive, required=True, metavar="W", help="data-parallel ranks")
-    parser.add_argument("--gas", type=_positive, help="micro-batches per optimizer step (default: the file's, else 1)")
+    parser.add_argument("--world-size", type=positive, required=True, metavar="W", help="data-parallel ranks")
+    parser.add_argument("--gas", type=positive, help="micro-batches per optimizer step (default: the file's, else 1)")
     parser.add_argument("--base", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: the file's)")
     parser.add_argument(
         "--device",

@@ -23,7 +23,8 @@ from ..capabilities import ASSUMED, MACHINES, machine
 from ..config import contract
 from ..errors import ConfigError, DsFp8Error
 from ..levels import LEVELS
-from .estimate import human
+from .estimate import human, positive
+from .given import document_of
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Explain one configuration."""
     options = _options(argv)
     try:
-        settings = config.load(options.file)
+        settings = config.load_document(document_of(options.file))
     except ConfigError as error:
         print(error)
         return 2 if any(not problem.path for problem in error.problems) else 1
@@ -209,7 +210,7 @@ def _print_products(plan: Plan) -> None:
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ds_fp8 explain", description=__doc__.split("\n")[0])
-    parser.add_argument("file", metavar="FILE", help="DeepSpeed configuration")
+    parser.add_argument("file", metavar="FILE", help="DeepSpeed configuration; - for standard input")
     parser.add_argument(
         "--model", metavar="MODULE:FACTORY", help="callable that returns the model, e.g. train:build_model"
     )
@@ -221,6 +222,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         default="cpu",
         help=f"device to plan for: one of this machine's (cpu, cuda), or {', '.join(MACHINES)} (default: cpu)",
     )
-    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks to plan for (default: 1)")
+    parser.add_argument("--world-size", type=positive, default=1, metavar="W", help="ranks to plan for (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)

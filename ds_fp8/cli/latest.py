@@ -27,6 +27,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repair", action="store_true", help="let `latest` name the newest complete checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
+    if Path(options.folder).exists() and not Path(options.folder).is_dir():
+        print(f"ds_fp8 latest: {options.folder}: a file; give the checkpoint folder", file=sys.stderr)
+        return 2
     try:
         found, named = tags(options.folder), named_by_latest(options.folder)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import sys
@@ -42,13 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(arguments[:1])  # --help, --version, or an error that lists the commands; all of them exit
     module = importlib.import_module(COMMANDS[arguments[0]][0])
     try:
-        return int(module.main(arguments[1:]))
+        code = int(module.main(arguments[1:]))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("ds_fp8: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `ds_fp8 explain ... | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
+            raise
+        print(f"ds_fp8: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.stdout = io.StringIO()  # what is left in its buffer would fail again at the end
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -133,7 +133,7 @@ def _read(path: Path, parse: Any) -> Series:
         ]
     except OSError as error:
         raise NoRunError(f"{path} cannot be read ({type(error).__name__}: {error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NoRunError(f"{path} holds no losses ({type(error).__name__}: {error})") from None
     by_step = dict(found)
     return list(by_step), list(by_step.values())
@@ -167,7 +167,7 @@ def _jsonl(text: str) -> Iterator[tuple[Any, Any]]:
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict):
             yield entry.get("step"), entry.get("loss")

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loading import check, check_document, load
+    from .loading import check, check_document, load, load_document
     from .settings import (
         CompileSettings,
         DeepSpeedFacts,
@@ -37,13 +37,14 @@ __all__ = [
     "check",
     "check_document",
     "load",
+    "load_document",
     "parse",
     "read",
 ]
 
 
 _HOMES = {
-    **dict.fromkeys(("check", "check_document", "load"), "loading"),
+    **dict.fromkeys(("check", "check_document", "load", "load_document"), "loading"),
     **dict.fromkeys(("Document", "parse", "read"), "source"),
 }
 

@@ -28,7 +28,11 @@ def load(source: Source, *, where: str | None = None, trains: bool = True) -> Se
     trains  false for an engine without an optimizer: `msamp` is checked, and then has nothing to do
     A file without our sections gives settings with everything off.
     """
-    document = read(source, where)
+    return load_document(read(source, where), trains=trains)
+
+
+def load_document(document: Document, *, trains: bool = True) -> Settings:
+    """The same for a document that was read already."""
     problems = [*document.problems, *_own_problems(document, trains=trains)]
     if any(section in document.data for section in contract.SECTIONS):
         problems += deprecated_keys(document)

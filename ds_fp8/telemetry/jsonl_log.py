@@ -63,7 +63,7 @@ def read_jsonl_log(path: str | Path) -> list[dict[str, Any]]:
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
         if isinstance(event, dict) and "event" in event:
             events.append(event)

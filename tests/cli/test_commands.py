@@ -136,3 +136,26 @@ def test_verify_shows_a_bar_on_a_terminal_alone(tmp_path, capsys):
         assert main(["verify", str(tmp_path)]) == 0
     assert b"verifying" in os.read(ours, 10_000)
     os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("ds_fp8 explain - < ok.json", 0, "effective settings"),
+        ("ds_fp8 estimate - --params 1B --world-size 2 < ok.json", 0, "standard input"),
+        ("ds_fp8 explain - < /dev/null", 2, "is empty"),
+        ("ds_fp8 check - <&-", 2, "is empty"),
+        ("ds_fp8 explain ok.json > /dev/full", 2, "the output cannot be written"),
+        ("ds_fp8 explain ok.json --world-size 0", 2, "at least 1"),
+        ("ds_fp8 report deep.json", 2, "deep.json"),
+        ("ds_fp8 latest ok.json", 2, "give the checkpoint folder"),
+    ],
+)
+def test_what_a_stranger_tries_ends_with_a_reason(words, code, said, tmp_path):
+    """Standard input, a full disk, a file for a folder, brackets without end: exit code and words, no traceback."""
+    (tmp_path / "ok.json").write_text('{"train_batch_size": 1, "fp8": {"enabled": true}}')
+    (tmp_path / "deep.json").write_text('{"a":' * 5000)
+    words = words.replace("ds_fp8 ", f"{sys.executable} -m ds_fp8.cli.main ", 1).replace("standard input", "-")
+    done = subprocess.run(["sh", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and said.replace("standard input", "-: ") in done.stdout + done.stderr
