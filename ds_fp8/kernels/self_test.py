@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .. import numerics
 from ..formats import E4M3, E5M2, Format
-from ..numerics import flat, masters, states
+from ..numerics import flat, masters, row_scales, states
 from ..numerics.random_bits import Stochastic
-from . import dispatch
+from . import dispatch, grouped
 from .adam import AdamStep, reference_step
 
 NUMEL = 40 * 128 + 77
@@ -68,6 +68,7 @@ def _all(device: torch.device) -> Iterator[Compared]:
             label = f"{fmt.name} of {str(dtype).removeprefix('torch.')}"
             yield from _casts(device, fmt, dtype, label)
             yield from _wire(device, fmt, dtype, label)
+    yield from _experts(device)
     for rounding in ("nearest", "stochastic"):
         for state, root, master in (("int8", "fp16", "split24"), ("e4m3", "fp16", "fp16")):
             yield _step(device, state, root, master, rounding)
@@ -82,6 +83,20 @@ def _casts(device: torch.device, fmt: Format, dtype: torch.dtype, label: str) ->
     for name in ("quantize_1x128", "quantize_128x128"):
         yield (f"{name}, {label}",
                partial(getattr(dispatch, name), here, fmt), partial(getattr(numerics, name), x, fmt))  # fmt: skip
+
+
+def _experts(device: torch.device) -> Iterator[Compared]:
+    """Casts of stacked experts: by rows, and by columns of each, for tokens (with a table) and for weights (without)."""
+    x = numbers(5, 192 * 272).bfloat16().view(192, 272)
+    table = torch.tensor([[1, 1, 3], [3, 3, 192], [16, 16, 208]], dtype=torch.int32)
+    for name, one, where, room in (("tokens", x, table, 208), ("weights", x.view(2, 96, 272), None, 0)):
+        here, there = one.to(device), None if where is None else where.to(device)
+
+        def cast(casts: Any, one: Tensor, where: Tensor | None, room: int = room) -> tuple[Tensor, ...]:
+            rows, amax = casts.quantize_rows_measured(one, E4M3, where)
+            return (*rows, *casts.quantize_rows(one, E4M3), *casts.quantize_columns(one, amax, E4M3, where, room))
+
+        yield f"casts of experts, {name}", partial(cast, grouped, here, there), partial(cast, row_scales, one, where)
 
 
 def _wire(device: torch.device, fmt: Format, dtype: torch.dtype, label: str) -> Iterator[Compared]:
