@@ -117,11 +117,14 @@ class LeanCoordinator(Coordinator):
                 self._PartitionedParameterCoordinator__all_gather_params(away, forward)
         recomputes = forward and torch._C._current_graph_task_id() != -1
         backwards = self._PartitionedParameterCoordinator__active_backward_submodules
+        if recomputes and backwards:
+            with torch._C.DisableTorchFunctionSubclass():  # a released weight (O3) answers from Python
+                frozen = [param for param in params if not param.requires_grad]
+            for param in frozen:
+                partitioned_param_coordinator.update_recompute_parameters(next(reversed(backwards.values())), param)
         waits = False
         for param in params:
             param.ds_active_sub_modules.add(number)
-            if recomputes and backwards and not param.requires_grad:
-                partitioned_param_coordinator.update_recompute_parameters(next(reversed(backwards.values())), param)
             handle = in_flight.pop(param, None)
             if handle is not None:
                 self._fp8_wait(handle)

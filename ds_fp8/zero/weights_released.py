@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,7 +105,12 @@ class Released:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in OWN or getattr(func, "namespace", "") == "ds_fp8" or _is_looked_at_by_a_compiler():
+        if (
+            func in OWN
+            or getattr(func, "namespace", "") == "ds_fp8"
+            or (func is _VIEW_AS and _asks_for_accumulator(args))
+            or _is_looked_at_by_a_compiler()
+        ):
             with raw():
                 return func(*args, **(kwargs or {}))
         return _call(func, args, kwargs or {})
@@ -115,6 +121,17 @@ class Released:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return torch._utils._rebuild_parameter, (values_of(self), self.requires_grad, OrderedDict())
+
+
+_VIEW_AS = Tensor.view_as
+_ACCUMULATOR = getattr(getattr(torch.autograd.graph, "_get_grad_fn_or_grad_acc", None), "__code__", None)
+
+
+def _asks_for_accumulator(args: tuple) -> bool:
+    """torch's way to a Parameter's gradient accumulator: the graph behind a view of itself, whose values nobody reads. DeepSpeed goes
+    it for every parameter in every backward of ZeRO 3.
+    """
+    return len(args) == 2 and args[0] is args[1] and sys._getframe(2).f_code is _ACCUMULATOR
 
 
 def _is_looked_at_by_a_compiler() -> bool:

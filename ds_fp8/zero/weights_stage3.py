@@ -102,8 +102,12 @@ class QuantizedHandle:
         self.world_size = dist.get_world_size(group=group)
         device = chunks[0].device
         own = own_message(chunks, device)
-        self.gathered = torch.empty(self.world_size * own.numel(), dtype=torch.uint8, device=device)
-        self.handle = dist.all_gather_into_tensor(self.gathered, own, group=group, async_op=True)
+        self.handle: Any = None
+        if self.world_size == 1:
+            self.gathered = own
+        else:
+            self.gathered = torch.empty(self.world_size * own.numel(), dtype=torch.uint8, device=device)
+            self.handle = dist.all_gather_into_tensor(self.gathered, own, group=group, async_op=True)
         sent = all_gather_bytes(own.numel(), self.world_size)
         counters.add("weight", sent, sent * chunks[0].dtype.itemsize)
         self.complete = False

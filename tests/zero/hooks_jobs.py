@@ -142,11 +142,11 @@ def train(case: str, level: str | None, gas: int = 1) -> dict[str, Any]:
 
 
 def calls_in_a_step(case: str, level: str | None) -> dict[str, int]:
-    """Calls of functions in a step that follows the trace: of all, and of this package's."""
+    """Calls in a step that follows the trace: of all functions, of this package's, of gathers, of decodings of released weights."""
     engine = start(case, level)
     for number in range(4):
         step(engine, number)
-    counts = {"all": 0, "ours": 0, "gathers": 0}
+    counts = {"all": 0, "ours": 0, "gathers": 0, "decoded": 0}
 
     def count(frame: Any, event: str, argument: Any) -> None:
         if event in ("call", "c_call"):
@@ -154,6 +154,7 @@ def calls_in_a_step(case: str, level: str | None) -> dict[str, int]:
             code = frame.f_code
             if event == "call":
                 counts["ours"] += "/ds_fp8/" in code.co_filename
+                counts["decoded"] += code.co_name == "values" and code.co_filename.endswith("weights_released.py")
                 counts["gathers"] += (
                     code.co_name == "all_gather_into_tensor" and "deepspeed/comm/torch" in code.co_filename
                 )

@@ -46,6 +46,7 @@ def test_a_step_costs_the_host_no_more_than_its_budget(found):
     assert fp8["all"] < MOST_CALLS_OF_DEEPSPEEDS * theirs["all"]
     assert o3["all"] < MOST_CALLS_OF_DEEPSPEEDS * theirs["all"]
     assert o3["gathers"] <= theirs["gathers"]
+    assert o3["decoded"] == 0  # DeepSpeed counts accumulators through a view of each weight
     assert fp8["ours"] < MOST_OWN_CALLS[None] and o3["ours"] < MOST_OWN_CALLS["O3"]
 
 
