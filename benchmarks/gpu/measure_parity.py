@@ -5,8 +5,8 @@
 
 Runs come in the order of their value; those that are done in `--out` or in a file given by `--resume` are not run again,
 so the list is worked off in pieces. A run lives within one piece. What cannot end in time is not started; a run that is cut off
-leaves its curve so far. With several GPUs a run takes `--ranks` of them (two, where there are two: the gradients' wire
-does nothing on one), and others run on the rest. On each group of GPUs one run trains while the next one starts and compiles.
+leaves its curve so far. A run takes one GPU, or as many as stand behind its name (`--only "pretrain/O3/1@2"`): the
+gradients' wire does nothing on one rank. Several runs share a GPU, because the host is the slower one of the two at this size.
 `parity_report.py` makes the page of the results.
 """
 
@@ -97,7 +97,7 @@ def jobs(options: argparse.Namespace, vocabulary: int) -> dict[str, dict[str, An
     adapt(2)
     adapt(3)
     wanted = options.only.split(",") if options.only else list(found)
-    return {name: found[name] for name in wanted}
+    return {name: found[name.partition("@")[0]] | {"ranks": int(name.partition("@")[2] or 1)} for name in wanted}
 
 
 def visible_gpus() -> list[str]:
@@ -106,16 +106,19 @@ def visible_gpus() -> list[str]:
     return named or [str(at) for at in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
+def tokens_of(job: dict[str, Any]) -> int:
+    return (job["steps"] + job["tail"]) * job["sequences"] * job["context"]
+
+
 class Run:
     """One job in its own processes, one for each of `gpus`."""
 
-    def __init__(self, name: str, job: dict[str, Any], gpus: list[str], place: Path, turn: Path):
-        self.name, self.job, self.gpus, self.start = name, job, gpus, time.monotonic()
-        self.tokens = (job["steps"] + job["tail"]) * job["sequences"] * job["context"]
+    def __init__(self, name: str, job: dict[str, Any], gpus: list[str], place: Path):
+        self.name, self.gpus, self.start = name, gpus, time.monotonic()
         stem = place / name.replace("/", "_").replace(" ", "_").replace(",", "")
         shutil.rmtree(stem, ignore_errors=True)  # telemetry is appended to what lies there
         self.out, self.log = stem.with_suffix(".json"), stem.with_suffix(".log")
-        self.job = job | {"out": str(self.out), "turn": str(turn), "telemetry": str(stem)}
+        self.job = job | {"out": str(self.out), "telemetry": str(stem)}
         ranks = len(gpus)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *launcher, str(HERE / "parity_job.py"), json.dumps(self.job)]
@@ -123,7 +126,7 @@ class Run:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        self.out.with_suffix(".turn").unlink(missing_ok=True)
+        self.out.unlink(missing_ok=True)
         environment.setdefault("NCCL_NVLS_ENABLE", "0")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -133,70 +136,67 @@ class Run:
     def found(self) -> dict[str, Any]:
         return json.loads(self.out.read_text()) if self.out.exists() else {"state": "started"}
 
-    def has_turn(self) -> bool:
-        return "turn at" in self.found()
-
-    def remaining(self, per_token: float) -> float:
-        """Seconds that it is likely to need yet."""
-        found = self.found()
-        steps = self.job["steps"] + self.job["tail"]
-        return (1 - found.get("step", 0) / steps) * self.tokens * per_token
+    def remaining(self) -> float:
+        """Tokens that it has yet to see."""
+        return (1 - self.found().get("step", 0) / (self.job["steps"] + self.job["tail"])) * tokens_of(self.job)
 
     def end(self) -> dict[str, Any]:
         """What it found; with the end of its log, if it did not come to its end."""
-        if self.process.poll() is None:
+        ended = self.process.poll() is None
+        if ended:
+            self.process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         found = self.found()
         if found["state"] != "done":
-            found |= {"state": "cut off" if self.process.returncode < 0 else "failed"}
+            found |= {"state": "cut off" if ended else "failed"}
             found["log"] = self.log.read_text(errors="replace")[-3000:]
         return found | {"seconds": round(time.monotonic() - self.start, 1)}
 
 
 class Piece:
-    """Works off jobs on groups of GPUs until they are done or the time is over."""
+    """Works off jobs on the GPUs until they are done or the time is over."""
 
     def __init__(self, options: argparse.Namespace, done: dict[str, Any], begin: float):
         self.options, self.results, self.deadline = options, done, begin + options.seconds
-        gpus = visible_gpus()
-        ranks = options.ranks or min(max(len(gpus), 1), 2)
-        self.groups = [gpus[at : at + ranks] for at in range(0, len(gpus) - ranks + 1, ranks)] or [["cpu"] * ranks]
-        self.per_token = 1 / (300_000 * ranks)
+        self.gpus = visible_gpus() or ["cpu"] * 2
         self.running: list[Run] = []
-        self.base: str | None = None
+        self.base = options.data / "base.pt"
+        self.base.unlink(missing_ok=True)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def room(self) -> list[str] | None:
-        """A group on which the last run has its turn and none waits behind it."""
-        for group in self.groups:
-            own = [run for run in self.running if run.gpus == group]
-            if len(own) < self.options.at_once + 1 and all(run.has_turn() for run in own):
-                return group
-        return None
+    def room(self, ranks: int) -> list[str]:
+        """The `ranks` GPUs with the fewest runs; none where one of them is full."""
+        load = {gpu: sum(gpu in run.gpus for run in self.running) for gpu in self.gpus}
+        found = sorted(self.gpus, key=lambda gpu: load[gpu])[:ranks]
+        return found if len(found) == ranks and all(load[gpu] < self.options.at_once for gpu in found) else []
 
-    def next(self, waiting: dict[str, dict[str, Any]], group: list[str]) -> str | None:
-        """The first job that is likely to end in time behind those that run on `group`."""
-        ahead = sum(run.remaining(self.per_token) for run in self.running if run.gpus == group)
+    def needs(self, job: dict[str, Any], gpus: list[str]) -> float:
+        """Seconds until it has ended beside those that run on `gpus`."""
+        shared = sum(run.remaining() / len(run.gpus) for run in self.running if gpus[0] in run.gpus)
+        device = (shared + tokens_of(job) / len(gpus)) / self.options.tokens_per_s
+        host = (job["steps"] + job["tail"]) * self.options.step_seconds
+        return self.options.start_seconds + max(device, host)
+
+    def next(self, waiting: dict[str, dict[str, Any]]) -> tuple[str, list[str]] | None:
+        """The first job that has room and is likely to end in time, and its GPUs."""
         for name, job in waiting.items():
-            if job["kind"] != "pretrain" and self.base is None:
+            gpus = self.room(job["ranks"])
+            if job["kind"] != "pretrain" and not self.base.exists():
                 continue
-            tokens = (job["steps"] + job["tail"]) * job["sequences"] * job["context"]
-            if max(ahead, self.options.start_seconds) + tokens * self.per_token + 5 < self.left():
-                return name
+            if gpus and self.needs(job, gpus) < self.left():
+                return name, gpus
         return None
 
     def collect(self, run: Run) -> None:
         found = run.end()
         self.results[run.name] = found
         if found["state"] == "done":
-            if run.job["kind"] == "pretrain":
-                self.per_token = (time.time() - found["turn at"]) / run.tokens
-                if "save" in run.job and self.base is None:
-                    self.base = run.job["save"]
             loss, speed = found["evals"][-1][1], found["tokens per s"]
             print(f"[parity] {run.name}: {loss} {speed} tokens/s {found['seconds']} s", flush=True)
         else:
@@ -208,23 +208,18 @@ class Piece:
             for run in [run for run in self.running if run.process.poll() is not None]:
                 self.running.remove(run)
                 self.collect(run)
-            group = self.room()
-            name = None if group is None else self.next(waiting, group)
-            if group is not None and name is not None:
-                self.running.append(self.launch(name, waiting.pop(name), group))
+            found = self.next(waiting)
+            if found is not None:
+                name, gpus = found
+                job = waiting.pop(name)
+                job |= {"base": str(self.base)} if job["kind"] != "pretrain" else {}
+                job |= {"save": str(self.base)} if job["kind"] == "pretrain" and not job["sections"] else {}
+                self.running.append(Run(name.partition("@")[0], job, gpus, self.options.data))
             elif not self.running:
                 break
             time.sleep(0.2)
         for run in self.running:
             self.collect(run)
-
-    def launch(self, name: str, job: dict[str, Any], group: list[str]) -> Run:
-        place = self.options.data
-        if job["kind"] != "pretrain":
-            job = job | {"base": self.base}
-        elif not job["sections"]:
-            job = job | {"save": str(place / "base.pt")}
-        return Run(name, job, group, place, place / f"turn{group[0]}")
 
 
 def main() -> None:
@@ -238,15 +233,16 @@ def main() -> None:
     parser.add_argument("--own-bytes", type=float, default=150e6, help="text from each root of this machine")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--start-seconds", type=float, default=40, help="a run's start and compilation")
-    parser.add_argument("--ranks", type=int, default=0, help="GPUs for each run; default 2 where there are 2")
-    parser.add_argument("--at-once", type=int, default=1, help="runs that train side by side on the same GPUs")
+    parser.add_argument("--at-once", type=int, default=2, help="runs that share a GPU")
+    parser.add_argument("--tokens-per-s", type=float, default=380e3, help="of one GPU, for all its runs")
+    parser.add_argument("--step-seconds", type=float, default=0.1, help="least time of a step, by the host")
     parser.add_argument("--only", help="names of runs, comma-separated, in this order")
     parser.add_argument("--steps", type=int, default=0, help="other number of steps")
     parser.add_argument("--compile", action="store_true", help="with --tiny: compile the blocks too")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
-        options.own_bytes, options.start_seconds = 2e6, 5
+        options.own_bytes, options.start_seconds, options.at_once = 2e6, 5, 1
     corpus = parity_corpus.prepare(options.data, options.archive, options.tokenizer, int(options.own_bytes))
     print(f"[parity] corpus {corpus}, {time.monotonic() - begin:.0f} s", flush=True)
     results: dict[str, Any] = {}
@@ -254,9 +250,10 @@ def main() -> None:
         if path.exists():
             results |= {name: run for name, run in json.loads(path.read_text()).items() if run.get("state") == "done"}
     results.pop("corpus", None)
-    waiting = {name: job for name, job in jobs(options, corpus["vocabulary"]).items() if name not in results}
+    listed = jobs(options, corpus["vocabulary"])
+    waiting = {name: job for name, job in listed.items() if name.partition("@")[0] not in results}
     piece = Piece(options, results, begin)
-    print(f"[parity] groups of GPUs {piece.groups}", flush=True)
+    print(f"[parity] GPUs {piece.gpus}", flush=True)
     piece.work(waiting)
     results["corpus"] = corpus
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -6,13 +6,12 @@ Writes everything it has found so far to `out` at every evaluation.
 
 Keys: out, data (folder of `parity_corpus`), kind (`pretrain`, `tune`, `lora`), sections, seed, depth, width, head_size,
 vocabulary, context, sequences (of one optimizer step, over all ranks), steps, warmup, lr, tail, tail_lr, stage,
-eval_every, eval_sequences, base and save (files of a state_dict), turn (a file to lock: one training at a time computes
-on a GPU, while the next one starts and compiles), telemetry (folder), compile.
+eval_every, eval_sequences, base (file of a state_dict to begin with), save (where to write one half way), telemetry
+(folder), compile.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import sys
@@ -189,19 +188,6 @@ class Training:
         wait()
         self.spent += time.perf_counter() - start
 
-    def take_turn(self) -> Any:
-        """Wait on the host: a rank that waits in a collective keeps its GPU busy, on which another run trains."""
-        lock, given = None, Path(self.job["out"]).with_suffix(".turn")
-        if self.rank == 0:
-            lock = Path(self.job["turn"]).open("w")  # noqa: SIM115 - held until the run has ended
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            given.touch()
-        while not given.exists():
-            time.sleep(0.05)
-        self.dist.barrier()
-        self.spent = 0.0
-        return lock
-
     def masters(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -214,15 +200,18 @@ class Training:
     def run(self) -> None:
         job = self.job
         self.look(0)
-        warm = min(3, job["steps"])
+        warm = min(3, job["steps"])  # compiles
         self.steps(0, warm)
-        lock = self.take_turn()
-        self.write(state="trains", step=warm, **{"turn at": time.time()})
+        self.spent = 0.0
+        self.write(state="trains", step=warm)
         done = warm
         while done < job["steps"]:
             now = min((done // job["eval_every"] + 1) * job["eval_every"], job["steps"])
             self.steps(done, now)
             self.look(now)
+            if job.get("save") and self.rank == 0 and done < job["steps"] // 2 <= now:
+                torch.save(self.engine.module.state_dict(), job["save"] + ".part")
+                Path(job["save"] + ".part").replace(job["save"])
             done = now
         before = self.masters()
         self.steps(done, done + job["tail"])
@@ -232,9 +221,6 @@ class Training:
         steps = job["steps"] + job["tail"] - warm
         speed = round(steps * job["sequences"] * job["context"] / self.spent)
         in_training = self.evaluate()  # the engine trains: forwards in FP8, as in the steps
-        lock and lock.close()
-        if job.get("save") and self.rank == 0:
-            torch.save(self.engine.module.state_dict(), job["save"])
         peak = round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else 0
         tail = {"moved in the tail": moved, "eval as in training": in_training}
         self.write(state="done", **tail, **{"tokens per s": speed, "peak GB": peak, "operands": self.operands()})

@@ -17,8 +17,8 @@ COMMAND = [sys.executable, str(Path(__file__).parents[2] / "benchmarks/gpu/measu
 def test_runs_train_adapt_and_are_not_run_again(tmp_path):
     """bf16 and O3 on two ranks, and fine-tuning of the bf16 run; a second piece resumes and runs what is missing only."""
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    options = ["--data", str(tmp_path / "data"), "--ranks", "2", "--seconds", "150"]
-    names = "pretrain/bf16/1,pretrain/O3/1"
+    options = ["--data", str(tmp_path / "data"), "--seconds", "150"]
+    names = "pretrain/bf16/1@2,pretrain/O3/1@2"
     subprocess.run([*COMMAND, *options, "--out", str(first), "--only", names], check=True, timeout=170)
     runs = json.loads(first.read_text())
     before, after = (runs["pretrain/bf16/1"]["evals"][at][1] for at in (0, -1))
