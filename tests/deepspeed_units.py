@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("path", type=Path)
     parser.add_argument("files", nargs="*")
     parser.add_argument("--limit-s", type=float, default=600.0, help="for one run of one file")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     given = options.path.resolve() / "tests"
     if not (given / "unit").is_dir():
         parser.error(f"{given}/unit: not there")

@@ -28,7 +28,9 @@ class Feature:
     config   added to the JSON of `base`; None takes a key away
     job      name of a function of `jobs.py`, or `client:NAME` for an optimizer of torch
     refused  column -> words of the reason
-    alone    why DeepSpeed alone does not run it on two CPU ranks; columns that are not refused are then not run
+    alone    why DeepSpeed alone does not run it on two CPU ranks; columns that are neither refused nor in `runs` are then
+             not run
+    runs     columns that run all the same
     quick    part of every CI run
     near     how far a loss may lie from DeepSpeed's
     """
@@ -37,6 +39,7 @@ class Feature:
     job: str = "as_usual"
     refused: Mapping[str, str] = field(default_factory=dict)
     alone: str = ""
+    runs: tuple[str, ...] = ()
     quick: bool = False
     near: float = 0.15
 
@@ -53,6 +56,7 @@ def optimizer(name: str, **params: Any) -> dict[str, Any]:
     return {"optimizer": {"type": name, "params": {"lr": 1e-2, **params}}}
 
 
+REMOVED = "DeepSpeed 0.19 has removed it"
 NEEDS_ZERO = {"O3": "needs FP8 weights in ZeRO"}
 CPU, OFFLOAD = {"device": "cpu"}, "offload_optimizer"
 
@@ -90,9 +94,9 @@ FEATURES: dict[str, Feature] = {
     "universal checkpoint": Feature(zero(2), "universal"),
     "evaluation": Feature(zero(2), "evaluated"),
     "activation checkpointing": Feature(zero(2), "checkpointed_activations"),
-    "curriculum learning": Feature({**zero(2), "curriculum_learning": {
+    "curriculum learning (top-level key)": Feature({**zero(2), "curriculum_learning": {
         "enabled": True, "curriculum_type": "seqlen", "min_difficulty": 8, "max_difficulty": 16,
-        "schedule_type": "fixed_linear", "schedule_config": {"total_curriculum_step": 2, "difficulty_step": 8}}}),
+        "schedule_type": "fixed_linear", "schedule_config": {"total_curriculum_step": 2, "difficulty_step": 8}}}, alone=REMOVED),
     "torch.compile": Feature(zero(2), "compiled"),
     "DeepCompile": Feature({**zero(3), "compile": {"deepcompile": True}},
                            refused={"fp8": "DeepCompile", **by_msamp("DeepCompile")}),
@@ -103,25 +107,24 @@ FEATURES: dict[str, Feature] = {
     "torch.optim.SGD of the script": Feature({**zero(2), "zero_allow_untested_optimizer": True}, "client:SGD",
                                              refused=by_msamp("SGD")),
     "Adam": Feature({**zero(2), **optimizer("Adam", torch_adam=True)}),
-    "Lion": Feature({**zero(2), **optimizer("Lion")}, refused=by_msamp("Lion"), alone="needs a compiler for its op"),
+    "Lion": Feature({**zero(2), **optimizer("Lion")}, alone="needs a compiler for its op", runs=LEVELS),
     "Muon": Feature({**zero(2), **optimizer("Muon")}, refused=by_msamp("Muon")),
-    "1-bit Adam": Feature({**zero(0), **optimizer("OneBitAdam", freeze_step=2)}, refused=by_msamp("compresses"),
-                          alone="needs a GPU, or MPI"),
+    "1-bit Adam": Feature({**zero(0), **optimizer("OneBitAdam", freeze_step=2)}, alone=REMOVED),
     "ZenFlow": Feature(zero(2, offload_optimizer=CPU, zenflow={"topk_ratio": 0.5, "update_interval": 2,
-                                                               "select_strategy": "step", "select_interval": 1}),
+                                                               "select_strategy": "step", "select_interval": 2}),
                        refused=by_msamp("ZenFlow")),
     "SuperOffload": Feature(zero(3, offload_optimizer={**CPU, "super_offload": True}), refused=by_msamp("SuperOffload"),
                             alone="needs a GPU"),
     "hpZ": Feature(zero(3, zero_hpz_partition_size=2), refused={"O3": "second 16-bit copy"}),
-    "MiCS": Feature(zero(3, mics_shard_size=1)),
+    "MiCS": Feature(zero(3, mics_shard_size=1), alone=REMOVED),
     "ZeRO++ quantized gradients": Feature(zero(3, zero_quantized_gradients=True), refused=by_msamp("int4"),
                                           alone="needs a GPU"),
     "ZeRO++ quantized weights": Feature(zero(3, zero_quantized_weights=True), refused={"O3": "int8"}, alone="needs a GPU"),
     "16-bit masters (bf16)": Feature({**zero(2), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
-                                     refused=by_msamp("stores masters")),
+                                     refused=by_msamp("stores masters"), alone="needs DeepSpeedCPUAdam, which is compiled"),
     "elasticity": Feature({**zero(2), "train_micro_batch_size_per_gpu": None, "gradient_accumulation_steps": None,
                            "elasticity": {"enabled": True, "max_train_batch_size": 16, "micro_batch_sizes": [4],
-                                          "min_gpus": 1, "max_gpus": 4, "version": 0.1}}),
+                                          "min_gpus": 1, "max_gpus": 4, "version": 0.1}}, alone=REMOVED),
     "monitor (csv)": Feature({**zero(2), "csv_monitor": {"enabled": True, "output_path": "/tmp/ds_fp8_support", "job_name": "x"}}),
     "flops profiler": Feature({**zero(2), "flops_profiler": {"enabled": True, "profile_step": 2, "output_file": "/dev/null"}}),
     "hybrid engine": Feature({**zero(2), "hybrid_engine": {"enabled": True}}),
