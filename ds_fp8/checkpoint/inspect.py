@@ -256,9 +256,18 @@ def _check_layout(engine: Any, shard: dict[str, Any], path: str) -> None:
             )
 
 
+def _moments(optimizer: Any) -> tuple[str, ...]:
+    """Names of the states that an optimizer has for each parameter: ours by itself, another (`fp8` alone) by its kind."""
+    own = getattr(optimizer, "moments", None)
+    if own is None:
+        is_adam = type(optimizer).__name__ in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
+        own = ("exp_avg", "exp_avg_sq") if is_adam else ()
+    return tuple(own)
+
+
 def _inspect_universal(engine: Any, folder: Path) -> None:
     """Every parameter of this rank has a file for its weight and each moment. They are read when they are loaded."""
-    keys = ("fp32", *engine.optimizer.optimizer.moments)
+    keys = ("fp32", *_moments(engine.optimizer.optimizer))
     if not (folder / "zero" / "optimizer_state.pt").is_file():
         raise CheckpointError(f"{folder}: no universal checkpoint (zero/optimizer_state.pt is missing).")
     missing = [

@@ -28,6 +28,19 @@ def deepcompile(data: dict[str, Any]) -> Found:
         )
 
 
+def tensor_parallel(data: dict[str, Any]) -> Found:
+    """AutoTP puts layers of its own in the place of nn.Linear, and its ranks hold different parts of a model."""
+    size = section(data, "tensor_parallel").get("autotp_size", 1)
+    if (fp8_of(data) or msamp_of(data)) and isinstance(size, (int, float)) and size > 1:
+        yield (
+            ("tensor_parallel", "autotp_size"),
+            (
+                f"{size} splits every nn.Linear into layers of DeepSpeed's own (LinearLayer, LinearAllreduce), which fp8 does not "
+                "convert, over ranks that msamp takes for equal; set it to 1, or leave both sections out"
+            ),
+        )
+
+
 def zenflow(data: dict[str, Any]) -> Found:
     """ZenFlow splits the optimizer between device and host."""
     if msamp_of(data) and section(data, "zero_optimization").get("zenflow") not in (None, "auto"):
@@ -193,6 +206,7 @@ def _zero(data: dict[str, Any], key: str) -> bool:
 
 CONFLICTS: tuple[Rule, ...] = (
     deepcompile,
+    tensor_parallel,
     zenflow,
     super_offload,
     nvme_states,
