@@ -117,7 +117,11 @@ REFUSED = [
         fp8(compile={"mode": "max-autotune-no-cudagraphs"}, weight_cache=True),
     ),
     ({**fp8(), "compile": {"deepcompile": True}}, "compile/deepcompile", {**fp8(), "compile": {"deepcompile": False}}),
-    ({**msamp(), "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel/autotp_size", {**msamp(), "tensor_parallel": {"autotp_size": 1}}),
+    (
+        {**msamp(), "tensor_parallel": {"autotp_size": 2}},
+        "tensor_parallel/autotp_size",
+        {**msamp(), "tensor_parallel": {"autotp_size": 1}},
+    ),
     ({**msamp(), **zero(zenflow={})}, "zero_optimization/zenflow", {**fp8(), **zero(zenflow={})}),
     (
         {**msamp(), **zero(offload_optimizer={"device": "cpu", "super_offload": True})},
