@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.engine.script_jobs import WIDTH, Mlp, data, loss_of, norm, script, train
+from tests.engine.script_jobs import WIDTH, Mlp, data, loss_of, norm, script, take, train
 
 
 @script()
@@ -119,3 +119,23 @@ def checkpointed_in_segments(make: Any, rank: int) -> Any:
             return checkpoint_sequential([self.enc, self.mid, self.dec], 2, x, use_reentrant=False)
 
     return train(make(Segments()), range(4))
+
+
+@script(not_in=(3,))
+def generates_with_a_cache(make: Any, rank: int) -> Any:
+    """Between two steps, on one rank alone."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+    engine, found = make(model), []
+    engine.train()
+    for step in range(4):
+        tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step)).to(engine.device)
+        found.append(take(engine, engine(input_ids=tokens, labels=tokens).loss))
+        if step == 1 and rank == 0:
+            engine.eval()
+            made = engine.module.generate(tokens[:, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
+            assert made.shape == (2, 10)
+            engine.train()
+        torch.distributed.barrier()
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import tempfile
 from typing import Any
 
 import torch
@@ -144,3 +145,22 @@ def functional_call(make: Any, rank: int) -> Any:
         output = torch.func.functional_call(engine.module, {n: p.clone() for n, p in given.items()}, (data(engine, 9),))
         found.append(norm(output))
     return found
+
+
+@script()
+def saved_and_converted(make: Any, rank: int) -> Any:
+    """`zero_to_fp32` on a checkpoint of the middle of a run; the run goes on."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    engine = make()
+    found = train(engine, range(2))
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        torch.distributed.broadcast_object_list(folder, 0)
+        engine.save_checkpoint(folder[0])
+        torch.distributed.barrier()
+        if engine.zero_optimization_stage():
+            state = get_fp32_state_dict_from_zero_checkpoint(folder[0])
+            found += [norm(state["mid.weight"]), norm(state["dec.bias"])]
+        torch.distributed.barrier()
+    return found + train(engine, range(2, 4))
