@@ -74,6 +74,8 @@ class _Hook:
         self.optimizer, self.module = weakref.ref(optimizer), weakref.ref(module)
 
     def __call__(self, module: torch.nn.Module, *args: Any) -> None:
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            return  # what is written into a graph must not change under it
         optimizer = self.optimizer() if module is self.module() else None
         if optimizer is not None:
             self.act(optimizer, module)
