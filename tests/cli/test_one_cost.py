@@ -62,8 +62,8 @@ def test_explain_and_estimate_agree(name, base, tmp_path, monkeypatch, capsys):
     (tmp_path / "one_cost_model.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     compared = 0
-    for (stage, offload), gas, world_size in itertools.product(PLACES, (1, 4), (1, 2, 8)):
-        device = ("cpu", "h100")[(stage + world_size + gas) % 2]
+    for number, ((stage, offload), world_size) in enumerate(itertools.product(PLACES, (1, 2, 8))):
+        gas, device = ((1, "cpu"), (4, "cpu"), (1, "h100"), (4, "h100"))[number % 4]
         data = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": gas,
@@ -92,7 +92,7 @@ def test_explain_and_estimate_agree(name, base, tmp_path, monkeypatch, capsys):
         }
         assert estimated == pytest.approx(found, abs=0.51), (stage, offload, gas, world_size, device)
         compared += 1
-    assert compared >= 18, f"only {compared} jobs were not refused"
+    assert compared >= 9, f"only {compared} jobs were not refused"
 
 
 def test_frozen_parameters_cost_their_weight_alone(tmp_path, monkeypatch, capsys):
