@@ -8,7 +8,6 @@ outside these two (`muadam` ...) are left alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 from ..releases import numbers
@@ -101,6 +100,8 @@ def _judge(part: str, name: str, params: Any) -> Found:
 
 def _is_installed_before(release: str) -> bool:
     """Whether the DeepSpeed of this environment is older; False where there is none."""
+    from importlib import metadata  # slow to import, and rarely asked
+
     try:
         return numbers(metadata.version("deepspeed")) < numbers(release)
     except metadata.PackageNotFoundError:
