@@ -19,6 +19,7 @@ from ds_fp8.layers import compiled, compiled_products, cuda_products, fp8_linear
 from ds_fp8.layers.gemm import matmul
 from ds_fp8.layers.layer_state import QuantizedWeight
 from ds_fp8.layers.operands import GROUPS, ROWS, TENSOR, TILES, Operand
+from ds_fp8.layers.scales import Scales
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
@@ -51,7 +52,10 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()  # each test has its own limit of recompilations
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    # Asked on a CPU alone, by the path that these products are compared with; steps here are longer than an optimizer's.
+    monkeypatch.setattr(Scales, "is_outgrown", lambda *_: False)
     monkeypatch.setattr(cuda_products, "library_for", lambda device: entry)
     for module in (fp8_linear, compiled_products):
         monkeypatch.setattr(module, "takes", takes)
