@@ -19,9 +19,10 @@ COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#1
 WIDTH, HEIGHT, LEFT, TOP = 760, 300, 60, 24
 
 
-def read(paths: list[Path]) -> tuple[dict[str, Runs], list[dict[str, Any]]]:
-    """Kind -> configuration -> seed -> finished run; and the machine and the corpus of each file."""
+def read(paths: list[Path]) -> tuple[dict[str, Runs], dict[str, Any], list[dict[str, Any]]]:
+    """Kind -> configuration -> seed -> finished run; runs that were cut off; the machine and the corpus of each file."""
     kinds: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
+    cut: dict[str, Any] = {}
     facts = []
     for path in paths:
         found = json.loads(path.read_text())
@@ -30,7 +31,27 @@ def read(paths: list[Path]) -> tuple[dict[str, Runs], list[dict[str, Any]]]:
             if run["state"] == "done":
                 kind, configuration, seed = name.split("/")
                 kinds[kind][configuration][int(seed)] = run
-    return kinds, facts
+            elif len(run["evals"]) > 1:
+                cut[name] = run
+    done = {f"{kind}/{name}/{seed}" for kind, runs in kinds.items() for name, seeds in runs.items() for seed in seeds}
+    return kinds, {name: run for name, run in cut.items() if name not in done}, facts
+
+
+def cut_off(cut: dict[str, Any], kinds: dict[str, Runs]) -> list[str]:
+    """Gaps at the last evaluations of runs that the end of a piece has cut off."""
+    lines = []
+    for name, run in cut.items():
+        kind, configuration, seed = name.split("/")
+        base = kinds[kind]["bf16"].get(int(seed))
+        if base is not None:
+            known = dict(map(tuple, base["evals"]))  # type: ignore[arg-type]
+            shown = ", ".join(
+                f"{loss - known[step]:+.4f} at {step}" for step, loss in run["evals"][-3:] if step in known
+            )
+            lines.append(
+                f"- {kind} of {configuration}, seed {seed}, {run['ranks']} rank(s), cut off by the end of its piece: {shown}"
+            )
+    return ["", "Gaps to bf16 of the same seed, by step:", "", *lines] if lines else []
 
 
 def final(run: dict[str, Any]) -> float:
@@ -186,7 +207,7 @@ def curves(runs: Runs) -> str:
 
 
 def main(out: Path, paths: list[Path]) -> None:
-    kinds, facts = read(paths)
+    kinds, cut, facts = read(paths)
     runs = kinds["pretrain"]
     each = next(iter(runs["bf16"].values()))
     lines = ["# Parity at GPT-2's size: does the evaluation end where bf16's does?", ""]
@@ -210,6 +231,7 @@ def main(out: Path, paths: list[Path]) -> None:
     for kind in ("tune", "lora"):
         if kinds[kind].get("bf16"):
             lines += adapting(kind, kinds[kind])
+    lines += cut_off(cut, kinds)
     lines += operands(runs)
     out.write_text("\n".join(lines) + "\n")
 
