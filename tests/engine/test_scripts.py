@@ -48,6 +48,8 @@ def judge(found: dict[Any, Any]) -> list[Any]:
                 isinstance(numbers, str) and numbers.startswith("WeightError") and "weight_wire_exclude" in numbers
             ):
                 wrong.append(((name, stage, mode), "is refused", numbers))
+        elif isinstance(numbers, str) and numbers.startswith("LayerError") and "fp8/backend to torch" in numbers:
+            continue  # Transformer Engine cannot do it at O3, and says so by the layer's name
         elif isinstance(control, str) or numbers != pytest.approx(control, rel=ROUNDING, abs=1e-3):
             wrong.append(((name, stage, mode), control, numbers))
     return wrong
