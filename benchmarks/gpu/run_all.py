@@ -68,7 +68,7 @@ def run_measurement(name: str, out: Path, seconds: float) -> dict[str, Any]:
     """One measurement in its own process; its ledger, also when it crashed or was cut off."""
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
-    script = HERE / f"piece_{name}.py"
+    script = HERE / f"measure_{name}.py"
     if not script.exists():
         return {"piece": name, "state": "absent", "entries": {}, "problems": {"script": f"{script.name} is not there"}}
     environment = dict(os.environ, PYTHONUNBUFFERED="1")

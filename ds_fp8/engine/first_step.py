@@ -133,7 +133,9 @@ def verdict(seen: dict[str, int], step: int, plan: Plan) -> tuple[str, bool]:
     share_text = "" if share is None or plan.partial else f"FP8 in {share:.0%} of the model's FLOPs, "
     ran = len(seen) - len(failed) - len(small)
     if small:
-        of_small = f"{len(small)} modules of experts in bf16, as faster at their number of rows"
+        of_small = (
+            f"{len(small)} module{'s' if len(small) > 1 else ''} of experts in bf16, as faster at their number of rows"
+        )
         share_text, all_ran = f"{share_text}{of_small}, ", f"the other {ran}"
     else:
         all_ran = f"all {ran}"

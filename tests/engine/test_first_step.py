@@ -90,7 +90,7 @@ def test_experts_with_few_rows_are_no_failure():
     whole.forward(_plan().fp8.recipe.override_linear_precision, dgrad=False, wgrad=False)
     text, is_good = verdict({"a": whole.bits(), "experts": few.bits()}, 1, _plan())
     assert is_good and text == (
-        "1 modules of experts in bf16, as faster at their number of rows, the other 1 planned layers ran in FP8 in "
+        "1 module of experts in bf16, as faster at their number of rows, the other 1 planned layers ran in FP8 in "
         "step 1"
     )
     few.forward(_plan().fp8.recipe.override_linear_precision, dgrad=False, wgrad=False)
