@@ -78,7 +78,7 @@ def test_the_plan_names_layers_narrower_than_every_model_that_gained():
     assert "5 of 6 Linear (narrow.0, narrow.1, narrow.2 and 2 more), narrower than every model" in note
     assert "eager: GPT of 1.18B, O2, width 2048, 1.31x bf16" in note and "fp8/compile takes" in note
     compiled = performance.slower_note(HOPPER, "torch", "delayed", layers, "default")
-    assert compiled is not None and "compiled: Llama" in compiled and "fp8/compile takes" not in compiled
+    assert compiled is not None and "compiled: GPT of 1.18B" in compiled and "fp8/compile takes" not in compiled
     assert performance.slower_note(HOPPER, "torch", "delayed", [layers[0], kept]) is None
     assert performance.slower_note(Host("cuda", "B200", (10, 0)), "torch", "delayed", layers) is None
 
