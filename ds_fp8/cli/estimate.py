@@ -107,8 +107,12 @@ def main(argv: Sequence[str]) -> int:
     if where.offload_optimizer or where.offload_param:
         print_table("Bytes kept per rank on the host", ["", *stages], _memory(rows, job, host=True), numbers=True)
     print_table("Bytes sent per rank and step: gradients + weights", ["", *stages], _wire(rows, job), numbers=True)
+    if where.nodes > 1:
+        title = f"Bytes that a node of {where.world_size // where.nodes} ranks sends to the others per step: gradients + weights"
+        print_table(title, ["", *stages], _wire(rows, job, network=True), numbers=True)
     if options.bandwidth:
-        title = f"Seconds of that exchange at {options.bandwidth:g} Gbit/s per rank, nothing hidden"
+        sender = "node" if where.nodes > 1 else "rank"
+        title = f"Seconds of that exchange at {options.bandwidth:g} Gbit/s per {sender}, nothing hidden"
         print_table(title, ["", *stages], _seconds(rows, job, options.bandwidth), numbers=True)
     bucket = human(bucket_bytes(replace(where, zero_stage=3), job.reduce_bucket, job.params))
     print(
@@ -144,6 +148,7 @@ def _job(options: argparse.Namespace, settings: config.Settings) -> tuple[Job, s
         facts.offload_optimizer is not None,
         facts.offload_param is not None,
         cached,
+        options.nodes,
     )
     return Job(options.params, where, bucket if isinstance(bucket, (int, float)) else 5e8, kinds), share
 
@@ -172,6 +177,9 @@ def as_json(rows: dict[str, Level], job: Job) -> dict[str, Any]:
                 "sent_gradient_bytes": round(found.gradient_wire_bytes),
                 "sent_weight_bytes": round(found.weight_wire_bytes),
             }
+            if job.where.nodes > 1:
+                gradients, weights = _sent(found, network=True)
+                entry |= {"node_sent_gradient_bytes": round(gradients), "node_sent_weight_bytes": round(weights)}
             table[name].append(entry if is_possible(level, stage) else None)
     where = job.where
     facts = {"params": job.params, "world_size": where.world_size, "gas": where.micro_batches, "base": where.base}
@@ -194,20 +202,25 @@ def _memory(rows: dict[str, Level], job: Job, *, host: bool = False) -> list[lis
     return _rows(rows, cell)
 
 
-def _wire(rows: dict[str, Level], job: Job) -> list[list[str]]:
+def _wire(rows: dict[str, Level], job: Job, *, network: bool = False) -> list[list[str]]:
     def cell(name: str, level: Level, stage: int) -> str:
-        found = cost(name, level, stage, job)
-        return f"{human(found.gradient_wire_bytes)} + {human(found.weight_wire_bytes)}"
+        return " + ".join(human(size) for size in _sent(cost(name, level, stage, job), network))
 
     return _rows(rows, cell)
 
 
 def _seconds(rows: dict[str, Level], job: Job, gigabits: float) -> list[list[str]]:
     def cell(name: str, level: Level, stage: int) -> str:
-        found = cost(name, level, stage, job)
-        return f"{(found.gradient_wire_bytes + found.weight_wire_bytes) * 8 / gigabits / 1e9:.3g}"
+        return f"{sum(_sent(cost(name, level, stage, job), job.where.nodes > 1)) * 8 / gigabits / 1e9:.3g}"
 
     return _rows(rows, cell)
+
+
+def _sent(found: Cost, network: bool) -> tuple[float, float]:
+    """(bytes of gradients, bytes of weights) that a node sends to the others, or that a rank sends."""
+    if network:
+        return found.network_gradient_bytes, found.network_weight_bytes
+    return found.gradient_wire_bytes, found.weight_wire_bytes
 
 
 def human(size: float) -> str:
@@ -268,6 +281,24 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         default="cpu",
         help=f"device to plan for: one of this machine's (cpu, cuda), or {', '.join(MACHINES)} (default: cpu)",
     )
-    parser.add_argument("--bandwidth", type=_above_zero, metavar="GBIT", help="of the network per rank, in Gbit/s")
+    parser.add_argument(
+        "--nodes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="nodes with NVLink over which the ranks are spread: what a node sends to the others is shown too",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=_above_zero,
+        metavar="GBIT",
+        help="of the network in Gbit/s: of each node with --nodes, else of each rank",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.world_size % options.nodes:
+        parser.error(
+            f"argument --nodes: {options.world_size} ranks (--world-size) cannot be spread evenly over {options.nodes} "
+            "nodes; give the nodes that the job has, each with equally many ranks"
+        )
+    return options

@@ -39,7 +39,7 @@ class Kind:
         weight_wire = level.weight_wire if self.is_owned else "none"
         ours = level.name != DEEPSPEED.name
         kept = Kept(level.exp_avg, level.exp_avg_sq, level.master, ours, weight_wire != "none", self.is_multiplied)
-        return Part(numel, kept, level.gradient_wire, weight_wire)
+        return Part(numel, kept, level.gradient_wire, weight_wire, level.gradient_wire_scope)
 
 
 def kinds_of(model: Any, settings: config.Settings, device: str, host: Host | None) -> tuple[dict[Kind, int], Any]:

@@ -41,6 +41,7 @@ class Placement:
     offload_optimizer  states, masters and gradients of the partition lie on the host
     offload_param      the weights of stage 3 lie on the host
     cached_weight      FP8 data that a layer keeps of its weight between forwards: 0, 1 (as it is), 2 (transposed too)
+    nodes              nodes over which the ranks are spread evenly; it counts for the network alone
     """
 
     zero_stage: int
@@ -50,6 +51,7 @@ class Placement:
     offload_optimizer: bool = False
     offload_param: bool = False
     cached_weight: int = 0
+    nodes: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,19 @@
     weights     stages 1, 2: gathered once after the step; stage 3: for the forward and the backward of each
                 micro-batch; b bytes, or 1 where they travel as FP8 data (O3)
 
+What one node of R = W / N ranks sends to the N - 1 others (`network_gradient_bytes`, `network_weight_bytes`):
+
+    rings       NCCL's reductions and gathers cross the border of a node once for each slice, whatever R is: as much as
+                one rank sends
+    inter_node  FP8 gradients, summed inside the node first: the slice of each rank to the N - 1 ranks of its place
+    all         FP8 gradients of every rank to every rank of another node
+
 Source: ZeRO (arXiv 1910.02054), section 7; counted by `comm.counters` and by the kernel (`benchmarks/bench_wire.py`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ..formats import BLOCK_SIZE, FORMATS
 from .memory import Placement
@@ -33,6 +42,26 @@ def weight_bytes(weight_wire: str, where: Placement) -> float:
     size = 1.0 if weight_wire != "none" and where.zero_stage > 0 else FORMATS[where.base].bytes
     trips = {0: 0, 1: 1, 2: 1, 3: 2 * where.micro_batches}[where.zero_stage]
     return size * trips * _share(where)
+
+
+def network_gradient_bytes(gradient_wire: str, scope: str, where: Placement) -> float:
+    """Bytes that one node sends to the others of one parameter's gradient; `scope` as `gradient_wire_scope`, where
+    `auto` is `inter_node` (GPUs with NVLink in each node).
+    """
+    if where.nodes == 1:
+        return 0.0
+    if gradient_wire == "none":
+        return gradient_bytes(gradient_wire, where)
+    if scope != "all":
+        return gradient_bytes(gradient_wire, replace(where, world_size=where.nodes))
+    in_node = where.world_size // where.nodes
+    outside = (where.world_size - in_node) / (where.world_size - 1)
+    return gradient_bytes(gradient_wire, where) * in_node * outside
+
+
+def network_weight_bytes(weight_wire: str, where: Placement) -> float:
+    """Bytes that one node sends to the others of one weight."""
+    return weight_bytes(weight_wire, where) if where.nodes > 1 else 0.0
 
 
 def _share(where: Placement) -> float:

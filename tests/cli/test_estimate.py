@@ -123,6 +123,40 @@ def test_seconds_and_host_bytes_are_shown_when_asked_for(tmp_path, capsys):
     assert "on the host" in text and "optimizer offloaded" in text and "0.24" in text
 
 
+def test_what_a_node_sends_to_the_others(capsys):
+    """1B bf16 parameters on 4 nodes of 8 ranks. AMP in ZeRO 2: 4 + 2 bytes per parameter times 31/32, as a ring. O2: the
+    same gradients in FP8 between the 4 ranks of a place, 3/4 of a byte and its scale's share for each parameter.
+    """
+    assert main(["estimate", "--params", "1B", "--world-size", "32", "--nodes", "4", "--json"]) == 0
+    levels = json.loads(capsys.readouterr().out)["levels"]
+    sent = {name: [levels[name][2][f"node_sent_{what}_bytes"] for what in ("gradient", "weight")] for name in levels}
+    assert sent["AMP"] == [3_875_000_000, 1_937_500_000]
+    assert sent["O2"] == [round(0.75e9 * (1 + 4 / 128)), 1_937_500_000]
+    assert sent["O3"] == [sent["O2"][0], round(31 / 32 * 1e9)]
+
+
+def test_seconds_are_of_a_node_where_nodes_are_given(capsys):
+    flags = ["--params", "1B", "--world-size", "32", "--nodes", "4", "--bandwidth", "400"]
+    assert main(["estimate", *flags]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a node of 8 ranks sends" in text and "400 Gbit/s per node" in text and "0.116" in text
+
+
+def test_a_scope_of_all_sends_from_every_rank(tmp_path, capsys):
+    """8 ranks, each to the 24 of 31 others that are in other nodes."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"bf16": {"enabled": true}, "msamp": {"enabled": true, "opt_level": "O2", "gradient_wire_scope": "all"}}')
+    assert main(["estimate", str(file), "--params", "1B", "--world-size", "32", "--nodes", "4", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["levels"]["O2 as in the file"][2]
+    assert row["node_sent_gradient_bytes"] == pytest.approx(8 * 24 / 31 * row["sent_gradient_bytes"])
+
+
+def test_nodes_that_do_not_divide_the_ranks_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["estimate", "--params", "1B", "--world-size", "10", "--nodes", "4"])
+    assert caught.value.code == 2 and "10 ranks (--world-size)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--params", "many"], ["--params", "0"], ["--params", "1", "--world-size", "0"]])
 def test_nonsense_is_refused(flags):
     with pytest.raises(SystemExit) as caught:
