@@ -2,11 +2,11 @@
 
     python benchmarks/bench_linear.py [--threads 1 2]
 
-Three questions. First the product alone: decode both operands to bf16 and multiply in bf16 with fp32 accumulation (exact
-in the operands), or decode to fp32 and multiply in fp32. Then the whole module by the layers' own code, forward and
-forward + backward, in bf16 and in fp32, against nn.Linear. Last, what happens more or less often than a forward: the cast
-of a weight, and the update of the scales at the step.
-Goals: the product 2.5x faster than fp32's; the module, forward and backward, at least as fast as the fp32 nn.Linear.
+Three questions. First the product alone: decode both operands to bf16 and multiply in bf16 with fp32 accumulation
+(exact in the operands), or decode to fp32 and multiply in fp32. Then the whole module by the layers' own code, forward
+and forward + backward, in bf16 and in fp32, against nn.Linear. Last, what happens more or less often than a forward:
+the cast of a weight, and the update of the scales at the step. Goals: the product 2.5x faster than fp32's; the module,
+forward and backward, at least as fast as the fp32 nn.Linear.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def modules(report: Report, repeats: int) -> None:
 
 
 def once_per_step(report: Report, repeats: int) -> None:
-    """Under an engine: a weight cast in each forward or once per step (`weight_cache`), and the update of all scales."""
+    """Under an engine: a weight cast in each forward or once per step (`weight_cache`), and the update of all
+    scales.
+    """
     torch.manual_seed(0)
     baseline = nn.Sequential(nn.Linear(FEATURES, FEATURES)).bfloat16()
     x, contestants, outputs = torch.randn(TOKENS, FEATURES).bfloat16().requires_grad_(), {}, []

@@ -1,13 +1,14 @@
 """Parity: GPTs of GPT-2's size (124M, context 1024) on 40M tokens of real text, in bf16 and in every FP8 configuration.
 
-    python3 benchmarks/gpu/measure_parity.py --out parity.json --archive corpus.xz --tokenizer tokenizer.json --seconds 540
+    python3 benchmarks/gpu/measure_parity.py --out parity.json --archive corpus.xz --tokenizer tokenizer.json \\
+        --seconds 540
     python3 benchmarks/gpu/measure_parity.py --tiny --out parity.json          # a rehearsal in half a minute on a CPU
 
-Runs come in the order of their value; those that are done in `--out` or in a file given by `--resume` are not run again,
-so the list is worked off in pieces. A run lives within one piece. What cannot end in time is not started; a run that is cut off
-leaves its curve so far. A run takes one GPU, or as many as stand behind its name (`--only "pretrain/O3/1@2"`): the
-gradients' wire does nothing on one rank. Several runs share a GPU, because the host is the slower one of the two at this size.
-`parity_report.py` makes the page of the results.
+Runs come in the order of their value; those that are done in `--out` or in a file given by `--resume` are not run
+again, so the list is worked off in pieces. A run lives within one piece. What cannot end in time is not started; a run
+that is cut off leaves its curve so far. A run takes one GPU, or as many as stand behind its name (`--only
+"pretrain/O3/1@2"`): the gradients' wire does nothing on one rank. Several runs share a GPU, because the host is the
+slower one of the two at this size. `parity_report.py` makes the page of the results.
 """
 
 from __future__ import annotations

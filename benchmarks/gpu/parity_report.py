@@ -20,7 +20,9 @@ WIDTH, HEIGHT, LEFT, TOP = 760, 300, 60, 24
 
 
 def read(paths: list[Path]) -> tuple[dict[str, Runs], dict[str, Any], list[dict[str, Any]]]:
-    """Kind -> configuration -> seed -> finished run; runs that were cut off; the machine and the corpus of each file."""
+    """Kind -> configuration -> seed -> finished run; runs that were cut off; the machine and the corpus of each
+    file.
+    """
     kinds: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
     cut: dict[str, Any] = {}
     facts = []
@@ -49,7 +51,8 @@ def cut_off(cut: dict[str, Any], kinds: dict[str, Runs]) -> list[str]:
                 f"{loss - known[step]:+.4f} at {step}" for step, loss in run["evals"][-3:] if step in known
             )
             lines.append(
-                f"- {kind} of {configuration}, seed {seed}, {run['ranks']} rank(s), cut off by the end of its piece: {shown}"
+                f"- {kind} of {configuration}, seed {seed}, {run['ranks']} rank(s), cut off by the end of its piece: "
+                f"{shown}"
             )
     return ["", "Gaps to bf16 of the same seed, by step:", "", *lines] if lines else []
 
@@ -91,8 +94,8 @@ def rise(run: dict[str, Any]) -> float:
 def pretraining(runs: Runs) -> list[str]:
     lines = [
         (
-            "| configuration | ranks | eval loss by seed | gap to bf16 by seed | mean | training loss, last 100 steps | "
-            "forward in FP8 | "
+            "| configuration | ranks | eval loss by seed | gap to bf16 by seed | mean | training loss, last 100 steps "
+            "| forward in FP8 | "
         )
     ]
     lines[0] += "moved at lr 1e-6, of bf16's | largest rise between evaluations | tokens/s |"

@@ -257,7 +257,9 @@ def _check_layout(engine: Any, shard: dict[str, Any], path: str) -> None:
 
 
 def _moments(optimizer: Any) -> tuple[str, ...]:
-    """Names of the states that an optimizer has for each parameter: ours by itself, another (`fp8` alone) by its kind."""
+    """Names of the states that an optimizer has for each parameter: ours by itself, another (`fp8` alone) by its
+    kind.
+    """
     own = getattr(optimizer, "moments", None)
     if own is None:
         is_adam = type(optimizer).__name__ in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")

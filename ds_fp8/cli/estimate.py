@@ -108,7 +108,8 @@ def main(argv: Sequence[str]) -> int:
         print_table("Bytes kept per rank on the host", ["", *stages], _memory(rows, job, host=True), numbers=True)
     print_table("Bytes sent per rank and step: gradients + weights", ["", *stages], _wire(rows, job), numbers=True)
     if where.nodes > 1:
-        title = f"Bytes that a node of {where.world_size // where.nodes} ranks sends to the others per step: gradients + weights"
+        in_node = where.world_size // where.nodes
+        title = f"Bytes that a node of {in_node} ranks sends to the others per step: gradients + weights"
         print_table(title, ["", *stages], _wire(rows, job, network=True), numbers=True)
     if options.bandwidth:
         sender = "node" if where.nodes > 1 else "rank"

@@ -1,4 +1,6 @@
-"""What stands where a command wants a configuration: a file, base64 as DeepSpeed takes it, or `-` for standard input."""
+"""What stands where a command wants a configuration: a file, base64 as DeepSpeed takes it, or `-` for standard
+input.
+"""
 
 from __future__ import annotations
 

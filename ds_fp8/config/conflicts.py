@@ -35,8 +35,8 @@ def tensor_parallel(data: dict[str, Any]) -> Found:
         yield (
             ("tensor_parallel", "autotp_size"),
             (
-                f"{size} splits every nn.Linear into layers of DeepSpeed's own (LinearLayer, LinearAllreduce), which fp8 does not "
-                "convert, over ranks that msamp takes for equal; set it to 1, or leave both sections out"
+                f"{size} splits every nn.Linear into layers of DeepSpeed's own (LinearLayer, LinearAllreduce), which "
+                "fp8 does not convert, over ranks that msamp takes for equal; set it to 1, or leave both sections out"
             ),
         )
 

@@ -86,7 +86,9 @@ def _casts(device: torch.device, fmt: Format, dtype: torch.dtype, label: str) ->
 
 
 def _experts(device: torch.device) -> Iterator[Compared]:
-    """Casts of stacked experts: by rows, and by columns of each, for tokens (with a table) and for weights (without)."""
+    """Casts of stacked experts: by rows, and by columns of each, for tokens (with a table) and for weights
+    (without).
+    """
     x = numbers(5, 192 * 272).bfloat16().view(192, 272)
     table = torch.tensor([[1, 1, 3], [3, 3, 192], [16, 16, 208]], dtype=torch.int32)
     for name, one, where, room in (("tokens", x, table, 208), ("weights", x.view(2, 96, 272), None, 0)):

@@ -245,7 +245,9 @@ def comes_again(weight: torch.Tensor, call: Call) -> bool:
 
 
 def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Quantized:
-    """`ReadyWeight.dgrad` made in the backward, to the bits that the forward's cast had: the scale stands still in a step."""
+    """`ReadyWeight.dgrad` made in the backward, to the bits that the forward's cast had: the scale stands still in a
+    step.
+    """
     if call.quantized_weight is not None:
         data, scale_inv = call.quantized_weight
         return dense(data.t()).t(), _t(_fit(_t(scale_inv)))

@@ -1,13 +1,13 @@
 """A released weight: what O3 puts in place of a Parameter while this rank has only its FP8 data.
 
-The FP8 layer multiplies with quantized data and never looks at its Parameter. Others do: a tied decoder, a fused loss that
-takes `lm_head.weight`, a penalty, an average over steps, a norm in a log. For them the Parameter, still the same object, has
-the class `ReleasedWeight` for as long as it is released:
+The FP8 layer multiplies with quantized data and never looks at its Parameter. Others do: a tied decoder, a fused loss
+that takes `lm_head.weight`, a penalty, an average over steps, a norm in a log. For them the Parameter, still the same
+object, has the class `ReleasedWeight` for as long as it is released:
 
     reads     any function of torch, any method: computes with the values that the layer multiplies with, decoded to the
               Parameter's dtype, and its gradient goes to the Parameter
-    writes    in place, through `.data`, `out=`, a view: `WeightError` with the name and the cure. One rank has no master to
-              write to, and a write to decoded values would vanish
+    writes    in place, through `.data`, `out=`, a view: `WeightError` with the name and the cure. One rank has no
+              master to write to, and a write to decoded values would vanish
     the rest  shape, dtype, device, grad, hooks: the Parameter's own
 
 `.data`, `.detach()` and views of them are `DecodedWeight`: built-in values that refuse to be written to. Copies and
@@ -128,14 +128,16 @@ _ACCUMULATOR = getattr(getattr(torch.autograd.graph, "_get_grad_fn_or_grad_acc",
 
 
 def _asks_for_accumulator(args: tuple) -> bool:
-    """torch's way to a Parameter's gradient accumulator: the graph behind a view of itself, whose values nobody reads. DeepSpeed goes
-    it for every parameter in every backward of ZeRO 3.
+    """torch's way to a Parameter's gradient accumulator: the graph behind a view of itself, whose values nobody reads.
+    DeepSpeed goes it for every parameter in every backward of ZeRO 3.
     """
     return len(args) == 2 and args[0] is args[1] and sys._getframe(2).f_code is _ACCUMULATOR
 
 
 def _is_looked_at_by_a_compiler() -> bool:
-    """torch.compile's own questions about the inputs of a graph it has traced; what a traced model reads is not among them."""
+    """torch.compile's own questions about the inputs of a graph it has traced; what a traced model reads is not
+    among them.
+    """
     return not torch.compiler.is_dynamo_compiling() and torch._guards.TracingContext.try_get() is not None
 
 
@@ -313,6 +315,7 @@ def _refuse_trace(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
             name = one.__dict__[SOURCE].name
             raise WeightError(
                 f"torch.jit.trace reads {name}, which is released at O3: only its FP8 data is here.\n"
-                "  Trace inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):` on all ranks, or keep this"
+                "  Trace inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):` on all ranks, or "
+                "keep this"
                 f' weight in 16 bits: msamp/weight_wire_exclude ["{name}"].'
             )

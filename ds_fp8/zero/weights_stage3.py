@@ -126,7 +126,9 @@ class QuantizedHandle:
 
 
 def let_go_of_quantized(weight: OwnedWeight) -> None:
-    """Quantized values go. They lie in memory of the stream of the gathers, and products of this stream may still read them."""
+    """Quantized values go. They lie in memory of the stream of the gathers, and products of this stream may still
+    read them.
+    """
     quantized = weight.layer.quantized_weight
     if quantized is None:
         return
@@ -176,8 +178,8 @@ class WeightsStage3(Base):
             if weight.param.nvme_swapper is not None:
                 raise PlanError(
                     "msamp/weight_wire is e4m3 and zero_optimization/offload_param/device is nvme: the partitions that"
-                    " quantized values are made from are not in memory after a step.\n  Set weight_wire to none, or offload"
-                    " parameters to cpu."
+                    " quantized values are made from are not in memory after a step.\n  Set weight_wire to none, or "
+                    "offload parameters to cpu."
                 )
         # Laid out with the first quantized values: until then gathers are 16-bit, and the job rests where O2 does.
         self.fp8_kept = kept

@@ -124,8 +124,8 @@ def test_seconds_and_host_bytes_are_shown_when_asked_for(tmp_path, capsys):
 
 
 def test_what_a_node_sends_to_the_others(capsys):
-    """1B bf16 parameters on 4 nodes of 8 ranks. AMP in ZeRO 2: 4 + 2 bytes per parameter times 31/32, as a ring. O2: the
-    same gradients in FP8 between the 4 ranks of a place, 3/4 of a byte and its scale's share for each parameter.
+    """1B bf16 parameters on 4 nodes of 8 ranks. AMP in ZeRO 2: 4 + 2 bytes per parameter times 31/32, as a ring. O2:
+    the same gradients in FP8 between the 4 ranks of a place, 3/4 of a byte and its scale's share for each parameter.
     """
     assert main(["estimate", "--params", "1B", "--world-size", "32", "--nodes", "4", "--json"]) == 0
     levels = json.loads(capsys.readouterr().out)["levels"]
@@ -145,7 +145,9 @@ def test_seconds_are_of_a_node_where_nodes_are_given(capsys):
 def test_a_scope_of_all_sends_from_every_rank(tmp_path, capsys):
     """8 ranks, each to the 24 of 31 others that are in other nodes."""
     file = tmp_path / "ds.json"
-    file.write_text('{"bf16": {"enabled": true}, "msamp": {"enabled": true, "opt_level": "O2", "gradient_wire_scope": "all"}}')
+    file.write_text(
+        '{"bf16": {"enabled": true}, "msamp": {"enabled": true, "opt_level": "O2", "gradient_wire_scope": "all"}}'
+    )
     assert main(["estimate", str(file), "--params", "1B", "--world-size", "32", "--nodes", "4", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["levels"]["O2 as in the file"][2]
     assert row["node_sent_gradient_bytes"] == pytest.approx(8 * 24 / 31 * row["sent_gradient_bytes"])

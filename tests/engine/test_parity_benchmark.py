@@ -1,4 +1,6 @@
-"""The parity benchmark, small: whole trainings through its own command, and what it takes over from an earlier piece."""
+"""The parity benchmark, small: whole trainings through its own command, and what it takes over from an earlier
+piece.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ COMMAND = [sys.executable, str(Path(__file__).parents[2] / "benchmarks/gpu/measu
 
 
 def test_runs_train_adapt_and_are_not_run_again(tmp_path):
-    """bf16 and O3 on two ranks, and fine-tuning of the bf16 run; a second piece resumes and runs what is missing only."""
+    """bf16 and O3 on two ranks, and fine-tuning of the bf16 run; a second piece resumes and runs what is missing
+    only.
+    """
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     options = ["--data", str(tmp_path / "data"), "--seconds", "150"]
     names = "pretrain/bf16/1@2,pretrain/O3/1@2"

@@ -54,7 +54,8 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()  # each test has its own limit of recompilations
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    # Asked on a CPU alone, by the path that these products are compared with; steps here are longer than an optimizer's.
+    # Asked on a CPU alone, by the path that these products are compared with; steps here are longer than an
+    # optimizer's.
     monkeypatch.setattr(Scales, "is_outgrown", lambda *_: False)
     monkeypatch.setattr(cuda_products, "library_for", lambda device: entry)
     for module in (fp8_linear, compiled_products):

@@ -180,12 +180,24 @@ def page(table: dict[str, dict[str, str]]) -> str:
     lines = [
         "# What works with what",
         "",
-        "Written by `python tests/support/run.py --write docs/support.md`; do not edit. The rows stand in `tests/support/features.py`; a part of",
+        (
+            "Written by `python tests/support/run.py --write docs/support.md`; do not edit. The rows stand in "
+            "`tests/support/features.py`; a part of"
+        ),
         "them is run by every CI run, all of them by `DS_FP8_SUPPORT_ALL=1 python -m pytest tests/support`.",
         "",
-        f"ds_fp8 {ds_fp8.__version__}, DeepSpeed {deepspeed.__version__}, torch {torch.__version__}; two CPU ranks over gloo, a small model, three steps.",
-        "*absent*: the plugin without its sections, losses equal to DeepSpeed's to the last bit. *works*: the job ends, our layers or states are in",
-        "the engine, and its losses lie near DeepSpeed's. *refused*: every rank raises the error below before training starts.",
+        (
+            f"ds_fp8 {ds_fp8.__version__}, DeepSpeed {deepspeed.__version__}, torch {torch.__version__}; two "
+            "CPU ranks over gloo, a small model, three steps."
+        ),
+        (
+            "*absent*: the plugin without its sections, losses equal to DeepSpeed's to the last bit. *works*: the job ends, "
+            "our layers or states are in"
+        ),
+        (
+            "the engine, and its losses lie near DeepSpeed's. *refused*: every rank raises the error below before "
+            "training starts."
+        ),
         "*not run*: DeepSpeed alone does not run it here. Speed, and what needs a GPU, is not in this table.",
         "",
         f"| | {' | '.join(COLUMNS)} |",

@@ -142,7 +142,9 @@ def train(case: str, level: str | None, gas: int = 1) -> dict[str, Any]:
 
 
 def calls_in_a_step(case: str, level: str | None) -> dict[str, int]:
-    """Calls in a step that follows the trace: of all functions, of this package's, of gathers, of decodings of released weights."""
+    """Calls in a step that follows the trace: of all functions, of this package's, of gathers, of decodings of
+    released weights.
+    """
     engine = start(case, level)
     for number in range(4):
         step(engine, number)
