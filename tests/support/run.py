@@ -191,8 +191,8 @@ def page(table: dict[str, dict[str, str]]) -> str:
             "CPU ranks over gloo, a small model, three steps."
         ),
         (
-            "*absent*: the plugin without its sections, losses equal to DeepSpeed's to the last bit. *works*: the job ends, "
-            "our layers or states are in"
+            "*absent*: the plugin without its sections, losses equal to DeepSpeed's to the last bit. *works*: the job "
+            "ends, our layers or states are in"
         ),
         (
             "the engine, and its losses lie near DeepSpeed's. *refused*: every rank raises the error below before "
