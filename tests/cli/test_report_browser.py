@@ -140,10 +140,10 @@ def test_nothing_stands_beyond_the_edge(open_page, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") == width
     outside = page.evaluate(
         """() => { const edge = (e) => e.getBoundingClientRect();
-        return [...document.querySelectorAll('.card')].filter((card) => [...card.querySelectorAll('h3, .main-svg
-        text')].some(
-            (e) => edge(e).width && (edge(e).left < edge(card).left - 1 || edge(e).right > edge(card).right +
-            1))).length }"""
+        const all = (card) => [...card.querySelectorAll('h3, .main-svg text')];
+        const isOut = (e, card) => edge(e).left < edge(card).left - 1 || edge(e).right > edge(card).right + 1;
+        return [...document.querySelectorAll('.card')].filter(
+            (card) => all(card).some((e) => edge(e).width && isOut(e, card))).length }"""
     )
     assert (page.locator(".chart .main-svg:first-child").count(), outside) == (11, 0)
     titles = page.evaluate("[...document.querySelectorAll('.chart')].map((c) => c._fullLayout.yaxis.title.text)")

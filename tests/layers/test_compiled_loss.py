@@ -72,6 +72,7 @@ def test_losses_and_gradients_are_the_eager_ones():
     order.
     """
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = llama()
     function = model.loss_function
     compiled = CompiledLoss(function, None)
