@@ -81,7 +81,8 @@ def settings_of(data: dict[str, Any], source: str, notes: tuple[str, ...] = (), 
             'msamp turns FP8 matrix products on as well, as MS-AMP does; "fp8": {"enabled": false} keeps them off'
         )
     else:
-        fp8 = Fp8Settings()
+        switches = fp8_given if isinstance(fp8_given, dict) else {}  # what holds for `msamp` alone too
+        fp8 = Fp8Settings(zero3_hooks=value_of(switches, "fp8", "zero3_hooks"))
         if msamp.enabled:
             all_notes.append(
                 "fp8.enabled is false: matrix products stay in high precision, msamp covers states and wire only"
@@ -116,6 +117,7 @@ def _fp8(given: dict[str, Any], backend: str, implied: bool = False) -> Fp8Setti
         eval=value_of(given, "fp8", "eval"),
         start_step=integer(value_of(given, "fp8", "start_step")),
         first_step_check=value_of(given, "fp8", "first_step_check"),
+        zero3_hooks=value_of(given, "fp8", "zero3_hooks"),
         max_nonfinite_steps=integer(value_of(given, "fp8", "max_nonfinite_steps")),
         telemetry=_telemetry(given.get("telemetry", "auto")),
         checkpoint_on_signal=value_of(given, "fp8", "checkpoint_on_signal"),

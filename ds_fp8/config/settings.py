@@ -67,6 +67,7 @@ class Fp8Settings:
     eval: bool | None = None
     start_step: int = 0
     first_step_check: str = "warn"
+    zero3_hooks: str = "auto"
     max_nonfinite_steps: int = 5
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     checkpoint_on_signal: str | None = None

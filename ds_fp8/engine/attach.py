@@ -107,9 +107,10 @@ class Attachment:
             configure_optimizer(original, self.engine, client_optimizer, model_parameters, self.plan, self.fp8_state)
         if self.fp8_state is not None:
             self.fp8_state.optimized = optimized_parameters(self.engine)
-        from ..zero.hooks_known import lighten
+        if self.settings.fp8.zero3_hooks == "auto":
+            from ..zero.hooks_known import lighten
 
-        lighten(self.engine.optimizer)
+            lighten(self.engine.optimizer)
 
     def hook(self) -> None:
         """Hang step, checkpoints and the end on this engine; they outlive `deactivate()`, as the FP8 layers do."""

@@ -134,7 +134,8 @@ class Watch:
         def before(module: Any, args: tuple[Any, ...]) -> None:
             if torch.compiler.is_compiling():  # the layer's operator reports, in this and in later steps
                 return
-            if module.training and torch.is_grad_enabled() and args:
+            training = layer_state.fp8_state.is_training(module.training)  # in eval mode too, if steps are taken in it
+            if training and torch.is_grad_enabled() and args:
                 self._observe(layer_state, module, "input", args[0])
 
         return before

@@ -9,13 +9,14 @@ generators of `named_parameters`.
 In a step that follows the recorded trace, with eager modules, the methods here do what DeepSpeed's do, in the same
 order: fetch and wait, prefetch, mark as active, release. Whatever is rarer goes to DeepSpeed's own code, one call at a
 time: steps that record the trace, leaf modules, recomputed frozen parameters, functorch, compilers, unusual outputs.
-Jobs with NVMe, ZenFlow, secondary partitions (hpZ), or a DeepSpeed whose code is another one than was read
-(`hooks_known.py`) keep DeepSpeed's hooks.
+Jobs with NVMe, ZenFlow, secondary partitions (hpZ), `fp8/zero3_hooks` deepspeed, or a DeepSpeed whose code is another
+one than was read (`hooks_known.py`) keep DeepSpeed's hooks.
 
 Left out is what a module without parameters of its own would do. It fetches and releases nothing; DeepSpeed puts it
-into its trace, lets the device wait for gathers that it does not read, and two nodes into the graph. Its nodes stay
-where some parameters are frozen: DeepSpeed releases those that a recompute has fetched with the innermost module in
-backward.
+into its trace, lets the device wait for gathers that it does not read, and two nodes into the graph. Without the node
+before its inputs, gradients of an input that it uses several times, and others too, are added in the order that they
+have without ZeRO 3: another sum of the same addends. Its nodes stay where some parameters are frozen: DeepSpeed
+releases those that a recompute has fetched with the innermost module in backward.
 """
 
 from __future__ import annotations
@@ -277,11 +278,11 @@ def _around_backward(offload: Any, function: Any, original: Callable, *, counts:
         return apply(value) if value.requires_grad else value
 
     def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
-        if offload.fp8_skips and is_empty(module) and not is_compiling():
-            return None
         values = inputs if counts else output
-        if not _is_eager():
+        if not _is_eager():  # first: Dynamo reads no further, and guards nothing of the module
             return original(module, inputs) if counts else original(module, inputs, output)
+        if offload.fp8_skips and is_empty(module):
+            return None
         if counts:
             module.__dict__["ds_grads_remaining"] = 0
         if type(values) is Tensor:

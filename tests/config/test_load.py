@@ -121,6 +121,7 @@ def test_every_fp8_key_arrives():
         "eval": True,
         "start_step": 10,
         "first_step_check": "error",
+        "zero3_hooks": "deepspeed",
         "max_nonfinite_steps": 0,
         "checkpoint_on_signal": "$CHECKPOINT_DIR",
         "checkpoint_fallback": True,
@@ -146,7 +147,9 @@ def test_every_fp8_key_arrives():
     assert fp8.telemetry == config.TelemetrySettings(True, 5, "runs")
     assert fp8.checkpoint_on_signal == "$CHECKPOINT_DIR" and fp8.frozen_weights == "fp8"
     assert fp8.first_step_check == "error" and fp8.max_nonfinite_steps == 0 and fp8.checkpoint_fallback
-    assert not fp8.implied
+    assert fp8.zero3_hooks == "deepspeed" and not fp8.implied
+    switched = {"fp8": {"enabled": False, "zero3_hooks": "deepspeed"}, "msamp": {"enabled": True, "opt_level": "O2"}}
+    assert config.load(switched).fp8.zero3_hooks == "deepspeed", "msamp alone replaces the hooks too"
 
 
 def test_every_msamp_key_arrives():

@@ -8,6 +8,7 @@ from ranks import run_ranks
 from ds_fp8.engine.first_step import GRADIENT, verdict
 from ds_fp8.layers.ran import Ran
 from ds_fp8.plan import Plan
+from ds_fp8.telemetry import read_jsonl_log
 from tests.engine.engine_jobs import config
 from tests.engine.first_step_jobs import several
 
@@ -40,14 +41,19 @@ OTHERS = [
 
 
 @pytest.mark.dist
-def test_the_first_step_tells_which_layers_ran():
+def test_the_first_step_tells_which_layers_ran(tmp_path):
     """All layers, under accumulation, checkpointing, overridden products, every stage, O3, and on one rank only.
 
     A fused loss reads a weight past its layer; a layer is never called; in eval mode only; its output is in no loss.
-    After the step no mark and no hook is left, and nothing is said a second time.
+    After the step no mark and no hook is left, and nothing is said a second time. Telemetry sees every operand of a
+    training in eval mode too.
     """
     calls = [("first_steps", job) for job in (*JOBS["all"], *JOBS["past"], *OTHERS)]
-    results = list(zip(*run_ranks(2, several, calls)))
+    watched = fp8(1, telemetry={"enabled": True, "interval": 2, "path": str(tmp_path)})
+    results = list(zip(*run_ranks(2, several, [*calls, ("first_steps", (watched, "pretrained"))])))
+    results.pop()
+    (step,) = [event for event in read_jsonl_log(tmp_path / "telemetry_rank0.jsonl") if event["event"] == "step"]
+    assert {found["role"] for found in step["readings"]} == {"input", "weight", "grad_output"}
     for (settings, kind), (shown, silent) in zip((job for _, job in calls), results):
         assert shown["left"] == silent["left"] == [] and shown["hooks"] == silent["hooks"] == 0, (settings, kind)
         assert all(not lines for lines in silent["lines"]), "only rank 0 speaks"

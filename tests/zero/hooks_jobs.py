@@ -66,6 +66,20 @@ class Model(nn.Module):
         return self.head(x)
 
 
+class Parallel(nn.Module):
+    """A module without parameters that uses its input twice, beside another that uses it: as attention and MLP do in
+    GPT-J."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pair, self.down = nn.LayerNorm(WIDTH), Pair(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        left, _, others = self.pair(normed)
+        return x + left * others["right"] + self.down(normed)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpoints": {"checkpoints": "non-reentrant"},
@@ -73,6 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen": {"checkpoints": "non-reentrant", "frozen": True},
     "external": {"reads": True},
     "leaf": {},
+    "parallel": {},
 }
 
 
@@ -91,14 +106,24 @@ def settings(level: str | None, gas: int) -> dict[str, Any]:
     }
 
 
-def start(case: str, level: str | None, gas: int = 1) -> Any:
+def start(case: str, level: str | None, gas: int = 1, **fp8: Any) -> Any:
     torch.manual_seed(0)
     model = Model(**CASES[case])
+    if case == "parallel":
+        model.blocks = nn.ModuleList(Parallel() for _ in range(3))
     if case == "leaf":
         set_z3_leaf_modules(model, [Pair])
-    return deepspeed.initialize(
-        model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=settings(level, gas)
-    )[0]
+    config = settings(level, gas)
+    config["fp8"] |= fp8
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
+
+
+def switched_off() -> str:
+    engine = start("plain", None, zero3_hooks="deepspeed")
+    found = type(engine.optimizer.parameter_offload).__name__
+    engine.destroy()
+    return found
 
 
 def step(engine: Any, number: int) -> float:
@@ -111,9 +136,14 @@ def step(engine: Any, number: int) -> float:
     return loss.item()
 
 
-def train(case: str, level: str | None, gas: int = 1) -> dict[str, Any]:
-    """Losses of training and evaluation, the weights, and whether every parameter was let go."""
+def train(case: str, level: str | None, gas: int = 1, skips: bool = True) -> dict[str, Any]:
+    """Losses of training and evaluation, the weights, and whether every parameter was let go.
+
+    skips  false: modules without parameters have their nodes, as with DeepSpeed
+    """
     engine = start(case, level, gas)
+    if not skips and hasattr(engine.optimizer.parameter_offload, "fp8_skips"):
+        engine.optimizer.parameter_offload.fp8_skips = False
     losses, rests = [], []
     for number in range(7):
         losses.append(step(engine, number))
@@ -181,6 +211,14 @@ def both(rank: int, world_size: int, cases: list[tuple[str, str | None, int]]) -
     ds_fp8.activate()
     ours = [train(*case) for case in cases]
     counted = [calls_in_a_step("checkpoints", level) for level in (None, "O3")]
+    ours.append(train("parallel", None))
+    switched = switched_off()
     without_our_hooks()
     theirs = [train(*case) for case in cases]
-    return [list(zip(cases, ours, theirs, strict=True)), counted, calls_in_a_step("checkpoints", None)]
+    return [
+        list(zip(cases, ours[:-1], theirs, strict=True)),
+        counted,
+        calls_in_a_step("checkpoints", None),
+        switched,
+        ours[-1],
+    ]

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from ds_fp8.zero import hooks_known
 from ds_fp8.zero.deepspeed_source import DeepSpeedSource
 
-CASES = [(case, None, 1) for case in hooks_jobs.CASES] + [
+CASES = [(case, None, 1, case != "parallel") for case in hooks_jobs.CASES] + [
     (case, "O3", 2) for case in ("plain", "checkpoints", "frozen")
 ]
 MOST_CALLS_OF_DEEPSPEEDS = 0.65
@@ -30,8 +30,7 @@ def found():
 @pytest.mark.dist
 def test_training_is_equal_to_the_bit_and_nothing_stays_gathered(found):
     """Checkpointing of both kinds, frozen weights that are recomputed, a weight read outside of its layer, leaf
-    modules,
-    gradient accumulation, an evaluation that breaks the trace."""
+    modules, branches in parallel, gradient accumulation, an evaluation that breaks the trace."""
     for case, ours, theirs in found[0]:
         assert (ours["hooks"], theirs["hooks"]) == ("Fp8DeepSpeedZeRoOffload", "DeepSpeedZeRoOffload"), case
         assert ours["losses"] == theirs["losses"], case
@@ -40,14 +39,29 @@ def test_training_is_equal_to_the_bit_and_nothing_stays_gathered(found):
 
 
 @pytest.mark.dist
+def test_gradients_of_parallel_branches_are_added_in_another_order(found):
+    """A module without parameters has no node of its own, which would sum what it gives to its input first."""
+    ((_, with_nodes, _),) = [one for one in found[0] if one[0][0] == "parallel"]
+    without = found[4]
+    losses, expected = ([*one["losses"][:4], *one["losses"][5:]] for one in (without, with_nodes))  # 4 is a sum
+    assert losses == pytest.approx(expected, rel=0.02) and without["kept"] == with_nodes["kept"]
+    assert losses[0] == expected[0], "a forward has no such sums"
+
+
+@pytest.mark.dist
 def test_a_step_costs_the_host_no_more_than_its_budget(found):
     """Calls, not time: what DeepSpeed's hooks take, and what this package adds."""
-    _, (fp8, o3), theirs = found
+    _, (fp8, o3), theirs, *_ = found
     assert fp8["all"] < MOST_CALLS_OF_DEEPSPEEDS * theirs["all"]
     assert o3["all"] < MOST_CALLS_OF_DEEPSPEEDS * theirs["all"]
     assert o3["gathers"] <= theirs["gathers"]
     assert o3["decoded"] == 0  # DeepSpeed counts accumulators through a view of each weight
     assert fp8["ours"] < MOST_OWN_CALLS[None] and o3["ours"] < MOST_OWN_CALLS["O3"]
+
+
+@pytest.mark.dist
+def test_a_key_keeps_deepspeeds_hooks(found):
+    assert found[3] == "DeepSpeedZeRoOffload"
 
 
 def test_a_deepspeed_whose_hooks_were_changed_keeps_them(tmp_path):
