@@ -35,8 +35,11 @@ class CompiledLoss:
         self._compiled = torch.compile(function, dynamic=dynamic)
 
     def __call__(self, *args: Any, **named: Any) -> torch.Tensor:
-        run = self.function if torch.compiler.is_compiling() else self._compiled
-        found: torch.Tensor = run(*args, **named)
+        if torch.compiler.is_compiling():
+            return self.function(*args, **named)
+        # A backward that gives its buffers away runs once: `loss.backward(retain_graph=True)` would be refused.
+        with torch._functorch.config.patch(donated_buffer=False):
+            found: torch.Tensor = self._compiled(*args, **named)
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -68,7 +71,9 @@ def _own_loss(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     given = inspect.getattr_static(type(module), "loss_function", None)
     if not isinstance(given, property) or given.fset is None or PLACE in vars(module):
         return None
-    if not isinstance(getattr(module, "loss_type", None), str):
-        return None  # a model without a head: it has the property, calls no loss, and warns when it is asked
+    # A model without a head has the property, calls no loss, and warns when it is asked. (GPT2LMHeadModel's name tells
+    # transformers no type, and it calls the default one.)
+    if not isinstance(getattr(module, "loss_type", None), str) and module.get_output_embeddings() is None:  # type: ignore[operator]
+        return None
     function = module.loss_function
     return function if inspect.isfunction(function) else None

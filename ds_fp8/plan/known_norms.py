@@ -9,11 +9,13 @@ norm gives, on typical rows and on rows so small that eps decides:
     y = x / sqrt(mean(x * x) + eps) * (1 + weight)     Gemma
 
 The forward that is asked is the class's, on a copy of the module with another weight: no hook runs, nothing is changed.
+One that takes more than a tensor (`gate=None` of Mamba's norms) is another layer.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,9 @@ EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 ROWS = 3
 
-_known: dict[tuple[type, float, int], RmsNorm | None] = {}
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+
+_known: dict[tuple[Any, ...], RmsNorm | None] = {}
 
 
 class RmsNorm(NamedTuple):
@@ -47,7 +51,10 @@ def rms_norm_of(module: nn.Module) -> RmsNorm | None:
     eps = next((found for found in (vars(module).get(name) for name in EPS) if isinstance(found, float)), None)
     if eps is None or len(shape) != 1 or not 0 < eps < 0.1:
         return None
-    key = type(module), eps, shape[0]
+    if "forward" in vars(module) or len(inspect.signature(type(module).forward).parameters) != 2:
+        return None
+    others = [(name, repr(value)) for name, value in vars(module).items() if name not in _EVERY_MODULES]
+    key = type(module), shape[0], *others  # a size of groups counts, and whatever else the forward may read
     if key not in _known:
         _known[key] = next(
             (rule for one in (False, True) if _computes(module, rule := RmsNorm(eps, one), shape[0])), None

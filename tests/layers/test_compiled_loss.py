@@ -42,6 +42,13 @@ def test_the_loss_is_compiled_with_the_blocks_and_given_back():
     assert "_loss_function" not in vars(model)
 
 
+def test_a_model_whose_name_tells_transformers_no_type_of_loss():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=160))
+    swapped(model, compile=CompileSettings())
+    assert isinstance(vars(model)["_loss_function"], CompiledLoss)
+    assert "_loss_function" not in vars(model.transformer)
+
+
 @pytest.mark.parametrize("how", [CompileSettings(loss=False), CompileSettings(regional=False)], ids=["off", "whole"])
 def test_the_loss_is_left_alone(how):
     model = llama()
@@ -92,3 +99,14 @@ def test_losses_and_gradients_are_the_eager_ones():
         torch.testing.assert_close(got_gradient, wanted_gradient, rtol=2**-8, atol=1e-9)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_second_backward_through_the_same_loss():
+    """`retain_graph=True`, as gradient penalties and several losses of one forward need it."""
+    compiled = CompiledLoss(llama().loss_function, None)
+    logits, labels = torch.randn(2, 16, 160, requires_grad=True), torch.randint(0, 160, (2, 16))
+    loss = compiled(logits=logits, labels=labels, vocab_size=160)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits)
+    assert first.any() and torch.equal(first, second)

@@ -70,6 +70,29 @@ def test_known_by_what_they_compute():
     assert rms_norm_of(nn.Embedding(4, 32)) is None
 
 
+class Grouped(nn.Module):
+    """RMS norm of each group; of the whole row where there is one."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.weight, self.eps, self.groups = nn.Parameter(torch.ones(32)), 1e-5, groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.unflatten(-1, (self.groups, -1))
+        return nn.functional.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+def test_what_only_looks_like_one_in_a_single_call_stays():
+    """Falcon-H1's norm takes a gate too; and equal classes of equal size may compute different things."""
+    from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
+
+    assert rms_norm_of(FalconH1RMSNormGated(32)) is None
+    assert [rms_norm_of(Grouped(groups)) for groups in (1, 2, 1)] == [RmsNorm(1e-5, False), None, RmsNorm(1e-5, False)]
+    patched = norms()["llama"]
+    patched.forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
+    assert rms_norm_of(patched) is None
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "gemma"])
 def test_the_fused_norm_is_the_same_function(name):
     """fp32: to its rounding. bf16: to one rounding, since the library's own rounds twice; gradients likewise."""
