@@ -137,6 +137,7 @@ class Attachment:
         for watcher in (self.watch, self.first_step):
             if watcher is not None:
                 watcher.stop()
+        self.mode.stop()
         disarm(self.engine)
         if communicate or not self.releases_weights:
             self._restore()

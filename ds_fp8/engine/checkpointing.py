@@ -71,6 +71,7 @@ def take_state(attachment: Any, client_state: dict[str, Any], path: str) -> None
         return
     for note in fp8_state.load_state_dict(_own_state(kept, path)):
         print_rank_0(f"ds_fp8: {note}")
+    attachment.mode.resume(attachment)
 
 
 def check_state(attachment: Any, kept: Any, path: str) -> None:

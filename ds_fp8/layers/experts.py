@@ -188,7 +188,8 @@ class _Linear:
         x = x.to(dtype).contiguous()
         recipe, grad = self.state.recipe_for(name, x.shape[0] / self.groups.experts), torch.is_grad_enabled()
         with torch.autocast(device, enabled=False):
-            kept = self.state.kept(name, weight, records=grad and self.module.training)
+            trains = self.state.fp8_state.is_training(self.module.training)
+            kept = self.state.kept(name, weight, records=grad and trains)
             output = GroupedProducts.apply(x, weight, self.groups, recipe, name in rule.transposed, grad, kept)
         if self.state.ran is not None:
             if self.state.least_rows and all(recipe.override_linear_precision):

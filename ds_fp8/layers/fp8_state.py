@@ -43,6 +43,8 @@ class ModelFp8State:
     steps      optimizer steps so far (see `weights_changed`)
     warming    before `start_step`: products run in high precision
     trains_in_eval  the last optimizer step was taken in eval mode: calls in eval mode with gradients are training
+    in_forward_with_grad  of the model, in eval mode in which steps are taken: its calls are training, also without
+                          gradients (reentrant checkpointing)
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class ModelFp8State:
         self.managed = managed
         self.exact = _is_exact(plan, managed) if exact is None else exact
         self.optimized: frozenset[int] = frozenset()
-        self.trains_in_eval = False
+        self.trains_in_eval = self.in_forward_with_grad = False
         self._recorded = False  # only a model without an engine asks
         self._count_steps(0)
         self.layer_states = tuple(LayerFp8State(self, index, fqn) for index, fqn in enumerate(self.names))
@@ -148,7 +150,7 @@ class ModelFp8State:
         whose recompute has them) leaves no amax.
         """
         grad = torch.is_grad_enabled() if grad is None else grad
-        training = training or (self.trains_in_eval and grad)
+        training = training or (self.trains_in_eval and (grad or self.in_forward_with_grad))
         if not (training or self.plan.eval):
             return None
         records = training and grad
@@ -182,7 +184,7 @@ class ModelFp8State:
 
     def is_training(self, training: bool) -> bool:
         """Whether a call counts as training, for a layer in this mode."""
-        return training or (self.trains_in_eval and torch.is_grad_enabled())
+        return training or (self.trains_in_eval and (self.in_forward_with_grad or torch.is_grad_enabled()))
 
     def follow_mode(self, trains_in_eval: bool) -> bool:
         """At a step: whether the model is being trained in eval mode. Returns whether that has just begun."""
@@ -191,6 +193,7 @@ class ModelFp8State:
             self.trains_in_eval = trains_in_eval
             for layer_state in self.layer_states:
                 layer_state.trains_in_eval = trains_in_eval
+            self.in_forward_with_grad = False
         return begins
 
     # -- once per step -----------------------------------------------------------------------------------------------

@@ -56,10 +56,12 @@ def first_steps(
     from ds_fp8.errors import DsFp8Error
 
     ds_fp8.activate()
-    said, error, lines = io.StringIO(), "", []
+    said, error, lines, losses = io.StringIO(), "", [], []
     with contextlib.redirect_stdout(said):
         torch.manual_seed(0)
-        model = Recomputed(kind[10:]) if kind.startswith("recompute") else Partial(kind)
+        shape = kind.removeprefix("eval_")
+        model = Recomputed(shape[10:]) if shape.startswith("recompute") else Partial(shape)
+        model.train(model.training and shape == kind)
         engine = make_engine(settings, model)
         try:
             for step in range(count):
@@ -68,6 +70,7 @@ def first_steps(
                     loss = engine(batch(rank, 10 * step + micro).to(dtype_of(settings)))
                     engine.backward(loss)
                     engine.step()
+                losses.append(loss.item())
                 lines.append(
                     [line for line in said.getvalue()[start:].splitlines() if "ds_fp8" in line or "exclude" in line]
                 )
@@ -78,6 +81,7 @@ def first_steps(
     ours = [hook for weight in hooks for hook in weight._post_accumulate_grad_hooks.values() if "ds_fp8" in str(hook)]
     return {
         "lines": lines,
+        "losses": losses,
         "error": error,
         "left": [layer_state.fqn for layer_state in layer_states if layer_state.ran is not None],
         "hooks": len(ours),

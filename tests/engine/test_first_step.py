@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from ranks import run_ranks
+from torch import nn
 
 from ds_fp8.engine.first_step import GRADIENT, verdict
+from ds_fp8.engine.training_mode import TrainingMode
+from ds_fp8.layers import ModelFp8State
 from ds_fp8.layers.ran import Ran
 from ds_fp8.plan import Plan
 from ds_fp8.telemetry import read_jsonl_log
@@ -50,8 +55,10 @@ def test_the_first_step_tells_which_layers_ran(tmp_path):
     """
     calls = [("first_steps", job) for job in (*JOBS["all"], *JOBS["past"], *OTHERS)]
     watched = fp8(1, telemetry={"enabled": True, "interval": 2, "path": str(tmp_path)})
-    results = list(zip(*run_ranks(2, several, [*calls, ("first_steps", (watched, "pretrained"))])))
-    results.pop()
+    more = [(watched, "pretrained"), (fp8(1), "eval_recomputeddeepspeed"), (fp8(1), "eval_recomputed")]
+    results = list(zip(*run_ranks(2, several, [*calls, *(("first_steps", job) for job in more)])))
+    _, recomputed, kept = (results.pop(len(calls)) for _ in more)
+    assert recomputed[0]["losses"] == kept[0]["losses"], "a forward without gradients, under reentrant checkpointing"
     (step,) = [event for event in read_jsonl_log(tmp_path / "telemetry_rank0.jsonl") if event["event"] == "step"]
     assert {found["role"] for found in step["readings"]} == {"input", "weight", "grad_output"}
     for (settings, kind), (shown, silent) in zip((job for _, job in calls), results):
@@ -75,6 +82,18 @@ def test_the_first_step_tells_which_layers_ran(tmp_path):
     assert "spare (no dgrad and no wgrad" in unused["lines"][0][0]
     assert stopped["error"] == too["error"] and "first_step_check to warn" in too["error"]
     assert silent["lines"] == [[], []]
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_a_resumed_run_in_eval_mode_follows_its_own_json(asked):
+    """`fp8/eval` false holds from the first forward after a load; hooks on the model go with the mode."""
+    model, fp8_state, mode = nn.Linear(2, 2), ModelFp8State(("a",), _plan().fp8, managed=True), TrainingMode()
+    fp8_state.follow_mode(True)  # as loading the FP8 state of a run in eval mode does
+    settings = SimpleNamespace(fp8=SimpleNamespace(eval=asked))
+    mode.resume(SimpleNamespace(model=model, fp8_state=fp8_state, settings=settings))
+    assert fp8_state.trains_in_eval is bool(model._forward_pre_hooks) is (asked is None)
+    mode.stop()
+    assert not model._forward_pre_hooks and not model._forward_hooks
 
 
 def test_what_one_rank_did_counts_for_all():
