@@ -278,11 +278,11 @@ def _around_backward(offload: Any, function: Any, original: Callable, *, counts:
         return apply(value) if value.requires_grad else value
 
     def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
-        values = inputs if counts else output
-        if not _is_eager():  # first: Dynamo reads no further, and guards nothing of the module
-            return original(module, inputs) if counts else original(module, inputs, output)
-        if offload.fp8_skips and is_empty(module):
+        if offload.fp8_skips and is_empty(module):  # whoever runs this: Dynamo may trace one of the two hooks alone
             return None
+        values = inputs if counts else output
+        if not _is_eager():
+            return original(module, inputs) if counts else original(module, inputs, output)
         if counts:
             module.__dict__["ds_grads_remaining"] = 0
         if type(values) is Tensor:

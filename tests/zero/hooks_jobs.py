@@ -119,6 +119,16 @@ def start(case: str, level: str | None, gas: int = 1, **fp8: Any) -> Any:
     return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
 
 
+def train_compiled_blocks() -> list[float]:
+    """Dynamo traces some hooks, breaks at others, and gives up some after a few recompilations."""
+    engine = start("plain", None)
+    for block in engine.module.blocks:
+        block.compile(backend="eager")
+    losses = [step(engine, number) for number in range(3)]
+    engine.destroy()
+    return losses
+
+
 def switched_off() -> str:
     engine = start("plain", None, zero3_hooks="deepspeed")
     found = type(engine.optimizer.parameter_offload).__name__
@@ -212,7 +222,7 @@ def both(rank: int, world_size: int, cases: list[tuple[str, str | None, int]]) -
     ours = [train(*case) for case in cases]
     counted = [calls_in_a_step("checkpoints", level) for level in (None, "O3")]
     ours.append(train("parallel", None))
-    switched = switched_off()
+    switched, compiled = switched_off(), train_compiled_blocks()
     without_our_hooks()
     theirs = [train(*case) for case in cases]
     return [
@@ -221,4 +231,5 @@ def both(rank: int, world_size: int, cases: list[tuple[str, str | None, int]]) -
         calls_in_a_step("checkpoints", None),
         switched,
         ours[-1],
+        compiled,
     ]

@@ -60,6 +60,13 @@ def test_a_step_costs_the_host_no_more_than_its_budget(found):
 
 
 @pytest.mark.dist
+def test_compiled_blocks_train_as_eager_ones(found):
+    """Each module has both of its nodes or none, whether Dynamo traces its hooks or not."""
+    ((_, plain, _),) = [one for one in found[0] if one[0] == CASES[0]]
+    assert found[5] == plain["losses"][:3]
+
+
+@pytest.mark.dist
 def test_a_key_keeps_deepspeeds_hooks(found):
     assert found[3] == "DeepSpeedZeRoOffload"
 
