@@ -153,6 +153,10 @@ class Attachment:
             self.frozen.thaw()
         if self.fp8_state is not None:
             restore_layers(self.model, self.fp8_state)
+        if self.settings.fp8.zero3_hooks == "auto":
+            from ..zero.hooks_known import restore
+
+            restore(self.engine.optimizer)
 
     def _destroy(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         # An exception may be one rank's alone; the others would not come to a collective.

@@ -64,12 +64,26 @@ def lighten(optimizer: Any) -> bool:
     """Put our hooks in the place of ZeRO 3's, if `optimizer` is its wrapper and this DeepSpeed is known; whether it
     was done.
     """
-    offload = getattr(optimizer, "parameter_offload", optimizer)  # an engine without an optimizer has it in its place
+    offload = _offload_of(optimizer)
     if type(offload).__name__ != "DeepSpeedZeRoOffload" or not is_known():
         return False
     from .hooks_stage3 import replace_hooks
 
     return replace_hooks(offload)
+
+
+def restore(optimizer: Any) -> None:
+    """DeepSpeed's hooks come back where `lighten` put ours."""
+    offload = _offload_of(optimizer)
+    if type(offload).__module__ == "ds_fp8.zero.hooks_stage3":
+        from .hooks_stage3 import restore_hooks
+
+        restore_hooks(offload)
+
+
+def _offload_of(optimizer: Any) -> Any:
+    """An engine without an optimizer has it in its place."""
+    return getattr(optimizer, "parameter_offload", optimizer)
 
 
 if __name__ == "__main__":

@@ -307,11 +307,31 @@ def replace_hooks(offload: Any) -> bool:
     return True
 
 
+def restore_hooks(offload: Any) -> None:
+    """Undo `replace_hooks`: an engine that gives its model back leaves DeepSpeed's hooks there, as DeepSpeed does."""
+    if LeanOffload not in type(offload).__mro__:
+        return
+    for lean in (offload, offload.param_coordinator):
+        lean.__class__ = type(lean).__bases__[1]
+    modules = _hooks_of(offload.module)
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        _, hooks = modules.get(id(handle.hooks_dict_ref()), (None, {}))
+        hook = hooks.get(handle.id)
+        if hook is not None and getattr(hook, "__module__", None) == __name__:
+            hooks[handle.id] = hook.fp8_original
+
+
+def _hooks_of(model: nn.Module) -> dict[int, tuple[nn.Module, Any]]:
+    """Each table of hooks of a model, by its identity, with its module."""
+    return {
+        id(hooks): (module, hooks)
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    }
+
+
 def _replace_all(offload: Any) -> None:
-    modules: dict[int, tuple[nn.Module, Any]] = {}
-    for module in offload.module.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            modules[id(hooks)] = (module, hooks)
+    modules = _hooks_of(offload.module)
     around = _around_backward
     for before, after in zip(offload.forward_hooks[::2], offload.forward_hooks[1::2], strict=True):
         _replace(modules, before, lambda _, original: _before_forward(offload, original))
@@ -347,4 +367,6 @@ def _replace(
         return
     module, hooks = found
     if getattr(hooks[handle.id], "__module__", None) != __name__:
-        hooks[handle.id] = make(module, hooks[handle.id])
+        original = hooks[handle.id]
+        hooks[handle.id] = make(module, original)
+        hooks[handle.id].fp8_original = original
