@@ -154,6 +154,8 @@ def damage(place: Path, seed: int, has_ids: bool) -> str:
         kind = chosen.random()
         if not has_ids and any(one.endswith(("replace", "exchange")) for one in done):
             break  # the manifest stays, whatever else comes
+        if kind < 0.4 and any(one in (f"{file.name}: flip", f"{file.name}: lose_sector") for one in done):
+            break  # saved anew, and without a manifest, the first damage would have right sums everywhere
         if kind < 0.4 and file.is_file() and not file.is_symlink():
             try:
                 done.append(f"{file.name}: {forge(file, chosen)}")
