@@ -44,7 +44,11 @@ class GroupedProducts(torch.autograd.Function):
         inputs: tuple[torch.Tensor, ...] = ()
         if grad and ctx.needs_input_grad[1]:
             inputs = (x,) if high.wgrad else grouped.keep_for_wgrad(x, groups, recipe.forward_format)
-        ctx.save_for_backward(weight, stack.column_amaxes, *inputs)
+        amaxes = stack.column_amaxes
+        if kept is not None and amaxes is not None:
+            # What is saved may not depend on who casts: checkpointing compares the recompute's with the forward's.
+            kept["column_amaxes"], amaxes = amaxes, None
+        ctx.save_for_backward(weight, amaxes, *inputs)
         ctx.kept, ctx.groups, ctx.recipe, ctx.transposed, ctx.dtype = kept, groups, recipe, transposed, dtype
         return output
 
@@ -64,6 +68,8 @@ class GroupedProducts(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             # dgrad   grad_input [S, K] = grad_output [S, N] @ weight [N, K]
             if ctx.needs_input_grad[0]:
+                if ctx.kept is not None:
+                    column_amaxes = ctx.kept.get("column_amaxes")
                 stack = Stack(weight, ctx.transposed, column_amaxes=column_amaxes, kept=ctx.kept)
                 if high.dgrad:
                     grad_input = grouped_high.by_rows(grad_output, stack.straight.transpose(1, 2), groups)

@@ -276,3 +276,19 @@ def test_weight_cache_casts_once_per_optimizer_step(recipe, monkeypatch):
     with torch.no_grad():
         model(torch.arange(24)[None])
     assert len(made) > 2 * first
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_weight_cache_under_activation_checkpointing(reentrant):
+    """The recompute finds what the forward has cast, and saves for the backward what the forward saved."""
+    model = mixture("Mixtral")
+    plain = copy.deepcopy(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = []
+    for one, cached in ((plain, False), (model, True)):
+        fp8_state = swapped(one, Recipe(kind="current", fp8_format="E4M3"), weight_cache=cached)
+        fp8_state.optimized = frozenset(map(id, one.parameters()))
+        found.append([loss_and_gradients(one) for _ in range(2)])
+    for (loss, gradients), (wanted, wanted_gradients) in zip(found[1], found[0], strict=True):
+        assert loss == wanted and all(torch.equal(gradients[key], wanted_gradients[key]) for key in wanted_gradients)
