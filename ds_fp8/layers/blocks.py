@@ -6,10 +6,16 @@ which torch has slower attention kernels only.) What a model does once stays as 
 over a vocabulary is compiled by itself (`compiled_loss`).
 
 `nn.Module.compile` changes how a module is called and nothing else: names, parameters, hooks and the module itself
-stay.
+stay. A block of Transformers' that checkpoints its activations calls `torch.utils.checkpoint` in its own forward, where
+torch.compile stops; there the function that is checkpointed is compiled instead (`CompiledInside`).
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +26,33 @@ from .compiled_loss import compile_losses, release_losses
 
 COMPILED = "_ds_fp8_compiled"
 """Attribute of a block that was compiled here."""
+
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Where Transformers keeps what a block checkpoints its activations with."""
+
+
+@dataclass(frozen=True)
+class CompiledInside:
+    """A block's `_gradient_checkpointing_func` whose function is compiled first; `checkpoint` is Transformers'."""
+
+    checkpoint: Callable[..., Any]
+    mode: str | None
+    dynamic: bool | None
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(function, functools.partial):  # of the block's forward and its named arguments
+            inner = functools.partial(self._compiled(function.func), *function.args, **function.keywords)
+        else:
+            inner = function
+        return self.checkpoint(inner, *args, **kwargs)
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _compiled(function, self.mode, self.dynamic)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], mode: str | None, dynamic: bool | None) -> Callable[..., Any]:
+    return torch.compile(function, mode=mode, dynamic=dynamic)
 
 
 def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) -> None:
@@ -36,7 +69,11 @@ def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) 
     blocks = repeated_blocks(model, converted) if how.regional else {}
     for block in blocks.values() if blocks else (model,):
         if getattr(block, "_compiled_call_impl", None) is None:
-            block.compile(mode=None if how.mode == "default" else how.mode, dynamic=how.dynamic)
+            mode = None if how.mode == "default" else how.mode
+            if getattr(block, "gradient_checkpointing", False) and hasattr(block, CHECKPOINT):
+                setattr(block, CHECKPOINT, CompiledInside(getattr(block, CHECKPOINT), mode, how.dynamic))
+            else:
+                block.compile(mode=mode, dynamic=how.dynamic)
             block.__dict__[COMPILED] = True
     if blocks and how.loss:
         compile_losses(model, how)
@@ -47,6 +84,9 @@ def release_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.pop(COMPILED, False):
             module._compiled_call_impl = None
+            checkpoint = getattr(module, CHECKPOINT, None)
+            if isinstance(checkpoint, CompiledInside):
+                setattr(module, CHECKPOINT, checkpoint.checkpoint)
     release_losses(model)
 
 
