@@ -41,13 +41,10 @@ class CompiledInside:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(function, functools.partial):  # of the block's forward and its named arguments
-            inner = functools.partial(self._compiled(function.func), *function.args, **function.keywords)
-        else:
-            inner = function
-        return self.checkpoint(inner, *args, **kwargs)
-
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return _compiled(function, self.mode, self.dynamic)
+            function = functools.partial(
+                _compiled(function.func, self.mode, self.dynamic), *function.args, **function.keywords
+            )
+        return self.checkpoint(function, *args, **kwargs)
 
 
 @functools.cache
