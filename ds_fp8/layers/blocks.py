@@ -67,13 +67,19 @@ def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) 
     for block in blocks.values() if blocks else (model,):
         if getattr(block, "_compiled_call_impl", None) is None:
             mode = None if how.mode == "default" else how.mode
-            if getattr(block, "gradient_checkpointing", False) and hasattr(block, CHECKPOINT):
+            if _checkpoints_inside(block):
                 setattr(block, CHECKPOINT, CompiledInside(getattr(block, CHECKPOINT), mode, how.dynamic))
             else:
                 block.compile(mode=mode, dynamic=how.dynamic)
             block.__dict__[COMPILED] = True
     if blocks and how.loss:
         compile_losses(model, how)
+
+
+def _checkpoints_inside(block: nn.Module) -> bool:
+    """Older Transformers checkpoint around a block's call, where `nn.Module.compile` reaches."""
+    is_called_as_any = type(block).__call__ is nn.Module.__call__
+    return is_called_as_any and getattr(block, "gradient_checkpointing", False) and hasattr(block, CHECKPOINT)
 
 
 def release_blocks(model: nn.Module) -> None:
