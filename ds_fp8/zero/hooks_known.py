@@ -1,4 +1,4 @@
-"""Which DeepSpeed has the hooks of ZeRO 3 that `hooks_stage3.py` restates: told by their text, not by a version.
+"""Which DeepSpeed has what our hooks and coordinator of ZeRO 3 restate: told by its text, not by a version.
 
 A method that is restated has to be the one that was read. So its source is compared, by digest, with what the tested
 releases have; of any other DeepSpeed, and of one that somebody has changed, the hooks stay as they are.
