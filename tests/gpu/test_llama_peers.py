@@ -1,13 +1,15 @@
-"""What people use beside us in a Llama: Liger Kernel, flex attention, FlashAttention, cuDNN's. Losses follow bf16's
-with the same peer, every planned layer multiplies in FP8, and no graph breaks.
+"""What people use beside us in a Llama: Liger Kernel, flex attention, FlashAttention's own package, and torch's two
+kernels of the kind. Losses follow bf16's with the same peer, every planned layer multiplies in FP8, and no graph breaks.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.gpu.llama_peers import train
 
@@ -16,7 +18,10 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("transformers")
 
 NEEDS = {"flash_attention_2": "flash_attn", "liger": "liger_kernel"}
-PEERS = ["sdpa", "eager", "flex_attention", "flash_attention_2", "liger"]
+TORCH = {"torch_flash": SDPBackend.FLASH_ATTENTION, "torch_cudnn": SDPBackend.CUDNN_ATTENTION}
+"""Kernels that torch's own attention is held to: without one of them it would fail, not take another."""
+
+PEERS = ["sdpa", "eager", "flex_attention", "flash_attention_2", "liger", *TORCH]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -24,11 +29,12 @@ PEERS = ["sdpa", "eager", "flex_attention", "flash_attention_2", "liger"]
 def test_a_llama_with_a_peer(peer, compiled):
     if peer in NEEDS and importlib.util.find_spec(NEEDS[peer]) is None:
         pytest.skip(f"{NEEDS[peer]} is not installed")
-    how = {"liger": True} if peer == "liger" else {"attention": peer}
-    wanted, _ = train("cuda", fp8=False, **how)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    losses, lazy = train("cuda", fp8=True, compiled=compiled, **how)
+    how = {"liger": True} if peer == "liger" else {"attention": "sdpa" if peer in TORCH else peer}
+    with sdpa_kernel(TORCH[peer]) if peer in TORCH else nullcontext():
+        wanted, _ = train("cuda", fp8=False, **how)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        losses, lazy = train("cuda", fp8=True, compiled=compiled, **how)
     assert not lazy
     assert losses == pytest.approx(wanted, rel=0.02)
     assert losses[-1] < losses[0] - 0.05
