@@ -108,7 +108,7 @@ def _refuse_released(model: Any) -> None:
 
 def _take_turns(model: Any) -> None:
     """Where the new engine's model shares FP8 layers with others, each computes with its own form of them."""
-    from ..layers.owners import Turn, remove_turns
+    from ..layers.owners import Turn, owners_of, remove_turns
     from ..layers.sharing import share
 
     fp8_states = {id(one.model): (one.model, one.fp8_state) for one in _attachments}
@@ -128,8 +128,9 @@ def _take_turns(model: Any) -> None:
     shared = share([other for other, _ in sharing])
     if not shared:
         return
+    layers = sum(1 for module in shared if owners_of(module))
     print_rank_0(
-        f"{len(shared)} layers of this model belong to another engine too, which was not destroyed: each engine "
+        f"{layers} layers of this model belong to another engine too, which was not destroyed: each engine "
         "computes with its own form of them"
     )
     for other, fp8_state in sharing:

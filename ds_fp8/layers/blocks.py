@@ -5,9 +5,10 @@ compiled block meets attention as its model calls it. (Traced as a whole, transf
 which torch has slower attention kernels only.) What a model does once stays as it is, embeddings and head; but its loss
 over a vocabulary is compiled by itself (`compiled_loss`).
 
-`nn.Module.compile` changes how a module is called and nothing else: names, parameters, hooks and the module itself
-stay. A block of Transformers' that checkpoints its activations calls `torch.utils.checkpoint` in its own forward, where
-torch.compile stops; there the function that is checkpointed is compiled instead (`CompiledInside`).
+What is compiled is how a module is called, as `nn.Module.compile` does it, and nothing else: names, parameters, hooks
+and the module itself stay. A block of Transformers' that checkpoints its activations calls `torch.utils.checkpoint` in
+its own forward, where torch.compile stops; there the function that is checkpointed is compiled instead
+(`CompiledInside`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from torch import nn
 
 from ..config.settings import CompileSettings
 from ..errors import BackendError
-from .compiled_loss import compile_losses, release_losses
-
-COMPILED = "_ds_fp8_compiled"
-"""Attribute of a block that was compiled here."""
+from .compiled_forms import CALL, as_scripted, give_form, remove_forms
+from .compiled_loss import compile_losses
 
 CHECKPOINT = "_gradient_checkpointing_func"
 """Where Transformers keeps what a block checkpoints its activations with."""
@@ -52,10 +51,11 @@ def _compiled(function: Callable[..., Any], mode: str | None, dynamic: bool | No
     return torch.compile(function, mode=mode, dynamic=dynamic)
 
 
-def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) -> None:
+def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str], fp8_state: Any) -> None:
     """Compile the blocks of `model` that hold converted layers; the model itself where nothing repeats.
 
     converted  full names of the converted layers
+    fp8_state  of the engine that asks: the compiled forms are its own (`compiled_forms`)
     A block that its owner has compiled already stays as it is. Raises BackendError where torch.compile does not run.
     """
     if not torch._dynamo.is_dynamo_supported():
@@ -64,33 +64,30 @@ def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str]) 
             "false."
         )
     blocks = repeated_blocks(model, converted) if how.regional else {}
+    mode = None if how.mode == "default" else how.mode
     for block in blocks.values() if blocks else (model,):
-        if getattr(block, "_compiled_call_impl", None) is None:
-            mode = None if how.mode == "default" else how.mode
-            if _checkpoints_inside(block):
-                setattr(block, CHECKPOINT, CompiledInside(getattr(block, CHECKPOINT), mode, how.dynamic))
-            else:
-                block.compile(mode=mode, dynamic=how.dynamic)
-            block.__dict__[COMPILED] = True
+        before = as_scripted(block, CALL)
+        if before not in ((), (None,)):
+            continue
+        checkpoint = as_scripted(block, CHECKPOINT)
+        if checkpoint and _checkpoints_inside(block):
+            give_form(block, fp8_state, CHECKPOINT, CompiledInside(checkpoint[0], mode, how.dynamic))
+        else:
+            block.compile(mode=mode, dynamic=how.dynamic)
+            give_form(block, fp8_state, CALL, vars(block).get(CALL), before=before, is_whole=block is model)
     if blocks and how.loss:
-        compile_losses(model, how)
+        compile_losses(model, how, fp8_state)
 
 
 def _checkpoints_inside(block: nn.Module) -> bool:
     """Older Transformers checkpoint around a block's call, where `nn.Module.compile` reaches."""
-    is_called_as_any = type(block).__call__ is nn.Module.__call__
-    return is_called_as_any and getattr(block, "gradient_checkpointing", False) and hasattr(block, CHECKPOINT)
+    return type(block).__call__ is nn.Module.__call__ and getattr(block, "gradient_checkpointing", False)
 
 
-def release_blocks(model: nn.Module) -> None:
-    """Undo `compile_blocks`."""
+def release_blocks(model: nn.Module, fp8_state: Any | None) -> None:
+    """Undo `compile_blocks` of the engine of `fp8_state`; None: of every engine."""
     for module in model.modules():
-        if module.__dict__.pop(COMPILED, False):
-            module._compiled_call_impl = None
-            checkpoint = getattr(module, CHECKPOINT, None)
-            if isinstance(checkpoint, CompiledInside):
-                setattr(module, CHECKPOINT, checkpoint.checkpoint)
-    release_losses(model)
+        remove_forms(module, fp8_state)
 
 
 def repeated_blocks(model: nn.Module, converted: set[str]) -> dict[str, nn.Module]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..config.settings import CompileSettings
+from .compiled_forms import as_scripted, give_form
 
 PLACE = "_loss_function"
 """Attribute in which transformers keeps a `loss_function` that was set (4.48 to 5.24)."""
@@ -46,22 +47,12 @@ class CompiledLoss:
         return CompiledLoss, (self.function, self.dynamic)
 
 
-def compile_losses(model: nn.Module, how: CompileSettings) -> list[str]:
-    """Compile the losses over a vocabulary that modules of `model` call; returns the names of those modules."""
-    found = []
-    for name, module in model.named_modules():
+def compile_losses(model: nn.Module, how: CompileSettings, fp8_state: Any) -> None:
+    """Compile the losses over a vocabulary that modules of `model` call, for the engine of `fp8_state`."""
+    for module in model.modules():
         function = _own_loss(module)
         if function is not None and "vocab_size" in inspect.signature(function).parameters:
-            module.loss_function = CompiledLoss(function, how.dynamic)
-            found.append(name)
-    return found
-
-
-def release_losses(model: nn.Module) -> None:
-    """Undo `compile_losses`."""
-    for module in model.modules():
-        if isinstance(vars(module).get(PLACE), CompiledLoss):
-            delattr(module, PLACE)
+            give_form(module, fp8_state, PLACE, CompiledLoss(function, how.dynamic))
 
 
 def _own_loss(module: nn.Module) -> Callable[..., torch.Tensor] | None:
@@ -69,11 +60,13 @@ def _own_loss(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     another.
     """
     given = inspect.getattr_static(type(module), "loss_function", None)
-    if not isinstance(given, property) or given.fset is None or PLACE in vars(module):
+    if not isinstance(given, property) or given.fset is None or as_scripted(module, PLACE):
         return None
     # A model without a head has the property, calls no loss, and warns when it is asked. (GPT2LMHeadModel's name tells
     # transformers no type, and it calls the default one.)
     if not isinstance(getattr(module, "loss_type", None), str) and module.get_output_embeddings() is None:  # type: ignore[operator]
         return None
-    function = module.loss_function
+    function: Any = module.loss_function
+    if isinstance(function, CompiledLoss):  # another engine's
+        function = function.function
     return function if inspect.isfunction(function) else None

@@ -19,6 +19,7 @@ from torch import nn
 from ..plan.shapes import layer_type
 from . import norms
 from .as_original import ORIGINAL
+from .compiled_forms import take_forms
 from .experts import STATE, ExpertsState, take_state
 from .forward_scope import tensors_of
 from .fp8_linear import Fp8Linear
@@ -74,7 +75,7 @@ class Turn:
 
     root       the engine's model
     fp8_state  its FP8 state; None for an engine without our sections
-    modules    layers that other engines hold too
+    modules    layers that other engines hold too, and modules that were compiled for one of them
     """
 
     _running: Turn | None = None
@@ -107,6 +108,7 @@ class Turn:
             owners = owners_of(module)
             if owners:
                 take_form(module, next((owner for owner in owners if owner.fp8_state is self.fp8_state), None))
+            take_forms(module, self.fp8_state)
 
 
 def remove_turns(root: nn.Module, fp8_state: ModelFp8State | None) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import BackendError
 from . import swap
 from .as_original import ORIGINAL
+from .compiled_forms import forms_of
 from .owners import Owner, owners_of
 
 
@@ -55,11 +56,14 @@ def put_back(lifted: Sequence[Lifted]) -> None:
 
 
 def share(models: Sequence[nn.Module]) -> list[nn.Module]:
-    """FP8 layers that several of these models hold. Any of their engines may step the weights, so no code is kept."""
+    """FP8 layers that several of these models hold, and modules that were compiled for one of them.
+
+    Any of their engines may step the weights, so no code is kept.
+    """
     holders: dict[int, list[nn.Module]] = {}
     for model in models:
         for module in model.modules():
-            if owners_of(module) and swap.OWN not in vars(module):
+            if (owners_of(module) or forms_of(module)) and swap.OWN not in vars(module):
                 holders.setdefault(id(module), []).append(module)
     shared = [found[0] for found in holders.values() if len(found) > 1]
     for owner in (owner for module in shared for owner in owners_of(module)):

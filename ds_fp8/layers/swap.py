@@ -69,10 +69,10 @@ def swap_layers(
         if plan.fp8.fuse:
             fuse_layers(model, plan)
         if plan.fp8.compile is not None:
-            compile_blocks(model, plan.fp8.compile, {decision.fqn for decision in plan.swaps})
+            compile_blocks(model, plan.fp8.compile, {decision.fqn for decision in plan.swaps}, fp8_state)
     except DsFp8Error:
-        restore_layers(model)
-        release_blocks(model)
+        restore_layers(model, fp8_state)  # those of other engines, whose models this one holds, stay theirs
+        release_blocks(model, fp8_state)
         raise
     model.__dict__[ROOT_STATE] = fp8_state
     fp8_state.watch(model)
@@ -97,7 +97,7 @@ def restore_layers(model: nn.Module, fp8_state: ModelFp8State | None = None) -> 
             del root.__dict__[ROOT_STATE]
             own.unwatch(root)
             remove_turns(root, own)
-            release_blocks(root)
+            release_blocks(root, own)
     return model
 
 

@@ -17,6 +17,7 @@ from tests.engine.engine_jobs import WIDTH, Net, batch, config, full_weights, ma
 SECTIONS: dict[str, dict[str, Any]] = {
     "unmodified": {},
     "fp8": {"fp8": {"enabled": True}},
+    "compiled": {"fp8": {"enabled": True, "compile": True}},
     "current": {"fp8": {"enabled": True, "recipe": "current"}},
     "block": {"fp8": {"enabled": True, "recipe": "block"}},
     "O1": {"fp8": {"enabled": True}, "msamp": {"enabled": True, "opt_level": "O1"}},
@@ -186,17 +187,22 @@ def actor_and_critic(rank: int, world_size: int, modes: tuple[str, str], lrs: tu
             settings[-1]["optimizer"]["params"]["lr"] = lr
             engines.append(make_engine(settings[-1], model))
         losses: list[list[float]] = [[], []]
+        compiled: list[set[bool]] = [set(), set()]
         for step in range(4):
             for number, engine in enumerate(engines):
                 losses[number] += steps(engine, settings[number], rank, step, step + 1)
+                compiled[number] |= {block._compiled_call_impl is not None for block in trunk}
         swapped = kinds(trunk)
         scales = [engine_scales(engine) for engine in engines]
         engines[0].destroy()
         left = kinds(trunk)
         losses[1] += steps(engines[1], settings[1], rank, 9, 10)
+        compiled[1] |= {block._compiled_call_impl is not None for block in trunk}
         engines[1].destroy()
+        compiled.append({block._compiled_call_impl is not None for block in trunk})
     return {
         "losses": losses,
+        "compiled": [sorted(found) for found in compiled],
         "swapped": swapped,
         "left": left,
         "clean": is_clean(actor) and is_clean(critic),

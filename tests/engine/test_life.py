@@ -119,6 +119,18 @@ def test_a_shared_trunk_has_a_form_for_each_engine():
         assert actor[-1] < actor[0] and critic[-1] < critic[0]
 
 
+def test_a_shared_trunk_is_compiled_for_the_engine_that_asked():
+    """Whichever comes first, and when the other is destroyed; afterwards for nobody. Losses as with both eager, to the
+    rounding of what is fused.
+    """
+    pairs = (("fp8", "fp8"), ("compiled", "fp8"), ("fp8", "compiled"), ("unmodified", "compiled"))
+    for results in zip(*together(*(("actor_and_critic", pair, (0.0, 0.0)) for pair in pairs))):
+        eager = results[0]["losses"]
+        for pair, found in zip(pairs, results):
+            assert found["compiled"] == [*([mode == "compiled"] for mode in pair), [False]], pair
+            assert found["losses"][1] == pytest.approx(eager[1], rel=2.0**-6) and found["clean"], pair
+
+
 def test_a_teacher_shares_the_trunk_of_a_student_in_zero_2():
     """Losses as DeepSpeed's alone, to FP8's rounding; at O3 the trunk's weights are not there to be shared: refused."""
     baseline, fp8, o2, o3 = together(*(("teacher_and_student", mode) for mode in ("unmodified", "fp8", "O2", "O3")))

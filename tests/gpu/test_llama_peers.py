@@ -1,5 +1,5 @@
-"""What people use beside us in a Llama: Liger Kernel, flex attention, FlashAttention's own package, and torch's two
-kernels of the kind. Losses follow bf16's with the same peer, every planned layer multiplies in FP8, and no graph breaks.
+"""What people use beside us in a Llama: Liger Kernel, flex attention, FlashAttention's package, torch's kernels of the
+kind. Losses follow bf16's with the same peer, every planned layer multiplies in FP8, and no graph breaks.
 """
 
 from __future__ import annotations

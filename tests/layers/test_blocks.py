@@ -10,13 +10,14 @@ from torch import nn
 
 from ds_fp8.config import CompileSettings
 from ds_fp8.layers import restore_layers
-from ds_fp8.layers.blocks import COMPILED, repeated_blocks
+from ds_fp8.layers.blocks import repeated_blocks
+from ds_fp8.layers.compiled_forms import FORMS
 from ds_fp8.plan import Plan, make_plan
 from tests.layers.small_models import Block, TinyModel, settings, swapped
 
 
 def compiled_in(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if COMPILED in vars(module)]
+    return [name for name, module in model.named_modules() if FORMS in vars(module)]
 
 
 class EncoderDecoder(nn.Module):
