@@ -12,6 +12,7 @@ pickle of it (an average, a teacher) has none of them.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,27 +21,39 @@ import torch
 
 from ..comm.meeting import PATIENCE_S, Meeting
 from ..errors import WeightError
+from .weights import OwnedWeight
+
+
+_optimizers = itertools.count()
+"""O3 optimizers of this process: the same number on all ranks means the same one."""
 
 
 class AskedTogether:
-    """Meetings of the ranks that share a store.
+    """Meetings of the ranks that have shares of the same weights.
 
-    moment  steps so far: equal on all ranks that are at the same place of the script
+    weights  (process group, weights) of each part that is asked for by itself; a part is known by its index
+    moment   steps so far: equal on all ranks that are at the same place of the script
     """
 
-    def __init__(self, number: int, stores: Sequence[Any]):
+    def __init__(self, weights: Sequence[tuple[Any, Sequence[OwnedWeight]]]):
         self.moment = 0
-        self._asked = {
-            id(store): Meeting(f"weights/engine{number}/group{index}", store.group)
-            for index, store in enumerate(stores)
-        }
+        number = next(_optimizers)
+        self._names = [[weight.name for weight in together] for _, together in weights]
+        self._meetings = [
+            Meeting(f"weights/engine{number}/group{index}", group) for index, (group, _) in enumerate(weights)
+        ]
 
-    def require(self, store: Any, asked: str) -> None:
-        """Return when all ranks of the store ask; raises WeightError when some have not come."""
-        absent = self._asked[id(store)].absent(self.moment)
+    def require_all(self, asked: str) -> None:
+        """`require` for each part."""
+        for index in range(len(self._meetings)):
+            self.require(index, asked)
+
+    def require(self, index: int, asked: str) -> None:
+        """Return when all ranks of the group ask; raises WeightError when some have not come."""
+        absent = self._meetings[index].absent(self.moment)
         if not absent:
             return
-        names = [weight.name for weight, _, _ in store.fp8_weights]
+        names = self._names[index]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WeightError(
             f"{asked}: at O3 the 16-bit values of {names[0] if names else 'the weights'}{more} are spread over all "
@@ -49,9 +62,9 @@ class AskedTogether:
             " engine.save_16bit_model or engine.save_checkpoint, or keep weights in 16 bits: msamp/weight_wire_exclude."
         )
 
-    def ends_together(self, store: Any) -> bool:
-        """Whether all ranks of the store end the engine."""
-        absent = self._asked[id(store)].absent(self.moment)
+    def ends_together(self, index: int) -> bool:
+        """Whether all ranks of the group end the engine."""
+        absent = self._meetings[index].absent(self.moment)
         if absent:
             print(
                 f"ds_fp8: {_ranks(absent)} did not end this engine; here its model keeps the values of the FP8 weights",

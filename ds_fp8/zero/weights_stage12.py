@@ -18,7 +18,6 @@ A forward never brings them: in eval mode layers read decoded values, on any num
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -58,9 +57,6 @@ TOUCHED = {
     ),
 }
 
-_engines = itertools.count()
-"""O3 optimizers of this process: the same number on all ranks means the same one."""
-
 COLLECTIVE = ("save_checkpoint", "save_16bit_model", "load_checkpoint", "eval_batch")
 """Methods of the engine that all ranks call, and that read or write 16-bit weights."""
 
@@ -78,7 +74,9 @@ class WeightsStage12(Base):
         self.fp8_stores = [
             GroupStore(self, index, weights, fp8_state, plan) for index in range(len(self.bit16_groups_flat))
         ]
-        self.fp8_asked = AskedTogether(next(_engines), self.fp8_stores)
+        self.fp8_asked = AskedTogether(
+            [(store.group, [weight for weight, _, _ in store.fp8_weights]) for store in self.fp8_stores]
+        )
         quantized = [weight.layer for store in self.fp8_stores for weight, _, _ in store.fp8_weights]
         self.fp8_hooks = watch_modules(self, engine.module, quantized)
         weights_gathered.watch(self)
@@ -130,7 +128,7 @@ class WeightsStage12(Base):
         for index, store in enumerate(self.fp8_stores):
             if not store.is_released:
                 continue
-            if self.fp8_asked.ends_together(store):
+            if self.fp8_asked.ends_together(index):
                 store.restore(self._fp8_own16(index))
             else:
                 store.settle()
@@ -197,7 +195,7 @@ class WeightsStage12(Base):
         """The same for a call that one rank may have made alone: raises WeightError there."""
         for index, store in enumerate(self.fp8_stores):
             if store.is_released:
-                self.fp8_asked.require(store, asked)
+                self.fp8_asked.require(index, asked)
                 store.restore(self._fp8_own16(index))
 
     def fp8_set_weight(self, param: Any, value: Tensor) -> None:

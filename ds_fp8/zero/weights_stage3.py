@@ -6,6 +6,10 @@ coordinator asks for (`all_gather_coalesced`) then fetches bytes, the layer gets
 released: outside readers get decoded values (`weights_released`). All other gathers (GatheredParameters, checkpoints,
 export: `param.all_gather`) fetch 16 bits as before.
 
+Ranks whose gathers differ hang, or take each other's bytes for weights. So what a gather carries follows from steps,
+loads and contexts, which all ranks share, and never from what one rank knows alone: its mode (train or eval, autograd
+on or off), or a setter that it calls by itself. In eval mode layers compute with decoded values, as in ZeRO 1 and 2.
+
 Small parameters that DeepSpeed keeps resident (`stage3_param_persistence_threshold`) are not gathered at all, and their
 layers cast for themselves: the same quantized values.
 """
@@ -30,6 +34,7 @@ from ..plan import Plan
 from . import weights_released, weights_wrapped
 from .touched import touched
 from .weights import OwnedWeight, WeightCaster, drop_quantized, set_quantized
+from .weights_asked import AskedTogether
 
 PREFETCH = "_PartitionedParameterCoordinator__prefetch_bucket_sz"
 """Elements that DeepSpeed's coordinator gathers ahead. It counts elements whatever their size; quantized values are
@@ -196,11 +201,11 @@ class WeightsStage3(Base):
         by_group: dict[Any, list[OwnedWeight]] = {}
         for weight in kept:
             by_group.setdefault(weight.param.ds_process_group, []).append(weight)
+        self.fp8_asked = AskedTogether(list(by_group.items()))
         device = torch.device(get_accelerator().current_device_name())
         self.fp8_casters = [
             WeightCaster(of_group, fp8_state, plan, group, device) for group, of_group in by_group.items()
         ]
-        self.fp8_root = engine.module
         for name in ("load_checkpoint", "load_module_state_dict"):
             setattr(engine, name, self._fp8_forgetting(getattr(engine, name)))
         coordinator.fp8_let_go = self._fp8_let_go
@@ -248,13 +253,10 @@ class WeightsStage3(Base):
 
         return wrapped
 
-    def _fp8_wants_quantized(self) -> bool:
-        return self.fp8_quantized_fresh and (self.fp8_root.training or self.fp8_weight_plan.fp8.eval)
-
     def _fp8_gather_instead(self, original: Any) -> Any:
         def all_gather_coalesced(params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
             params = list(params)
-            quantized = [p for p in params if id(p) in self.fp8_chunks] if self._fp8_wants_quantized() else []
+            quantized = [p for p in params if id(p) in self.fp8_chunks] if self.fp8_quantized_fresh else []
             if not quantized:
                 return original(params, safe_mode=safe_mode, quantize=quantize)
             chosen = {id(param) for param in quantized}
@@ -323,6 +325,7 @@ class WeightsStage3(Base):
 
     def step(self, closure: Any = None) -> None:
         super().step(closure)
+        self.fp8_asked.moment += 1
         # Also after a skipped step: layers that cast for themselves would do it under a newer scale now.
         self.fp8_quantize_weights()
 
@@ -343,6 +346,14 @@ class WeightsStage3(Base):
         if not get_accelerator().is_synchronized_device():
             self.fp8_cast_event = get_accelerator().Event()
             self.fp8_cast_event.record()
+
+    def _fp8_write_share(self, param: Any, share: Tensor, optim_state_key: str | None) -> None:
+        """A setter of fp32 values, which DeepSpeed lets one rank call alone: from then on gathers are 16-bit, on all of
+        them or on none.
+        """
+        if optim_state_key is None and self.fp8_quantized_fresh:
+            self.fp8_asked.require_all("a setter of DeepSpeed's")
+        super()._fp8_write_share(param, share, optim_state_key)
 
     def fp8_weights_changed(self) -> None:
         """New masters (a load, a setter): gathers are 16-bit until the next step."""

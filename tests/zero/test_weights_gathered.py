@@ -167,3 +167,38 @@ def test_the_16_bit_weights_are_freed_on_two_ranks(stage):
     """DeepSpeed keeps views of its flat for every parameter; while one is left, all 2 bytes per parameter are."""
     for numel, largest in run_ranks(2, storage_of_the_flat, stage):
         assert largest < numel, f"a bf16 storage of {largest} elements is alive, the model has {numel}"
+
+
+def set_alone(rank, world_size):
+    import deepspeed.utils
+
+    from ds_fp8.comm import meeting
+    from ds_fp8.errors import WeightError
+
+    meeting.Meeting.absent.__defaults__ = (3.0,)
+    engine = make_engine(3, "O3")
+    found = {"losses": take_steps(engine, range(2)), "error": ""}
+    weight = engine.module.up.weight
+    before = deepspeed.utils.safe_get_local_fp32_param(weight).clone()
+    if rank == 0:
+        try:
+            deepspeed.utils.safe_set_local_fp32_param(weight, 2 * before)
+        except WeightError as error:
+            found["error"] = str(error)
+    found["unchanged"] = torch.equal(deepspeed.utils.safe_get_local_fp32_param(weight), before)
+    torch.distributed.barrier()
+    found["losses"] += take_steps(engine, range(2, 4))
+    deepspeed.utils.safe_set_local_fp32_param(weight, 2 * before)  # all of them, each its own part
+    found["set"] = torch.equal(deepspeed.utils.safe_get_local_fp32_param(weight), 2 * before)
+    found["losses"] += take_steps(engine, range(4, 5))
+    engine.destroy()
+    return found
+
+
+def test_a_setter_that_one_rank_calls_alone_changes_no_gather():
+    """In ZeRO 3: an error on that rank, and nothing is written; the run goes on."""
+    first, second = run_ranks(2, set_alone, timeout_s=120)
+    assert first["error"].startswith("a setter of DeepSpeed's: at O3") and "rank 1 did not ask" in first["error"]
+    for found in (first, second):
+        assert found["unchanged"] and found["set"]
+        assert all(torch.isfinite(torch.tensor(found["losses"])))

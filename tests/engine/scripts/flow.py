@@ -54,6 +54,24 @@ def trained_in_eval_mode(make: Any, rank: int) -> Any:
     return found
 
 
+@script()
+def ranks_in_different_modes(make: Any, rank: int) -> Any:
+    """One rank evaluates where the other one's forward could be of training, and trains in eval mode; what they gather
+    in ZeRO 3 is the same all the same.
+    """
+    engine = make()
+    found = train(engine, range(2))
+    for step in range(2, 5):
+        engine.train(rank != step % 2)
+        with torch.no_grad():
+            found.append(loss_of(engine, data(engine, 9)).item())
+        with torch.no_grad() if step == 2 else contextlib.nullcontext():
+            found.append(loss_of(engine, data(engine, 9)).item())
+        found += train(engine, range(step, step + 1))
+    engine.train()
+    return found + train(engine, range(5, 6))
+
+
 @script(not_in=(3,))
 def rank_0_alone(make: Any, rank: int) -> Any:
     engine = make()
