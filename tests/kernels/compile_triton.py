@@ -24,6 +24,7 @@ from ds_fp8.kernels.triton import (
     segments,
     states,
     visits,
+    weights,
 )  # fmt: skip
 from ds_fp8.kernels.triton.launch import LAUNCH
 from ds_fp8.numerics.states import RATIO_FORMATS
@@ -175,6 +176,14 @@ def main() -> None:
         constants |= {"MOST_RECENT": False, "KEEP": keep, "FROZEN": operands.FROZEN}
         constants |= {"ROWS": history.ROWS, "COLUMNS": history.COLUMNS}
         build(history._update_kernel, ["*fp32"] * 7 + ["i32"] * 4, constants)
+    tiles = {"TILE_ROWS": operands.TILE_ROWS, "TILE_COLUMNS": operands.TILE_COLUMNS, "FROZEN": operands.FROZEN}
+    limits = {"FMAX": 448.0, "LIMIT": 896.0, "MARGIN_FACTOR": 1.0}
+    for straight, transposed, hardware, even in ((True, True, True, True), (False, True, False, False)):
+        how = {"STRAIGHT": straight, "TRANSPOSED": transposed, "MEASURE": straight, "HARDWARE": hardware, "EVEN": even}
+        pointers = ["*bf16", "*fp8e4nv", "*fp8e4nv", "*fp32", "*fp32", "*i32", "*fp32", "i32", "i32", "i32"]
+        build(weights._weight_kernel, pointers, {"FMT": 0} | limits | tiles | how)
+    measured = {"ELEMENTS": weights.ELEMENTS, "FROZEN": operands.FROZEN}
+    build(weights._scale_kernel, ["*bf16", "*fp32", "*i32", "*fp32", "i32", "i32"], limits | measured)
     parts = {"PARTS": operands.PARTS, "ELEMENTS": operands.PART_ELEMENTS}
     build(operands._parts_kernel, ["*bf16", "*fp32", "i32"], parts)
     for write in (False, True):

@@ -12,7 +12,7 @@ import torch
 
 from ds_fp8.formats import E4M3, E5M2, Format
 from ds_fp8.kernels import dispatch, self_test
-from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands
+from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands, weights
 from ds_fp8.layers.scales import ScaleTensors
 from ds_fp8.numerics import cast as reference_cast
 from ds_fp8.numerics import flat as reference
@@ -185,6 +185,33 @@ def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
     assert same_quantized(quantized, wanted) and same_quantized(transposed, wanted.t().contiguous())
     assert scale_inv.item() == scaling.scale_inv_of(scale).item() and shown is scale_inv
     assert operands.cast_current(x, fmt, kept=kept[0])[1] is not scale_inv and kept[0] == scale_inv
+
+
+@pytest.mark.parametrize("times", [1.0, 1.9, 2.1, 64.0, float("inf"), float("nan")])
+def test_a_weight_that_has_outgrown_its_scale_is_cast_by_its_own(times):
+    """More than twice the range: scale and data are those of its own amax, both ways round; else those of the step. Slots
+    are zero again, and the amax is raised by calls that record.
+    """
+    fmt, margin = E4M3, 1
+    x = wide(80 * 144).view(80, 144).bfloat16()
+    x[3, 5] = x.abs().max() * 2
+    known = scaling.scale_from_amax(x.float().abs().max(), fmt)  # as if with margin 0
+    x[7, 9] = x[3, 5] * times
+    frozen = torch.full((3, operands.FROZEN), float("nan"))
+    frozen[1, 1], frozen[1, 0] = known, scaling.scale_inv_of(known)
+    amax = reference_cast.amax(x)
+    outgrown = bool(torch.isfinite(amax)) and bool(amax * known > 2 * fmt.max)
+    assert outgrown == (times in (2.1, 64.0))
+    scale = scaling.scale_from_amax(amax, fmt, margin=margin) if outgrown else known
+    wanted, own, pending = reference_cast.quantize(x, scale, fmt), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3)
+    for recorded in (pending, None):
+        kept = torch.zeros(4)
+        found = weights.cast_weight(x, frozen, 1, fmt, recorded, own, kept[0], margin=margin)
+        assert same_quantized(found[0], wanted) and same_quantized(found[1], wanted.t().contiguous())
+        assert kept[0] == scaling.scale_inv_of(scale) and not own.any()
+    assert pending.tolist() == [0, amax.item(), 0]
+    assert weights.cast_weight(x, frozen, 1, fmt, None, own, kept[0], margin=margin, straight=False)[0] is None
+    assert weights.weight_scale(x, frozen, 1, fmt, own, margin=margin) == scale and not own.any()
 
 
 @pytest.mark.parametrize("spoiled", [None, float("inf"), float("nan")])

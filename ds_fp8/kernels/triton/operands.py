@@ -104,7 +104,7 @@ def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
-    quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
+    quantized, transposed_out = empty(x, rows, columns, fmt, straight, transposed)
     launch = _launch(
         x.dtype, fmt.name, straight, transposed, pending is not None, False, False, kept is not None,
         x.data_ptr() % 16 == 0, rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, kind(rows), kind(columns),
@@ -139,7 +139,7 @@ def cast_current(
     columns = x.shape[-1]
     rows = x.numel() // columns
     is_aligned, device = x.data_ptr() % 16 == 0, x.device
-    quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
+    quantized, transposed_out = empty(x, rows, columns, fmt, straight, transposed)
     parts = torch.empty(PARTS, dtype=torch.float32, device=device)
     scale_inv = torch.empty(1, dtype=torch.float32, device=device) if kept is None else kept
     shown = torch.empty(1, dtype=torch.float32, device=device) if guarded else scale_inv
@@ -175,7 +175,7 @@ def _parts_launch(dtype: torch.dtype, is_aligned: bool, n: int, is_short: bool) 
     return Launch(_parts_kernel, (PARTS, PART_ELEMENTS), num_warps=PART_WARPS)
 
 
-def _empty(x: torch.Tensor, rows: int, columns: int, fmt: Format, straight: bool, transposed: bool) -> Cast:
+def empty(x: torch.Tensor, rows: int, columns: int, fmt: Format, straight: bool, transposed: bool) -> Cast:
     dtype, device = torch_dtype(fmt), x.device
     quantized = torch.empty(rows, columns, dtype=dtype, device=device) if straight else None
     return quantized, torch.empty(columns, rows, dtype=dtype, device=device) if transposed else None
@@ -189,7 +189,7 @@ def cast_groups(
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
-    quantized, transposed_out = _empty(x, rows, columns, fmt, straight, transposed)
+    quantized, transposed_out = empty(x, rows, columns, fmt, straight, transposed)
     found = None if quantized is None else (quantized, _scales(columns // 128, rows, x.device).t())
     found_transposed = None if transposed_out is None else (transposed_out, _scales(rows // 128, columns, x.device).t())
     blocks.quantize_groups(x, fmt, found, found_transposed)
@@ -200,7 +200,7 @@ def cast_tiles(
     x: torch.Tensor, fmt: Format, *, transposed: bool = True
 ) -> tuple[blocks.Quantized, blocks.Quantized | None]:
     """128x128 tiles of `x` [N, K] and of its transpose, scale_inv [N / 128, K / 128] with padded rows."""
-    quantized, transposed_out = _empty(x, x.shape[0], x.shape[1], fmt, True, transposed)
+    quantized, transposed_out = empty(x, x.shape[0], x.shape[1], fmt, True, transposed)
     rows, columns = x.shape[0] // 128, x.shape[1] // 128
     assert quantized is not None
     straight = (quantized, _scales(rows, columns, x.device))
