@@ -249,12 +249,23 @@ class ModelFp8State:
 
     def weight_scale(self, layer: torch.nn.Module | str, amax: torch.Tensor) -> torch.Tensor:
         """0-d scale with which the layer would cast a weight of this amax (0-d, all of it) now (delayed scaling)."""
-        column, now = self._layer_state_of(layer).weight_column, self.scales_now
-        amax = amax.to(now.frozen.device)
-        known = column not in now.unknown
-        if known and (self.exact or not now.is_outgrown(column, amax, self.forward_format)):
-            return now.scale[column]
-        return now.of_tensor(column, amax, self.forward_format, given=known)
+        return self.weight_scales([layer], [amax])[0]
+
+    def weight_scales(
+        self, layers: Sequence[torch.nn.Module | str], amaxes: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The same for many layers, in a few launches whatever their number."""
+        now, fmt = self.scales_now, self.forward_format
+        columns = [self._layer_state_of(layer).weight_column for layer in layers]
+        if self.exact:  # every column has a scale then
+            return [now.scale[column] for column in columns]
+        each = [amax.to(now.frozen.device) for amax in amaxes]
+        if each and not now.unknown and now.frozen.device.type != "cpu":
+            return now.of_weights(columns, torch.stack(each), fmt)
+        return [
+            (now.of_tensor if column in now.unknown else now.of_weight)(column, amax, fmt)
+            for column, amax in zip(columns, each, strict=True)
+        ]
 
     def record_weight_amax(self, layer: torch.nn.Module | str, amax: torch.Tensor) -> None:
         """The amax of a weight that somebody else cast for the layer (O3); recorded when the layer next uses it."""

@@ -19,7 +19,7 @@ Two copies of the scales are handed out, because two kinds of reader want opposi
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,9 @@ from .amax_history import AmaxHistory, counts
 WIDTH = 4
 """fp32 per column of `slots`: 16 bytes, because cuBLASLt reads a scale only at such addresses."""
 
+OUTGROWN = 2.0
+"""How many times its scale's range a weight must have to be cast by its own (in `kernels/triton/weights.py`, too)."""
+
 
 class Scales:
     """Scales of one step, never written again.
@@ -41,13 +44,22 @@ class Scales:
     frozen   [columns, 4] fp32: scale_inv, then scale
     unknown  columns whose tensor has not been seen, or was all zeros whenever it was: no history tells their scale
     mask     [columns] bool on the device, false for those in `unknown`; None when there are none
+    own      [columns, 2] int32, zeros: where a GPU's casts of weights measure (`kernels/triton/weights.py`)
     """
 
-    def __init__(self, frozen: torch.Tensor, unknown: frozenset[int], mask: torch.Tensor | None, margin: int):
+    def __init__(
+        self,
+        frozen: torch.Tensor,
+        unknown: frozenset[int],
+        mask: torch.Tensor | None,
+        margin: int,
+        own: torch.Tensor | None = None,
+    ):
         self.frozen = frozen
+        self.own = own
+        self.margin = margin
         self.unknown = unknown
         self._mask = mask
-        self._margin = margin
 
     @cached_property
     def scale_inv(self) -> tuple[torch.Tensor, ...]:
@@ -59,18 +71,29 @@ class Scales:
         """0-d fp32 each."""
         return self.frozen.select(1, 1).unbind(0)
 
-    def is_outgrown(self, column: int, amax: torch.Tensor, fmt: Format) -> bool:
-        """Whether a weight of this amax is more than twice what a known column's scale can take: no optimizer step does
-        that, a script's write does. Asked on a CPU only: a GPU's host would wait for the answer.
+    def of_weight(self, column: int, amax: torch.Tensor, fmt: Format) -> torch.Tensor:
+        """The scale of a known column for a weight of this amax: its own where it is more than twice what the column's
+        can take. No optimizer step does that, a script's write does.
         """
-        return amax.device.type == "cpu" and math.isfinite(amax) and bool(amax * self.scale[column] > 2 * fmt.max)
+        known = self.scale[column]
+        outgrown = torch.isfinite(amax) & (amax * known > OUTGROWN * fmt.max)
+        if amax.device.type == "cpu" and not outgrown:
+            return known
+        return torch.where(outgrown, self.of_tensor(column, amax, fmt, given=True), known)
+
+    def of_weights(self, columns: Sequence[int], amaxes: torch.Tensor, fmt: Format) -> list[torch.Tensor]:
+        """`of_weight` of many weights at once."""
+        known = torch.stack([self.scale[column] for column in columns])
+        own = scale_from_amax(amaxes, fmt, margin=self.margin, previous=known)
+        outgrown = torch.isfinite(amaxes) & (amaxes * known > OUTGROWN * fmt.max)
+        return list(torch.where(outgrown, own, known).unbind(0))
 
     def of_tensor(self, column: int, amax: torch.Tensor, fmt: Format, *, given: bool = False) -> torch.Tensor:
         """The scale of a column in `unknown`: from the tensor's own amax, as if it had been seen a step ago.
 
         given  the history is another tensor's, whatever it tells
         """
-        own = scale_from_amax(amax, fmt, margin=self._margin, previous=self.scale[column])
+        own = scale_from_amax(amax, fmt, margin=self.margin, previous=self.scale[column])
         # The host learns a step later than the device which columns are known (see `ScaleTensors`).
         return own if self._mask is None or given else torch.where(self._mask[column], self.scale[column], own)
 
@@ -97,6 +120,7 @@ class ScaleTensors:
         self.pending = torch.zeros(count, dtype=torch.float32, device=device)
         self.slots = torch.ones(count, WIDTH, dtype=torch.float32, device=device)
         self.known = torch.zeros(count, dtype=torch.bool, device=device)
+        self.own = torch.zeros(count, 2, dtype=torch.int32, device=device)
         self.forward = AmaxHistory(recipe, recipe.forward_format, self.scales[:split], keeps_non_finite=self.exact)
         self.backward = AmaxHistory(recipe, recipe.backward_format, self.scales[split:], keeps_non_finite=self.exact)
         self.pending_slots = self.pending.unbind(0)
@@ -119,7 +143,7 @@ class ScaleTensors:
         """The scales of every step at one address, for what a CUDA graph replays; whoever takes it does not outlive
         a step.
         """
-        return Scales(self.slots, self._unknown, self.known if self._unknown else None, self.recipe.margin)
+        return Scales(self.slots, self._unknown, self.known if self._unknown else None, self.recipe.margin, self.own)
 
     # -- the update --------------------------------------------------------------------------------------------------
 
@@ -156,7 +180,7 @@ class ScaleTensors:
             torch.reciprocal(self.scales, out=frozen[:, 0])
         self.slots.copy_(frozen)
         mask = self.known.clone() if self._unknown else None
-        self.current = Scales(frozen, self._unknown, mask, self.recipe.margin)
+        self.current = Scales(frozen, self._unknown, mask, self.recipe.margin, self.own)
 
     def _learn_known(self) -> None:
         """Columns with an amax in `pending` have a history from now on.

@@ -62,9 +62,21 @@ class SlotState:
         for role, tensor in (("input", input), ("weight", lambda: self.weight)):
             if not call.knows(self._column(role)):
                 self._own[role] = self._scale_of(role, tensor().detach())
+            elif role == "weight" and self._casts_weight(call):
+                self._own[role] = call.scaling.weight_scale(self.weight.detach(), call)
         if not call.knows(self.layer_state.grad_output_column):
             self._own["grad_output"] = call.scale(self.layer_state.grad_output_column)[0].reshape(1).clone()
         return call.records
+
+    def _casts_weight(self, call: Call) -> bool:
+        """Whether this call casts the weight, and by our rules: a script may have made it larger than its scale can
+        take.
+        """
+        layer_state = self.layer_state
+        if layer_state.quantized_weight is not None or layer_state.fp8_state.exact:
+            return False
+        kept = layer_state.cached
+        return kept is None or not (call.may_cache(self.weight) and kept.is_of(self.weight))
 
     def finish(self, output: torch.Tensor) -> torch.Tensor:
         """What the layer returns: `output`, as a tensor that callers may write into, with our hook behind it."""

@@ -66,10 +66,7 @@ class WeightCaster:
         """Fill the segments' quantized values; returns scale_inv of every weight, in the shape its layer wants."""
         owners = [self.index[id(segment.weight)] for segment in segments]
         per_weight = self._exchange_amaxes(segments, owners)
-        scales = [
-            self.scaling.owner_scales(weight, amaxes, self.fp8_state)
-            for weight, amaxes in zip(self.weights, per_weight, strict=True)
-        ]
+        scales = self.scaling.owner_scales(self.weights, per_weight, self.fp8_state)
         self.scaling.owner_quantize(segments, [scales[owner] for owner in owners])
         return reciprocals(scales)
 

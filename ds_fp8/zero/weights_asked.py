@@ -23,7 +23,6 @@ from ..comm.meeting import PATIENCE_S, Meeting
 from ..errors import WeightError
 from .weights import OwnedWeight
 
-
 _optimizers = itertools.count()
 """O3 optimizers of this process: the same number on all ranks means the same one."""
 

@@ -85,9 +85,9 @@ def experts() -> None:
     build(grouped._sum_rows_kernel, ["*bf16", "*fp32", "*i32", "i32", "i32"], {"ROWS": 32, "COLUMNS": 64})
     build(grouped._tail_kernel, ["*bf16", "*i32", "i32", "i32"], {"ROWS": 16, "COLUMNS": 256})
     build(grouped._empty_kernel, ["*bf16", "*i32", "i32"], {"STEP": 4096})
-    for data, weights in (("*bf16", "*bf16"), ("*bf16", "*fp32"), ("*fp32", "*fp32")):
-        build(visits._sum_kernel, [data, "*i64", weights, data, "i32", "i32"], {"WEIGHTED": True, "COLUMNS": 4096})
-        pointers = [data, data, "*i64", weights, data, "*fp32", "i32", "i32"]
+    for data, factors in (("*bf16", "*bf16"), ("*bf16", "*fp32"), ("*fp32", "*fp32")):
+        build(visits._sum_kernel, [data, "*i64", factors, data, "i32", "i32"], {"WEIGHTED": True, "COLUMNS": 4096})
+        pointers = [data, data, "*i64", factors, data, "*fp32", "i32", "i32"]
         build(visits._backward_kernel, pointers, {"COLUMNS": 4096})
     for kind in gates.KINDS.values():
         how = {"KIND": kind, "ROWS": gates.ROWS, "COLUMNS": gates.COLUMNS}

@@ -189,8 +189,8 @@ def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
 
 @pytest.mark.parametrize("times", [1.0, 1.9, 2.1, 64.0, float("inf"), float("nan")])
 def test_a_weight_that_has_outgrown_its_scale_is_cast_by_its_own(times):
-    """More than twice the range: scale and data are those of its own amax, both ways round; else those of the step. Slots
-    are zero again, and the amax is raised by calls that record.
+    """More than twice the range: scale and data are those of its own amax, both ways round; else those of the step.
+    Slots are zero again, and the amax is raised by calls that record.
     """
     fmt, margin = E4M3, 1
     x = wide(80 * 144).view(80, 144).bfloat16()

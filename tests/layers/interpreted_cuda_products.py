@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from ds_fp8.kernels.triton import entry, launch, operands
+from ds_fp8.kernels.triton import entry, launch, operands, weights
 from ds_fp8.layers import compiled, compiled_products, cuda_products, fp8_linear
 from ds_fp8.layers.gemm import matmul
 from ds_fp8.layers.layer_state import QuantizedWeight
 from ds_fp8.layers.operands import GROUPS, ROWS, TENSOR, TILES, Operand
-from ds_fp8.layers.scales import Scales
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
@@ -54,9 +53,6 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a: torch.Tensor, scale_
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()  # each test has its own limit of recompilations
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    # Asked on a CPU alone, by the path that these products are compared with; steps here are longer than an
-    # optimizer's.
-    monkeypatch.setattr(Scales, "is_outgrown", lambda *_: False)
     monkeypatch.setattr(cuda_products, "library_for", lambda device: entry)
     for module in (fp8_linear, compiled_products):
         monkeypatch.setattr(module, "takes", takes)
@@ -78,7 +74,8 @@ def takes(x: torch.Tensor, weight: torch.Tensor, call: Any) -> bool:
 
 def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True, cached: bool = True,
            spoiled: int = -1, quantized: bool = False, shape: tuple[int, ...] = (2, 64), micro_batches: int = 1,
-           managed: bool = False, sharded: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
+           managed: bool = False, sharded: bool = False,
+           enlarged: bool = False) -> tuple[list[torch.Tensor], Any]:  # fmt: skip
     """Outputs and gradients of some steps, each after an evaluation, and the FP8 state."""
     torch.manual_seed(0)
     RUNS["recipe"] = recipe.kind
@@ -105,6 +102,8 @@ def passes(recipe: Recipe, *, fast: bool, graph: bool = False, bias: bool = True
         model.zero_grad()
         generator = torch.Generator().manual_seed(step)
         for _ in range(micro_batches):
+            if enlarged:
+                model[0].weight.data.mul_(16)
             x = torch.randn(*shape, WIDTH, generator=generator).bfloat16().requires_grad_()
             gradient = (torch.randn(*shape, WIDTH, generator=generator) * 1e-3).bfloat16()
             if step == spoiled:
@@ -170,6 +169,13 @@ def test_under_an_engine_where_the_first_step_measures_each_tensor(cached):
     hold_together(RECIPES[1], managed=True, cached=cached, spoiled=0, bias=False)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_a_weight_that_a_script_makes_sixteen_times_as_large(sharded):
+    """Through `.data`, which leaves no trace on the host: cast by its own scale in forward, evaluation, backward."""
+    found = hold_together(RECIPES[0], managed=True, cached=False, enlarged=True, sharded=sharded)
+    assert all(tensor.isfinite().all() for tensor in found)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_sharded_weight(recipe):
     """Cast in the forward as it lies, and in the backward, where ZeRO-3 has gathered it again, transposed: the same
@@ -183,9 +189,9 @@ def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
     again.
     """
     launches = []
-    for name in ("cast_delayed", "cast_current"):
-        cast = getattr(operands, name)
-        monkeypatch.setattr(operands, name, lambda *a, cast=cast, **k: launches.append(cast) or cast(*a, **k))
+    for module, name in ((operands, "cast_delayed"), (operands, "cast_current"), (weights, "cast_weight")):
+        cast = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, cast=cast, **k: launches.append(cast) or cast(*a, **k))
     transposed = []
     monkeypatch.setattr(
         cuda_products, "dense", lambda quantized, make=cuda_products.dense: transposed.append(1) or make(quantized)

@@ -1,9 +1,9 @@
 """Casts of weights under delayed scaling: by the scale of the step, or by the weight's own where a script has written.
 
-A scale of the step fits what the last step left. A script may write far larger values in between (`weight.data.mul_(16)`,
-averaged weights swapped in), and nothing on the host tells. So the cast measures the weight, and its last program looks:
-where the amax is more than twice what the scale can take, that program casts all of it once more by its own amax. What
-is usual costs one atomic addition per program; what is rare costs milliseconds, and is right.
+A scale of the step fits what the last step left. A script may write far larger values in between (averaged weights
+swapped in, `weight.data.mul_(16)`), and nothing on the host tells. So the cast measures the weight, and its last
+program looks: where the amax is more than twice what the scale can take, that program casts all of it once more by its
+own amax. What is usual costs one atomic addition per program; what is rare costs milliseconds, and is right.
 
 The amax of a launch and the count of programs that are done lie in `own`, which the last program zeroes again.
 """
@@ -71,7 +71,8 @@ def _last(own_ptr, programs):
 @triton.jit
 def _own_scale(bits, FMAX: tl.constexpr, MARGIN_FACTOR: tl.constexpr):
     """numerics.scaling.scale_from_amax for the bits of a positive finite amax."""
-    scale = tl.div_rn(tl.div_rn(FMAX + bits * 0.0, bits.to(tl.float32, bitcast=True)), MARGIN_FACTOR + bits * 0.0)
+    amax = bits.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(tl.div_rn(FMAX + amax * 0.0, amax), MARGIN_FACTOR + amax * 0.0)
     return tl.minimum(scale.to(tl.int32, bitcast=True), 0x7F7FFFFF).to(tl.float32, bitcast=True)
 
 
@@ -84,7 +85,8 @@ def _is_outgrown(bits, scale, LIMIT: tl.constexpr):
 def _weight_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, pending_ptr, own_ptr, scale_inv_ptr, rows, columns,
                    column, FMT: tl.constexpr, FMAX: tl.constexpr, LIMIT: tl.constexpr, MARGIN_FACTOR: tl.constexpr,
                    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, MEASURE: tl.constexpr, EVEN: tl.constexpr,
-                   TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FROZEN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+                   TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FROZEN: tl.constexpr,
+                   HARDWARE: tl.constexpr):  # fmt: skip
     first_row, first_column = tl.program_id(0).to(tl.int64) * TILE_ROWS, tl.program_id(1).to(tl.int64) * TILE_COLUMNS
     scale = tl.load(frozen_ptr + column * FROZEN + 1)
     bits = _tile(

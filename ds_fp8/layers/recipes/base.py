@@ -132,6 +132,12 @@ class Scaling:
         """
         return (2, 4)
 
+    def weight_scale(self, weight: torch.Tensor, call: Call) -> torch.Tensor:
+        """fp32 [1]: the scale with which Transformer Engine is to cast [N, K] now; of a recipe with a history, for a
+        weight that has one.
+        """
+        raise NotImplementedError
+
     # -- O3 and frozen weights: the owner casts ----------------------------------------------------------------------
 
     def owner_amaxes(self, shape: tuple[int, int]) -> int:
@@ -147,8 +153,10 @@ class Scaling:
         """
         raise NotImplementedError
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
-        """The scales with which the layer itself would cast, for these amaxes of the whole weight (`shape`, `layer`).
+    def owner_scales(
+        self, weights: Sequence[Any], amaxes: Sequence[torch.Tensor], fp8_state: Any
+    ) -> list[torch.Tensor]:
+        """For each weight (`shape`, `layer`) the scales with which its layer would cast, for these amaxes of the whole.
 
         A recipe with a history has the amax recorded when the layer next uses the weight.
         """

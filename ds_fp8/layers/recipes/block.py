@@ -99,8 +99,13 @@ class BlockScaling(Scaling):
         for segment, owner in zip(segments, owners, strict=True):
             measure_tiles(segment, per_weight[owner].view(tiles_of(segment.weight.shape)))
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
-        return block_scale(amaxes.view(tiles_of(weight.shape)), E4M3, power_of_two=True)
+    def owner_scales(
+        self, weights: Sequence[Any], amaxes: Sequence[torch.Tensor], fp8_state: Any
+    ) -> list[torch.Tensor]:
+        return [
+            block_scale(one.view(tiles_of(weight.shape)), E4M3, power_of_two=True)
+            for weight, one in zip(weights, amaxes, strict=True)
+        ]
 
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         for segment, of_segment in zip(segments, scales, strict=True):

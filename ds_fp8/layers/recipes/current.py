@@ -66,8 +66,10 @@ class CurrentScaling(Scaling):
                       per_weight: Sequence[torch.Tensor]) -> None:  # fmt: skip
         measure_tensors(segments, owners, amaxes)
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
-        return scale_from_amax(amaxes.view(()), E4M3)
+    def owner_scales(
+        self, weights: Sequence[Any], amaxes: Sequence[torch.Tensor], fp8_state: Any
+    ) -> list[torch.Tensor]:
+        return [scale_from_amax(amax.view(()), E4M3) for amax in amaxes]
 
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         quantize_tensors(segments, scales)

@@ -6,13 +6,14 @@ seen one. The scales of all layers and their histories lie in the FP8 state, whi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...formats import Format
 from ...kernels import amax as amax_of
-from ...kernels import quantize, quantize_with_amax
+from ...kernels import library_for, quantize, quantize_with_amax
 from ...numerics.scaling import scale_inv_of
 from ..layer_state import Call
 from ..operands import TENSOR, Operand, QuantizedPair, is_given, with_overflow_shown
@@ -41,13 +42,21 @@ class DelayedScaling(CurrentScaling):
         fmt, exact = call.format_of(column), call.layer_state.fp8_state.exact
         if is_given(weight, call.layer_state) and not exact:
             return _without_history(values, call, column, fmt, amax_of(values))
-        cast = self.quantize(values, call, column)
-        if exact or not call.knows(column) or values.device.type != "cpu":
-            return cast
+        if exact or not call.knows(column):
+            return self.quantize(values, call, column)
         assert call.scales is not None
+        if values.device.type != "cpu":  # measured first: whether it has outgrown its scale is for the device to say
+            amax = amax_of(values)
+            if call.records:
+                call.record(column, amax)
+            scale = call.scales.of_weight(column, amax, fmt)
+            return Operand(quantize(values, scale, fmt), scale_inv_of(scale), TENSOR, scale, amax)
+        cast = self.quantize(values, call, column)
         amax = amax_of(values) if cast.amax is None else cast.amax
-        outgrown = call.scales.is_outgrown(column, amax, fmt)
-        return _without_history(values, call, column, fmt, amax) if outgrown else cast
+        scale = call.scales.of_weight(column, amax, fmt)
+        if scale is cast.scale:
+            return cast
+        return Operand(quantize(values, scale, fmt), scale_inv_of(scale), TENSOR, scale, amax)
 
     def requantize_weight(
         self, weight: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor] | None, fmt: Format
@@ -93,25 +102,52 @@ class DelayedScaling(CurrentScaling):
     ) -> Operand:  # fmt: skip
         column, scales = call.layer_state.weight_column, call.scales
         assert scales is not None
-        pending = call.raised(column) if straight else None
-        quantized, back = library.operands.cast_delayed(
-            weight,
-            scales.frozen,
-            column,
-            call.format_of(column),
-            pending,
-            straight=straight,
-            transposed=transposed,
-            kept=kept,
-        )
-        scale_inv = scales.scale_inv[column]
+        pending, fmt = call.raised(column) if straight else None, call.format_of(column)
+        if call.layer_state.fp8_state.exact:
+            quantized, back = library.operands.cast_delayed(
+                weight, scales.frozen, column, fmt, pending, straight=straight, transposed=transposed, kept=kept
+            )
+            scale_inv = scales.scale_inv[column]
+        else:
+            scale_inv = torch.empty((), dtype=torch.float32, device=weight.device) if kept is None else kept.view(())
+            quantized, back = library.weights.cast_weight(
+                weight,
+                scales.frozen,
+                column,
+                fmt,
+                pending,
+                scales.own,
+                scale_inv,
+                margin=scales.margin,
+                straight=straight,
+                transposed=transposed,
+            )
         return Operand(quantized, scale_inv, TENSOR, transposed=None if back is None else Operand(back, scale_inv))
 
-    def owner_scales(self, weight: Any, amaxes: torch.Tensor, fp8_state: Any) -> torch.Tensor:
-        # The step's amaxes are in the histories already: this is the scale that the layer would cast with next.
-        scale: torch.Tensor = fp8_state.weight_scale(weight.layer, amaxes.view(()))
-        fp8_state.record_weight_amax(weight.layer, amaxes.view(()))
+    def weight_scale(self, weight: torch.Tensor, call: Call) -> torch.Tensor:
+        column, fmt, scales = (
+            call.layer_state.weight_column,
+            call.format_of(call.layer_state.weight_column),
+            call.scales,
+        )
+        assert scales is not None
+        library = library_for(weight.device) if weight.is_cuda and weight.is_contiguous() else None
+        if library is None:
+            return scales.of_weight(column, amax_of(weight), fmt).reshape(1)
+        scale: torch.Tensor = library.weights.weight_scale(
+            weight, scales.frozen, column, fmt, scales.own, margin=scales.margin
+        )
         return scale
+
+    def owner_scales(
+        self, weights: Sequence[Any], amaxes: Sequence[torch.Tensor], fp8_state: Any
+    ) -> list[torch.Tensor]:
+        # The step's amaxes are in the histories already: these are the scales that the layers would cast with next.
+        each = [amax.view(()) for amax in amaxes]
+        for weight, amax in zip(weights, each, strict=True):
+            fp8_state.record_weight_amax(weight.layer, amax)
+        scales: list[torch.Tensor] = fp8_state.weight_scales([weight.layer for weight in weights], each)
+        return scales
 
     def te_arguments(self, formats: Any, recipe: Any) -> dict[str, Any]:
         # The histories are the FP8 state's: Transformer Engine's own is one entry long, the slot where a cast leaves
