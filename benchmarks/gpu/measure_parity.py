@@ -41,6 +41,7 @@ def level(name: str, **keys: Any) -> dict[str, Any]:
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bf16": {},
+    "bf16 again": {},
     "delayed": {"fp8": FP8 | {"recipe": "delayed"}},
     "O2": level("O2"),
     "O3": level("O3"),
@@ -97,7 +98,10 @@ def jobs(options: argparse.Namespace, vocabulary: int) -> dict[str, dict[str, An
         add(name, 3, PRETRAIN)
     adapt(2)
     adapt(3)
-    wanted = options.only.split(",") if options.only else list(found)
+    wanted = options.only.split(";") if options.only else list(found)
+    for name in wanted:  # any other seed
+        kind, configuration, seed = name.partition("@")[0].split("/")
+        add(configuration, int(seed), {"pretrain": PRETRAIN, "tune": TUNE, "lora": LORA}[kind])
     return {name: found[name.partition("@")[0]] | {"ranks": int(name.partition("@")[2] or 1)} for name in wanted}
 
 
@@ -237,7 +241,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="runs that share a GPU")
     parser.add_argument("--tokens-per-s", type=float, default=380e3, help="of one GPU, for all its runs")
     parser.add_argument("--step-seconds", type=float, default=0.1, help="least time of a step, by the host")
-    parser.add_argument("--only", help="names of runs, comma-separated, in this order")
+    parser.add_argument("--only", help="names of runs, separated by semicolons, in this order")
     parser.add_argument("--steps", type=int, default=0, help="other number of steps")
     parser.add_argument("--compile", action="store_true", help="with --tiny: compile the blocks too")
     parser.add_argument("--tiny", action="store_true")
