@@ -38,6 +38,9 @@ LAYER_FILE = re.compile(
     r"^(?:layer_\d+-model_\d+|layer_\d+_expert_\d+_mp_rank_\d+|expp?_rank_\d+.*)_(?:model|optim)_states\.pt$"
 )
 
+ENTRY = "ds_fp8"
+"""Key of our entries (`zero.states.KEY`, which needs torch)."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -86,14 +89,19 @@ def look(tag: Path) -> Found:
     faults: list[str] = []
     models: dict[tuple[int, int], dict[str, Any]] = {}
     shards: set[tuple[int, int]] = set()
+    saves: set[str] = set()
     for file in sorted(tag.glob("*.pt")):
         if match := MODEL_FILE.match(file.name):
             content = _content(file, faults)
             if isinstance(content, dict):
                 models[int(match["dp"] or 0), int(match["mp"])] = content
+                saves |= {save for _, save in _owners(content)}
         elif match := SHARD.match(file.name):
             shards.add((int(match["dp"]), int(match["mp"])))
-            _content(file, faults, parse=False)
+            for rank, save in _owners(_content(file, faults)):
+                saves.add(save)
+                if rank not in (None, int(match["dp"])):
+                    faults.append(f"{file.name}: holds the states of rank {rank}: renamed")
         elif LAYER_FILE.match(file.name):
             _content(file, faults, parse=False)
     if not models:
@@ -102,7 +110,21 @@ def look(tag: Path) -> Found:
     steps = {int(model["global_steps"]) for model in models.values() if isinstance(model.get("global_steps"), int)}
     if len(steps) > 1:
         faults.append(f"model files of different steps: {', '.join(map(str, sorted(steps)))}")
+    if len(saves - {""}) > 1:
+        faults.append(f"made of files of {len(saves - {''})} saves")
     return Found(tag.name, max(steps, default=_step_in(tag.name)), tuple(faults))
+
+
+def _owners(content: Any) -> Iterator[tuple[int | None, str]]:
+    """(data-parallel rank or None, id of the save or the empty string) of each entry of ours in a file."""
+    state = content if isinstance(content, dict) else {}
+    for holder in (state, state.get("optimizer_state_dict")):
+        entry = holder.get(ENTRY) if isinstance(holder, dict) else None
+        if isinstance(entry, dict):
+            layout, stamp = entry.get("layout", entry), entry.get("save")
+            rank = layout.get("rank") if isinstance(layout, dict) else None
+            save = stamp.get("id") if isinstance(stamp, dict) else None
+            yield rank if isinstance(rank, int) else None, save if isinstance(save, str) else ""
 
 
 def _is_tag(folder: Path) -> bool:

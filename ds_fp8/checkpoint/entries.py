@@ -24,16 +24,28 @@ def check_entry(entry: Any, where: str, *, rank: int, world_size: int) -> None:
     if entry is None:
         return
     layout, quantized = entry["layout"], entry["codes"]
-    for key in ("rank", "world_size"):
-        if not isinstance(layout.get(key, 0), int):
-            raise CheckpointError(f"{where}: {KEY}/layout/{key} is {layout[key]!r}, a whole number is expected.")
-    if layout.get("world_size") == world_size and layout.get("rank", rank) != rank:
-        raise CheckpointError(
-            f"{where}: holds the states of rank {layout['rank']}, and this is rank {rank}: files were renamed into each"
-            " other.\n  Give each shard its own name back, or use another tag."
-        )
+    check_owner(layout, where, rank=rank, world_size=world_size)
     for number, (numel, one) in enumerate(zip(layout["numel"], quantized, strict=True)):
         checkpointing.check_saved(one, numel, f"{where}: {KEY}, partition {number}")
+
+
+def check_owner(saved: Any, where: str, *, rank: int, world_size: int) -> None:
+    """Raise CheckpointError if a shard's `rank` and `world_size` are another rank's of a world of this size.
+
+    saved  a mapping with both; None where the shard says nothing (DeepSpeed's own, or from before)
+    """
+    if saved is None:
+        return
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{where}: {KEY} is {type(saved).__name__}, a mapping is expected.")
+    for key in ("rank", "world_size"):
+        if not isinstance(saved.get(key, 0), int):
+            raise CheckpointError(f"{where}: {KEY}, {key} is {saved[key]!r}, a whole number is expected.")
+    if saved.get("world_size") == world_size and saved.get("rank", rank) != rank:
+        raise CheckpointError(
+            f"{where}: holds the states of rank {saved['rank']}, and this is rank {rank}: files were renamed into each"
+            " other.\n  Give each shard its own name back, or use another tag."
+        )
 
 
 @torch.no_grad()

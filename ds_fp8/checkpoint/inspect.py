@@ -33,7 +33,7 @@ from ..zero.states_stage0 import Stage0Optimizer
 from ..zero.states_stage0_formats import read_state
 from ..zero.touched import touched
 from .complete import LAYER_FILE
-from .entries import check_entry, check_masters
+from .entries import check_entry, check_masters, check_owner
 from .manifest import UNFINISHED, compare, read_manifest
 from .module import check_module
 from .records import check_records
@@ -214,12 +214,14 @@ def _inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, An
     if not isinstance(shard, dict):
         raise CheckpointError(f"{path}: no optimizer shard of DeepSpeed.")
     entry, group = shard.get(KEY), engine.optimizer.dp_process_group
-    check_entry(entry, path, rank=dist.get_rank(group=group), world_size=dist.get_world_size(group=group))
+    place = {"rank": dist.get_rank(group=group), "world_size": dist.get_world_size(group=group)}
+    check_owner(content.get(KEY), path, **place)
+    check_entry(entry, path, **place)
     _check_layout(engine, shard, path)
     flats = shard.get(FP32_FLAT_GROUPS, shard.get(SINGLE_PARTITION_OF_FP32_GROUPS))
     if entry is not None and isinstance(flats, (list, tuple)):
         check_masters(entry, flats, path)
-    return _ids(entry)
+    return _ids(content.get(KEY)) + _ids(entry)
 
 
 def _check_layout(engine: Any, shard: dict[str, Any], path: str) -> None:

@@ -27,12 +27,16 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ..errors import CheckpointError
+from ..zero.states import KEY
 from ..zero.touched import touched
+from .complete import SHARD
 from .manifest import MANIFEST, UNFINISHED, directory_digest
+from .stamp import STAMP
 
 TOUCHED = {
     "CheckpointEngine": touched(reads="save", writes="save"),
-    "Engine": touched(reads="checkpoint_engine global_rank local_rank use_node_local_storage"),
+    "Engine": touched(reads="checkpoint_engine global_rank local_rank optimizer use_node_local_storage"),
+    "ZeroStage12": touched(reads="dp_process_group"),
 }
 
 VERSION = 1
@@ -63,7 +67,7 @@ def save_checkpoint(
     # With node-local storage each node has a folder, and a manifest, of its own.
     writer = int(engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
     _all_or_none(_begin(folder) if writer else None)
-    with _noted_files(engine) as written:
+    with _noted_files(engine, stamp) as written:
         result = original(save_dir, tag, client_state or {}, False, *args, **kwargs)
     found = _meet(_described(folder, written))
     problem = None
@@ -81,14 +85,18 @@ def _is_done_on_return(engine: Any) -> bool:
 
 
 @contextmanager
-def _noted_files(engine: Any) -> Iterator[list[Path]]:
-    """The paths that this rank hands to DeepSpeed's writer."""
+def _noted_files(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Path]]:
+    """The paths that this rank hands to DeepSpeed's writer; each optimizer shard says which save and rank it is of."""
     writer, written = engine.checkpoint_engine, []
     original = writer.save
 
     @functools.wraps(original)
     def save(state_dict: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         written.append(Path(path))
+        shard = SHARD.match(Path(path).name)
+        if shard and isinstance(state_dict, dict) and KEY not in state_dict:
+            owner = {"rank": int(shard["dp"]), "world_size": _data_parallel_size(engine)}
+            state_dict = {**state_dict, KEY: {STAMP: stamp, **owner}}
         return original(state_dict, path, *args, **kwargs)
 
     writer.save = save
@@ -96,6 +104,11 @@ def _noted_files(engine: Any) -> Iterator[list[Path]]:
         yield written
     finally:
         del writer.save
+
+
+def _data_parallel_size(engine: Any) -> int:
+    group = getattr(engine.optimizer, "dp_process_group", None)
+    return int(dist.get_world_size(group=group))
 
 
 def _described(folder: Path, written: list[Path]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from ds_fp8.checkpoint.complete import look
 from ds_fp8.checkpoint.manifest import MANIFEST
 
 pytestmark = pytest.mark.dist
@@ -131,6 +132,57 @@ def weights(engine: Any) -> torch.Tensor:
     return torch.cat([parameter.detach().float().reshape(-1) for parameter in engine.module.parameters()])
 
 
+def swap(good: Path, swapped: Path) -> None:
+    """A copy whose two shards are renamed into each other."""
+    shutil.copytree(good, swapped)
+    (swapped / "a" / shard(0)).rename(swapped / "a" / "kept")
+    (swapped / "a" / shard(1)).rename(swapped / "a" / shard(0))
+    (swapped / "a" / "kept").rename(swapped / "a" / shard(1))
+
+
+OWNER_DAMAGE: dict[str, Any] = {
+    "renamed into each other": swap,
+    "a shard of another save": lambda good, bad: shutil.copy(
+        shutil.copytree(good, bad).parent / "early" / "a" / shard(1), bad / "a" / shard(1)
+    ),
+    "an entry that is a list": lambda good, bad: edit(
+        shutil.copytree(good, bad) / "a" / shard(1), lambda content: content.update(ds_fp8=[1])
+    ),
+    "a rank that is text": lambda good, bad: edit(
+        shutil.copytree(good, bad) / "a" / shard(1), lambda content: content["ds_fp8"].update(rank="1")
+    ),
+}
+"""With `fp8` alone, where the states in a shard are DeepSpeed's own: what the entry beside them tells."""
+
+
+def try_owners(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """Each of OWNER_DAMAGE: (message, weights unchanged, what `look` says of the folder)."""
+    engine = old_jobs.make_engine({key: value for key, value in JOB.items() if key != "msamp"})
+    results: dict[str, Any] = {}
+    for number, name in enumerate(("early", "good")):
+        old_jobs.train(engine, range(number, number + 1))
+        engine.save_checkpoint(str(Path(folder) / name), tag="a")
+        if rank == 0:
+            (Path(folder) / name / "a" / MANIFEST).unlink()
+    good = Path(folder) / "good"
+    wanted = old_jobs.train(engine, range(2, 4))
+    for number, (name, damage) in enumerate(OWNER_DAMAGE.items()):
+        bad = Path(folder) / f"bad{number}"
+        if rank == 0:
+            damage(good, bad)
+        torch.distributed.barrier()
+        before = weights(engine)
+        try:
+            engine.load_checkpoint(str(bad))
+            message = "loaded"
+        except Exception as error:  # noqa: BLE001  # raw errors are what must not come
+            message = f"{type(error).__name__}: {error}"
+        results[name] = (message, torch.equal(before, weights(engine)), look(bad / "a").faults)
+    engine.load_checkpoint(str(good))
+    results["good"] = (old_jobs.train(engine, range(2, 4)) == wanted, look(good / "a").faults)
+    return results
+
+
 def try_damage(rank: int, world_size: int, folder: str) -> dict[str, tuple[str, bool]]:
     engine = old_jobs.make_engine(JOB)
     old_jobs.train(engine, range(1))
@@ -165,14 +217,7 @@ def try_damage(rank: int, world_size: int, folder: str) -> dict[str, tuple[str, 
             attempt(f"{file}: {name}", prepare, bad)
 
     swapped = Path(folder) / "swapped"
-
-    def swap() -> None:
-        shutil.copytree(good, swapped)
-        (swapped / "a" / shard(0)).rename(swapped / "a" / "kept")
-        (swapped / "a" / shard(1)).rename(swapped / "a" / shard(0))
-        (swapped / "a" / "kept").rename(swapped / "a" / shard(1))
-
-    attempt("renamed into each other", swap, swapped)
+    attempt("renamed into each other", lambda: swap(good, swapped), swapped)
 
     engine.save_checkpoint(str(Path(folder) / "later"), tag="a")
     mixed = Path(folder) / "mixed"
@@ -226,3 +271,16 @@ def test_every_rank_refuses_and_nothing_changes(results, name):
 def test_the_undamaged_one_loads_after_all_that(results):
     assert all(of_rank["good"] == ("True", True) for of_rank in results)
     assert results[0]["resumed"] == results[1]["resumed"]
+
+
+def test_shards_of_deepspeed_say_whose_they_are(tmp_path):
+    """`fp8` alone, no manifest: a shard at another rank's place, or of another save, is refused, and seen offline."""
+    for of_rank in run_ranks(2, try_owners, str(tmp_path)):
+        for name in OWNER_DAMAGE:
+            message, unchanged, _ = of_rank[name]
+            assert message.startswith("CheckpointError: ") and unchanged, (name, message)
+        assert "renamed into each other" in of_rank["renamed into each other"][0]
+        assert "holds the states of rank 1" in of_rank["renamed into each other"][2][0]
+        assert "files of 2 saves" in of_rank["a shard of another save"][0]
+        assert of_rank["a shard of another save"][2] == ("made of files of 2 saves",)
+        assert of_rank["good"] == (True, ())

@@ -137,12 +137,8 @@ def forge(file: Path, chosen: random.Random) -> str:
     return f"{'/'.join(map(str, path))} {done}"
 
 
-def damage(place: Path, seed: int, has_ids: bool) -> str:
-    """Do one or two things to a copy of a checkpoint; what was done.
-
-    has_ids  every file says which save and rank it belongs to (`msamp`); without, only the manifest knows whole files
-             apart
-    """
+def damage(place: Path, seed: int) -> str:
+    """Do one or two things to a copy of a checkpoint; what was done."""
     chosen = random.Random(seed)
     tag = place / "a"
     done = []
@@ -152,8 +148,6 @@ def damage(place: Path, seed: int, has_ids: bool) -> str:
     for _ in range(chosen.choice((1, 1, 2))):
         file = tag / chosen.choice((MODEL, shard(0), shard(1)))
         kind = chosen.random()
-        if not has_ids and any(one.endswith(("replace", "exchange")) for one in done):
-            break  # the manifest stays, whatever else comes
         if kind < 0.4 and any(one in (f"{file.name}: flip", f"{file.name}: lose_sector") for one in done):
             break  # saved anew, and without a manifest, the first damage would have right sums everywhere
         if kind < 0.4 and file.is_file() and not file.is_symlink():
@@ -169,8 +163,6 @@ def damage(place: Path, seed: int, has_ids: bool) -> str:
                 done.append(f"{other.name}: {how.__name__}")
         elif file.is_file() and file.stat().st_size:
             how = chosen.choice(FILE_DAMAGES)
-            if how in (replace, exchange) and not has_ids and not (tag / MANIFEST).is_file():
-                how = flip
             how(file, chosen)
             done.append(f"{file.name}: {how.__name__}")
     return "; ".join(done)
@@ -205,7 +197,7 @@ def damages(rank: int, world_size: int, place: str, job: str, default_s: float) 
         if rank == 0:
             shutil.rmtree(bad, ignore_errors=True)
             shutil.copytree(good, bad)
-            done = damage(bad, seed, "msamp" in JOBS[job])
+            done = damage(bad, seed)
         done = everyone(done)[0]
         before, loaded = weights(engine), None
         by_name = "latest" not in done
