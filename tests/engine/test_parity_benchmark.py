@@ -22,7 +22,7 @@ def test_runs_train_adapt_and_are_not_run_again(tmp_path):
     """
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     options = ["--data", str(tmp_path / "data"), "--seconds", "150"]
-    names = "pretrain/bf16/1@2,pretrain/O3/1@2"
+    names = "pretrain/bf16/1@2;pretrain/O3/1@2"
     subprocess.run([*COMMAND, *options, "--out", str(first), "--only", names], check=True, timeout=170)
     runs = json.loads(first.read_text())
     before, after = (runs["pretrain/bf16/1"]["evals"][at][1] for at in (0, -1))
@@ -36,7 +36,7 @@ def test_runs_train_adapt_and_are_not_run_again(tmp_path):
     for name, distance in moved.items():  # masters of O3 take steps of 1e-6 as fp32 masters do
         assert distance == pytest.approx(runs["pretrain/bf16/1"]["moved in the tail"][name], rel=0.3)
 
-    again = f"{names},pretrain/bf16/2,lora/delayed/1"
+    again = f"{names};pretrain/bf16/2;lora/delayed/1"
     command = [*COMMAND, *options, "--resume", str(first), "--out", str(second), "--only", again]
     said = subprocess.run(command, check=True, timeout=170, capture_output=True, text=True).stdout
     assert "pretrain/bf16/1:" not in said and "4 runs are done" in said
