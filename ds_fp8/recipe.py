@@ -139,10 +139,14 @@ class Recipe:
     def keeps_history(self) -> bool:
         return self.facts.keeps_history
 
-    @property
-    def of_experts(self) -> str:
-        """How stacked experts are cast; a history would be empty for an expert that nobody visits."""
-        return str(self) if self.facts.experts_scale_extent == "block" else "E4M3, current, one scale per row"
+    def of_experts(self, *, whole: bool = False) -> str:
+        """How stacked experts are cast; a history would be empty for an expert that nobody visits.
+
+        whole  their weights with one scale for each expert (`ModuleDecision.whole_experts`)
+        """
+        if self.facts.experts_scale_extent == "block":
+            return str(self)
+        return f"E4M3, current, one scale per row{', and per expert of a weight' if whole else ''}"
 
     def __str__(self) -> str:
         if not self.keeps_history:

@@ -17,7 +17,7 @@ from timing import alternate, copy_bytes_per_ms, free
 from ds_fp8.formats import E4M3
 from ds_fp8.kernels import grouped as casts
 from ds_fp8.layers import grouped_high, grouped_rows
-from ds_fp8.layers.groups import Groups, Stack
+from ds_fp8.layers.groups import Groups, Layout, Stack
 
 SHAPES: dict[str, tuple[int, int, int, int, bool]] = {
     "Mixtral up": (8, 28672, 4096, 16384, False),
@@ -39,7 +39,7 @@ def works_of(experts: int, n: int, k: int, rows: int, transposed: bool) -> dict[
     gradient = torch.randn(rows, n, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(experts, n, k, device="cuda", dtype=torch.bfloat16) * 0.02
     weight = weight.transpose(1, 2).contiguous() if transposed else weight
-    stack = Stack(weight, transposed)
+    stack = Stack(weight, Layout(transposed))
     coded_x, coded_gradient = casts.quantize_rows(x, E4M3), casts.quantize_rows(gradient, E4M3)
     kept = grouped_rows.keep_for_wgrad(x, groups)
     kept_gradient = grouped_rows.keep_for_wgrad(gradient, groups)

@@ -40,8 +40,8 @@ def frozen_weights_are_there(settings: Settings, host: Host | None, model: Model
     """Frozen weights in FP8 alone, in a model that has none."""
     if model is None or model.is_partial or not settings.fp8.enabled or not settings.trains:
         return
-    if settings.fp8.frozen_weights == "fp8" and not model.frozen_layers:
-        what = "fp8: no FP8 Linear of this model has a frozen weight of its own that all its products use in FP8"
+    if settings.fp8.frozen_weights == "fp8" and not model.frozen_weights:
+        what = "fp8: no FP8 layer of this model has a frozen weight of its own that all its products use in FP8"
         cure = "Freeze the base before deepspeed.initialize, as peft.get_peft_model does, or remove the key"
         yield Refusal(("fp8", "frozen_weights"), what, cure)
 
@@ -63,8 +63,7 @@ def fp8_weights_travel(settings: Settings, host: Host | None, model: ModelFacts 
         return
     what = (
         "sends the weights of FP8 layers in quantized form, but no weight qualifies: each is frozen, shared with "
-        "another module, used in high precision (override_linear_precision), or belongs to a layer whose weights "
-        "travel in 16 bits (Conv1D, experts)"
+        "another module, or used in high precision (override_linear_precision)"
     )
     path = ("msamp", "weight_wire" if "weight_wire" in settings.msamp.explicit else "opt_level")
     yield Refusal(path, what, "Use opt_level O2")

@@ -114,8 +114,8 @@ def quantize_many(
 
 
 def dense(quantized: torch.Tensor) -> torch.Tensor:
-    """FP8 values [R, C] dense by rows: themselves, or a copy of a transposed view, which is what dgrad and wgrad
-    want.
+    """FP8 values [R, C], or [experts, R, C], dense by rows: themselves, or a copy of transposed views, which is what
+    dgrad and wgrad want.
     """
     if quantized.is_contiguous():
         return quantized

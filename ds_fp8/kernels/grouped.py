@@ -11,7 +11,9 @@ import torch
 
 from ..formats import Format
 from ..numerics import row_scales
-from .dispatch import library_for
+from ..numerics.dtypes import torch_dtype
+from ..numerics.scaling import scale_from_amax
+from .dispatch import amax_many, library_for, quantize_many
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 """Quantized values and scale_inv."""
@@ -25,6 +27,16 @@ def quantize_rows(x: torch.Tensor, fmt: Format) -> Quantized:
 def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | None) -> tuple[Quantized, torch.Tensor]:
     """See numerics.row_scales: one scale for each row, and the amaxes of columns beside."""
     return _casts(x, whole_rows=True).quantize_rows_measured(x, fmt, table)
+
+
+def quantize_experts(x: torch.Tensor, fmt: Format) -> Quantized:
+    """x [experts, R, C] -> quantized values of its shape and scale_inv [experts]: each with the scale of its amax, to
+    the bits that `owner` makes at O3.
+    """
+    quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
+    scale = scale_from_amax(amax_many(list(x.unbind())), fmt)
+    quantize_many([one.reshape(-1) for one in x], scale, fmt, [one.view(-1) for one in quantized.view(torch.uint8)])
+    return quantized, torch.reciprocal(scale)
 
 
 def column_amaxes(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:

@@ -3,11 +3,13 @@
 swap_layers(model, plan)   nn.Linear -> Fp8Linear or te.Linear, norms likewise; the same Parameter objects
 restore_layers(model)      torch's layers again
 ModelFp8State              amax histories and scales of all layers, their update once per step, state
+holders_of(layer)          where quantized values of its weights are set from outside
 QuantizedWeight            a weight that its owner has cast (O3)
 """
 
 from __future__ import annotations
 
+from .experts import holders_of
 from .fp8_linear import Fp8Linear
 from .fp8_state import ModelFp8State
 from .layer_state import QuantizedWeight
@@ -20,6 +22,7 @@ __all__ = [
     "Fp8RMSNorm",
     "ModelFp8State",
     "QuantizedWeight",
+    "holders_of",
     "restore_layers",
     "swap_layers",
 ]

@@ -66,18 +66,22 @@ def linear(
     shape: tuple[int, int],
     training: bool,
 ) -> torch.Tensor:
-    """The forward of an Fp8Linear while it is traced; `shape` (N, K) of the weight.
+    """The forward of an Fp8Linear, or of a layer like it, while it is traced; `shape` (N, K) of the weight.
+
+    weight  the Parameter; [K, N] where `layer_state.transposed`
 
     Reads of `layer_state` only what never changes: all else would be guarded, or differ between equal layers.
     """
+    turned = layer_state.transposed
     training = training or (layer_state.trains_in_eval and torch.is_grad_enabled())
     if not (training or layer_state.runs_in_eval):
         if has_torch_function_unary(weight) and not torch.compiler.is_exporting():  # released (O3)
             with torch._C.DisableTorchFunctionSubclass():
-                return F.linear(input, _Values.apply(weight, layer_state.anchor), bias)
-        return F.linear(input, weight, bias)
+                values = _Values.apply(weight.t() if turned else weight, layer_state.anchor)
+                return F.linear(input, values, bias)
+        return F.linear(input, weight.t() if turned else weight, bias)
     with torch._C.DisableTorchFunctionSubclass():  # a weight that is released (O3) is passed on, not decoded
-        return _operator(input, weight, bias, layer_state, shape, training)
+        return _operator(input, weight.t() if turned else weight, bias, layer_state, shape, training)
 
 
 def _operator(

@@ -24,7 +24,17 @@ from ..capabilities import FP8_SINCE
 from ..kernels import dense, library_for
 from .gemm import aligned
 from .layer_state import Call, LayerFp8State
-from .operands import CachedWeight, Operand, Quantized, QuantizedPair, cast_weight, is_given, is_sharded
+from .operands import (
+    CachedWeight,
+    Operand,
+    Quantized,
+    QuantizedPair,
+    cast_weight,
+    comes_again,
+    is_given,
+    parameter_of,
+    weight_again,
+)
 from .products import refuse_second_derivative
 
 
@@ -67,7 +77,7 @@ class CudaProducts(torch.autograd.Function):
             input, weight, bias, call, dgrad=grad and needs[0] and not late, wgrad=grad and needs[1]
         )
         if late and grad and needs[0]:
-            ctx.save_for_backward(weight, None, *transposed)
+            ctx.save_for_backward(parameter_of(weight), None, *transposed)
         else:
             ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *transposed)
         ctx.late = late
@@ -237,13 +247,6 @@ def _kept_weight(weight: torch.Tensor, call: Call, *, transposed: bool) -> Ready
     return ready
 
 
-def comes_again(weight: torch.Tensor, call: Call) -> bool:
-    """Whether the weight, or its quantized values, will be there in the backward without being kept: gathered again, or
-    a store's own.
-    """
-    return is_sharded(weight) or call.quantized_weight is not None
-
-
 def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Quantized:
     """`ReadyWeight.dgrad` made in the backward, to the bits that the forward's cast had: the scale stands still in a
     step.
@@ -251,7 +254,7 @@ def weight_for_dgrad(weight: torch.Tensor, call: Call) -> Quantized:
     if call.quantized_weight is not None:
         data, scale_inv = call.quantized_weight
         return dense(data.t()).t(), _t(_fit(_t(scale_inv)))
-    back = _cast_weight_now(weight, call, transposed=True, straight=False).transposed
+    back = _cast_weight_now(weight_again(weight, call), call, transposed=True, straight=False).transposed
     assert back is not None
     return back.data.t(), _t(_fit(back.scale_inv))
 
@@ -261,7 +264,7 @@ def _ready(operand: Operand, *, transposed: bool) -> ReadyWeight:
     if transposed:  # a cached forward without gradients, and quantized values from outside, have none yet
         other = operand.transposed or Operand(dense(operand.data.t()), _t(operand.scale_inv), operand.extent)
         back, back_scale_inv = other.data.t(), _t(_fit(other.scale_inv))
-    return ReadyWeight(operand.data.t(), _t(_fit(operand.scale_inv)), back, back_scale_inv, operand)
+    return ReadyWeight(dense(operand.data).t(), _t(_fit(operand.scale_inv)), back, back_scale_inv, operand)
 
 
 def _cast_weight_now(

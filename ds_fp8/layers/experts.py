@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import has_torch_function_unary
 
 from .. import experts
 from ..errors import BackendError, LayerError
@@ -28,8 +30,8 @@ from . import expert_gates
 from .as_original import ORIGINAL
 from .expert_rows import Visits, biased
 from .grouped_products import GroupedProducts
-from .groups import Groups
-from .layer_state import may_keep
+from .groups import Groups, Layout
+from .layer_state import QuantizedWeight, may_keep
 from .once import once_for_each
 from .opaque import opaque
 from .operands import CachedWeight
@@ -42,12 +44,41 @@ STATE = "_ds_fp8_experts"
 """Attribute that holds the state of converted experts."""
 
 
+class ExpertWeight:
+    """Where quantized values of one stack are handed to its experts (O3, frozen weights); see `LayerFp8State`.
+
+    quantized_weight     QuantizedWeight with data as the Parameter lies; experts then never read the Parameter
+    quantized_weight_of  the Parameter that it was made of
+    """
+
+    quantized_weight: QuantizedWeight | None = None
+    quantized_weight_of: Any = None
+
+    @property
+    def layer_state(self) -> ExpertWeight:
+        """What is set from outside is set here, as in a layer's own state."""
+        return self
+
+    def stands_for(self, weight: torch.Tensor) -> bool:
+        return self.quantized_weight is not None and weight is self.quantized_weight_of
+
+
+def holders_of(module: nn.Module) -> dict[str, Any]:
+    """Name of a weight -> where its quantized values are set from outside: the layer itself, or the place of a stack
+    (`ExpertWeight`).
+    """
+    if STATE in vars(module):
+        return dict(vars(module)[STATE].weights)
+    return {"weight": module} if hasattr(module, "quantized_weight") else {}
+
+
 class ExpertsState:
     """What converted experts know: the FP8 state of their model, and how they compute.
 
     fp8_state  whose plan and step say whether FP8 is on
     rule       names and layout of the parameters
-    least_rows  `ModuleDecision.least_rows`: with fewer rows products run in high precision
+    decision   the plan's: with fewer rows than its `least_rows` products run in high precision
+    weights    by name, where quantized values are set from outside
     ran        what the products did in the first step, while that lasts (`ran.py`)
     is_shared  several engines step these weights, so no quantized values of theirs are kept
     """
@@ -56,11 +87,11 @@ class ExpertsState:
     ran: Ran | None = None
 
     def __init__(
-        self, fp8_state: ModelFp8State, fqn: str, rule: ExpertRule, original: type[nn.Module],
-        least_rows: tuple[int, ...] = (),
+        self, fp8_state: ModelFp8State, rule: ExpertRule, original: type[nn.Module], decision: ModuleDecision
     ):  # fmt: skip
-        self.fp8_state, self.fqn, self.rule, self.original = fp8_state, fqn, rule, original
-        self.least_rows = least_rows
+        self.fp8_state, self.rule, self.original = fp8_state, rule, original
+        self.decision, self.fqn, self.least_rows = decision, decision.fqn, decision.least_rows
+        self.weights = {name: ExpertWeight() for name in rule.weights}
         self.forget_weight()
         fp8_state.holders.add(self)
 
@@ -81,15 +112,20 @@ class ExpertsState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without what it keeps."""
-        return ExpertsState, (self.fp8_state, self.fqn, self.rule, self.original, self.least_rows)
+        return ExpertsState, (self.fp8_state, self.rule, self.original, self.decision)
 
-    def recipe_for(self, name: str, rows: float) -> Recipe:
-        """The recipe of one weight's products, with `rows` rows per expert."""
+    def recipe_for(self, name: str, rows: float, *, given: bool) -> Recipe:
+        """The recipe of one weight's products, with `rows` rows per expert.
+
+        given  its quantized values were set from outside: to decode them for a product in high precision costs more
+               than that saves
+        """
         recipe = self.fp8_state.recipe
         if not self.least_rows:
             return recipe
         place = 2 * self.rule.weights.index(name)
-        return _with(recipe, high_precision((self.least_rows[place], self.least_rows[place + 1]), rows))
+        least = (self.least_rows[place], self.least_rows[place + 1])
+        return _with(recipe, HighPrecision(wgrad=True) if given else high_precision(least, rows))
 
     def is_active(self, module: nn.Module) -> bool:
         return (self.fp8_state.is_training(module.training) or self.fp8_state.plan.eval) and not self.fp8_state.warming
@@ -104,12 +140,14 @@ class Fp8Experts:
         if not state.is_active(self):  # type: ignore[arg-type]
             if state.ran is not None:
                 state.ran.called = True
-            return state.original.forward(self, *args, **named)
+            with _readable(self, state):  # type: ignore[arg-type]
+                return state.original.forward(self, *args, **named)
         return _forward_of(state)(self, _Linear(self, state), *args, **named)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        recipe = self.__dict__[STATE].fp8_state.recipe
-        return f"{super().extra_repr()} {recipe.of_experts}".strip()  # type: ignore[misc]
+        state = self.__dict__[STATE]
+        numerics = state.fp8_state.recipe.of_experts(whole=state.decision.whole_experts)
+        return f"{super().extra_repr()} {numerics}".strip()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as the module it was, and converted again: the class itself exists in this process
@@ -124,7 +162,7 @@ def convert(module: nn.Module, decision: ModuleDecision, fp8_state: ModelFp8Stat
     rule = rule_of(module)
     if rule is None:
         raise BackendError(f"{decision.fqn}: {type(module).__name__} holds no experts of a known kind; plan again.")
-    state = ExpertsState(fp8_state, decision.fqn, rule, type(module), decision.least_rows)
+    state = ExpertsState(fp8_state, rule, type(module), decision)
     take_state(module, state)
     return state
 
@@ -136,6 +174,22 @@ def take_state(module: nn.Module, state: ExpertsState | None) -> None:
         return
     module.__class__ = fp8_class(state.original)
     module.__dict__[STATE] = state
+
+
+@contextmanager
+def _readable(module: nn.Module, state: ExpertsState) -> Iterator[None]:
+    """Released weights as the values that they read as, decoded once: a loop over experts reads them again and again.
+    Their gradients go to the Parameters.
+    """
+    released = {name: module._parameters[name] for name in state.rule.weights if name in module._parameters}
+    released = {name: weight for name, weight in released.items() if has_torch_function_unary(weight)}
+    for name, weight in released.items():
+        assert weight is not None
+        module._parameters[name] = weight.view_as(weight)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._parameters.update(released)
 
 
 def restore(module: nn.Module) -> nn.Module:
@@ -186,15 +240,20 @@ class _Linear:
         if self.groups is None or self.groups.counts is not counts or self.groups.rows != x.shape[0]:
             self.groups = Groups(counts, x.shape[0])
         x = x.to(dtype).contiguous()
-        recipe, grad = self.state.recipe_for(name, x.shape[0] / self.groups.experts), torch.is_grad_enabled()
-        with torch.autocast(device, enabled=False):
+        place, grad = self.state.weights[name], torch.is_grad_enabled()
+        given = place if place.stands_for(weight) else None
+        recipe = self.state.recipe_for(name, x.shape[0] / self.groups.experts, given=given is not None)
+        # Of a weight whose quantized values are given only shape and dtype are looked at: as it is, not as it reads.
+        as_it_is = nullcontext() if given is None else torch._C.DisableTorchFunctionSubclass()
+        with torch.autocast(device, enabled=False), as_it_is:
             trains = self.state.fp8_state.is_training(self.module.training)
-            kept = self.state.kept(name, weight, records=grad and trains)
-            output = GroupedProducts.apply(x, weight, self.groups, recipe, name in rule.transposed, grad, kept)
-        if self.state.ran is not None:
-            if self.state.least_rows and all(recipe.override_linear_precision):
-                self.state.ran.called = self.state.ran.small = True
-            note_by_hook(self.state.ran, output, recipe.override_linear_precision, x, weight)
+            kept = None if given is not None else self.state.kept(name, weight, records=grad and trains)
+            layout = Layout(name in rule.transposed, self.state.decision.whole_experts)
+            output = GroupedProducts.apply(x, weight, self.groups, recipe, layout, grad, kept, given)
+            if self.state.ran is not None:
+                if self.state.least_rows and all(recipe.override_linear_precision):
+                    self.state.ran.called = self.state.ran.small = True
+                note_by_hook(self.state.ran, output, recipe.override_linear_precision, x, weight)
         return output
 
 

@@ -17,8 +17,8 @@ from .operands import GROUPS, TILES, Operand
 
 def fprop(x: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, fmt: Format) -> torch.Tensor:
     """x [S, K] with weight [E, N, K] -> [S, N]."""
-    tiles = weight.once("tiles", lambda stack: [_tiles(one, fmt) for one in stack.straight])
-    out = x.new_zeros((groups.rows, weight.straight.shape[1]), dtype=dtype)
+    tiles = _operands(weight, fmt)
+    out = x.new_zeros((groups.rows, weight.shape[1]), dtype=dtype)
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
             out[first:last] = matmul(_rows(x[first:last], fmt), tiles[expert], dtype)
@@ -29,8 +29,8 @@ def dgrad(
     grad_output: torch.Tensor, weight: Stack, groups: Groups, dtype: torch.dtype, fmt: Format, backward: Format
 ) -> torch.Tensor:
     """grad_output [S, N] with weight [E, N, K] -> [S, K]."""
-    tiles = weight.once("tiles", lambda stack: [_tiles(one, fmt) for one in stack.straight])
-    out = grad_output.new_zeros((groups.rows, weight.straight.shape[2]), dtype=dtype)
+    tiles = _operands(weight, fmt)
+    out = grad_output.new_zeros((groups.rows, weight.shape[2]), dtype=dtype)
     for expert, (first, last) in enumerate(groups.bounds):
         if last > first:
             left = _rows(grad_output[first:last], backward)
@@ -72,6 +72,14 @@ def _rows(x: torch.Tensor, fmt: Format) -> Operand:
     quantized, scale_inv = quantize_1x128(x.contiguous(), fmt)
     finite = torch.isfinite(x.detach().abs().amax())
     return Operand(quantized, torch.where(finite, scale_inv, torch.full_like(scale_inv, torch.nan)), GROUPS)
+
+
+def _operands(weight: Stack, fmt: Format) -> list[Operand]:
+    """The weights [N, K] of all experts."""
+    if weight.given is None:
+        return weight.once("tiles", lambda stack: [_tiles(one, fmt) for one in stack.straight])
+    every = [Operand(data, scale_inv, TILES) for data, scale_inv in zip(*weight.given, strict=True)]
+    return [one.t() for one in every] if weight.transposed else every
 
 
 def _tiles(weight: torch.Tensor, fmt: Format) -> Operand:

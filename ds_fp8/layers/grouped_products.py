@@ -14,7 +14,7 @@ import torch
 from ..errors import LayerError
 from ..recipe import Recipe
 from . import grouped_high
-from .groups import Groups, Stack
+from .groups import Groups, Layout, Stack
 from .recipes import scaling_of
 
 
@@ -22,20 +22,24 @@ class GroupedProducts(torch.autograd.Function):
     """output [S, N] = rows of x [S, K], each with its own expert's weight.
 
     x           [S, K] in the compute dtype, sorted by expert
-    weight      [E, N, K], or [E, K, N] if `transposed`, in its own dtype
+    weight      [E, N, K], or [E, K, N], in its own dtype
     groups      which rows are whose
+    layout      how the weights lie, and are cast
     grad        whether a backward may follow (inside `forward` autograd is always off)
     kept        quantized values of this weight that earlier forwards of the optimizer step have made; None keeps none
+    given       where its quantized values are set from outside (`experts.ExpertWeight`), also at the time of the
+                backward: under ZeRO 3 they come again then, as the weight itself would
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Groups, recipe: Recipe, transposed: bool, grad: bool,
-        kept: dict[str, Any] | None = None,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Groups, recipe: Recipe, layout: Layout, grad: bool,
+        kept: dict[str, Any] | None = None, given: Any = None,
     ) -> torch.Tensor:  # fmt: skip
         high, grouped, dtype = recipe.override_linear_precision, scaling_of(recipe.kind).grouped, x.dtype
         dgrad_follows = grad and ctx.needs_input_grad[0] and not high.dgrad
-        stack = Stack(weight, transposed, dgrad_follows=dgrad_follows, kept=kept)
+        values = None if given is None else given.quantized_weight
+        stack = Stack(weight, layout, dgrad_follows=dgrad_follows, kept=kept, given=values)
         # fprop   output [S, N] = input [S, K] @ weight.T [K, N]     e4m3 x e4m3
         if high.fprop:
             output = grouped_high.by_rows(x, stack.straight, groups)
@@ -49,7 +53,7 @@ class GroupedProducts(torch.autograd.Function):
             # What is saved may not depend on who casts: checkpointing compares the recompute's with the forward's.
             kept["column_amaxes"], amaxes = amaxes, None
         ctx.save_for_backward(weight, amaxes, *inputs)
-        ctx.kept, ctx.groups, ctx.recipe, ctx.transposed, ctx.dtype = kept, groups, recipe, transposed, dtype
+        ctx.kept, ctx.given, ctx.groups, ctx.recipe, ctx.layout, ctx.dtype = kept, given, groups, recipe, layout, dtype
         return output
 
     @staticmethod
@@ -70,7 +74,8 @@ class GroupedProducts(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 if ctx.kept is not None:
                     column_amaxes = ctx.kept.get("column_amaxes")
-                stack = Stack(weight, ctx.transposed, column_amaxes=column_amaxes, kept=ctx.kept)
+                values = None if ctx.given is None else ctx.given.quantized_weight
+                stack = Stack(weight, ctx.layout, column_amaxes=column_amaxes, kept=ctx.kept, given=values)
                 if high.dgrad:
                     grad_input = grouped_high.by_rows(grad_output, stack.straight.transpose(1, 2), groups)
                 else:
@@ -78,9 +83,9 @@ class GroupedProducts(torch.autograd.Function):
             # wgrad   grad_weight [E, N, K] = grad_output.T @ input, for each expert, as the weight lies
             if ctx.needs_input_grad[1]:
                 if high.wgrad:
-                    grad_weight = grouped_high.wgrad(grad_output, inputs[0], groups, weight.dtype, ctx.transposed)
+                    grad_weight = grouped_high.wgrad(grad_output, inputs[0], groups, weight.dtype, ctx.layout.transposed)
                 else:
                     grad_weight = grouped.wgrad(
-                        grad_output, tuple(inputs), groups, weight.dtype, formats[1], transposed=ctx.transposed
+                        grad_output, tuple(inputs), groups, weight.dtype, formats[1], transposed=ctx.layout.transposed
                     )
-        return grad_input, grad_weight, None, None, None, None, None
+        return grad_input, grad_weight, None, None, None, None, None, None

@@ -5,7 +5,9 @@
     wgrad   grad_weight [E, N, K] = grad_output.T      @ input                scales: column of an expert's rows, both
 
 S rows sorted by expert, each with its own expert's weight. All operands are e4m3, gradients too: a scale for each token
-leaves no range for e5m2 to cover, and the tensor cores' grouped product takes nothing else. Where it runs:
+leaves no range for e5m2 to cover, and the tensor cores' grouped product takes nothing else. Weights that are cast
+outside of the module (O3, frozen weights) have one scale for each expert, so that fprop and dgrad read the same data,
+one byte per weight. Where it runs:
 
     Hopper                    torch._scaled_grouped_mm: one launch for all experts, the host waits for nothing
     other GPUs with FP8       torch._scaled_mm for each expert
@@ -20,6 +22,7 @@ import torch
 
 from ..capabilities import FP8_SINCE
 from ..formats import E4M3, Format
+from ..kernels import dense
 from ..kernels import grouped as casts
 from .groups import Groups, Stack
 
@@ -52,6 +55,8 @@ def wgrad(grad_output: torch.Tensor, kept: Quantized, groups: Groups, dtype: tor
 
 def along_inputs(weight: Stack) -> Quantized:
     """Quantized [E, N, K] and scale_inv [E, N]: for fprop, which sums over the inputs."""
+    if weight.whole:
+        return _of_whole_experts(weight, turned=weight.transposed)
     if weight.transposed:
         return casts.quantize_columns(weight.data, _amaxes(weight), E4M3, None, 0)
     if not weight.dgrad_follows:
@@ -62,9 +67,19 @@ def along_inputs(weight: Stack) -> Quantized:
 
 def along_outputs(weight: Stack) -> Quantized:
     """Quantized [E, K, N] and scale_inv [E, K]: for dgrad, which sums over the outputs."""
+    if weight.whole:
+        return _of_whole_experts(weight, turned=not weight.transposed)
     if weight.transposed:
         return casts.quantize_rows(weight.data, E4M3)
     return casts.quantize_columns(weight.data, _amaxes(weight), E4M3, None, 0)
+
+
+def _of_whole_experts(weight: Stack, *, turned: bool) -> Quantized:
+    """Data with one scale for each expert, as the weights lie or `turned`; the scale for each of their rows."""
+    data, scale_inv = weight.given or weight.once("whole", lambda stack: casts.quantize_experts(stack.data, E4M3))
+    if turned:
+        data = dense(data.transpose(1, 2))
+    return data, scale_inv.unsqueeze(1).expand(-1, data.shape[1]).contiguous()
 
 
 def _amaxes(weight: Stack) -> torch.Tensor:

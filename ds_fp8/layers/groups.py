@@ -4,12 +4,16 @@ on the host.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from ..kernels.grouped import zero_experts, zero_tail
+
+if TYPE_CHECKING:
+    from .layer_state import QuantizedWeight
 
 ALIGNMENT = 16
 """A grouped product that sums over the rows reads 16 bytes at a time: there each expert's rows begin at a multiple."""
@@ -86,24 +90,49 @@ class Groups:
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+class Layout(NamedTuple):
+    """How the weights of all experts lie, and are cast.
+
+    transposed  [E, K, N] instead of [E, N, K]
+    whole       with one scale for each expert, so that the data serve fprop and dgrad; else as the recipe does
+    """
+
+    transposed: bool = False
+    whole: bool = False
+
+
 class Stack:
     """The weights of all experts, [E, N, K], during one forward or backward.
 
-    data           the Parameter's values, [E, N, K], or [E, K, N] if `transposed`
+    transposed, whole  `Layout`
     column_amaxes  fp32 [E, columns of `data`], once somebody has found them; a backward gets those of its forward
     dgrad_follows  a backward will want them
     kept           quantized values by purpose, for the rest of the optimizer step (`weight_cache`); None keeps none
+    given          quantized values that were set from outside (O3, frozen weights); `data` is not read then
     """
 
-    def __init__(self, weight: torch.Tensor, transposed: bool, *, column_amaxes: torch.Tensor | None = None,
-                 dgrad_follows: bool = False, kept: dict[str, Any] | None = None):  # fmt: skip
-        self.data, self.transposed = weight.detach().contiguous(), transposed
+    def __init__(self, weight: torch.Tensor, layout: Layout, *, column_amaxes: torch.Tensor | None = None,
+                 dgrad_follows: bool = False, kept: dict[str, Any] | None = None,
+                 given: QuantizedWeight | None = None):  # fmt: skip
+        self._weight, self.given = weight, given
+        self.transposed, self.whole = layout
         self.column_amaxes, self.dgrad_follows, self.kept = column_amaxes, dgrad_follows, kept
+
+    @functools.cached_property
+    def data(self) -> torch.Tensor:
+        """The Parameter's values, [E, N, K], or [E, K, N] if `transposed`."""
+        return self._weight.detach().contiguous()
 
     @property
     def straight(self) -> torch.Tensor:
         """[E, N, K], however the weights lie."""
         return self.data.transpose(1, 2) if self.transposed else self.data
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K)"""
+        experts, rows, columns = self._weight.shape
+        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
 
     def once(self, purpose: str, make: Callable[[Stack], Made]) -> Made:
         """What `make` makes of this stack; the same as before where it is kept."""

@@ -31,19 +31,29 @@ ALL_HIGH = HighPrecision(True, True, True)
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight that its owner has cast (O3), ready for the products.
+    """A weight that its owner has cast (O3), ready for the products; the weights of stacked experts, each by itself.
 
-    data       [N, K] float8, in the recipe's forward format
-    scale_inv  0-d fp32, or [ceil(N/128), ceil(K/128)] under the block recipe
+    data       [N, K] float8, or [experts, ., .] as the Parameter lies, in the recipe's forward format
+    scale_inv  0-d fp32, or [ceil(N/128), ceil(K/128)] under the block recipe; with experts as first axis where `data`
+               has one
     """
 
     data: torch.Tensor
     scale_inv: torch.Tensor
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """[N, K] decoded to `dtype`, new memory."""
+        """Decoded to `dtype`, new memory, dense."""
+        if self.data.dim() == 3:
+            out = torch.empty(self.data.shape, dtype=dtype, device=self.data.device)
+            for expert, (data, scale_inv) in enumerate(zip(self.data, self.scale_inv, strict=True)):
+                out[expert] = QuantizedWeight(data, scale_inv).values(dtype)
+            return out
         decode = dequantize_128x128 if self.scale_inv.dim() == 2 else dequantize
-        return decode(self.data, self.scale_inv, dtype)
+        return decode(self.data.contiguous(), self.scale_inv, dtype)
+
+    def t(self) -> QuantizedWeight:
+        """The transposed matrix, as views."""
+        return QuantizedWeight(self.data.t(), self.scale_inv.t() if self.scale_inv.dim() == 2 else self.scale_inv)
 
 
 class LayerFp8State:
@@ -67,6 +77,7 @@ class LayerFp8State:
                         what a compiled forward needs to know of the recipe when it is traced: constants (compiled)
     trains_in_eval      the FP8 state's, for a compiled forward: traced anew when it changes
     anchor              tensor by whose address a compiled forward finds this layer's state (anchors)
+    transposed          the Parameter lies as [K, N]: what the products read is a view of it (`matrix_layer`)
     fast_step           what the rows of an input must be a multiple of for the GPU's fast path, 0 for never
                         (cuda_products)
     """
@@ -89,6 +100,7 @@ class LayerFp8State:
         self.history_of: weakref.ref[torch.nn.Parameter] | None = None
         self.staged_weight_amax: torch.Tensor | None = None
         self.fast_step: int | None = None
+        self.transposed = False
         self.is_shared = False
         self.ran: Ran | None = None
         self.observe: Callable[[str, torch.Tensor], None] | None = None

@@ -2,9 +2,8 @@
 do not.
 
 The products are those of `Fp8Linear` on the weight, or on the transposed view of one that lies as [in, out] (GPT-2's
-Conv1D), so recipes, scales and telemetry are the same; autograd turns the gradient back. What differs for a view: under
-ZeRO 3 the quantized values made in the forward are kept for dgrad (one byte per weight), since a view cannot be
-gathered again.
+Conv1D), so recipes, scales and telemetry are the same; autograd turns the gradient back. Quantized values from outside
+(O3, frozen weights) are handed over as the Parameter lies; the products read them transposed, too.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from torch import nn
 from ..plan.shapes import LAYER_TYPES
 from . import compiled
 from .as_original import ORIGINAL
-from .fp8_linear import multiply
-from .layer_state import LayerFp8State
+from .fp8_linear import as_read, is_ordinary, multiply
+from .layer_state import LayerFp8State, QuantizedWeight
 from .once import once_for_each
 
 
@@ -32,18 +31,40 @@ class Fp8MatrixLayer:
     training: bool
     fp8_transposed: bool
 
+    @property
+    def quantized_weight(self) -> QuantizedWeight | None:
+        """See `Fp8Linear.quantized_weight`; as the Parameter lies."""
+        return self._turned(self.layer_state.quantized_weight)
+
+    @quantized_weight.setter
+    def quantized_weight(self, quantized: QuantizedWeight | None) -> None:
+        self.layer_state.quantized_weight = self._turned(quantized)
+        self.layer_state.quantized_weight_of = None if quantized is None else self.weight
+        self.layer_state.forget_weight()
+
+    def _turned(self, quantized: QuantizedWeight | None) -> QuantizedWeight | None:
+        return quantized.t() if quantized is not None and self.fp8_transposed else quantized
+
+    def _matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """[out, in]"""
+        return weight.t() if self.fp8_transposed else weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.t() if self.fp8_transposed else self.weight
         if torch.compiler.is_compiling():
             rows, columns = self.weight.shape
             shape = (columns, rows) if self.fp8_transposed else (rows, columns)
-            return compiled.linear(x, weight, self.bias, self.layer_state, shape, self.training)
-        layer_state = self.layer_state
+            return compiled.linear(x, self.weight, self.bias, self.layer_state, shape, self.training)
+        layer_state, weight = self.layer_state, self.weight
         call = layer_state.fp8_state.call(layer_state, training=self.training, device=x.device)
         if call is None:
             layer_state.note_call()
             return super().forward(x)  # type: ignore[misc]
-        return multiply(x, weight, self.bias, call)
+        call.foreign = weight is not layer_state.quantized_weight_of
+        if call.quantized_weight is None or not is_ordinary(x):
+            return multiply(x, self._matrix(as_read(weight)), self.bias, call)
+        # Of a released weight only shape and dtype are looked at in there: as it is, not as it reads.
+        with torch._C.DisableTorchFunctionSubclass():
+            return multiply(x, self._matrix(weight), self.bias, call)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8MatrixLayer:
         """`to`, `cuda`, `to_empty` and their like: the layer's FP8 state follows."""
@@ -71,6 +92,7 @@ def convert(module: nn.Module, layer_state: LayerFp8State) -> nn.Module:
     module.__dict__[ORIGINAL] = type(module)
     module.__class__ = fp8_class(type(module))
     module.__dict__["layer_state"] = layer_state
+    layer_state.transposed = LAYER_TYPES[module.__dict__[ORIGINAL].__name__].transposed
     layer_state.settle(module.weight.device)  # type: ignore[union-attr, arg-type]
     return module
 

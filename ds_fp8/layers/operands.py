@@ -158,7 +158,25 @@ def given_weight(quantized: QuantizedWeight, call: Call) -> Operand:
 
 def is_sharded(weight: torch.Tensor) -> bool:
     """Under ZeRO-3 a weight exists only while its layer runs."""
-    return hasattr(weight, "ds_id")
+    return hasattr(parameter_of(weight), "ds_id")
+
+
+def comes_again(weight: torch.Tensor, call: Call) -> bool:
+    """Whether the weight, or its quantized values, will be there in the backward without being kept: gathered again, or
+    a store's own.
+    """
+    return is_sharded(weight) or call.quantized_weight is not None
+
+
+def parameter_of(weight: torch.Tensor) -> torch.Tensor:
+    """What a backward may keep of a weight that comes again: the Parameter, and not a view of memory that goes."""
+    base = weight._base
+    return base if isinstance(base, torch.nn.Parameter) and base.shape == weight.shape[::-1] else weight
+
+
+def weight_again(kept: torch.Tensor, call: Call) -> torch.Tensor:
+    """The weight [N, K] of what `parameter_of` gave."""
+    return kept.t() if call.layer_state.transposed and isinstance(kept, torch.nn.Parameter) else kept
 
 
 def measure(x: torch.Tensor, operand: Operand | None) -> torch.Tensor:

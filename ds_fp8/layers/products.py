@@ -29,6 +29,8 @@ from .operands import (
     cast_weight,
     given_weight,
     is_sharded,
+    parameter_of,
+    weight_again,
     measure,
     with_overflow_shown,
 )
@@ -122,7 +124,7 @@ def forward_products(
         if high.dgrad or is_sharded(weight) or not scaling.weight_transposes:
             # Sharded: gathered again before the backward, in quantized form at O3; holding quantized values would hold
             # the whole model.
-            kept["weight"] = weight
+            kept["weight"] = parameter_of(weight) if is_sharded(weight) else weight
             if quantized_weight is not None and quantized_weight.scale is not None:
                 kept["weight_scale"], kept["weight_scale_inv"] = quantized_weight.scale, quantized_weight.scale_inv
         else:
@@ -163,7 +165,7 @@ def backward_products(
 
     # dgrad   grad_input [M, K] = grad_output [M, N] @ weight [N, K]     e5m2 x e4m3  (HYBRID)
     if needs_dgrad and high.dgrad:
-        grad_input = grad_output @ kept["weight"].to(dtype)
+        grad_input = grad_output @ weight_again(kept["weight"], call).to(dtype)
     elif needs_dgrad:
         assert quantized is not None
         quantized = _propagate_nan(quantized, grad_output) if hidden and not needs_wgrad else quantized
@@ -209,7 +211,7 @@ def _propagate_nan(operand: Operand, x: torch.Tensor) -> Operand:
 def _transposed_weight(kept: dict[str, torch.Tensor], call: Call) -> Operand:
     """The weight [K, N] for dgrad."""
     if not call.scaling.weight_transposes:
-        return call.scaling.quantize_weight_transposed(kept["weight"], call.recipe.forward_format)
+        return call.scaling.quantize_weight_transposed(weight_again(kept["weight"], call), call.recipe.forward_format)
     return _weight_operand(kept, call).t()
 
 
@@ -219,4 +221,4 @@ def _weight_operand(kept: dict[str, torch.Tensor], call: Call) -> Operand:
     if "weight_data" in kept:
         return Operand(kept["weight_data"], kept["weight_scale_inv"], call.scaling.weight_extent)
     scale = (kept["weight_scale"], kept["weight_scale_inv"]) if "weight_scale" in kept else None
-    return call.scaling.requantize_weight(kept["weight"], scale, call.recipe.forward_format)
+    return call.scaling.requantize_weight(weight_again(kept["weight"], call), scale, call.recipe.forward_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ..levels import ABSENT
@@ -41,7 +42,8 @@ def _layer_lines(plan: Plan) -> list[str]:
 def _numerics(kind: str, plan: Plan, swaps: Sequence[ModuleDecision]) -> str:
     recipe = plan.fp8.recipe
     if kind == "Experts":
-        return f" ({recipe.of_experts}{expert_speed.in_words(swaps)})"
+        whole = [one for one in swaps if one.whole_experts]
+        return f" ({recipe.of_experts(whole=bool(whole))}{expert_speed.in_words(swaps)})"
     return f" ({recipe})" if kind in MATRICES else " (fp32 inside, high precision out)"
 
 
@@ -82,8 +84,7 @@ def _setting_lines(plan: Plan) -> list[str]:
             settings.append(f"{what} compiled by torch.compile{mode}")
         lines.append("; ".join(settings))
         if fp8.frozen_weights:
-            kept = len(fp8.frozen_weights)
-            lines.append(f"frozen weights of {kept} Linear are kept in FP8 alone (1 byte per parameter)")
+            lines.append(f"frozen weights of {_layers_of(plan)} are kept in FP8 alone (1 byte per parameter)")
         lines.append(share_line(plan))
         if plan.unknown:
             more = f" and {len(plan.unknown) - SHOWN} more" if len(plan.unknown) > SHOWN else ""
@@ -104,6 +105,13 @@ def _setting_lines(plan: Plan) -> list[str]:
         lines.append("; ".join(parts))
     lines += _released_line(plan)
     return lines
+
+
+def _layers_of(plan: Plan) -> str:
+    """`14 Linear and 2 Experts`: the layers whose frozen weights are kept so."""
+    holders = {name.rpartition(".")[0] for name in plan.fp8.frozen_weights}
+    kinds = Counter(decision.kind for decision in plan.modules if decision.fqn in holders)
+    return " and ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _released_line(plan: Plan) -> list[str]:

@@ -36,7 +36,7 @@ MATRICES = (*DENSE, "Experts")
 """Kinds that multiply with weights: `fp8/layers/linear` is about them."""
 
 APART = (*LAYER_TYPES, "Experts")
-"""Kinds that are ours with either backend, and whose weights travel in 16 bits at O3."""
+"""Kinds that are ours with either backend."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -31,6 +31,8 @@ class ModuleDecision:
     least_rows  of experts whose products were measured: for each weight the rows per expert from which fprop, and from
                 which dgrad, are faster in FP8, 0 for never; with fewer they run in high precision in that call, and
                 wgrad always does. Empty: every product is in FP8
+    whole_experts  of experts whose weights are cast outside of the module (O3, frozen weights): one scale for each
+                expert, so that the data serve fprop and dgrad
     """
 
     fqn: str
@@ -40,6 +42,7 @@ class ModuleDecision:
     reason: str = ""
     shape: tuple[int, ...] = ()
     least_rows: tuple[int, ...] = ()
+    whole_experts: bool = False
 
     @property
     def is_swap(self) -> bool:
@@ -90,7 +93,7 @@ class ProductDecision:
 class Fp8Plan:
     """The part of the layers: settings with every `auto` decided.
 
-    frozen_weights  names of the FP8 layers whose frozen weight is kept in quantized form alone
+    frozen_weights  names of the frozen weights that are kept in quantized form alone
     """
 
     enabled: bool = False

@@ -82,8 +82,7 @@ def multiplied_layers(plan: Plan) -> set[str]:
 
 def is_fp8_alone(parameter: ParameterDecision, plan: Plan) -> bool:
     """Whether the FP8 data of a frozen weight is all that is kept of it (`frozen_weights`)."""
-    holder, _, name = parameter.fqn.rpartition(".")
-    return holder in plan.fp8.frozen_weights and name == "weight"
+    return parameter.fqn in plan.fp8.frozen_weights
 
 
 def _part(parameter: ParameterDecision, plan: Plan, multiplied: set[str]) -> Part:

@@ -109,6 +109,8 @@ def in_words(decisions: Sequence[ModuleDecision]) -> str:
     rows = sorted({one for one in every if one})
     if not rows:
         return "; all products in bf16, which is faster at these shapes" if every else ""
+    if rows == [1]:
+        return "; wgrad in bf16, which is faster"
     some = not all(every)
     below = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}, by their shapes,"
     also = ", and a part of fprop and dgrad always" if some else ""

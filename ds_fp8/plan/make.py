@@ -19,12 +19,12 @@ from ..config.refusals import refusals
 from ..config.settings import Settings
 from ..errors import PlanError
 from . import expert_speed, performance
-from .conversion_checks import APART, MATRICES
+from .conversion_checks import MATRICES
 from .decisions import CommPlan, ModuleDecision, OptimPlan, ParameterDecision, Plan
 from .effective import Effective, decide_settings
 from .flops import Counted, count_products
 from .modules import Rules, decide_modules
-from .parameters import decide_parameters, frozen_layers, unmatched_exclusions
+from .parameters import decide_parameters, frozen_weights, unmatched_exclusions, with_scales_of_whole_experts
 
 
 def make_plan(
@@ -63,18 +63,20 @@ def make_plan(
             weight_cache=effective.fp8.weight_cache,
         )
         modules, unmatched = decide_modules(model, rules)
-    counted = count_products(model, modules) if effective.fp8.enabled else Counted((), (), 0)
     facts = settings.deepspeed
     recipe = effective.fp8.recipe if effective.fp8.enabled else None
     excluded = settings.msamp.weight_wire_exclude
     moments = moments_of(facts.optimizer)
     parameters = decide_parameters(model, modules, recipe, effective.level, facts.base_dtype, excluded, moments)
     exclusions = unmatched_exclusions(model, excluded)
-    frozen = frozen_layers(model, modules, effective.fp8.recipe)
+    frozen = frozen_weights(model, modules, effective.fp8.recipe)
     for refusal in refusals(settings, host, _facts(model, modules, parameters, effective, partial, exclusions, frozen)):
         raise PlanError(refusal.text)
     if settings.fp8.frozen_weights == "fp8" and effective.fp8.enabled:
         effective = replace(effective, fp8=replace(effective.fp8, frozen_weights=frozen))
+    by_owner = {*effective.fp8.frozen_weights, *(one.fqn for one in parameters if one.weight_wire == "e4m3")}
+    modules = with_scales_of_whole_experts(model, modules, by_owner)
+    counted = count_products(model, modules) if effective.fp8.enabled else Counted((), (), 0)
     unmatched = (*unmatched, *(f"weight_wire_exclude: {pattern}" for pattern in exclusions))
     return Plan(
         modules=modules,
@@ -111,7 +113,7 @@ def _facts(
         layers=tuple(
             Layer(one.fqn, one.kind, one.kind in MATRICES, "" if one.is_swap else one.reason) for one in modules
         ),
-        frozen_layers=frozen,
+        frozen_weights=frozen,
         matrices=tuple(name for name, parameter in model.named_parameters() if parameter.dim() == 2),
         unmatched_exclusions=tuple(exclusions),
         fp8_weights=sum(one.weight_wire == "e4m3" for one in parameters) if sends else None,
@@ -148,10 +150,6 @@ def _notes(
     level = effective.level
     if level is not None and level.weight_wire == "e4m3" and not any(p.weight_wire == "e4m3" for p in parameters):
         notes.append(f"{level.name}: no weight travels as FP8 values, none belongs to an FP8 layer; all go in 16 bits")
-    apart = [decision for decision in modules if decision.is_swap and decision.kind in APART]
-    if level is not None and level.weight_wire == "e4m3" and apart:
-        kinds = " and ".join(dict.fromkeys(decision.kind for decision in apart))
-        notes.append(f"{level.name}: the weights of {len(apart)} {kinds} compute in FP8 and travel in 16 bits")
     if effective.fp8.enabled and not effective.fp8.emulated:
         fp8 = effective.fp8
         mode = None if fp8.compile is None else fp8.compile.mode

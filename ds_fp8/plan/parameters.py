@@ -2,13 +2,14 @@
 
 States and gradients follow the level whatever the parameter is, by blocks of the flat partition: nothing is skipped
 because it is small, a bias or a norm. Only the wire of weights (O3) asks who uses them: the quantized values of an FP8
-layer are usable by that layer alone, so a weight travels in quantized form if every module that holds it is an FP8
-Linear.
+layer are usable by that layer alone, so a weight travels in quantized form if one module holds it, and multiplies with
+it in FP8: a Linear, one of `shapes.LAYER_TYPES`, or stacked experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -17,7 +18,8 @@ from ..algorithms import MOMENTS
 from ..levels import ABSENT, Level
 from ..recipe import Recipe
 from .decisions import ModuleDecision, ParameterDecision
-from .shapes import numel_of, shape_of
+from .expert_rules import rule_of
+from .shapes import DENSE, numel_of, shape_of
 
 
 def decide_parameters(
@@ -70,13 +72,32 @@ def unmatched_exclusions(model: nn.Module, patterns: Sequence[str]) -> list[str]
     return [pattern for pattern in patterns if not any(_is_named(name, (pattern,)) for name in names)]
 
 
-def frozen_layers(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe) -> tuple[str, ...]:
-    """FP8 Linears whose weight is frozen and theirs alone: its quantized values can be all that is kept of it."""
+def frozen_weights(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe) -> tuple[str, ...]:
+    """Names of the weights of FP8 layers that are frozen, and their layer's alone: their quantized values can be all
+    that is kept of them.
+    """
     owners = _owners(model, modules, recipe)
     return tuple(
-        owners[id(parameter)]
-        for parameter in model.parameters()
+        name
+        for name, parameter in model.named_parameters()
         if not parameter.requires_grad and id(parameter) in owners
+    )
+
+
+def with_scales_of_whole_experts(
+    model: nn.Module, modules: tuple[ModuleDecision, ...], by_owner: Collection[str]
+) -> tuple[ModuleDecision, ...]:
+    """The decisions, where experts whose weights are cast outside of their module take one scale per expert, and those
+    quantized values in fprop and dgrad with any number of rows.
+
+    by_owner  names of the parameters that are cast by their owner: at O3, or once for all while they are frozen
+    """
+    holders = {name.rpartition(".")[0] for name in by_owner}
+    return tuple(
+        replace(one, whole_experts=True, least_rows=(1,) * len(one.least_rows))
+        if one.kind == "Experts" and one.is_swap and one.fqn in holders
+        else one
+        for one in modules
     )
 
 
@@ -85,11 +106,15 @@ def _plain(absent: bool) -> str:
 
 
 def _owners(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recipe | None) -> dict[int, str]:
-    """id of a weight -> the FP8 Linear that can use its quantized values for all that it computes."""
+    """id of a weight -> the FP8 layer that can use its quantized values for all that it computes."""
     if recipe is None or recipe.override_linear_precision.fprop or recipe.override_linear_precision.dgrad:
         # A product in high precision reads the 16-bit weight.
         return {}
-    swapped = {decision.fqn for decision in modules if decision.is_swap and decision.kind == "Linear"}
+    swapped = {decision.fqn: ("weight",) for decision in modules if decision.is_swap and decision.kind in DENSE}
+    for decision in modules:
+        if decision.is_swap and decision.kind == "Experts":
+            rule = rule_of(model.get_submodule(decision.fqn))
+            swapped[decision.fqn] = () if rule is None else rule.weights
     holders: dict[int, list[tuple[str, str]]] = {}
     for fqn, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -98,5 +123,5 @@ def _owners(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recip
     return {
         key: places[0][0]
         for key, places in holders.items()
-        if len(places) == 1 and places[0][0] in swapped and places[0][1] == "weight"
+        if len(places) == 1 and places[0][1] in swapped.get(places[0][0], ())
     }

@@ -6,7 +6,7 @@ Parameter stays where it is, as a `ReleasedWeight` (`weights_released.py`): whoe
 checkpoint, an evaluation in high precision) gets the values that the layer multiplies with. Unlike at O3 this rank has
 all of the weight, so whoever writes (`merge_and_unload`, a load) is not refused: the 16 bits come back first, for good.
 
-One scale for the tensor, or one for each tile under recipe `block`, and powers of two: e4m3 has 3 mantissa bits, so
+One scale for the tensor (for each expert of a stack), or one for each tile under recipe `block`, and powers of two: e4m3 has 3 mantissa bits, so
 decoded values are exact in bf16, and casting them again gives the same values. A merged or a resumed model is the one
 that was trained.
 """
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import QuantizedWeight
+from ..layers import QuantizedWeight, holders_of
 from ..layers.recipes import scaling_of
+from ..numerics.dtypes import torch_dtype
 from ..plan import Plan
 from . import weights_released, weights_wrapped
 
@@ -27,21 +28,21 @@ from . import weights_released, weights_wrapped
 class FrozenSource(weights_released.Source):
     """The quantized frozen weight, and the way back to 16 bits."""
 
-    __slots__ = ("layer", "thawed")
+    __slots__ = ("holder", "param", "thawed")
 
-    def __init__(self, name: str, quantized: QuantizedWeight, layer: Any):
+    def __init__(self, name: str, quantized: QuantizedWeight, param: nn.Parameter, holder: Any):
         super().__init__(name, quantized)
-        self.layer, self.thawed = layer, False
+        self.param, self.holder, self.thawed = param, holder, False
 
     def thaw(self, memory: Tensor | None = None) -> None:
         """16 bits again: in `memory`, decoded values that somebody is about to write to, or in new memory."""
         if self.thawed:
             return
-        param = self.layer.weight
+        param = self.param
         values = self.values(param.dtype) if memory is None else memory
         weights_released.take_back(param)
         param.data = values
-        self.layer.quantized_weight = None
+        self.holder.quantized_weight = None
         self.thawed = True
 
 
@@ -60,16 +61,31 @@ class FrozenWeights:
     @torch.no_grad()
     def freeze(self) -> None:
         weights_wrapped.begin(self)
-        for fqn in self.names:
-            layer: Any = self.model.get_submodule(fqn)
-            weight = layer.weight
+        for name in self.names:
+            fqn, _, place = name.rpartition(".")
+            layer = self.model.get_submodule(fqn)
+            weight, holder = getattr(layer, place), holders_of(layer)[place]
             if weights_released.is_released(weight):
                 continue
-            quantized = scaling_of(self.recipe.kind).quantize_frozen(weight.detach(), self.recipe.forward_format)
-            source = FrozenSource(f"{fqn}.weight", quantized, layer)
-            layer.quantized_weight = quantized
+            quantized = self._quantize(weight.detach())
+            source = FrozenSource(name, quantized, weight, holder)
+            holder.quantized_weight = quantized
+            holder.layer_state.quantized_weight_of = weight
             weights_released.release(weight, weight.dtype, weight.device, tuple(weight.shape), source)
-            self.sources[fqn] = source
+            self.sources[name] = source
+
+    def _quantize(self, weight: Tensor) -> QuantizedWeight:
+        """Of a stack of experts, each by itself."""
+        scaling, fmt = scaling_of(self.recipe.kind), self.recipe.forward_format
+        if weight.dim() == 2:
+            return scaling.quantize_frozen(weight, fmt)
+        data = torch.empty(weight.shape, dtype=torch_dtype(fmt), device=weight.device)
+        scales = []
+        for one, out in zip(weight, data, strict=True):
+            quantized, scale_inv = scaling.quantize_frozen(one, fmt)
+            out.copy_(quantized)
+            scales.append(scale_inv)
+        return QuantizedWeight(data, torch.stack(scales))
 
     @torch.no_grad()
     def thaw(self) -> None:

@@ -94,7 +94,7 @@ class WeightChunk:
         weight = self.weight
         assert self.scale_inv is not None, "gathered before it was cast"
         set_quantized(weight, gathered[: weight.numel], self.scale_inv)
-        source = weights_released.Source(weight.name, weight.layer.quantized_weight)
+        source = weights_released.Source(weight.name, weight.holder.quantized_weight)
         weights_released.release(weight.param, self.dtype, self.device, weight.shape, source)
         weight.param.ds_status = ZeroParamStatus.AVAILABLE
 
@@ -134,7 +134,7 @@ def let_go_of_quantized(weight: OwnedWeight) -> None:
     """Quantized values go. They lie in memory of the stream of the gathers, and products of this stream may still
     read them.
     """
-    quantized = weight.layer.quantized_weight
+    quantized = weight.holder.quantized_weight
     if quantized is None:
         return
     if not get_accelerator().is_synchronized_device():

@@ -124,7 +124,7 @@ class GroupStore:
     def release(self) -> None:
         """Point parameters away from the flat and let go of its memory."""
         for weight, _, _ in self.fp8_weights:
-            quantized = weight.layer.quantized_weight
+            quantized = weight.holder.quantized_weight
             source = weights_released.Source(weight.name, quantized)
             weights_released.release(weight.param, self.others.dtype, self.others.device, weight.shape, source)
         if self.is_released:
@@ -183,7 +183,7 @@ class GroupStore:
 
     @property
     def has_quantized(self) -> bool:
-        return bool(self.fp8_weights) and self.fp8_weights[0][0].layer.quantized_weight is not None
+        return bool(self.fp8_weights) and self.fp8_weights[0][0].holder.quantized_weight is not None
 
     def own_part(self, offset: int, numel: int) -> Iterator[tuple[int, int]]:
         """(start, stop) within the parameter that lie in this rank's partition; nothing if none do."""

@@ -229,7 +229,7 @@ LINEAR, KEPT, NORM = Layer("up", "Linear", True), Layer("head", "Linear", True, 
             fp8(frozen_weights="fp8"),
             ModelFacts(False, (LINEAR,)),
             "no FP8 Linear of this model has a frozen weight",
-            ModelFacts(False, (LINEAR,), frozen_layers=("up",)),
+            ModelFacts(False, (LINEAR,), frozen_weights=("up.weight",)),
         ),
         (
             {**msamp("O3", weight_wire_exclude=["x.*"]), **zero(stage=1)},

@@ -10,7 +10,7 @@ from tests.layers.test_grouped_products import COUNTS, RECIPES
 
 def passes(recipe: str, counts: list[int], extra: int, device: str) -> list[torch.Tensor]:
     from ds_fp8.layers.grouped_products import GroupedProducts
-    from ds_fp8.layers.groups import Groups
+    from ds_fp8.layers.groups import Groups, Layout
 
     torch.manual_seed(1)
     rows, experts = sum(counts) + extra, len(counts)
@@ -18,7 +18,7 @@ def passes(recipe: str, counts: list[int], extra: int, device: str) -> list[torc
     weight = torch.randn(experts, 384, 256).bfloat16().to(device).requires_grad_()
     gradient = torch.randn(rows, 384).bfloat16().to(device)
     groups = Groups(torch.tensor(counts, device=device), rows)
-    output = GroupedProducts.apply(x, weight, groups, RECIPES[recipe], False, True)
+    output = GroupedProducts.apply(x, weight, groups, RECIPES[recipe], Layout(), True)
     output.backward(gradient)
     return [output.detach().float().cpu(), x.grad.float().cpu(), weight.grad.float().cpu()]
 
@@ -40,7 +40,7 @@ def test_casts_give_the_references_bits(columns, counts):
     """Rows of tokens, columns of each expert, both directions of a weight; zeros, infinities and NaN in them."""
     from ds_fp8.formats import E4M3
     from ds_fp8.kernels import grouped
-    from ds_fp8.layers.groups import Groups
+    from ds_fp8.layers.groups import Groups, Layout
     from ds_fp8.numerics import row_scales
 
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def same(found, wanted) -> None:
 
 
 def test_zeros_where_a_grouped_product_writes_nothing():
-    from ds_fp8.layers.groups import Groups
+    from ds_fp8.layers.groups import Groups, Layout
 
     groups = Groups(torch.tensor([5, 0, 30, 0], device="cuda"), 50)
     out, stack = torch.ones(50, 300, device="cuda").bfloat16(), torch.ones(4, 70, 90, device="cuda").bfloat16()
@@ -115,7 +115,7 @@ def test_gates_are_those_of_pytorch(kind):
 
 def test_biases_by_expert():
     from ds_fp8.kernels import grouped
-    from ds_fp8.layers.groups import Groups
+    from ds_fp8.layers.groups import Groups, Layout
     from ds_fp8.numerics import row_scales
 
     torch.manual_seed(0)

@@ -274,6 +274,8 @@ def test_transposed_views_become_dense():
     out = torch.empty(72, 100, dtype=torch.float8_e4m3fn)
     cast.turn(quantized.t(), out)
     assert torch.equal(out.view(torch.uint8), quantized.view(torch.uint8).t())
+    three = quantized.view(3, 25, 96)
+    assert torch.equal(entry.dense(three.mT).view(torch.uint8), three.view(torch.uint8).mT.contiguous())
 
 
 def test_the_self_test_that_doctor_runs(monkeypatch):

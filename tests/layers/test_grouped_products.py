@@ -7,7 +7,7 @@ import torch
 
 from ds_fp8.formats import E4M3
 from ds_fp8.layers.grouped_products import GroupedProducts
-from ds_fp8.layers.groups import Groups
+from ds_fp8.layers.groups import Groups, Layout
 from ds_fp8.numerics.row_scales import column_amaxes, quantize_columns, quantize_rows
 from ds_fp8.recipe import HighPrecision, Recipe
 
@@ -45,7 +45,7 @@ def run(recipe, counts, transposed=False, extra=0, dtype=torch.float32):
         a = x.to(dtype if fp8 else torch.float32, copy=True).requires_grad_()
         w = (weight.transpose(1, 2).contiguous() if transposed else weight.clone()).requires_grad_()
         if fp8:
-            out = GroupedProducts.apply(a, w, groups, recipe, transposed, True)
+            out = GroupedProducts.apply(a, w, groups, recipe, Layout(transposed), True)
         else:
             stack = w.transpose(1, 2) if transposed else w
             parts = [a[first:last] @ stack[e].t() for e, (first, last) in enumerate(groups.bounds)]
@@ -103,7 +103,7 @@ def test_no_token_sees_its_neighbours():
     loud = x.clone()
     loud[0] *= 1000
     quiet_out, loud_out = (
-        GroupedProducts.apply(one, weight, groups, recipe, False, False) for one in (x, loud)
+        GroupedProducts.apply(one, weight, groups, recipe, Layout(), False) for one in (x, loud)
     )  # fmt: skip
     assert torch.equal(quiet_out[1:], loud_out[1:]) and not torch.equal(quiet_out[0], loud_out[0])
 
@@ -112,7 +112,7 @@ def test_no_token_sees_its_neighbours():
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_an_overflow_in_a_gradient_is_seen_in_both_products(recipe, value):
     x, weight = torch.randn(8, 32).requires_grad_(), torch.randn(2, 32, 32).requires_grad_()
-    out = GroupedProducts.apply(x, weight, Groups(torch.tensor([3, 5]), 8), RECIPES[recipe], False, True)
+    out = GroupedProducts.apply(x, weight, Groups(torch.tensor([3, 5]), 8), RECIPES[recipe], Layout(), True)
     gradient = torch.randn_like(out)
     gradient[1, 5] = value
     out.backward(gradient)

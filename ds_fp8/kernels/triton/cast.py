@@ -50,9 +50,10 @@ def _quantize_kernel(x_ptr, scale_ptr, quantized_ptr, amax_ptr, n, FMT: tl.const
 def _turn_kernel(source_ptr, target_ptr, rows, columns, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    source = column[:, None] * rows + row[None, :]
+    matrix = tl.program_id(2).to(tl.int64) * rows * columns
+    source = matrix + column[:, None] * rows + row[None, :]
     quantized = tl.load(source_ptr + source, mask=(column[:, None] < columns) & (row[None, :] < rows), other=0)
-    target = row[:, None] * columns + column[None, :]
+    target = matrix + row[:, None] * columns + column[None, :]
     tl.store(target_ptr + target, tl.trans(quantized), mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
@@ -86,16 +87,18 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format, quantized: torch
 
 
 def turn(quantized: torch.Tensor, out: torch.Tensor) -> None:
-    """Fill `out` [R, C], dense by rows, from `quantized` [R, C] (uint8 or float8) that lie dense by columns.
+    """Fill `out` [R, C], dense by rows, from `quantized` [R, C] (uint8 or float8) that lie dense by columns; or some
+    such matrices, [matrices, R, C], in one launch.
 
     A tile goes through shared memory, so both sides are read and written in whole lines; torch's copy of single bytes
     across strides is not.
     """
-    rows, columns = quantized.shape
+    rows, columns = quantized.shape[-2:]
     if quantized.numel():
+        matrices = quantized.shape[0] if quantized.dim() == 3 else 1
         source, target = quantized.view(torch.uint8), out.view(torch.uint8)
         launch = _turn_launch(source.data_ptr() % 16 == 0, target.data_ptr() % 16 == 0, kind(rows), kind(columns))
-        launch((-(-rows // TILE), -(-columns // TILE)), (source, target), rows, columns)
+        launch((-(-rows // TILE), -(-columns // TILE), matrices), (source, target), rows, columns)
 
 
 @functools.cache

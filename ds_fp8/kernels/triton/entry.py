@@ -79,7 +79,7 @@ def _alike(tensors: Sequence[torch.Tensor]) -> bool:
 
 def dense(quantized: torch.Tensor) -> Any:
     """A transposed view of FP8 values, dense by rows."""
-    if quantized.dim() != 2 or quantized.element_size() != 1 or not quantized.t().is_contiguous():
+    if quantized.dim() not in (2, 3) or quantized.element_size() != 1 or not quantized.mT.is_contiguous():
         return NotImplemented
     out = torch.empty(quantized.shape, dtype=quantized.dtype, device=quantized.device)
     cast.turn(quantized, out)

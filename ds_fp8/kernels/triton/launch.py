@@ -44,7 +44,7 @@ class Launch:
         self._options = options
         self._built: dict[int, Any] = {}
 
-    def __call__(self, grid: tuple[int, int], tensors: tuple[torch.Tensor, ...], *integers: int) -> None:
+    def __call__(self, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *integers: int) -> None:
         """Start on the current stream of the device of `tensors`, which are the kernel's first arguments."""
         device = tensors[0].get_device()
         built = self._built.get(device)
@@ -58,7 +58,7 @@ class Launch:
         run.launch(
             grid[0],
             grid[1],
-            1,
+            grid[2] if len(grid) > 2 else 1,
             torch._C._cuda_getCurrentRawStream(device),
             function,
             run.launch_cooperative_grid,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...formats import Format
+from ...formats import E4M3, Format
+from ...numerics.scaling import scale_from_amax
 from .. import grouped_rows
 from ..operands import TENSOR, Operand, QuantizedPair
 
@@ -161,6 +162,12 @@ class Scaling:
         A recipe with a history has the amax recorded when the layer next uses the weight.
         """
         raise NotImplementedError
+
+    def owner_expert_scales(self, shape: tuple[int, int], amaxes: torch.Tensor) -> torch.Tensor:
+        """The same for stacked experts, which keep no history: [experts, ...] for weights of `shape`, `amaxes`
+        [experts, owner_amaxes].
+        """
+        return scale_from_amax(amaxes.view(-1), E4M3)
 
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         """Fill the segments' data; `scales` has for each segment what `owner_scales` gave for its weight."""

@@ -107,6 +107,9 @@ class BlockScaling(Scaling):
             for weight, one in zip(weights, amaxes, strict=True)
         ]
 
+    def owner_expert_scales(self, shape: tuple[int, int], amaxes: torch.Tensor) -> torch.Tensor:
+        return block_scale(amaxes.view(-1, *tiles_of(shape)), E4M3, power_of_two=True)
+
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         for segment, of_segment in zip(segments, scales, strict=True):
             quantize_tiles(segment, of_segment)

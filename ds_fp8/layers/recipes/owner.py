@@ -18,11 +18,15 @@ from ... import kernels
 from ...formats import BLOCK_SIZE, E4M3
 
 
+MANY = 256
+"""Amaxes from which on their places are told to the device, instead of a launch for each."""
+
+
 @dataclass(eq=False)
 class Segment:
     """The part of a weight that this rank owns.
 
-    weight     the whole: `shape` (N, K)
+    weight     the whole: `shape` (N, K), or (experts, ., .)
     start      first element within the flattened weight
     source     flat 16-bit values
     quantized  flat uint8, same numel, where the quantized data go
@@ -46,6 +50,9 @@ def measure_tensors(segments: Sequence[Segment], owners: Sequence[int], amaxes: 
     found = kernels.amax_many([segment.source for segment in segments])
     if list(owners) == list(range(amaxes.numel())):
         amaxes.copy_(found)
+        return
+    if len(owners) > MANY:
+        amaxes.scatter_reduce_(0, torch.tensor(owners, device=amaxes.device), found, "amax")
         return
     per_weight = amaxes.split(1)
     for owner, amax in zip(owners, found.split(1), strict=True):
