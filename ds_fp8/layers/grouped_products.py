@@ -66,6 +66,7 @@ class GroupedProducts(torch.autograd.Function):
         weight, column_amaxes, *inputs = ctx.saved_tensors
         groups, recipe, dtype = ctx.groups, ctx.recipe, ctx.dtype
         high, grouped = recipe.override_linear_precision, scaling_of(recipe.kind).grouped
+        transposed = ctx.layout.transposed
         formats = recipe.forward_format, recipe.backward_format
         grad_output = grad_output.to(dtype).contiguous()
         grad_input = grad_weight = None
@@ -83,9 +84,9 @@ class GroupedProducts(torch.autograd.Function):
             # wgrad   grad_weight [E, N, K] = grad_output.T @ input, for each expert, as the weight lies
             if ctx.needs_input_grad[1]:
                 if high.wgrad:
-                    grad_weight = grouped_high.wgrad(grad_output, inputs[0], groups, weight.dtype, ctx.layout.transposed)
+                    grad_weight = grouped_high.wgrad(grad_output, inputs[0], groups, weight.dtype, transposed)
                 else:
                     grad_weight = grouped.wgrad(
-                        grad_output, tuple(inputs), groups, weight.dtype, formats[1], transposed=ctx.layout.transposed
+                        grad_output, tuple(inputs), groups, weight.dtype, formats[1], transposed=transposed
                     )
         return grad_input, grad_weight, None, None, None, None, None, None

@@ -29,9 +29,9 @@ from .operands import (
     cast_weight,
     given_weight,
     is_sharded,
+    measure,
     parameter_of,
     weight_again,
-    measure,
     with_overflow_shown,
 )
 

@@ -78,9 +78,7 @@ def frozen_weights(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe
     """
     owners = _owners(model, modules, recipe)
     return tuple(
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and id(parameter) in owners
+        name for name, parameter in model.named_parameters() if not parameter.requires_grad and id(parameter) in owners
     )
 
 
@@ -110,6 +108,7 @@ def _owners(model: nn.Module, modules: tuple[ModuleDecision, ...], recipe: Recip
     if recipe is None or recipe.override_linear_precision.fprop or recipe.override_linear_precision.dgrad:
         # A product in high precision reads the 16-bit weight.
         return {}
+    swapped: dict[str, tuple[str, ...]]
     swapped = {decision.fqn: ("weight",) for decision in modules if decision.is_swap and decision.kind in DENSE}
     for decision in modules:
         if decision.is_swap and decision.kind == "Experts":

@@ -6,9 +6,9 @@ Parameter stays where it is, as a `ReleasedWeight` (`weights_released.py`): whoe
 checkpoint, an evaluation in high precision) gets the values that the layer multiplies with. Unlike at O3 this rank has
 all of the weight, so whoever writes (`merge_and_unload`, a load) is not refused: the 16 bits come back first, for good.
 
-One scale for the tensor (for each expert of a stack), or one for each tile under recipe `block`, and powers of two: e4m3 has 3 mantissa bits, so
-decoded values are exact in bf16, and casting them again gives the same values. A merged or a resumed model is the one
-that was trained.
+One scale for the tensor (for each expert of a stack), or one for each tile under recipe `block`, and powers of two:
+e4m3 has 3 mantissa bits, so decoded values are exact in bf16, and casting them again gives the same values. A merged or
+a resumed model is the one that was trained.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_casts_give_the_references_bits(columns, counts):
     """Rows of tokens, columns of each expert, both directions of a weight; zeros, infinities and NaN in them."""
     from ds_fp8.formats import E4M3
     from ds_fp8.kernels import grouped
-    from ds_fp8.layers.groups import Groups, Layout
+    from ds_fp8.layers.groups import Groups
     from ds_fp8.numerics import row_scales
 
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def same(found, wanted) -> None:
 
 
 def test_zeros_where_a_grouped_product_writes_nothing():
-    from ds_fp8.layers.groups import Groups, Layout
+    from ds_fp8.layers.groups import Groups
 
     groups = Groups(torch.tensor([5, 0, 30, 0], device="cuda"), 50)
     out, stack = torch.ones(50, 300, device="cuda").bfloat16(), torch.ones(4, 70, 90, device="cuda").bfloat16()
@@ -115,7 +115,7 @@ def test_gates_are_those_of_pytorch(kind):
 
 def test_biases_by_expert():
     from ds_fp8.kernels import grouped
-    from ds_fp8.layers.groups import Groups, Layout
+    from ds_fp8.layers.groups import Groups
     from ds_fp8.numerics import row_scales
 
     torch.manual_seed(0)

@@ -173,13 +173,15 @@ def test_weight_cache_is_counted():
     assert estimate(decoded).device.cached == estimate(plan).device.cached, "the reference path keeps one orientation"
 
 
-def test_o3_says_which_fp8_weights_travel_in_16_bits():
-    """A Conv1D and stacked experts have no quantized values that the wire carries: reported beside layers that have,
-    refused without.
-    """
+def test_o3_sends_the_weights_of_conv1d_and_experts():
+    """Each FP8 layer whose weight is its own alone; experts say that theirs have one scale each."""
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96))
-    with pytest.raises(PlanError, match=r"belongs to a layer whose weights travel in 16 bits \(Conv1D, experts\)"):
-        plan_at("O3", model=model)
-    model.add_module("more", nn.Linear(32, 32))
-    assert "O3: the weights of 4 Conv1D compute in FP8 and travel in 16 bits" in plan_at("O3", model=model).banner()
+    assert len(plan_at("O3", model=model).comm.fp8_weights) == 4
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(**sizes, num_hidden_layers=1, num_local_experts=4, vocab_size=96)
+    plan = plan_at("O3", model=transformers.MixtralForCausalLM(config))
+    experts = [name for name in plan.comm.fp8_weights if "experts" in name]
+    assert experts == [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    assert "Fp8Experts (E4M3, current, one scale per row, and per expert of a weight)" in plan.banner()
+    assert plan_at("O2", model=transformers.MixtralForCausalLM(config)).modules != plan.modules

@@ -52,23 +52,30 @@ def sections(level: str | None) -> dict[str, Any]:
 
 
 def train_families(rank: int, world_size: int, stage: int, names: list[str], folder: str) -> dict[str, Any]:
-    """For each model: losses in bf16, at O2 and at O3; the last one saved in the middle and gone on with from the
-    file.
+    """For each model: losses in bf16, at O2 and at O3, and in eval mode; the last one saved in the middle and gone on
+    with from the file.
     """
     import ds_fp8.engine
+    from ds_fp8.zero.weights_released import is_released
 
     ds_fp8.activate()
     found: dict[str, Any] = {}
     for name in names:
         for level in (None, "O2", "O3"):
             settings = config(stage, **sections(level))
-            if level == "O3" and (not stage or name == "gpt2"):
+            if level == "O3" and not stage:
                 continue
-            last = level == ("O2" if not stage or name == "gpt2" else "O3")
+            last = level == ("O2" if not stage else "O3")
             said = io.StringIO()
             with contextlib.redirect_stdout(said):
                 engine = make_engine(settings, build(name))
                 result: dict[str, Any] = {"losses": steps(engine, rank, 0, 4), "said": said.getvalue()}
+                result["released"] = sum(map(is_released, engine.module.parameters()))
+                engine.module.eval()
+                with torch.no_grad():
+                    batch = tokens(rank, 99)
+                    result["read"] = engine.module(input_ids=batch, labels=batch).loss.item()
+                engine.module.train()
                 if last:
                     engine.save_checkpoint(f"{folder}/{name}{stage}")
                     result["after"] = steps(engine, rank, 4, 6)

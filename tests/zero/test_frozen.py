@@ -10,12 +10,14 @@ from torch import nn
 from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, Settings
 from ds_fp8.errors import PlanError
 from ds_fp8.formats import E4M3
-from ds_fp8.layers import swap_layers
+from ds_fp8.layers import restore_layers, swap_layers
 from ds_fp8.layers.recipes import scaling_of
 from ds_fp8.plan import estimate, make_plan
 from ds_fp8.recipe import HighPrecision, Recipe
 from ds_fp8.zero.frozen_weights import FrozenWeights
 from ds_fp8.zero.weights_released import is_released
+from tests.layers.test_conv1d import gpt2
+from tests.layers.test_experts import mixture
 from tests.zero.model_jobs import train_lora
 
 
@@ -36,7 +38,7 @@ def base() -> nn.Module:
 
 def frozen(model: nn.Module, kind: str) -> FrozenWeights:
     plan = make_plan(model, settings(kind))
-    assert plan.fp8.frozen_weights == ("0",)
+    assert plan.fp8.frozen_weights == ("0.weight",)
     assert "frozen weights of 1 Linear are kept in FP8 alone" in plan.banner()
     swap_layers(model, plan)
     weights = FrozenWeights(model, plan)
@@ -129,13 +131,51 @@ def test_every_way_to_write(write):
     assert not is_released(weight) and torch.equal(weight, new)
 
 
+@pytest.mark.parametrize("kind", ["current", "block"])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "GPT2"])
+def test_experts_and_conv1d(name, kind):
+    """[experts, out, in], [experts, in, out] and [in, out]: one byte is left of each; what a layer gives, and its
+    gradient, are those of the decoded weights within FP8's error; under `block` a layer that casts for itself casts to
+    the same data. Evaluation reads them, and a write brings 16 bits back.
+    """
+    model = gpt2() if name == "GPT2" else mixture(name)
+    model.requires_grad_(False)
+    kept = [fqn for fqn, _ in model.named_parameters() if "experts." in fqn or (name == "GPT2" and ".c_" in fqn)]
+    kept = [fqn for fqn in kept if "bias" not in fqn]
+    plan = make_plan(model, settings(kind, fp8_format="E4M3"))
+    assert set(kept) <= set(plan.fp8.frozen_weights) and ("Conv1D" if name == "GPT2" else "Experts") in plan.banner()
+    swap_layers(model, plan)
+    layer = model.get_submodule(kept[-1].rpartition(".")[0])
+    wide = layer.weight.shape[0] if name == "GPT2" else 64
+    index = torch.rand(40, 4, generator=torch.Generator().manual_seed(3)).topk(2).indices
+    routing = () if name == "GPT2" else (index, torch.full((40, 2), 0.5))
+
+    def visited(training: bool) -> list[torch.Tensor]:
+        x = torch.randn(40, wide, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        out = layer.train(training)(x, *routing)
+        out.backward(torch.randn(40, out.shape[1], generator=torch.Generator().manual_seed(5)))
+        return [out.detach(), x.grad]
+
+    weights = FrozenWeights(model, plan)
+    weights.freeze()
+    assert all(is_released(model.get_parameter(fqn)) for fqn in kept)
+    found, read = visited(True), visited(False)
+    weights.thaw()
+    exact, again = visited(False), visited(True)
+    assert all(map(torch.equal, read, exact)), "in eval mode, with high precision, the values that were kept"
+    for one, other, by_itself in zip(found, exact, again, strict=True):
+        assert 1e-3 < (one - other).norm() / other.norm() < 0.1
+        assert torch.equal(one, by_itself) or kind != "block"
+    assert not any(map(is_released, restore_layers(model).parameters()))
+
+
 def test_what_cannot_be_kept_so_is_refused():
     trained = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(PlanError, match=r"fp8/frozen_weights: fp8: no FP8 Linear .* has a frozen weight"):
+    with pytest.raises(PlanError, match=r"fp8/frozen_weights: fp8: no FP8 layer .* has a frozen weight"):
         make_plan(trained, settings())
     with pytest.raises(PlanError, match=r"(?s)stage 3 cuts the 16-bit weights.*Set stage to 0, 1 or 2"):
         make_plan(base(), settings(stage=3))
-    with pytest.raises(PlanError, match="no FP8 Linear"):
+    with pytest.raises(PlanError, match="no FP8 layer"):
         make_plan(base(), settings(override_linear_precision=HighPrecision(dgrad=True)))
 
 

@@ -21,8 +21,8 @@ SAID = {
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
-    """Losses beside bf16's but not equal to them, O3's equal to O2's (no code of theirs changes), a resumed run to
-    the bit.
+    """Losses beside bf16's but not equal to them; at O3 all FP8 weights travel so, Conv1D's with O2's losses to the
+    bit, and experts' beside them, for their weights have one scale each then; a resumed run to the bit.
     """
     ranks = run_ranks(2, train_families, stage, ["gpt2", "mixtral"], str(tmp_path))
     for found in ranks:
@@ -31,7 +31,8 @@ def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
             assert o2 != baseline and o2 == pytest.approx(baseline, rel=0.03), (name, o2, baseline)
             assert o2[-1] < o2[0] - 0.3
             if f"{name} O3" in found:
-                assert found[f"{name} O3"]["losses"] == o2, name
+                o3 = found[f"{name} O3"]["losses"]
+                assert o3 == o2 if name == "gpt2" else (o3 != o2 and o3 == pytest.approx(o2, rel=0.01)), name
             last = found.get(f"{name} O3", found[f"{name} O2"])
             assert last["resumed"] == last["after"], name
     for name, sentence in SAID.items():
@@ -39,7 +40,11 @@ def test_they_train_in_every_stage_and_go_on_from_a_checkpoint(stage, tmp_path):
         last = f"{name} O3" if f"{name} O3" in ranks[0] else f"{name} O2"
         assert ranks[0][last]["weights"] == ranks[1][last]["weights"]
     if stage:
-        assert "O3: the weights of 2 Experts compute in FP8 and travel in 16 bits" in ranks[0]["mixtral O3"]["said"]
+        for name, count in {"gpt2": 8, "mixtral": 12}.items():
+            found = ranks[0][f"{name} O3"]
+            assert f"{count} weights only in FP8 between steps" in found["said"]
+            assert found["released"] == (count if stage < 3 else 0)
+            assert found["read"] == pytest.approx(ranks[0][f"{name} O2"]["read"], rel=0.02)
 
 
 def test_deepspeeds_own_mixture_with_experts_on_both_ranks():

@@ -17,7 +17,6 @@ from torch import Tensor
 from ... import kernels
 from ...formats import BLOCK_SIZE, E4M3
 
-
 MANY = 256
 """Amaxes from which on their places are told to the device, instead of a launch for each."""
 
