@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from ..errors import LayerError
 
-if TYPE_CHECKING:
-    from .layer_state import LayerFp8State
-
-_by_address: weakref.WeakValueDictionary[int, LayerFp8State] = weakref.WeakValueDictionary()
-_by_number: weakref.WeakValueDictionary[int, LayerFp8State] = weakref.WeakValueDictionary()
+_by_address: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_by_number: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def make_anchor(layer_state: LayerFp8State, device: torch.device) -> torch.Tensor:
-    """A new name for `layer_state`: int64 [1] on `device`. The caller keeps it, and all earlier ones, for as long as
-    `layer_state` lives.
+def make_anchor(layer_state: Any, device: torch.device) -> torch.Tensor:
+    """A new name for `layer_state` (a LayerFp8State, or the state of experts): int64 [1] on `device`. The caller keeps
+    it, and all earlier ones, for as long as `layer_state` lives.
     """
     number = next(_numbers)
     with torch.inference_mode(False):
@@ -41,7 +38,7 @@ def make_anchor(layer_state: LayerFp8State, device: torch.device) -> torch.Tenso
     return anchor
 
 
-def layer_state_of(anchor: torch.Tensor) -> LayerFp8State:
+def layer_state_of(anchor: torch.Tensor) -> Any:
     """The layer state that `anchor` names. Raises LayerError when its model is gone."""
     layer_state = _by_address.get(anchor.data_ptr())
     if layer_state is None and not (anchor.is_cuda and torch.cuda.is_current_stream_capturing()):

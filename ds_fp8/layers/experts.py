@@ -26,7 +26,8 @@ from ..plan import ModuleDecision
 from ..plan.expert_rules import ExpertRule, rule_of
 from ..plan.expert_speed import high_precision
 from ..recipe import HighPrecision, Recipe
-from . import expert_gates
+from . import compiled_experts, expert_gates
+from .anchors import make_anchor
 from .as_original import ORIGINAL
 from .expert_rows import Visits, biased
 from .grouped_products import GroupedProducts
@@ -81,6 +82,9 @@ class ExpertsState:
     weights    by name, where quantized values are set from outside
     ran        what the products did in the first step, while that lasts (`ran.py`)
     is_shared  several engines step these weights, so no quantized values of theirs are kept
+    runs_in_eval, trains_in_eval, traces, anchor
+               what a compiled forward reads: whether it computes in FP8, is traced at all, and how its operators find
+               this state (`compiled_experts`, `anchors`)
     """
 
     is_shared = False
@@ -92,8 +96,19 @@ class ExpertsState:
         self.fp8_state, self.rule, self.original = fp8_state, rule, original
         self.decision, self.fqn, self.least_rows = decision, decision.fqn, decision.least_rows
         self.weights = {name: ExpertWeight() for name in rule.weights}
+        self.in_high_precision = _with(fp8_state.recipe, HighPrecision(True, True, True))
+        self.runs_in_eval, self.trains_in_eval = fp8_state.plan.eval, fp8_state.trains_in_eval
+        self.traces = rule.kind == "transformers"
+        self.anchor: torch.Tensor | None = None
+        self._anchors: list[torch.Tensor] = []
         self.forget_weight()
         fp8_state.holders.add(self)
+
+    def settle(self, device: torch.device) -> None:
+        """The module is on `device` now; see `LayerFp8State.settle`."""
+        if self.anchor is None or self.anchor.device != device:
+            self.anchor = make_anchor(self, device)
+            self._anchors.append(self.anchor)
 
     def forget_weight(self) -> None:
         """Drop quantized values that were kept for the rest of an optimizer step."""
@@ -127,6 +142,10 @@ class ExpertsState:
         least = (self.least_rows[place], self.least_rows[place + 1])
         return _with(recipe, HighPrecision(wgrad=True) if given else high_precision(least, rows))
 
+    def is_whole(self, module: nn.Module) -> bool:
+        """Not cut by ZeRO 3, which gathers weights in hooks that a graph would not call."""
+        return not hasattr(getattr(module, self.rule.weights[0]), "ds_id")
+
     def is_active(self, module: nn.Module) -> bool:
         return (self.fp8_state.is_training(module.training) or self.fp8_state.plan.eval) and not self.fp8_state.warming
 
@@ -134,8 +153,18 @@ class ExpertsState:
 class Fp8Experts:
     """Mixed into the class of a converted module, in front of it."""
 
-    @opaque
     def forward(self, *args: Any, **named: Any) -> Any:
+        state: ExpertsState = self._ds_fp8_experts  # type: ignore[assignment, attr-defined]
+        if torch.compiler.is_compiling() and state.traces and state.is_whole(self):  # type: ignore[arg-type]
+            training = self.training or (state.trains_in_eval and torch.is_grad_enabled())  # type: ignore[attr-defined]
+            if training or state.runs_in_eval:
+                return compiled_experts.forward(self, state, *args, **named)
+            if not has_torch_function_unary(getattr(self, state.rule.weights[0])):  # released (O3)
+                return super().forward(*args, **named)  # type: ignore[misc]
+        return self._run(*args, **named)
+
+    @opaque
+    def _run(self, *args: Any, **named: Any) -> Any:
         state: ExpertsState = self.__dict__[STATE]
         if not state.is_active(self):  # type: ignore[arg-type]
             if state.ran is not None:
@@ -143,6 +172,12 @@ class Fp8Experts:
             with _readable(self, state):  # type: ignore[arg-type]
                 return state.original.forward(self, *args, **named)
         return _forward_of(state)(self, _Linear(self, state), *args, **named)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """`to`, `cuda` and their like: the name for compiled graphs follows."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.__dict__[STATE].settle(getattr(self, self.__dict__[STATE].rule.weights[0]).device)
+        return self
 
     def extra_repr(self) -> str:
         state = self.__dict__[STATE]
@@ -174,6 +209,7 @@ def take_state(module: nn.Module, state: ExpertsState | None) -> None:
         return
     module.__class__ = fp8_class(state.original)
     module.__dict__[STATE] = state
+    state.settle(module.get_parameter(state.rule.weights[0]).device)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class ModelFp8State:
         begins = trains_in_eval and not self.trains_in_eval
         if trains_in_eval != self.trains_in_eval:
             self.trains_in_eval = trains_in_eval
-            for layer_state in self.layer_states:
+            for layer_state in (*self.layer_states, *self.holders):
                 layer_state.trains_in_eval = trains_in_eval
             self.in_forward_with_grad = False
         return begins
