@@ -103,7 +103,7 @@ def norm(x: torch.Tensor) -> float:
 
 def load() -> dict[str, Callable[..., Any]]:
     """All scripts, by name."""
-    from tests.engine.scripts import flow, models, weights  # noqa: F401  they register themselves
+    from tests.engine.scripts import flow, models, tools, weights  # noqa: F401  they register themselves
 
     return SCRIPTS
 
