@@ -87,7 +87,7 @@ class CudaProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        refuse_second_derivative(ctx.call)
+        refuse_second_derivative(ctx.call.layer_state)
         weight, weight_scale_inv, kept, kept_scale_inv = ctx.saved_tensors
         if ctx.late and ctx.needs_input_grad[0]:
             weight, weight_scale_inv = weight_for_dgrad(weight, ctx.call)

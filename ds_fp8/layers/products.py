@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..errors import LayerError
 from .gemm import inside, matmul, multiplies_fp8
-from .layer_state import Call
+from .layer_state import Call, LayerFp8State
 from .operands import (
     ROWS,
     TENSOR,
@@ -64,7 +64,7 @@ class LinearProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: Call = ctx.call
-        refuse_second_derivative(call)
+        refuse_second_derivative(call.layer_state)
         kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         rows = grad_output.to(ctx.dtype).contiguous().view(-1, grad_output.shape[-1])
         with torch.autocast(rows.device.type, enabled=False):
@@ -86,11 +86,13 @@ def as_shape(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return rows if rows.shape == shape else torch.ops.aten._unsafe_view.default(rows, shape)
 
 
-def refuse_second_derivative(call: Call) -> None:
+def refuse_second_derivative(layer_state: LayerFp8State) -> None:
+    """In a backward: raises LayerError where its own derivative is wanted."""
     if torch.is_grad_enabled():
         raise LayerError(
-            f"{call.layer_state.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
-            "  Exclude this layer in fp8/layers/exclude, or differentiate once."
+            f"{layer_state.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
+            f'  Exclude this layer, fp8/layers/exclude ["{layer_state.fqn}"], or compute the penalty in eval mode,'
+            " where layers are in high precision, or differentiate once."
         )
 
 

@@ -18,6 +18,7 @@ from ..kernels import amax as amax_of
 from ..recipe import HighPrecision
 from .layer_state import Call, LayerFp8State, QuantizedWeight
 from .operands import CachedWeight
+from .products import refuse_second_derivative
 
 
 class SlotState:
@@ -81,9 +82,12 @@ class SlotState:
     def finish(self, output: torch.Tensor) -> torch.Tensor:
         """What the layer returns: `output`, as a tensor that callers may write into, with our hook behind it."""
         call, own = self._call, self._own.get("grad_output")
-        if call is not None and output.requires_grad and (own is not None or call.scope is not None):
+        if call is not None and output.requires_grad:
 
             def before_backward(gradient: torch.Tensor) -> None:
+                refuse_second_derivative(
+                    call.layer_state
+                )  # Transformer Engine's backward would leave it out, and not say so
                 call.in_backward()
                 if own is not None:
                     own.copy_(self._scale_of("grad_output", gradient, call))

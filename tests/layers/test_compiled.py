@@ -285,3 +285,13 @@ def test_inductor_fuses_around_the_layers():
     losses = [[float(found[step * per_step].float().pow(2).mean()) for step in range(6)] for found in results]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert COUNTERS["stats"]["unique_graphs"] == 1
+
+
+def test_a_second_derivative_is_refused():
+    """By torch, which differentiates a compiled graph itself, and once."""
+    model = Mlp()
+    swapped(model, Recipe())
+    x = torch.randn(16, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient = torch.autograd.grad(torch.compile(model, backend="aot_eager")(x).sum(), x, create_graph=True)[0]
+        gradient.pow(2).sum().backward()

@@ -8,6 +8,7 @@ import io
 import threading
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -214,3 +215,23 @@ def shared_memory(make: Any, rank: int) -> Any:
     engine = make()
     engine.module.share_memory()
     return train(engine, range(3))
+
+
+@script(not_in=(3,))
+def gradient_penalty(make: Any, rank: int) -> Any:
+    """A second derivative: refused by the layer's name in training mode, right in eval mode."""
+    engine, found = make(), []
+    for step in range(3):
+        x = data(engine, step)
+        probe = x.clone().requires_grad_()
+        if "Fp8" in type(engine.module.mid).__name__ or hasattr(engine.module.mid, "layer_state"):
+            with pytest.raises(RuntimeError, match=r'fp8/layers/exclude \["dec"\]'):
+                torch.autograd.grad(engine.module(probe).float().sum(), probe, create_graph=True)
+        engine.eval()
+        gradient = torch.autograd.grad(engine.module(probe).float().sum(), probe, create_graph=True)[0]
+        penalty = (gradient.float().norm(dim=1) - 1).pow(2).mean()
+        found += [norm(one) for one in torch.autograd.grad(penalty, list(engine.module.parameters()), allow_unused=True)
+                  if one is not None]  # fmt: skip
+        engine.train()
+        found.append(take(engine, loss_of(engine, x)))
+    return found

@@ -16,7 +16,7 @@ from layers.small_models import settings
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_fp8.errors import BackendError
+from ds_fp8.errors import BackendError, LayerError
 from ds_fp8.layers import restore_layers, swap_layers
 from ds_fp8.layers.transformer_engine import names
 from ds_fp8.layers.transformer_engine.scaling import make_recipe
@@ -222,6 +222,16 @@ def test_parameters_names_and_state_dict_are_the_unmodified_models(te):
     assert all(value is parameters[name] for name, value in restored.named_parameters())
     x = torch.randn(4, 32)
     assert torch.equal(restored.eval()(x), baseline.eval()(x))
+
+
+def test_a_second_derivative_is_refused_by_the_layers_name(te):
+    """Also where every scale is known and no engine is there; Transformer Engine's own backward would leave it out."""
+    _, (theirs, _) = both_backends(Recipe(amax_history_len=2))
+    for _ in range(2):
+        x = torch.randn(16, 32, requires_grad=True)
+        with pytest.raises(LayerError, match=r'fp8/layers/exclude \["down"\]'):
+            torch.autograd.grad(theirs(x).sum(), x, create_graph=True)
+        theirs(x).sum().backward()
 
 
 def test_frozen_weights_get_no_gradient(te):
