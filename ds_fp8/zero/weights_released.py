@@ -293,8 +293,12 @@ def _whole(decoded: Tensor) -> Tensor:
 
 
 def _is_what_it_reads(param: Any, value: Any) -> bool:
-    """Whether `param.data = value` changes nothing: `value` are the param's own decoded values."""
-    return _source(value) is _source(param) and value.shape == param.shape and value.dtype == param.dtype
+    """Whether `param.data = value` changes nothing: `value` are the param's own decoded values, or equal to them, as the
+    copy that `Module.to("cpu:0")` makes of them.
+    """
+    if value.shape != param.shape or value.dtype != param.dtype or value.device.type != param.device.type:
+        return False
+    return _source(value) is _source(param) or torch.equal(as_tensor(value).to(param.device), values_of(param))
 
 
 def _refusal(func: Any, source: Source) -> str:
