@@ -143,6 +143,16 @@ class Attachment:
             self._restore()
         life.forget(self)
 
+    def abandon(self) -> None:
+        """The engine does not come into being. Its model is unmodified, without a hook of DeepSpeed's that would look
+        for the engine; nothing communicates, for the error may be this rank's alone.
+        """
+        self.detach(communicate=False)
+        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+            handle = vars(self.engine).get(name)
+            if handle is not None:
+                handle.remove()
+
     def _restore(self) -> None:
         from ..layers import restore_layers
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..zero.touched import touched
@@ -40,18 +41,19 @@ def _configure_distributed_model(original: Callable, engine: Any, model: Any) ->
 
     engine.__dict__[MET] = True
     attachment, plans = None, bool(sections_of(engine.config))
-    with unmodified(model, plans=plans):
-        if plans:
-            from .attach import attach
+    with _or_not_at_all(engine):
+        with unmodified(model, plans=plans):
+            if plans:
+                from .attach import attach
 
-            attachment = attach(engine, model)
-        else:
-            from .startup_check import pass_by
+                attachment = attach(engine, model)
+            else:
+                from .startup_check import pass_by
 
-            pass_by()
-    original(engine, model)
-    if attachment is not None:
-        attachment.placed()
+                pass_by()
+        original(engine, model)
+        if attachment is not None:
+            attachment.placed()
 
 
 def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:
@@ -64,7 +66,22 @@ def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any,
 
             refuse(engine)
         return original(engine, client_optimizer, model_parameters)
-    return attachment.configure_optimizer(original, client_optimizer, model_parameters)
+    with _or_not_at_all(engine):
+        return attachment.configure_optimizer(original, client_optimizer, model_parameters)
+
+
+@contextmanager
+def _or_not_at_all(engine: Any) -> Iterator[None]:
+    """A job that is refused inside leaves its model as it was: the script may correct its JSON and start again."""
+    try:
+        yield
+    except BaseException:
+        from . import of
+
+        attachment = of(engine)
+        if attachment is not None:
+            attachment.abandon()
+        raise
 
 
 WRAPPERS: dict[str, Callable] = {

@@ -293,8 +293,8 @@ def _whole(decoded: Tensor) -> Tensor:
 
 
 def _is_what_it_reads(param: Any, value: Any) -> bool:
-    """Whether `param.data = value` changes nothing: `value` are the param's own decoded values, or equal to them, as the
-    copy that `Module.to("cpu:0")` makes of them.
+    """Whether `param.data = value` changes nothing: `value` are the param's own decoded values, or equal to them, as
+    the copy that `Module.to("cpu:0")` makes of them.
     """
     if value.shape != param.shape or value.dtype != param.dtype or value.device.type != param.device.type:
         return False

@@ -265,6 +265,25 @@ def strangers(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     return {"alone": alone, "together": together}
 
 
+def refused(rank: int, world_size: int, mode: str, stage: int) -> dict[str, Any]:
+    """An `initialize` that is refused when layers are swapped already; then the corrected JSON, on the same model."""
+    settings = sections(mode, stage)
+    settings["optimizer"]["params"]["nonsense"] = 1
+    model, found = Net(), {}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with quiet():
+        try:
+            make_engine(settings, model)
+        except Exception as error:  # noqa: BLE001  DeepSpeed's own or ours
+            found["error"] = str(error)
+        found["clean"] = is_clean(model) and readable(model)
+        found["alone"] = bool(model(batch(rank, 0).to(model.head.weight.dtype)).isfinite())
+        found["losses"], found["fresh"] = (
+            continued(each, mode, stage, rank) for each in (model, fresh(weights, model.head.weight.dtype))
+        )
+    return found
+
+
 def interrupted(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     """`destroy()` in the `finally` of an exception that rank 0 alone meets: the other rank must not be needed."""
     settings = sections("O3", stage)

@@ -52,6 +52,15 @@ def test_a_forgotten_engine_gives_way_to_the_next():
         assert all(found["losses"] == found["fresh"] and found["clean_at_last"] for found in results), call
 
 
+def test_a_refused_job_leaves_the_model_as_it_was():
+    """The error names the option; the model computes on its own, and trains when the JSON is corrected."""
+    calls = [("refused", "fp8", 0), ("refused", "O2", 2), ("refused", "O3", 2), ("refused", "O3", 3)]
+    for call, results in zip(calls, together(*calls)):
+        for found in results:
+            assert "nonsense" in found["error"] and found["clean"] and found["alone"], call
+            assert found["losses"] == found["fresh"], call
+
+
 def test_one_model_through_engines_of_every_kind():
     """fp8, O2, block, O1, none, current, O3, none: each starts anew by its own JSON, as on a model never swapped.
 

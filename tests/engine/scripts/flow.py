@@ -224,7 +224,7 @@ def another_default_dtype(make: Any, rank: int) -> Any:
 
 @script(not_in=(3,))
 def moved_to_where_it_is(make: Any, rank: int) -> Any:
-    """Also under another name of the same device, for which torch makes a copy on a CPU (`Trainer`'s bf16_full_eval)."""
+    """Also under another name of the same device, for which torch copies on a CPU (`Trainer`'s bf16_full_eval)."""
     engine = make()
     found = train(engine, range(2))
     engine.module.to(engine.device).to(torch.bfloat16)
