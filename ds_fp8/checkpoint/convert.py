@@ -24,10 +24,11 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..numerics.dtypes import BASE_DTYPES
 from ..optim import ScaledAdamW, ScaledLion
-from ..zero.states import KEY, check_quantized
+from ..zero.states import DIGEST, KEY, check_quantized, head_digest
 from .complete import look
-from .inspect import read_safe, read_tensors
+from .entries import CONVERTED
 from .manifest import MANIFEST, UNFINISHED
+from .reading import read_safe, read_tensors
 from .records import check_records
 from .saving import finish_alone
 
@@ -194,4 +195,5 @@ def recode(state: dict[str, Any], level: str) -> dict[str, Any]:
     for param, quantized in zip(params, state["codes"], strict=True):
         optimizer.import_quantized(param, quantized)
     quantized = [optimizer.export_quantized(param) for param in params]
-    return {**state, "layout": {**layout, "formats": optimizer.formats()}, "codes": quantized}
+    recoded = {**state, "layout": {**layout, "formats": optimizer.formats()}, "codes": quantized, CONVERTED: True}
+    return {**recoded, DIGEST: head_digest(recoded)}

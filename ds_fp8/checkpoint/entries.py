@@ -2,7 +2,7 @@
 
 `zero.states.check_quantized` looks at the head; here every partition is checked as its load would (names, formats,
 sizes, dtypes, steps, scales), against the layout that the entry itself gives. And since the fp32 flats beside it were
-decoded from it, the masters are decoded again and compared: where only one of the two was changed, neither can be
+decoded from it, all of them are decoded again and compared: where only one of the two was changed, neither can be
 trusted.
 """
 
@@ -13,9 +13,20 @@ from typing import Any
 
 import torch
 
+from ..algorithms import MOMENTS
 from ..errors import CheckpointError
-from ..optim import checkpointing, masters
+from ..optim import checkpointing, codecs, masters
 from ..zero.states import KEY, check_quantized
+
+CONVERTED = "converted"
+"""Key of an entry that `ds_fp8 convert --level` has encoded anew: the fp32 values beside it are as they were."""
+
+CLOSE = 1e-5
+"""Relative distance at which a decoded moment is the one that was saved: a device may round a root or a quotient once
+more than another; the coarsest formats are hundreds of times coarser.
+"""
+
+CURE = "  Use another tag; or `ds_fp8 convert DIR OUT --level plain` to go on from the fp32 values alone."
 
 
 def check_entry(entry: Any, where: str, *, rank: int, world_size: int) -> None:
@@ -54,6 +65,8 @@ def check_masters(entry: dict[str, Any], flats: Sequence[torch.Tensor], where: s
 
     flats  fp32 [<= numel] each, one for each partition; DeepSpeed leaves padding out
     """
+    if entry.get(CONVERTED):
+        return
     for number, (one, flat) in enumerate(zip(entry["codes"], flats, strict=False)):
         weight = one["weight"]
         decoded = masters.export_master(one["tensors"], one["formats"]["master"], weight).reshape(-1)
@@ -63,6 +76,46 @@ def check_masters(entry: dict[str, Any], flats: Sequence[torch.Tensor], where: s
         if different.any():
             raise CheckpointError(
                 f"{where}: {int(different.sum())} of {shared} fp32 masters of partition {number} are not those that "
-                f"the exact states beside them ({KEY}) stand for: one of the two was changed after the save.\n"
-                "  Use another tag; or `ds_fp8 convert DIR OUT --level plain` to go on from the fp32 values alone."
+                f"the exact states beside them ({KEY}) stand for: one of the two was changed after the save.\n{CURE}"
             )
+        if not torch.allclose(weight.reshape(-1).float(), decoded, rtol=2**-6, atol=1e-5, equal_nan=True):
+            raise CheckpointError(
+                f"{where}: weights of partition {number} are not those of its masters ({KEY}): they were changed after "
+                f"the save.\n{CURE}"
+            )
+
+
+@torch.no_grad()
+def check_moments(entry: dict[str, Any], states: Sequence[Any], where: str) -> None:
+    """Raise CheckpointError if the fp32 moments and steps beside a checked entry are not what it decodes to.
+
+    states  one for each partition, {step, exp_avg, exp_avg_sq}; empty or None before the first step
+    """
+    if entry.get(CONVERTED):
+        return
+    for number, (one, state) in enumerate(zip(entry["codes"], states, strict=False)):
+        if not one["step"] and not state:
+            continue
+        problem = _changed(one, state or {})
+        if problem is not None:
+            raise CheckpointError(
+                f"{where}: {problem} of partition {number} is not what the exact states beside it ({KEY}) stand for: "
+                f"one of the two was changed after the save.\n{CURE}"
+            )
+
+
+def _changed(one: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """What differs between exact states and the fp32 ones beside them; None: nothing."""
+    if "step" in state and int(state["step"]) != one["step"]:
+        return f"step {int(state['step'])}, not {one['step']},"
+    for moment in MOMENTS:
+        if moment not in one["formats"]:
+            continue
+        if moment not in state:
+            return f"the lack of {moment}"
+        found = state[moment].detach().reshape(-1).float()
+        decoded = codecs.export_moment(one["tensors"], moment, one["formats"])
+        shared = min(found.numel(), decoded.numel())
+        if not torch.allclose(decoded[:shared], found[:shared], rtol=CLOSE, atol=1e-37, equal_nan=True):
+            return moment
+    return None

@@ -10,13 +10,11 @@ memory) or all raise. An exception while a damaged file is read counts as a faul
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import (
     FP32_FLAT_GROUPS,
@@ -33,7 +31,19 @@ from ..zero.states_stage0 import Stage0Optimizer
 from ..zero.states_stage0_formats import read_state
 from ..zero.touched import touched
 from .complete import LAYER_FILE
-from .entries import check_entry, check_masters, check_owner
+from .deepspeed_entries import (
+    check_counters,
+    check_groups,
+    check_loss_scale,
+    check_scheduler,
+    check_shard,
+    check_stage0,
+    check_states,
+    moments_of,
+    saved_optimizer,
+    states_of,
+)
+from .entries import check_entry, check_masters, check_moments, check_owner
 from .manifest import UNFINISHED, compare, read_manifest
 from .module import check_module
 from .records import check_records
@@ -43,7 +53,7 @@ TOUCHED = {
     "CheckpointEngine": touched(reads="load"),
     "Engine": touched(
         reads="_get_all_ckpt_names _get_zero_ckpt_name checkpoint_engine load_universal_checkpoint module optimizer "
-        "param_names use_node_local_storage zero_optimization zero_optimization_stage",
+        "param_names seq_dp_world_size use_node_local_storage zero_optimization zero_optimization_stage",
     ),
     "ZeroStage12": touched(reads="dp_process_group"),
 }
@@ -63,11 +73,14 @@ def inspect(
     with_optimizer: bool = True,
     check_client_state: Callable[[Any, str], None] | None = None,
     strict: bool = True,
+    with_scheduler: bool = True,
+    module_only: bool = False,
     must_exist: bool = False,
 ) -> dict[str, Any]:
     """Read and judge this rank's files; {path: content} of what was read. Collective.
 
     strict      the module's names and shapes must be those of the file
+    with_scheduler, module_only    what the load will take besides
     must_exist  no `latest` is a fault; else DeepSpeed warns, and loads nothing
     CheckpointError on all ranks if any rank finds a fault, or if they would load different things.
     """
@@ -81,6 +94,8 @@ def inspect(
         if tag is not None and found.exists:
             found = replace(found, **_against_manifest(engine, Path(load_dir) / tag, with_optimizer))
             step, ids = _inspect_model(engine, load_dir, tag, files, with_optimizer, check_client_state, strict)
+            if not module_only:
+                _inspect_counters(engine, files, with_scheduler, with_optimizer)
             if with_optimizer:
                 ids += _inspect_optimizer(engine, load_dir, tag, files)
             found = replace(
@@ -166,7 +181,7 @@ def _inspect_model(
         raise CheckpointError(f"{names[0]}: no model state of DeepSpeed.")
     if check_client_state is not None:
         check_client_state(state.get(KEY), names[0])
-    if strict and not engine.load_universal_checkpoint() and engine.zero_optimization_stage() < 3:
+    if strict and not engine.load_universal_checkpoint():
         check_module(engine.module, state["module"], names[0])
     ids = _ids(state.get(KEY))
     optimizer = engine.optimizer
@@ -177,14 +192,43 @@ def _inspect_model(
                 f"{names[0]}: no optimizer state, as ZeRO stages keep theirs in files of their own.\n{UNIVERSAL_CURE}"
                 "\n  Or load the weights alone with load_optimizer_states=False."
             )
-        loaded = read_state(optimizer, saved)
-        entry = saved.get(KEY)
-        check_entry(entry, names[0], rank=0, world_size=0)  # every rank of stage 0 has all states
-        if entry is not None and loaded.masters is not None:
-            check_masters(entry, loaded.masters, names[0])
-        ids += _ids(entry)
+        ids += _inspect_stage0(optimizer, saved, names[0])
+    elif with_optimizer and optimizer is not None and not engine.zero_optimization() and "optimizer" in state:
+        check_stage0(state["optimizer"], optimizer, names[0])
     step = state.get("global_steps")
     return step if isinstance(step, int) else None, ids
+
+
+def _inspect_stage0(optimizer: Any, saved: Any, where: str) -> list[str]:
+    """The id of the save that the states of stage 0 come from, which lie in the model file."""
+    loaded = read_state(optimizer, saved)
+    entry = saved.get(KEY)
+    check_entry(entry, where, rank=0, world_size=0)  # every rank of stage 0 has all states
+    if entry is not None:
+        check_masters(entry, [] if loaded.masters is None else loaded.masters, where)
+        check_moments(entry, loaded.states, where)
+    check_groups(saved.get(OPTIMIZER_STATE_DICT, saved)["param_groups"], optimizer.optimizer.param_groups, where)
+    shapes = [{tuple(master.shape), (master.numel(),)} for master in optimizer.fp8_masters]
+    check_states(loaded.states, shapes, optimizer.optimizer.moments, where)
+    check_loss_scale(saved, where)
+    return _ids(entry)
+
+
+def _inspect_counters(engine: Any, files: dict[str, Any], with_scheduler: bool, with_optimizer: bool) -> None:
+    """What DeepSpeed takes from the model file besides: counters, and the state of its scheduler."""
+    for name, state in files.items():
+        check_counters(state, name)
+        if state["mp_world_size"] != 1:
+            raise CheckpointError(f"{name}: one model file, of {state['mp_world_size']} that were saved.")
+        ranks = getattr(engine, "seq_dp_world_size", None)
+        shards = with_optimizer and engine.zero_optimization() and not engine.load_universal_checkpoint()
+        if shards and ranks is not None and state["dp_world_size"] != ranks:
+            raise CheckpointError(
+                f"{name}: written by {state['dp_world_size']} data-parallel ranks, this job has {ranks}.\n"
+                f"{UNIVERSAL_CURE}"
+            )
+        if with_scheduler:
+            check_scheduler(engine, state.get("lr_scheduler"), name)
 
 
 def _ids(entry: Any) -> list[str]:
@@ -219,8 +263,10 @@ def _inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, An
     check_entry(entry, path, **place)
     _check_layout(engine, shard, path)
     flats = shard.get(FP32_FLAT_GROUPS, shard.get(SINGLE_PARTITION_OF_FP32_GROUPS))
-    if entry is not None and isinstance(flats, (list, tuple)):
+    check_shard(shard, engine.optimizer, flats, path)
+    if entry is not None and flats is not None:
         check_masters(entry, flats, path)
+        check_moments(entry, states_of(saved_optimizer(shard)), path)
     return _ids(content.get(KEY)) + _ids(entry)
 
 
@@ -258,20 +304,9 @@ def _check_layout(engine: Any, shard: dict[str, Any], path: str) -> None:
             )
 
 
-def _moments(optimizer: Any) -> tuple[str, ...]:
-    """Names of the states that an optimizer has for each parameter: ours by itself, another (`fp8` alone) by its
-    kind.
-    """
-    own = getattr(optimizer, "moments", None)
-    if own is None:
-        is_adam = type(optimizer).__name__ in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
-        own = ("exp_avg", "exp_avg_sq") if is_adam else ()
-    return tuple(own)
-
-
 def _inspect_universal(engine: Any, folder: Path) -> None:
     """Every parameter of this rank has a file for its weight and each moment. They are read when they are loaded."""
-    keys = ("fp32", *_moments(engine.optimizer.optimizer))
+    keys = ("fp32", *(name for name in moments_of(engine.optimizer) if name != "step"))
     if not (folder / "zero" / "optimizer_state.pt").is_file():
         raise CheckpointError(f"{folder}: no universal checkpoint (zero/optimizer_state.pt is missing).")
     missing = [
@@ -300,33 +335,3 @@ def _read(engine: Any, path: str) -> Any:
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {error}). Truncated or no checkpoint; use an older tag."
         ) from error
-
-
-def read_tensors(path: str | Path) -> Any:
-    """A file on the host, by torch, for tools that have no engine; CheckpointError if it cannot be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
-
-
-def read_safe(path: str | Path) -> Any:
-    """`read_tensors` of a file that runs nothing: tensors, built-in values and DeepSpeed's own small classes.
-
-    CheckpointError for any other object: a pickle may do whatever its writer liked.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds objects that loading would have to run: {str(error).strip().splitlines()[-1]}\n"
-            "  `--trust-pickle` loads them all the same; only for files whose writer you know."
-        ) from error
-    except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error

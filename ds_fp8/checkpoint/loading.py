@@ -53,6 +53,8 @@ def load_checkpoint(
             with_optimizer=with_optimizer,
             check_client_state=check_client_state,
             strict=strict,
+            with_scheduler=given.get("load_lr_scheduler_states", True),
+            module_only=given.get("load_module_only", False),
         )
         shown = None
         if fallback and tag is None and load_dir and not engine.load_universal_checkpoint():

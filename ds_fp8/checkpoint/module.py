@@ -12,8 +12,9 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
+from .deepspeed_entries import holds_values
 
-TOUCHED = {"Parameter": touched(reads="ds_shape")}
+TOUCHED = {"Parameter": touched(reads="allreduce ds_shape")}
 
 
 def check_module(module: nn.Module, saved: Any, where: str) -> None:
@@ -26,15 +27,18 @@ def check_module(module: nn.Module, saved: Any, where: str) -> None:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{where}: the module is a {type(saved).__name__}, expected names and tensors.")
     expected = dict(_shapes(module))
-    for name, shape in expected.items():
+    for name, shapes in expected.items():
         tensor = saved.get(name)
-        if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) != shape:
+        if name in saved and not holds_values(tensor):
+            raise CheckpointError(f"{where}: {name} is a {type(tensor).__name__} without values; it is damaged.")
+        if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) not in shapes:
             raise CheckpointError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, this model's has {shape}: another model."
+                f"{where}: {name} has shape {tuple(tensor.shape)}, this model's has {shapes[-1]}: another model."
             )
     if not all(_loads_as_usual(one) for one in module.modules()):
         return
-    missing, extra = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    elsewhere = set(_experts(module))  # each expert in a file of its own, taken out of the module's
+    missing, extra = sorted(expected.keys() - saved.keys() - elsewhere), sorted(saved.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
             f"{where}: another model: {_few(missing)} missing in the file, {_few(extra)} not in this model.\n"
@@ -42,14 +46,28 @@ def check_module(module: nn.Module, saved: Any, where: str) -> None:
         )
 
 
-def _shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of all that a state dict holds, without reading a value."""
+def _shapes(module: nn.Module) -> Iterator[tuple[str, tuple[tuple[int, ...], ...]]]:
+    """Name and shapes of all that a state dict holds, without reading a value.
+
+    A parameter that ZeRO-3 has cut up stands there as it lies, empty, or whole where it is kept so.
+    """
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield name, tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shapes = (tuple(parameter.shape), tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        yield name, (((0,), *shapes) if hasattr(parameter, "ds_shape") else shapes)
     for prefix, one in module.named_modules(remove_duplicate=False):
         for name, buffer in one._buffers.items():
             if buffer is not None and name not in one._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, tuple(buffer.shape)
+                yield f"{prefix}.{name}" if prefix else name, (tuple(buffer.shape),)
+
+
+def _experts(module: nn.Module) -> Iterator[str]:
+    """What belongs to the experts of DeepSpeed's MoE layers, which its checkpoints keep apart."""
+    prefixes = {
+        name.rpartition(".")[0] for name, one in module.named_parameters() if not getattr(one, "allreduce", True)
+    }
+    for name, _ in _shapes(module):
+        if name.rpartition(".")[0] in prefixes:
+            yield name
 
 
 def _loads_as_usual(module: nn.Module) -> bool:

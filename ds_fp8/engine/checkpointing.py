@@ -5,7 +5,7 @@ The module's state_dict stays the unmodified model's, so a checkpoint of ours lo
 strings and numbers, safe under `torch.load(weights_only=True)`.
 
     {"version": 1, "plan": digest, "world_size": W, "books": [state, ...], "book_of_rank": [index, ...],
-     "pending": [amaxes or None, ...], "save": stamp}
+     "digests": [hash of each state, ...], "pending": [amaxes or None, ...], "save": stamp}
 
 DeepSpeed writes the client state of one rank only. With `reduce_amax` all ranks hold the same state and one is stored;
 without, and in a pipeline, states differ: each different one is stored once, with the ranks it belongs to. A save in
@@ -47,6 +47,7 @@ def add_state(attachment: Any, client_state: dict[str, Any], stamp: dict[str, An
         "world_size": len(state_of_rank),
         "books": fp8_states,
         "book_of_rank": state_of_rank,
+        "digests": [_fingerprint(state) for state in fp8_states],
         "save": stamp,
     }
     if any(amaxes is not None for amaxes in pending):
@@ -98,6 +99,12 @@ def _check_head(kept: Any, path: str) -> None:
         raise CheckpointError(f"{path}: {KEY}/book_of_rank names scales that are not there; the entry is damaged.")
     if count and not kept["book_of_rank"]:
         raise CheckpointError(f"{path}: {KEY}/book_of_rank is empty; the entry is damaged.")
+    digests = kept.get("digests")
+    if "digests" in kept and digests != [_fingerprint(state) for state in kept["books"]]:
+        raise CheckpointError(
+            f"{path}: the scales and histories ({KEY}/books) are not those that were saved; the entry is damaged.\n"
+            f"  Use another tag; or take {KEY} out of the file: the scales then start fresh."
+        )
     pending = kept.get("pending", [])
     if "pending" in kept and (not isinstance(pending, list) or len(pending) != len(kept["book_of_rank"])):
         raise CheckpointError(f"{path}: {KEY}/pending is not one entry for each rank; the entry is damaged.")

@@ -33,6 +33,9 @@ KEY = "ds_fp8"
 VERSION = 2
 """2: an 8-bit exp_avg is a ratio to the root of exp_avg_sq; in 1, which was never released, it was exp_avg itself."""
 
+MOST_STEPS = 1 << 53
+"""Steps and partitions above it are damage."""
+
 _FORMAT_NAMES = {"exp_avg": EXP_AVG_FORMATS, "exp_avg_sq": STATE_FORMATS, "master": MASTER_FORMATS}
 _NOT_OURS = {*REFUSED_OPTIONS, "foreach", "fused", "decoupled_weight_decay", "params"}
 """Keys of a foreign parameter group that mean nothing here."""
@@ -81,7 +84,7 @@ def check_saved(quantized: Any, numel: int, where: str) -> Saved:
         if not isinstance(quantized[key], kind):
             raise CheckpointError(f"{where}: {key} is a {type(quantized[key]).__name__}, expected {kind.__name__}.")
     for key in ("step", "partition"):
-        if not isinstance(quantized[key], int) or quantized[key] < 0:
+        if type(quantized[key]) is not int or not 0 <= quantized[key] < MOST_STEPS:
             raise CheckpointError(f"{where}: {key} is {quantized[key]!r}, expected a whole number of at least 0.")
     saved = Saved(
         _checked_formats(quantized["formats"], where),
@@ -249,8 +252,8 @@ def _check_tensors(saved: Saved, numel: int, where: str) -> None:
         raise CheckpointError(f"{where}: tensors missing: {missing or 'none'}; not expected: {extra or 'none'}.")
     for key, like in expected.items():
         tensor = tensors[key]
-        if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{where}: {key} is a {type(tensor).__name__}, expected a tensor.")
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+            raise CheckpointError(f"{where}: {key} is a {type(tensor).__name__}, expected a tensor of values.")
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
             raise CheckpointError(
                 f"{where}: {key} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(like.shape)} {like.dtype}."

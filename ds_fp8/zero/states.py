@@ -16,6 +16,8 @@ quantized values under `ds_fp8`; a load with the same layout takes the quantized
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import deepspeed
@@ -45,6 +47,8 @@ TOUCHED = {
 
 KEY = "ds_fp8"
 VERSION = 1
+DIGEST = "digest"
+"""Key of an entry's `head_digest`; entries of version 0.1.0 have none."""
 
 
 class ScaledStates(Fp32View):
@@ -181,13 +185,21 @@ def quantized_state(optimizer: Any, masters: list[Tensor], layout: dict[str, Any
     `save` is the stamp of the save that is under way (`checkpoint/stamp.py`); none outside of one.
     """
     stamp = getattr(optimizer, "save_stamp", None)
-    return {
+    state = {
         "version": VERSION,
         "layout": layout,
         "seed": int(optimizer.seed),
         "codes": [optimizer.export_quantized(master) for master in masters],
         **({} if stamp is None else {"save": stamp}),
     }
+    return {**state, DIGEST: head_digest(state)}
+
+
+def head_digest(state: dict[str, Any]) -> str:
+    """A hash of all that is no tensor: a changed layout would cost the exact values without a word."""
+    heads = [{key: one for key, one in each.items() if key not in ("tensors", "weight")} for each in state["codes"]]
+    head = json.dumps([state["layout"], state["seed"], heads], sort_keys=True, default=str)
+    return hashlib.sha256(head.encode()).hexdigest()
 
 
 def own_shard(state_dict_list: Any, rank: int) -> dict[str, Any] | None:
@@ -222,6 +234,13 @@ def check_quantized(state: Any, where: str) -> None:
     if len(state["codes"]) != len(numels):
         raise CheckpointError(
             f"{where}: quantized values of {len(state['codes'])} partitions for a layout of {len(numels)}."
+        )
+    if DIGEST in state and (
+        not all(isinstance(one, dict) for one in state["codes"]) or head_digest(state) != state[DIGEST]
+    ):
+        raise CheckpointError(
+            f"{where}: layout, seed, steps or formats ({KEY}) are not those that were saved; the entry of the "
+            "optimizer shard is damaged."
         )
 
 

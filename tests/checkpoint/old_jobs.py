@@ -57,6 +57,8 @@ def make_engine(job: dict[str, Any]) -> Any:
         "fp8": {"enabled": True, **job["fp8"]},
         "steps_per_print": 10**9,
     }
+    if "scheduler" in job:
+        config["scheduler"] = job["scheduler"]
     if "msamp" in job:
         config["msamp"] = {"enabled": True, **job["msamp"]}
     return deepspeed.initialize(model=model, config=config)[0]

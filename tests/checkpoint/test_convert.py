@@ -8,7 +8,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from states_jobs import full_weights, job, load, train
 
-from ds_fp8.checkpoint.inspect import read_tensors
+from ds_fp8.checkpoint.reading import read_tensors
 from ds_fp8.cli import convert as command
 
 pytestmark = pytest.mark.dist
@@ -70,6 +70,16 @@ def test_levels(saved, tmp_path):
     assert shard["optimizer_state_dict"]["ds_fp8"]["layout"]["formats"]["exp_avg"] == "fp32"
     converted = run_ranks(2, continue_at, str(tmp_path / "one"), "O1")[0]
     assert converted == run_ranks(2, continue_at, str(folder / "2"), "O1")[0]
+
+
+def test_lossy_levels(saved, tmp_path):
+    """From O1's fp32 states to O2's eight bits: the fp32 values beside them are finer, and the job takes them all the
+    same.
+    """
+    folder, _ = saved
+    assert command.main([str(folder / "2"), str(tmp_path / "one"), "--level", "O1"]) == 0
+    assert command.main([str(tmp_path / "one"), str(tmp_path / "two"), "--level", "O2"]) == 0
+    assert all(loss < 100 for loss in run_ranks(2, continue_at, str(tmp_path / "two"), "O2")[0])
 
 
 def test_level_plain_has_nothing_of_ours(saved, tmp_path):

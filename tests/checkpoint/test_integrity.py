@@ -23,7 +23,12 @@ from ds_fp8.checkpoint.manifest import MANIFEST
 
 pytestmark = pytest.mark.dist
 
-JOB = {"stage": 2, "fp8": {"recipe": "delayed", "amax_history_len": 4}, "msamp": {"opt_level": "O2"}}
+JOB = {
+    "stage": 2,
+    "fp8": {"recipe": "delayed", "amax_history_len": 4},
+    "msamp": {"opt_level": "O2"},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 1e-2}},
+}
 MODEL = "mp_rank_00_model_states.pt"
 
 
@@ -111,6 +116,47 @@ SHARD_DAMAGE = {
         path, lambda content: content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].mul_(2)
     ),
 }
+
+
+def shard_value(*path: Any, value: Any) -> Any:
+    """Damage to what DeepSpeed itself keeps in a shard."""
+    return lambda path_: edit(path_, set_item("optimizer_state_dict", *path, value=value))
+
+
+BASE = ("base_optimizer_state",)
+GROUP = (*BASE, "param_groups", 0)
+STATE = (*BASE, "state", 0)
+NOT_A_NUMBER = float("nan")
+SHARD_DAMAGE |= {
+    "exact moments changed": entry(
+        lambda kept: kept["codes"][0]["tensors"]["exp_avg.data"].copy_(
+            kept["codes"][0]["tensors"]["exp_avg.data"].flip(0)
+        )
+    ),
+    "scales of moments are NaN": entry(scaled("codes", 0, "tensors", "exp_avg.scale_inv", factor=NOT_A_NUMBER)),
+    "scales of moments are huge": entry(scaled("codes", 0, "tensors", "exp_avg_sq.scale_inv", factor=1e30)),
+    "a step more": entry(lambda kept: kept["codes"][0].update(step=kept["codes"][0]["step"] + 1)),
+    "another seed": entry(set_item("seed", value=7)),
+    "another layout": entry(set_item("layout", "stage", value=1)),
+    "fp32 moments changed": lambda path: edit(
+        path, lambda content: content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"].mul_(2)
+    ),
+    "fp32 moments are gone": shard_value(*BASE, "state", value={}),
+    "fp32 moments are on meta": shard_value(*STATE, "exp_avg", value=torch.empty(3, device="meta")),
+    "the fp32 step is text": shard_value(*STATE, "step", value="three"),
+    "the optimizer is a list of nothing": shard_value(*BASE, value=[None]),
+    "no parameter groups": shard_value(*BASE, "param_groups", value=None),
+    "a group without parameters": shard_value(*GROUP, "params", value=[]),
+    "a learning rate of None": shard_value(*GROUP, "lr", value=None),
+    "a negative learning rate": shard_value(*GROUP, "lr", value=-1.0),
+    "a learning rate of NaN": shard_value(*GROUP, "lr", value=NOT_A_NUMBER),
+    "one beta": shard_value(*GROUP, "betas", value=[0.9]),
+    "bias correction is text": shard_value(*GROUP, "bias_correction", value="yes"),
+    "foreach is three": shard_value(*GROUP, "foreach", value=3),
+    "a version that is none": shard_value("ds_version", value="newest"),
+    "a clip that is text": shard_value("clip_grad", value="1"),
+    "another alignment": shard_value("param_alignment_paddings", value=[[99]]),
+}
 MODEL_DAMAGE = {
     **{f"bit flip {seed}": lambda path, seed=seed: flip(path, seed) for seed in range(3)},
     **{f"{key} is None": scales(set_item(key, value=None)) for key in ("version", "books", "book_of_rank")},
@@ -121,6 +167,22 @@ MODEL_DAMAGE = {
     "a short history": scales(lambda kept: kept["books"][0].update(forward_history=torch.zeros(4, 1))),
     "a list for scales": scales(lambda kept: kept["books"][0].update(scales=[1.0])),
     "ranks without scales": scales(set_item("book_of_rank", value=[0, 7])),
+    "histories changed": scales(scaled("books", 0, "forward_history", factor=0.5)),
+    "layers renamed": scales(lambda kept: kept["books"][0]["names"].reverse()),
+    "steps are text": lambda path: edit(path, lambda content: content.update(global_steps="two")),
+    "negative samples": lambda path: edit(path, lambda content: content.update(global_samples=-1)),
+    "no skipped steps": lambda path: edit(path, lambda content: content.pop("skipped_steps")),
+    "of another world": lambda path: edit(path, lambda content: content.update(dp_world_size=3)),
+    "one of two model files": lambda path: edit(path, lambda content: content.update(mp_world_size=2)),
+    "no scheduler": lambda path: edit(path, lambda content: content.update(lr_scheduler=None)),
+    "a scheduler without its step": lambda path: edit(path, lambda content: content["lr_scheduler"].clear()),
+    "a scheduler's step is text": lambda path: edit(
+        path, lambda content: content["lr_scheduler"].update(last_batch_iteration="one")
+    ),
+    "a weight is a list": lambda path: edit(path, lambda content: content["module"].update({"0.weight": [1.0]})),
+    "a weight is sparse": lambda path: edit(
+        path, lambda content: content["module"].update({"0.weight": content["module"]["0.weight"].float().to_sparse()})
+    ),
     "another shape": lambda path: edit(path, lambda content: content["module"].update({"0.weight": torch.zeros(3, 3)})),
     "another model": lambda path: edit(path, lambda content: content["module"].pop("0.weight")),
     "no module": lambda path: edit(path, lambda content: content.pop("module")),
