@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.moe.utils import is_moe_param
 from torch import nn
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
 from .deepspeed_entries import holds_values
 
-TOUCHED = {"Parameter": touched(reads="allreduce ds_shape")}
+TOUCHED = {"Parameter": touched(reads="ds_shape")}
 
 
 def check_module(module: nn.Module, saved: Any, where: str) -> None:
@@ -62,9 +63,7 @@ def _shapes(module: nn.Module) -> Iterator[tuple[str, tuple[tuple[int, ...], ...
 
 def _experts(module: nn.Module) -> Iterator[str]:
     """What belongs to the experts of DeepSpeed's MoE layers, which its checkpoints keep apart."""
-    prefixes = {
-        name.rpartition(".")[0] for name, one in module.named_parameters() if not getattr(one, "allreduce", True)
-    }
+    prefixes = {name.rpartition(".")[0] for name, one in module.named_parameters() if is_moe_param(one)}
     for name, _ in _shapes(module):
         if name.rpartition(".")[0] in prefixes:
             yield name
