@@ -233,3 +233,12 @@ def test_least_rows_are_those_that_the_measured_shapes_had():
         assert (not high.fprop, not high.dgrad) == wins and high.wgrad, shape
         cached = least_rows(*shape, True)
         assert all(one <= other for one, other in zip(cached, least_rows(*shape, False), strict=True))
+
+
+def test_a_gated_layer_of_a_mixtures_family_is_no_router():
+    """Qwen3.5-MoE's linear attention is a `...MoeGatedDeltaNet`: its projections were kept as routers."""
+    layer = type("Qwen3_5MoeGatedDeltaNet", (nn.Module,), {})()
+    layer.in_proj_qkv, layer.out_proj = nn.Linear(32, 96), nn.Linear(32, 32)
+    gate = type("SomeMoeGate", (nn.Module,), {})()
+    gate.linear = nn.Linear(32, 16)
+    assert set(find_roles(nn.ModuleDict({"linear_attn": layer, "choice": gate}))) == {"choice.linear"}
