@@ -29,16 +29,8 @@ from typing import Any
 
 import torch
 
-SECTIONS: dict[str, dict[str, Any]] = {
-    "bf16": {},
-    "fp8": {"fp8": {"enabled": True, "backend": "torch"}},
-    "O2": {"fp8": {"enabled": True, "backend": "torch"}, "msamp": {"enabled": True, "opt_level": "O2"}},
-    "O3": {"fp8": {"enabled": True, "backend": "torch"}, "msamp": {"enabled": True, "opt_level": "O3"}},
-    "O3 no wire": {
-        "fp8": {"enabled": True, "backend": "torch"},
-        "msamp": {"enabled": True, "opt_level": "O3", "gradient_wire": "none"},
-    },
-}
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+from zero3_llama import SECTIONS
 
 
 def build(options: argparse.Namespace, name: str) -> Any:

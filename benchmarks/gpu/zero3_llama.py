@@ -5,9 +5,11 @@ milliseconds, spread, peak memory and memory at rest before the first step. One 
 one after the other:
 
     torchrun --nproc-per-node 2 benchmarks/gpu/zero3_llama.py --layers 14 [--stage 3] [--names bf16,fp8,O2,O3]
-    [--profile]
+    [--lora 16] [--deterministic] [--profile]
 
-Prints one line of JSON for each configuration on rank 0; --profile adds launches and host time by operator.
+Prints one line of JSON for each configuration on rank 0. --lora freezes the model and trains adapters of this rank on
+the Linears of its layers. --deterministic asks torch for sums in a fixed order, so that losses and the weights' digest
+of two runs can be compared. --profile adds launches and host time by operator.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from gpt_job import adapt
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"fp8": {"enabled": True, "backend": "torch"}},
     "O2": {"fp8": {"enabled": True, "backend": "torch"}, "msamp": {"enabled": True, "opt_level": "O2"}},
     "O3": {"fp8": {"enabled": True, "backend": "torch"}, "msamp": {"enabled": True, "opt_level": "O3"}},
+    "fp8 frozen": {"fp8": {"enabled": True, "backend": "torch", "frozen_weights": "fp8"}},
     "O3 scope all": {
         "fp8": {"enabled": True, "backend": "torch"},
         "msamp": {"enabled": True, "opt_level": "O3", "gradient_wire_scope": "all"},
@@ -50,17 +54,34 @@ def build(options: argparse.Namespace, name: str) -> Any:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": options.stage, "overlap_comm": True, "contiguous_gradients": True},
         "steps_per_print": 10**9,
-        **SECTIONS[name],
+        **SECTIONS[name.rstrip("'")],
     }
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
+    if options.deterministic:
+        config._attn_implementation = "eager"
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
+        if options.lora:
+            adapt(model, options.lora)
     torch.set_default_dtype(default)
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds)[0]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=ds)[0]
+
+
+def digest(engine: Any) -> int:
+    """Of all 16-bit weights, wherever they lie: a sum of their bits, each times its place."""
+    total = torch.zeros((), dtype=torch.int64, device="cuda")
+    for parameter in engine.module.parameters():
+        part = getattr(parameter, "ds_tensor", parameter).detach().view(-1).view(torch.int16)
+        for start in range(0, part.numel(), 1 << 24):
+            bits = part[start : start + (1 << 24)].long()
+            total += (bits * (torch.arange(bits.numel(), device="cuda") % 65521 + 1)).sum()
+    dist.all_reduce(total)
+    return total.item()
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -96,6 +117,8 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "at_rest_gb": round(at_rest / 1e9, 2),
         "losses": [round(loss.item(), 5) for loss in losses[:6]],
     }
+    if options.deterministic:
+        found["digest"] = digest(engine)
     if options.profile:
         found["profile"] = profiled(step)
     engine.destroy()
@@ -135,8 +158,13 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=4)
     parser.add_argument("--names", default="bf16,fp8,O2,O3")
     parser.add_argument("--plain", dest="checkpointing", action="store_false")
+    parser.add_argument("--lora", type=int, default=0)
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    if options.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed("nccl", verbose=False)

@@ -137,14 +137,14 @@ def graphs_replay_fixed_memory(settings: Settings, host: Host | None, model: Mod
 
 
 def frozen_weights_are_whole(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
-    """Frozen weights in FP8 alone: somebody must be able to make their data, once, of the whole weight."""
+    """Frozen weights in FP8 alone: somebody must be able to make their data, once, and to keep nothing else."""
     fp8 = settings.fp8
     if not fp8.enabled or fp8.frozen_weights != "fp8":
         return
     path: Path = ("fp8", "frozen_weights")
-    if settings.deepspeed.zero_stage == 3:
-        what = "fp8: zero_optimization/stage 3 cuts the 16-bit weights and gathers them itself"
-        yield Refusal(path, what, "Set stage to 0, 1 or 2, or remove the key")
+    if settings.deepspeed.zero_stage == 3 and settings.deepspeed.offload_param == "nvme":
+        what = "fp8: zero_optimization/offload_param/device nvme keeps the 16-bit weights in files of its own"
+        yield Refusal(path, what, "Offload parameters to cpu, or remove the key")
     if why := fp8.recipe.facts.not_by_owner:
         what = f"fp8 makes data for the recipes {listed(OWNER_RECIPES, 'and')}, not for {fp8.recipe.kind}: {why}"
         yield Refusal(path, what, f"Use recipe {listed(OWNER_RECIPES)}, or remove the key")

@@ -36,7 +36,9 @@ TOUCHED = {
     "Engine": touched(
         overrides="_take_model_step load_checkpoint save_checkpoint",
         reads="device optimizer seq_data_parallel_group",
+        writes="_configure_zero_optimizer",
     ),
+    "ZeroStage3": touched(reads="parameter_offload"),
 }
 
 
@@ -84,16 +86,33 @@ class Attachment:
             # same.
             self.fp8_state.to(self.engine.device)
         if self.plan.fp8.frozen_weights:
-            from ..zero.frozen_weights import FrozenWeights
-
-            self.frozen = FrozenWeights(self.model, self.plan)
-            self.frozen.freeze()
+            self._freeze_weights()
         if self.watch is not None:
             self.watch.begin()
         if self.first_step is not None:
             self.first_step.begin()
         if self.guard is not None:
             self.guard.listen()
+
+    def _freeze_weights(self) -> None:
+        """Now; in ZeRO 3 when DeepSpeed has cut the parameters, with an optimizer or without."""
+        if self.settings.deepspeed.zero_stage != 3:
+            from ..zero.frozen_weights import FrozenWeights
+
+            self.frozen = FrozenWeights(self.model, self.plan)
+            self.frozen.freeze()
+            return
+        original = self.engine._configure_zero_optimizer
+
+        def configure(optimizer: Any) -> Any:
+            from ..zero.frozen_stage3 import FrozenPartitions
+
+            made = original(optimizer)
+            self.frozen = FrozenPartitions(self.model, self.plan, getattr(made, "parameter_offload", made))
+            self.frozen.freeze()
+            return made
+
+        self.engine._configure_zero_optimizer = configure
 
     def configure_optimizer(self, original: Callable, client_optimizer: Any, model_parameters: Any) -> None:
         """Under `msamp` ours takes the place of the JSON's or the client's Adam; else DeepSpeed goes on as always."""

@@ -78,11 +78,10 @@ class ExpertMatrix:
 class WeightCaster:
     """Casts this rank's segments with the scales of the layers' recipe. Every method is collective over `group`."""
 
-    def __init__(
-        self, weights: Sequence[OwnedWeight], fp8_state: ModelFp8State, plan: Plan, group: Any, device: torch.device
-    ):
+    def __init__(self, weights: Sequence[OwnedWeight], fp8_state: Any, plan: Plan, group: Any, device: torch.device):
         self.weights, self.fp8_state, self.group, self.device = list(weights), fp8_state, group, device
-        self.scaling = scaling_of(plan.fp8.recipe.kind)
+        self.recipe = plan.fp8.recipe
+        self.scaling = scaling_of(self.recipe.kind)
         self.first: dict[int, int] = {}
         """Number of a weight's first matrix."""
         self.counts: list[int] = []
@@ -124,11 +123,14 @@ class WeightCaster:
             if len(weight.shape) == 3:
                 first = self.first[id(weight)]
                 of_experts = torch.stack(list(per_matrix[first : first + weight.matrices]))
-                found[id(weight)] = self.scaling.owner_expert_scales(_matrix_shape(weight), of_experts)
+                found[id(weight)] = self._expert_scales(weight, of_experts)
         return [found[id(weight)] for weight in self.weights]
 
     def _single_scales(self, weights: Sequence[OwnedWeight], amaxes: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.scaling.owner_scales(weights, amaxes, self.fp8_state) if weights else []
+
+    def _expert_scales(self, weight: OwnedWeight, amaxes: Tensor) -> Tensor:
+        return self.scaling.owner_expert_scales(_matrix_shape(weight), amaxes)
 
     def _exchange_amaxes(self, segments: Sequence[Segment], owners: Sequence[int]) -> list[Tensor]:
         """MAX over the owners of every matrix' or tile's amax, in one message."""

@@ -43,10 +43,14 @@ raw = torch._C.DisableTorchFunctionSubclass
 class Source:
     """The quantized data of one weight, under its name.
 
-    kept  decoded values that somebody holds an address of, until the data changes
+    kept     decoded values that somebody holds an address of, until the data changes
+    because  why a write is refused
+    keep_16  how to have the weight in 16 bits instead
     """
 
     __slots__ = ("kept", "name", "quantized")
+    because = "at O3 it is released: this rank has its FP8 data"
+    keep_16 = 'keep this weight in 16 bits: msamp/weight_wire_exclude ["{name}"]'
 
     def __init__(self, name: str, quantized: QuantizedWeight):
         self.name, self.quantized = name, quantized
@@ -305,10 +309,10 @@ def _refusal(func: Any, source: Source) -> str:
     name = getattr(func, "__name__", "a function")
     name = ".data = ..." if name == "__set__" else name
     return (
-        f"{source.name} was written to ({name}), but at O3 it is released: this rank has its FP8 data, and the 16-bit"
+        f"{source.name} was written to ({name}), but {source.because}, and the"
         " weight is spread over the ranks, so the write would be lost.\n"
-        "  Write inside `with deepspeed.zero.GatheredParameters(param, modifier_rank=0):` on all ranks, or keep this"
-        f' weight in 16 bits: msamp/weight_wire_exclude ["{source.name}"].'
+        "  Write inside `with deepspeed.zero.GatheredParameters(param, modifier_rank=0):` on all ranks, or"
+        f" {source.keep_16.format(name=source.name)}."
     )
 
 
@@ -316,10 +320,9 @@ def _refuse_trace(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
     """torch.jit.trace would write decoded values into its graph, as constants."""
     for one in (*args, *kwargs.values()):
         if is_released(one) and func not in OWN:
-            name = one.__dict__[SOURCE].name
+            source = one.__dict__[SOURCE]
             raise WeightError(
-                f"torch.jit.trace reads {name}, which is released at O3: only its FP8 data is here.\n"
-                "  Trace inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):` on all ranks, or "
-                "keep this"
-                f' weight in 16 bits: msamp/weight_wire_exclude ["{name}"].'
+                f"torch.jit.trace reads {source.name}, but {source.because}.\n"
+                "  Trace inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):` on all ranks, or"
+                f" {source.keep_16.format(name=source.name)}."
             )

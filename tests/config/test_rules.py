@@ -50,7 +50,11 @@ REFUSED = [
     ({**fp8(), "fp16": {"enabled": True}}, "fp16/enabled", {**fp8(), **ZERO2, "fp16": {"enabled": True}}),
     ({**fp8(fuse=True), **zero(stage=3)}, "fp8/fuse", {**fp8(fuse=True), **zero(stage=2)}),
     (fp8(fuse=True, override_linear_precision=[False, True, False]), "fp8/fuse", fp8(fuse=True)),
-    ({**fp8(frozen_weights="fp8"), **zero(stage=3)}, "fp8/frozen_weights", fp8(frozen_weights="fp8")),
+    (
+        {**fp8(frozen_weights="fp8"), **zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/tmp"})},
+        "fp8/frozen_weights",
+        {**fp8(frozen_weights="fp8"), **zero(stage=3, offload_param={"device": "cpu"})},
+    ),
     (fp8(frozen_weights="fp8", recipe="rowwise"), "fp8/frozen_weights", fp8(frozen_weights="fp8", recipe="block")),
     (fp8(recipe="current", margin=1), "fp8/margin", fp8(recipe="current", margin=0)),
     (fp8(recipe="block", amax_history_len=16), "fp8/amax_history_len", fp8(amax_history_len=16)),

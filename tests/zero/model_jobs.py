@@ -87,13 +87,18 @@ def train_families(rank: int, world_size: int, stage: int, names: list[str], fol
     return found
 
 
-def lora() -> nn.Module:
-    import peft
+def llama() -> nn.Module:
     import transformers
 
-    torch.manual_seed(0)
     sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+
+
+def lora(base: nn.Module | None = None) -> nn.Module:
+    import peft
+
+    torch.manual_seed(0)
+    model = llama() if base is None else base
     return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=64, target_modules="all-linear"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -173,8 +175,11 @@ def test_what_cannot_be_kept_so_is_refused():
     trained = nn.Sequential(nn.Linear(32, 32))
     with pytest.raises(PlanError, match=r"fp8/frozen_weights: fp8: no FP8 layer .* has a frozen weight"):
         make_plan(trained, settings())
-    with pytest.raises(PlanError, match=r"(?s)stage 3 cuts the 16-bit weights.*Set stage to 0, 1 or 2"):
-        make_plan(base(), settings(stage=3))
+    in_files = replace(
+        settings(stage=3), deepspeed=DeepSpeedFacts(zero_stage=3, base_dtype="bf16", offload_param="nvme")
+    )
+    with pytest.raises(PlanError, match=r"(?s)nvme keeps the 16-bit weights in files.*Offload parameters to cpu"):
+        make_plan(base(), in_files)
     with pytest.raises(PlanError, match="no FP8 layer"):
         make_plan(base(), settings(override_linear_precision=HighPrecision(dgrad=True)))
 

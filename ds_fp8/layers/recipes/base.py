@@ -173,6 +173,12 @@ class Scaling:
         """Fill the segments' data; `scales` has for each segment what `owner_scales` gave for its weight."""
         raise NotImplementedError
 
+    def frozen_scales(self, amaxes: torch.Tensor, shape: tuple[int, int], fmt: Format) -> torch.Tensor:
+        """Scales, powers of two, of a weight of this shape that is never stepped, for these amaxes of the whole of it
+        (fp32 [owner_amaxes]).
+        """
+        raise NotImplementedError
+
     def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
         """Data of a weight [N, K] that is never stepped, with scales that are powers of two."""
         raise NotImplementedError

@@ -102,10 +102,7 @@ class BlockScaling(Scaling):
     def owner_scales(
         self, weights: Sequence[Any], amaxes: Sequence[torch.Tensor], fp8_state: Any
     ) -> list[torch.Tensor]:
-        return [
-            block_scale(one.view(tiles_of(weight.shape)), E4M3, power_of_two=True)
-            for weight, one in zip(weights, amaxes, strict=True)
-        ]
+        return [self.frozen_scales(one, weight.shape, E4M3) for weight, one in zip(weights, amaxes, strict=True)]
 
     def owner_expert_scales(self, shape: tuple[int, int], amaxes: torch.Tensor) -> torch.Tensor:
         return block_scale(amaxes.view(-1, *tiles_of(shape)), E4M3, power_of_two=True)
@@ -113,6 +110,9 @@ class BlockScaling(Scaling):
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         for segment, of_segment in zip(segments, scales, strict=True):
             quantize_tiles(segment, of_segment)
+
+    def frozen_scales(self, amaxes: torch.Tensor, shape: tuple[int, int], fmt: Format) -> torch.Tensor:
+        return block_scale(amaxes.view(tiles_of(shape)), fmt, power_of_two=True)
 
     def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
         return QuantizedWeight(*quantize_128x128(weight, fmt))

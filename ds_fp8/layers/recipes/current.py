@@ -74,8 +74,11 @@ class CurrentScaling(Scaling):
     def owner_quantize(self, segments: Sequence[Segment], scales: Sequence[torch.Tensor]) -> None:
         quantize_tensors(segments, scales)
 
+    def frozen_scales(self, amaxes: torch.Tensor, shape: tuple[int, int], fmt: Format) -> torch.Tensor:
+        return block_scale(amaxes.view(()), fmt, power_of_two=True)
+
     def quantize_frozen(self, weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
-        scale = block_scale(amax_of(weight), fmt, power_of_two=True)
+        scale = self.frozen_scales(amax_of(weight), (weight.shape[0], weight.shape[1]), fmt)
         return QuantizedWeight(quantize(weight, scale, fmt), scale_inv_of(scale))
 
     def te_quantized_arguments(self, data: torch.Tensor, scale_inv: torch.Tensor, quantizer: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import kernels
 from ...formats import BLOCK_SIZE, E4M3
+from ...numerics.cast import dequantize
 
 MANY = 256
 """Amaxes from which on their places are told to the device, instead of a launch for each."""
@@ -102,6 +103,22 @@ def quantize_tiles(segment: Segment, scales: Tensor) -> None:
         scaled = values * scales[row // BLOCK_SIZE][_columns_of(column, values.shape[1], values.device)]
         quantized = kernels.quantize(scaled.view(-1), one, E4M3)
         segment.quantized[offset : offset + length].copy_(quantized.view(torch.uint8))
+
+
+def decode_part(quantized: Tensor, start: int, shape: tuple[int, int], scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in `dtype` of the elements of a weight [N, K] that begin at `start`: as decoding the whole gives them.
+
+    quantized  flat float8
+    scale_inv  0-d fp32, or [ceil(N/128), ceil(K/128)]
+    """
+    if scale_inv.dim() != 2:
+        return dequantize(quantized, scale_inv, dtype)
+    values = torch.empty(quantized.numel(), dtype=dtype, device=quantized.device)
+    for offset, length, row, column, rows in row_runs(start, quantized.numel(), shape[1]):
+        part = quantized[offset : offset + length].float().view(rows, -1)
+        scales = scale_inv[row // BLOCK_SIZE][_columns_of(column, part.shape[1], scale_inv.device)]
+        values[offset : offset + length].view(rows, -1).copy_(part * scales)
+    return values
 
 
 def _columns_of(column: int, length: int, device: torch.device) -> Tensor:
