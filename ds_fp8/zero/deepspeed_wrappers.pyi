@@ -15,6 +15,7 @@ from ..optim.scaled_optimizer import ScaledOptimizer
 
 class AnyWrapper:
     optimizer: ScaledOptimizer
+    param_groups: list[dict[str, Any]]
     clip_grad: float
     overflow: bool
     dp_process_group: Any
@@ -123,6 +124,7 @@ class ZeroStage3(Partitioned):
     offload_optimizer: bool
     parameter_offload: Any
     persistent_parameters: list[Any]
+    swap_optimizer: bool
     def get_param_id(self, param: Any) -> int: ...
     def get_hp_param_device(self, param: Any, optim_state_key: str | None = None) -> torch.device | None: ...
     def offload_states(self, *args: Any, **kwargs: Any) -> None: ...
