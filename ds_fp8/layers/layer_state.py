@@ -131,7 +131,6 @@ class LayerFp8State:
     def settle(self, device: torch.device) -> None:
         """The layer is on `device` now."""
         if self.anchor is None or self.anchor.device != device:
-            self._anchors.clear()
             self._name_anew(device)
 
     def renew_anchor(self) -> None:
@@ -141,7 +140,7 @@ class LayerFp8State:
 
     def _name_anew(self, device: torch.device) -> None:
         self.anchor = make_anchor(self, device)
-        self._anchors.append(self.anchor)  # an address must not come back: a graph recorded for it would run again
+        self._anchors.append(self.anchor)  # an address must not come back: whatever lies there names this layer
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as part of the copied FP8 state."""

@@ -8,6 +8,7 @@ output to the rounding of bf16.
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -213,6 +214,17 @@ def test_copies_compile_by_themselves():
         layer_state.anchor.data_ptr() for layer_state in fp8_state.layer_states
     }
     assert torch.equal(fp8_state.scales, before)
+
+
+def test_an_anchor_lives_as_long_as_its_layer_wherever_that_moves():
+    """Else a copy of another layer's anchor could come to lie at its address, and be taken for this one's."""
+    _, fp8_state = make(RECIPES[0])
+    layer_state = fp8_state.layer_states[0]
+    layer_state.settle(torch.device("cpu"))
+    first = weakref.ref(layer_state.anchor)
+    for device in ("meta", "cpu"):
+        layer_state.settle(torch.device(device))
+    assert first() is not None and layer_state.anchor is not first()
 
 
 @pytest.mark.parametrize("wrong", [torch.randn(2, 31).bfloat16(), torch.randn(2, 32)], ids=["shape", "dtype"])
