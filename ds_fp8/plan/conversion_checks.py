@@ -78,8 +78,7 @@ ConversionCheck = Callable[[CandidateModule], "str | None"]
 
 
 def kind_of(module: nn.Module, *, library_norms: bool = False) -> str | None:
-    found = next((kind for kind, cls in KNOWN if isinstance(module, cls)), None)
-    found = found or layer_type(module)
+    found = layer_type(module) or next((kind for kind, cls in KNOWN if isinstance(module, cls)), None)
     if found is None and library_norms and rms_norm_of(module) is not None:
         return "RMSNorm"
     return "Experts" if found is None and rule_of(module) is not None else found

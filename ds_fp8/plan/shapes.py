@@ -1,6 +1,6 @@
 """Which modules are one matrix product, and the shape of their matrix.
 
-`LAYER_TYPES` are the layers of libraries that multiply by one weight and are no nn.Linear. They are known by their
+`LAYER_TYPES` are the layers of libraries that multiply by one weight by code of their own. They are known by their
 structure, so that no library has to be installed; an entry is all that another type of layer needs (docs/extending.md).
 """
 
@@ -38,6 +38,10 @@ class LayerType:
 LAYER_TYPES = {
     # GPT-2's layer with `nf` outputs (transformers.pytorch_utils).
     "Conv1D": LayerType(lambda layer: getattr(layer, "nf", None) == weight_shape(layer)[1], transposed=True),
+    # Falcon's nn.Linear, whose forward multiplies and adds the bias in two steps (transformers.models.falcon).
+    "FalconLinear": LayerType(
+        lambda layer: any(cls.__module__.endswith(".modeling_falcon") for cls in type(layer).__mro__)
+    ),
 }
 """By the name of their class, which is the kind that plans and messages call them by."""
 

@@ -85,3 +85,21 @@ def test_saved_and_loaded_by_unmodified_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_falcons_linear_is_converted_and_given_back():
+    """A subclass of nn.Linear with a forward of its own, the same product: all were kept, and the model refused."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, attention_dropout=0, hidden_dropout=0))
+    exact, exact_gradients = step(model.train())
+    plan = make_plan(model, settings(Recipe(kind="current")))
+    assert "4 of 4 FalconLinear -> Fp8FalconLinear" in plan.banner()
+    swapped(model, Recipe(kind="current"))
+    loss, gradients = step(model)
+    assert loss != exact and loss == pytest.approx(exact, rel=0.01)
+    name = "transformer.h.0.mlp.dense_h_to_4h.weight"
+    error = (gradients[name] - exact_gradients[name]).norm() / exact_gradients[name].norm()
+    assert 1e-3 < error < 0.15
+    restore_layers(model)
+    assert step(model)[0] == exact
