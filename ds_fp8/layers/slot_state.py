@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..errors import LayerError
 from ..kernels import amax as amax_of
 from ..recipe import HighPrecision
 from .layer_state import Call, LayerFp8State, QuantizedWeight
@@ -83,8 +84,17 @@ class SlotState:
         """What the layer returns: `output`, as a tensor that callers may write into, with our hook behind it."""
         call, own = self._call, self._own.get("grad_output")
         if call is not None and output.requires_grad:
+            weight = self.weight
+            passed: list[bool] = []
 
             def before_backward(gradient: torch.Tensor) -> None:
+                if passed and weight.requires_grad:
+                    raise LayerError(
+                        f"{call.layer_state.fqn}: a second backward through one forward (retain_graph=True), but "
+                        "Transformer Engine frees in the first what it had kept.\n"
+                        "  Add the losses and call backward once, or set fp8/backend to torch."
+                    )
+                passed.append(True)
                 refuse_second_derivative(
                     call.layer_state
                 )  # Transformer Engine's backward would leave it out, and not say so

@@ -24,7 +24,7 @@ from .operands import FROZEN, TILE_COLUMNS, TILE_ROWS, WARPS, Cast, empty
 OUTGROWN = 2.0
 """How many times its scale's range a weight must have for its own; an optimizer step does not double an amax."""
 
-ELEMENTS = 2048
+ELEMENTS, SCALE_WARPS = 8192, 8
 
 
 @triton.jit
@@ -181,4 +181,4 @@ def _weight_launch(dtype: torch.dtype, fmt: str, margin: int, straight: bool, tr
 @functools.cache
 def _scale_launch(dtype: torch.dtype, fmt: str, margin: int, is_aligned: bool, n: int, is_short: bool) -> Launch:
     fmax = FORMATS[fmt].max
-    return Launch(_scale_kernel, (fmax, OUTGROWN * fmax, 2.0**margin, ELEMENTS, FROZEN))
+    return Launch(_scale_kernel, (fmax, OUTGROWN * fmax, 2.0**margin, ELEMENTS, FROZEN), num_warps=SCALE_WARPS)

@@ -6,6 +6,7 @@ accumulation, recompute, eval, overrides, padding. The fake keeps Transformer En
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from dataclasses import replace
@@ -232,6 +233,18 @@ def test_a_second_derivative_is_refused_by_the_layers_name(te):
         with pytest.raises(LayerError, match=r'fp8/layers/exclude \["down"\]'):
             torch.autograd.grad(theirs(x).sum(), x, create_graph=True)
         theirs(x).sum().backward()
+
+
+def test_a_second_backward_through_one_forward_is_refused_by_name(te):
+    """Transformer Engine frees what it has kept for wgrad in the first one; where there is no wgrad it does not."""
+    _, (theirs, _) = both_backends(Recipe(amax_history_len=2))
+    for trained in (True, False):
+        theirs.requires_grad_(trained)
+        loss = theirs(torch.randn(16, 32, requires_grad=True)).sum()
+        loss.backward(retain_graph=True)
+        refused = pytest.raises(LayerError, match=r"down: a second backward.*\n.*fp8/backend to torch")
+        with refused if trained else contextlib.nullcontext():
+            loss.backward()
 
 
 def test_frozen_weights_get_no_gradient(te):
