@@ -224,6 +224,17 @@ def check_optimizer(
     if lost:
         raise CheckpointError(f"{where}: states of {_shown(lost[0])}, which no parameter group names; it is damaged.")
     check_states(states_of(base), shapes, moments_of(optimizer), where)
+    check_needed(base["param_groups"], optimizer.param_groups, where)
+
+
+def check_needed(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]], where: str) -> None:
+    """Raise CheckpointError if a hyper-parameter that every step asks for is missing. After the states: those of
+    another optimizer say better what is wrong.
+    """
+    for number, (group, ours) in enumerate(zip(saved, own, strict=True)):
+        for key in (*NOT_NEGATIVE, "betas"):
+            if key in ours and key not in group:
+                raise CheckpointError(f"{where}: parameter group {number}: no {key}, which this job's optimizer needs.")
 
 
 def check_groups(saved: Any, own: Sequence[dict[str, Any]], where: str) -> None:
@@ -241,10 +252,8 @@ def check_groups(saved: Any, own: Sequence[dict[str, Any]], where: str) -> None:
         if flags:
             raise CheckpointError(f"{at}: {flags[0]} is {_shown(group[flags[0]])}, expected true, false or None.")
         for key, value in ours.items():
-            if key == "params" or (key not in group and key not in (*NOT_NEGATIVE, "betas")):
+            if key == "params" or key not in group:
                 continue
-            if key not in group:
-                raise CheckpointError(f"{at}: no {key}, which this job's optimizer needs.")
             if not _same_kind(group[key], value) or (key in NOT_NEGATIVE and float(group[key]) < 0):
                 raise CheckpointError(
                     f"{at}: {key} is {_shown(group[key])}, this job's optimizer has {_shown(value)} there; it is "

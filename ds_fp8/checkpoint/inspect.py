@@ -35,6 +35,7 @@ from .deepspeed_entries import (
     check_counters,
     check_groups,
     check_loss_scale,
+    check_needed,
     check_scheduler,
     check_shard,
     check_stage0,
@@ -207,9 +208,11 @@ def _inspect_stage0(optimizer: Any, saved: Any, where: str) -> list[str]:
     if entry is not None:
         check_masters(entry, [] if loaded.masters is None else loaded.masters, where)
         check_moments(entry, loaded.states, where)
-    check_groups(saved.get(OPTIMIZER_STATE_DICT, saved)["param_groups"], optimizer.optimizer.param_groups, where)
+    groups, own = saved.get(OPTIMIZER_STATE_DICT, saved)["param_groups"], optimizer.optimizer.param_groups
+    check_groups(groups, own, where)
     shapes = [{tuple(master.shape), (master.numel(),)} for master in optimizer.fp8_masters]
     check_states(loaded.states, shapes, optimizer.optimizer.moments, where)
+    check_needed(groups, own, where)
     check_loss_scale(saved, where)
     return _ids(entry)
 
