@@ -31,6 +31,7 @@ class RecipeKind:
 
     scale_extent              what one scale covers: `tensor`, `row`, or `block` (1x128, 128x128 or smaller)
     keeps_history             scales follow the amaxes of earlier steps
+    without_history           the recipe in its place where no steps are taken; empty where it takes none
     alignment                 in_features and out_features must be multiples of this
     is_ours                   our own layers compute it; else only Transformer Engine's do
     transformer_engine_since  compute capability that Transformer Engine needs for it; None: it has no such recipe
@@ -41,6 +42,7 @@ class RecipeKind:
 
     scale_extent: str = "tensor"
     keeps_history: bool = False
+    without_history: str = ""
     alignment: int = 16
     is_ours: bool = True
     transformer_engine_since: tuple[int, int] | None = (8, 9)
@@ -58,7 +60,7 @@ _BLACKWELL = RecipeKind(
 )
 
 RECIPE_KINDS = {
-    "delayed": RecipeKind(keeps_history=True),
+    "delayed": RecipeKind(keeps_history=True, without_history="current"),
     "current": RecipeKind(),
     "block": RecipeKind(scale_extent="block", transformer_engine_since=(9, 0), experts_scale_extent="block"),
     "rowwise": RecipeKind(

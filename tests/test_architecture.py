@@ -181,3 +181,24 @@ def exists(name: str) -> bool:
         above, _, last = holder.rpartition(".")
         found = getattr(importlib.import_module(above), last, None)
     return hasattr(found, attribute) or attribute in getattr(found, "__dataclass_fields__", {})
+
+
+def test_only_its_own_module_asks_for_a_recipes_name():
+    """What differs by recipe stands in its entry (`recipe.RECIPE_KINDS`) and in its file; nobody compares its name."""
+    from ds_fp8.recipe import RECIPES
+
+    found = []
+    for path in ROOT.rglob("*.py"):
+        if path.parent.name == "recipes":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                asked = {
+                    constant.value
+                    for side in (node.left, *node.comparators)
+                    for constant in ast.walk(side)
+                    if isinstance(constant, ast.Constant)
+                }
+                if asked & set(RECIPES) and "scale_extent" not in ast.unparse(node):  # `block` is an extent, too
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
+    assert not found

@@ -85,9 +85,9 @@ def _without_steps(asked: Fp8Settings, notes: list[str]) -> Fp8Settings:
             "too"
         )
     recipe = asked.recipe
-    if recipe.keeps_history:
-        notes.append("without optimizer steps scales do not follow amaxes: recipe current instead of delayed")
-        recipe = replace(recipe, kind="current")
+    if instead := recipe.facts.without_history:
+        notes.append(f"without optimizer steps scales do not follow amaxes: recipe {instead} instead of {recipe.kind}")
+        recipe = replace(recipe, kind=instead)
     # Whoever writes a reference's weights (an average of the policy's) takes no step that would tell of it.
     cache = bool(asked.weight_cache)
     return replace(asked, recipe=recipe, weight_cache=cache, eval=asked.eval is not False, start_step=0)

@@ -64,13 +64,14 @@ SPEED = {
 
 
 class MeasuredModel(NamedTuple):
-    """One training under recipe delayed beside bf16 in the same run, on one GPU.
+    """One training beside bf16 in the same run, on one GPU.
 
     width    of its hidden states
     tokens   of a micro-batch
     compile  None: eager against eager; "default" or "reduce-overhead": ours in that mode against bf16 compiled
     speed    times bf16's
     over_te  times that of the same job through Transformer Engine, where that was measured
+    recipe   it was trained with
     """
 
     name: str
@@ -80,6 +81,7 @@ class MeasuredModel(NamedTuple):
     speed: float
     over_te: float | None
     source: str
+    recipe: str = "delayed"
 
 
 MODELS = (
@@ -107,7 +109,7 @@ def faster_backend(host: Host, recipe: str) -> str | None:
     """
     if not measured(host) or ("torch", recipe) not in SPEED:
         return None
-    ratios = [model.over_te for model in MODELS if model.over_te is not None] if recipe == "delayed" else []
+    ratios = [model.over_te for model in MODELS if model.over_te is not None and model.recipe == recipe]
     if not ratios:
         theirs = SPEED["transformer_engine", recipe]
         ratios = [
