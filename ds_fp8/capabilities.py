@@ -27,7 +27,7 @@ class Host:
     device_type         `cpu`, `cuda`, ... where the model will run
     device_name         as the vendor writes it; empty on CPU
     compute_capability  (major, minor) of a CUDA device, else None
-    transformer_engine  version of Transformer Engine if it imports here, else None
+    transformer_engine  version of Transformer Engine if it imports here, else None; UNASKED on this machine
     transformer_engine_reason  why it does not
     """
 
@@ -47,12 +47,17 @@ class Host:
 
     @property
     def why_no_transformer_engine(self) -> str | None:
-        """Why Transformer Engine's layers do not run here; None where they do."""
-        if self.transformer_engine is not None and self.multiplies_fp8:
+        """Why Transformer Engine's layers do not run here; None where they do. On this machine it is imported to know,
+        which takes seconds and memory, and may change which attention kernel torch takes: ask where it matters only.
+        """
+        version, reason = self.transformer_engine, self.transformer_engine_reason
+        if version == UNASKED:
+            version, reason = transformer_engine()
+        if version is not None and self.multiplies_fp8:
             return None
         major, minor = FP8_SINCE
         needed = f"needs a CUDA device of compute capability {major}.{minor} or later, this is {self}"
-        return self.transformer_engine_reason or needed
+        return reason or needed
 
     def __str__(self) -> str:
         if self.compute_capability is None:
@@ -60,6 +65,9 @@ class Host:
         major, minor = self.compute_capability
         return f"{self.device_name or self.device_type}, compute capability {major}.{minor}"
 
+
+UNASKED = "unasked"
+"""Version of Transformer Engine on this machine, until somebody wants to know."""
 
 ASSUMED = "assumed"
 """Version of Transformer Engine on a machine that is not here."""
@@ -96,11 +104,10 @@ def host(device: Any = "cpu") -> Host:
     import torch
 
     device = torch.device(device)
-    version, reason = transformer_engine()
     if device.type != "cuda" or not torch.cuda.is_available():
-        return Host(device.type, "", None, version, reason)
+        return Host(device.type, "", None, UNASKED, "")
     major, minor = torch.cuda.get_device_capability(device)
-    return Host("cuda", torch.cuda.get_device_name(device), (major, minor), version, reason)
+    return Host("cuda", torch.cuda.get_device_name(device), (major, minor), UNASKED, "")
 
 
 @functools.lru_cache(maxsize=1)

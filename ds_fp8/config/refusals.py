@@ -59,12 +59,16 @@ def recipe_needs_a_device(settings: Settings, host: Host | None, model: ModelFac
 def transformer_engine_runs(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
     """What needs Transformer Engine's layers, where they do not run. MS-AMP's `use_te` is a wish: ours stand in."""
     fp8 = settings.fp8
-    if host is None or not fp8.enabled or fp8.backend == "torch" or (why := host.why_no_transformer_engine) is None:
+    asked = fp8.backend == "transformer_engine" and not settings.msamp.use_te
+    needs = asked or fp8.fuse or not fp8.recipe.facts.is_ours
+    if host is None or not fp8.enabled or fp8.backend == "torch" or not needs:
+        return
+    if (why := host.why_no_transformer_engine) is None:
         return
     if not fp8.recipe.facts.is_ours:
         what = f"{fp8.recipe.kind} runs in Transformer Engine only, which does not run here: {why}"
         yield Refusal(("fp8", "recipe"), what, f"Use {listed(OUR_RECIPES)}")
-    elif fp8.backend == "transformer_engine" and not settings.msamp.use_te:
+    elif asked:
         what = f"transformer_engine does not run here: {why}"
         yield Refusal(("fp8", "backend"), what, "Use auto or torch: the same numerics without Transformer Engine")
     elif fp8.fuse:

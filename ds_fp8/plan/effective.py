@@ -94,14 +94,14 @@ def _without_steps(asked: Fp8Settings, notes: list[str]) -> Fp8Settings:
 
 
 def _decide_backend(settings: Settings, host: Host, notes: list[str]) -> str:
-    asked, kind, why_not = settings.fp8.backend, settings.fp8.recipe.kind, host.why_no_transformer_engine
+    asked, kind = settings.fp8.backend, settings.fp8.recipe.kind
     ours_alone = settings.fp8.recipe.facts.transformer_engine_since is None
     if asked == "torch" or ours_alone or settings.fp8.compile is not None:
         return "torch"
-    if why_not is None:
-        fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear
-        if asked == "auto" and not fuses and performance.faster_backend(host, kind) == "torch":
-            return "torch"
+    fuses = settings.fp8.fuse  # only Transformer Engine joins norm and Linear
+    if asked == "auto" and not fuses and performance.faster_backend(host, kind) == "torch":
+        return "torch"
+    if (why_not := host.why_no_transformer_engine) is None:
         return "transformer_engine"
     if asked == "transformer_engine":  # by msamp/use_te; else it was refused
         notes.append(

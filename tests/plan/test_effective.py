@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from ds_fp8.capabilities import Host, host, transformer_engine
-from ds_fp8.config.settings import DeepSpeedFacts, Fp8Settings, MsampSettings, Settings
+from ds_fp8.config.settings import CompileSettings, DeepSpeedFacts, Fp8Settings, MsampSettings, Settings
 from ds_fp8.errors import PlanError
 from ds_fp8.levels import LEVELS
 from ds_fp8.plan import Plan, make_plan
@@ -145,3 +145,17 @@ def test_this_machine():
     assert found.device_type == "cpu" and found.compute_capability is None and not found.multiplies_fp8
     version, reason = transformer_engine()
     assert (version is None) == bool(reason)
+
+
+def test_transformer_engine_is_asked_only_where_it_can_come_to_use(monkeypatch):
+    """To ask is to import it: seconds, memory, libraries of its own in the process."""
+    from ds_fp8 import capabilities
+
+    asked = []
+    monkeypatch.setattr(capabilities, "transformer_engine", lambda: asked.append(1) or ("2.20.2", ""))
+    here = replace(HOPPER_WITHOUT, transformer_engine=capabilities.UNASKED, transformer_engine_reason="")
+    jobs = (job(backend="torch"), job(), job("rowwise"), job(compile=CompileSettings()))
+    for settings in jobs:
+        assert plan(settings, here).fp8.backend == "torch" and not asked
+    assert plan(job(), replace(here, compute_capability=(10, 0))).fp8.backend == "transformer_engine"
+    assert asked
