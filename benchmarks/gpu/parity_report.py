@@ -35,6 +35,11 @@ def read(paths: list[Path]) -> tuple[dict[str, Runs], dict[str, Any], list[dict[
                 kinds[kind][configuration][int(seed)] = run
             elif len(run["evals"]) > 1:
                 cut[name] = run
+    last = max((run["evals"][-1][0] for run in kinds["pretrain"]["bf16"].values()), default=-1)
+    for name, run in cut.items():
+        kind, configuration, seed = name.split("/")
+        if kind == "pretrain" and run["evals"][-1][0] == last:  # cut off after its last evaluation
+            kinds[kind][configuration].setdefault(int(seed), run)
     done = {f"{kind}/{name}/{seed}" for kind, runs in kinds.items() for name, seeds in runs.items() for seed in seeds}
     return kinds, {name: run for name, run in cut.items() if name not in done}, facts
 
@@ -81,7 +86,8 @@ def late_loss(run: dict[str, Any]) -> float:
 
 def moved(run: dict[str, Any], base: dict[str, Any]) -> str:
     """How far masters went in the tail, beside bf16's: least and largest ratio over the weights that were looked at."""
-    ratios = [value / base["moved in the tail"][name] for name, value in run["moved in the tail"].items()]
+    moves = run.get("moved in the tail", {})
+    ratios = [value / base["moved in the tail"][name] for name, value in moves.items()]
     return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "-"
 
 
@@ -104,17 +110,24 @@ def pretraining(runs: Runs) -> list[str]:
         each = [seeds[seed] for seed in sorted(seeds)]
         shown = ", ".join(f"{final(run):.4f}" for run in each)
         own, late = gaps(runs, name), gaps(runs, name, late_loss)
-        in_fp8 = [run["eval as in training"] - final(run) for run in each] if name != "bf16" else []
+        whole = [run for run in each if "eval as in training" in run and name != "bf16"]
+        in_fp8 = [run["eval as in training"] - final(run) for run in whole]
         tail = [moved(run, runs["bf16"][seed]) for seed, run in sorted(seeds.items()) if seed in runs["bf16"]]
         cells = [name, str(each[0]["ranks"]), shown]
         cells += ["-", "-", "-"] if name == "bf16" else [signed(own), mean_of(own), mean_of(late)]
         cells += [mean_of(in_fp8), tail[0] if tail else "-", f"{max(map(rise, each)):+.4f}"]
-        cells.append(f"{statistics.median(run['tokens per s'] for run in each):,.0f}")
+        speeds = [run["tokens per s"] for run in each if "tokens per s" in run]
+        cells.append(f"{statistics.median(speeds):,.0f}" if speeds else "-")
         lines.append(f"| {' | '.join(cells)} |")
     losses = [final(run) for run in runs["bf16"].values()]
     if len(losses) > 1:
         spread, width = statistics.stdev(losses), max(losses) - min(losses)
         lines += ["", f"bf16 over its own seeds: standard deviation {spread:.4f}, largest less smallest {width:.4f}."]
+    if "bf16 again" in runs:
+        lines.append(
+            f"bf16 run once more with the same seed, by seed: {signed(gaps(runs, 'bf16 again'))} in the evaluation, "
+            f"{signed(gaps(runs, 'bf16 again', late_loss))} in the training loss: CUDA's sums have no fixed order."
+        )
     return lines
 
 
@@ -146,7 +159,7 @@ def operands(runs: Runs) -> list[str]:
     ]
     lines.append("|---" * 6 + "|")
     for name, seeds in runs.items():
-        found = seeds[min(seeds)]["operands"]
+        found = next((run["operands"] for _, run in sorted(seeds.items()) if "operands" in run), {})
         for role in ("input", "weight", "grad_output"):
             rows = {layer.rpartition(":")[0]: row for layer, row in found.items() if layer.endswith(f":{role}")}
             if not rows:
@@ -157,6 +170,26 @@ def operands(runs: Runs) -> list[str]:
             largest = f"{rows[worst][1]:.2%} {worst}" if rows[worst][1] else "0"
             used = max(row[3] for row in rows.values())
             lines.append(f"| {name} | {role} | {mean:.3%} | {largest} | {clamped} of {len(rows)} | {used:.3g} |")
+    return lines
+
+
+def layers(name: str, seeds: dict[int, dict[str, Any]]) -> list[str]:
+    """Block by block: mean underflow of inputs and of gradients, and what was clamped."""
+    kinds = ("qkv", "out", "up", "down")
+    found = next((run["operands"] for _, run in sorted(seeds.items()) if run.get("operands")), {})
+    lines = [
+        "",
+        f"Layer by layer, {name}: mean share flushed to zero of the input / of the gradient; a star stands for ",
+    ]
+    lines[-1] += "each operand that was beyond its scale's range (clamped) at one of the looks at least:"
+    lines += ["", "| block | " + " | ".join(kinds) + " |", "|---" * 5 + "|"]
+    for block in range(1 + max(int(layer.split(".")[1]) for layer in found)):
+        cells = []
+        for kind in kinds:
+            row = {role: found[f"blocks.{block}.{kind}:{role}"] for role in ("input", "weight", "grad_output")}
+            stars = "*" * sum(operand[2] > 0 for operand in row.values())
+            cells.append(f"{row['input'][0]:.3%} / {row['grad_output'][0]:.3%}{stars}")
+        lines.append(f"| {block} | {' | '.join(cells)} |")
     return lines
 
 
@@ -236,6 +269,8 @@ def main(out: Path, paths: list[Path]) -> None:
             lines += adapting(kind, kinds[kind])
     lines += cut_off(cut, kinds)
     lines += operands(runs)
+    if "delayed" in runs:
+        lines += layers("delayed", runs["delayed"])
     out.write_text("\n".join(lines) + "\n")
 
 
