@@ -64,7 +64,7 @@ def tags(save_dir: str | Path) -> list[Found]:
     folder = Path(save_dir)
     if not folder.is_dir():
         return []
-    found = [(look(tag), tag.stat().st_mtime) for tag in folder.iterdir() if tag.is_dir() and _is_tag(tag)]
+    found = [(look(tag), tag.stat().st_mtime) for tag in folder.iterdir() if tag.is_dir() and is_tag(tag)]
     return [each for each, _ in sorted(found, key=lambda pair: (pair[0].step, pair[1], pair[0].tag), reverse=True)]
 
 
@@ -92,18 +92,18 @@ def look(tag: Path) -> Found:
     saves: set[str] = set()
     for file in sorted(tag.glob("*.pt")):
         if match := MODEL_FILE.match(file.name):
-            content = _content(file, faults)
+            content = read_inert(file, faults)
             if isinstance(content, dict):
                 models[int(match["dp"] or 0), int(match["mp"])] = content
                 saves |= {save for _, save in _owners(content)}
         elif match := SHARD.match(file.name):
             shards.add((int(match["dp"]), int(match["mp"])))
-            for rank, save in _owners(_content(file, faults)):
+            for rank, save in _owners(read_inert(file, faults)):
                 saves.add(save)
                 if rank not in (None, int(match["dp"])):
                     faults.append(f"{file.name}: holds the states of rank {rank}: renamed")
         elif LAYER_FILE.match(file.name):
-            _content(file, faults, parse=False)
+            read_inert(file, faults, parse=False)
     if not models:
         return Found(tag.name, _step_in(tag.name), tuple(faults or ["no model file of DeepSpeed"]))
     faults += _missing(tag, models, shards)
@@ -127,7 +127,7 @@ def _owners(content: Any) -> Iterator[tuple[int | None, str]]:
             yield rank if isinstance(rank, int) else None, save if isinstance(save, str) else ""
 
 
-def _is_tag(folder: Path) -> bool:
+def is_tag(folder: Path) -> bool:
     """A folder that DeepSpeed writes; the result of a universal conversion (`zero/`) is loaded by another way."""
     return not (folder / "zero").is_dir() and ((folder / MANIFEST).is_file() or any(folder.glob("*_states.pt")))
 
@@ -191,8 +191,8 @@ def _step_in(tag: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _content(file: Path, faults: list[str], parse: bool = True) -> Any:
-    """What torch.save wrote, tensors left out; None, and a fault, if it cannot be read."""
+def read_inert(file: Path, faults: list[str], parse: bool = True) -> Any:
+    """What torch.save wrote, tensors left out; None, and a fault appended to `faults`, if it cannot be read."""
     try:
         if file.stat().st_size == 0:
             faults.append(f"{file.name}: empty")

@@ -25,12 +25,13 @@ from ..errors import CheckpointError
 from ..numerics.dtypes import BASE_DTYPES
 from ..optim import ScaledAdamW, ScaledLion
 from ..zero.states import DIGEST, KEY, check_quantized, head_digest
-from .complete import look
+from .complete import look, named_by_latest
 from .entries import CONVERTED
 from .manifest import MANIFEST, UNFINISHED
 from .reading import read_safe, read_tensors
 from .records import check_records
 from .saving import finish_alone
+from .universal import is_universal
 
 T = TypeVar("T")
 
@@ -49,14 +50,22 @@ def convert(options: Any) -> str:
 
 
 def _folder(checkpoint: Path, tag: str | None) -> Path:
+    latest = checkpoint / "latest"
+    if tag is None and not latest.exists() and any(checkpoint.glob("*_model_states.pt")):
+        checkpoint, tag = checkpoint.resolve().parent, checkpoint.resolve().name  # one tag's folder
     if tag is None:
-        latest = checkpoint / "latest"
         if not latest.is_file():
             raise CheckpointError(f"{checkpoint}: no file `latest` there; name the checkpoint with --tag.")
-        tag = latest.read_text().strip()
-        if not tag:
-            raise CheckpointError(f"{latest}: empty; name the checkpoint with --tag (`ds_fp8 latest` lists them).")
+        tag = named_by_latest(checkpoint)
+        if not tag or not tag.isprintable():
+            raise CheckpointError(
+                f"{latest}: empty or garbage; name the checkpoint with --tag (`ds_fp8 latest` lists them)."
+            )
     folder = checkpoint / tag
+    if is_universal(folder):
+        raise CheckpointError(
+            f"{folder}: a universal checkpoint, which has no shards; convert the checkpoint that it was made of."
+        )
     if not any(folder.glob("*_model_states.pt")):
         raise CheckpointError(f"{folder}: no checkpoint of DeepSpeed there (*_model_states.pt).")
     return folder

@@ -1,9 +1,11 @@
 """`ds_fp8 verify DIR`: is every checkpoint in a folder whole, to the last bit? Reads all of it; torch is not needed.
 
+DIR is the folder that `save_checkpoint` was given, or that of one tag in it.
+
 For each tag: complete (`ds_fp8 latest` asks the same), every file the one that the manifest was written for, and every
 record with the CRC-32 that torch.save has noted beside it. A checkpoint without a manifest (DeepSpeed's own, an older
-version) is judged without it. Exit code 0: all whole; 2: a fault, named on stdout; 2 too where there is nothing to
-verify.
+version) is judged without it, a universal one by the parameters that its model file lists. Exit code 0: all whole; 2: a
+fault, named on stdout; 2 too where there is nothing to verify.
 """
 
 from __future__ import annotations
@@ -21,28 +23,38 @@ from .bars import shown_bytes
 
 def main(argv: Sequence[str]) -> int:
     """Verify the tags of a folder, or one of them."""
-    from ..checkpoint.complete import look, tags
+    from ..checkpoint.complete import is_tag, look, tags
     from ..checkpoint.manifest import MANIFEST
+    from ..checkpoint.universal import is_universal, look_universal
 
     parser = argparse.ArgumentParser(prog="ds_fp8 verify", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder, where DeepSpeed's `latest` lies")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder, or one tag's")
     parser.add_argument("--tag", help="this one only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     if options.tag is not None and not (options.folder / options.tag).is_dir():
         print(f"ds_fp8 verify: {options.folder / options.tag}: not there", file=sys.stderr)
         return 2
-    found = tags(options.folder) if options.tag is None else [look(options.folder / options.tag)]
+    folder = options.folder
+    if options.tag is None and folder.is_dir() and (is_tag(folder) or is_universal(folder)):
+        folder, options.tag = folder.resolve().parent, folder.resolve().name
+    if options.tag is not None:
+        found = [
+            look_universal(folder / options.tag) if is_universal(folder / options.tag) else look(folder / options.tag)
+        ]
+    else:
+        converted = sorted(tag for tag in folder.glob("*") if is_universal(tag))
+        found = [*tags(folder), *map(look_universal, converted)]
     if not found:
         print(f"ds_fp8 verify: {options.folder}: no checkpoint of DeepSpeed there", file=sys.stderr)
         return 2
     results: list[dict[str, Any]] = []
-    files = {each.tag: sorted((options.folder / each.tag).glob("**/*.pt")) for each in found}
+    files = {each.tag: sorted((folder / each.tag).glob("**/*.pt")) for each in found}
     shown = shown_bytes([file for tag in files.values() for file in tag], "verifying")
     for each in found:
-        folder = options.folder / each.tag
-        faults = [*each.faults, *_content_faults(folder, itertools.islice(shown, len(files[each.tag])))]
-        by = "manifest" if (folder / MANIFEST).is_file() else "its files, no manifest"
+        tag = folder / each.tag
+        faults = [*each.faults, *_content_faults(tag, itertools.islice(shown, len(files[each.tag])))]
+        by = "manifest" if (tag / MANIFEST).is_file() else "its files, no manifest"
         results.append({"tag": each.tag, "step": each.step, "by": by, "faults": faults})
     shown.close()
     if options.json:

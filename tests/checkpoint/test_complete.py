@@ -142,3 +142,42 @@ def test_it_needs_no_torch():
         "print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_verify_one_tag_and_a_universal_one(saved, capsys):
+    """`verify` takes a tag's own folder, and finds what a conversion that was broken off has left out."""
+    source, converted = saved / "global_step3", saved / "global_step3_universal"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(converted)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert main(["verify", str(source)]) == 0 and main(["verify", str(converted)]) == 0
+    assert main(["verify", str(saved)]) == 0
+    assert "global_step3_universal: ok" in capsys.readouterr().out
+
+    (converted / "zero" / "0.weight" / "exp_avg.pt").unlink()
+    shutil.rmtree(converted / "zero" / "0.bias")
+    cut(converted / "zero" / "1.weight" / "fp32.pt")
+    (converted / "zero" / "optimizer_state.pt").unlink()
+    assert main(["verify", str(saved), "--json"]) == 2
+    found = {each["tag"]: each["faults"] for each in json.loads(capsys.readouterr().out)}
+    faults = found.pop("global_step3_universal")
+    assert faults[:3] == [
+        "zero/optimizer_state.pt is missing",
+        "zero/0.weight/exp_avg.pt is missing or empty",
+        "zero/0.bias is missing",
+    ]
+    assert "1.weight" in faults[3] and len(faults) == 4
+    assert not any(found.values())
+    assert main(["verify", str(converted)]) == 2
+    assert main(["latest", str(saved)]) == 0, "it is loaded by another key, and is nobody's latest"
+
+
+def test_convert_takes_one_tag(saved, capsys):
+    """A tag's folder is enough; garbage in `latest` and a universal checkpoint are exit code 2 with the reason."""
+    assert main(["convert", str(saved / "global_step2"), str(saved / "out")]) == 0
+    (saved / "latest").write_bytes(b"\xff\x00")
+    assert main(["convert", str(saved), str(saved / "other")]) == 2
+    assert "empty or garbage" in capsys.readouterr().err
+    (saved / "global_step1" / "zero").mkdir()
+    assert main(["convert", str(saved), str(saved / "other"), "--tag", "global_step1"]) == 2
+    assert "universal" in capsys.readouterr().err
