@@ -19,9 +19,14 @@ CHUNK_BYTES = 1 << 22
 def check_records(path: str | Path) -> None:
     """Raise CheckpointError if a record of the file at `path` is not what was written.
 
-    A file of another format than torch's zip archives (an old torch, another checkpoint engine) is left alone.
+    A file of another format than torch's zip archives (an old torch, another checkpoint engine) is left alone; one that
+    begins as such an archive and has no directory at its end was cut off.
     """
     if not zipfile.is_zipfile(path):
+        if Path(path).is_file() and _begins_as_archive(path):
+            raise CheckpointError(
+                f"{path}: cannot be read: truncated ({Path(path).stat().st_size} bytes). Use an older tag."
+            )
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -34,6 +39,11 @@ def check_records(path: str | Path) -> None:
                     )
     except (zipfile.BadZipFile, OSError, zlib.error, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}). Use an older tag.") from error
+
+
+def _begins_as_archive(path: str | Path) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(4) in (b"PK\x03\x04", b"")  # nothing at all: cut off too
 
 
 def _crc32(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:

@@ -70,9 +70,9 @@ def folder(file: Path, chosen: random.Random) -> None:
 
 
 def another(file: Path, chosen: random.Random) -> Path:
-    others = [one for one in sorted(file.parent.glob("*.pt")) if one != file]
+    others = [one for one in sorted(file.parent.glob("*.pt")) if one != file and one.is_file() and not one.is_symlink()]
     older = file.parents[1] / "older" / file.name
-    return chosen.choice([*others, *([older] if older.exists() else [])])
+    return chosen.choice([*others, *([older] if older.exists() or not others else [])])
 
 
 def replace(file: Path, chosen: random.Random) -> None:
