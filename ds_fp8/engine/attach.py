@@ -78,6 +78,11 @@ class Attachment:
         """O3 in ZeRO 1 and 2: between steps the weights exist in quantized form only."""
         return bool(getattr(self.engine.optimizer, "fp8_stores", None))
 
+    @property
+    def has_released(self) -> bool:
+        """Whether they do now; not before the first step."""
+        return any(store.is_released for store in getattr(self.engine.optimizer, "fp8_stores", None) or ())
+
     def placed(self) -> None:
         """DeepSpeed has put the model on its device and knows its groups: whoever shares data shares scales."""
         if self.fp8_state is not None:
@@ -158,19 +163,11 @@ class Attachment:
                 watcher.stop()
         self.mode.stop()
         disarm(self.engine)
-        if communicate or not self.releases_weights:
-            self._restore()
-        life.forget(self)
-
-    def abandon(self) -> None:
-        """The engine does not come into being. Its model is unmodified, without a hook of DeepSpeed's that would look
-        for the engine; nothing communicates, for the error may be this rank's alone.
-        """
-        self.detach(communicate=False)
-        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
-            handle = vars(self.engine).get(name)
-            if handle is not None:
-                handle.remove()
+        try:
+            if communicate or not self.has_released:
+                self._restore()
+        finally:
+            life.forget(self)
 
     def _restore(self) -> None:
         from ..layers import restore_layers

@@ -62,7 +62,7 @@ def unmodified(model: Any, *, plans: bool) -> Iterator[None]:
     from ..layers.sharing import lift, put_back
 
     _detach_earlier(model)
-    _restore_leftovers(model)
+    restore_leftovers(model)
     _refuse_released(model)
     lifted = lift(model) if plans else []
     try:
@@ -82,7 +82,7 @@ def _detach_earlier(model: Any) -> None:
             attachment.detach()
 
 
-def _restore_leftovers(model: Any) -> None:
+def restore_leftovers(model: Any) -> None:
     """Layers that an engine swapped which is not here: those of a copied or unpickled model."""
     from ..layers import restore_layers
     from ..layers.owners import owners_of

@@ -2,20 +2,19 @@
 
 Methods of the class are replaced, not names of modules: whoever imported `DeepSpeedEngine` or `deepspeed.initialize`
 before us (Accelerate, the HF Trainer) meets the wrapper all the same, and PipelineEngine and the hybrid engine inherit
-it. Both run while an engine is being built. What an attached engine needs later (step, checkpoints) hangs on that
+it. They run while an engine is being built. What an attached engine needs later (step, checkpoints) hangs on that
 one engine (`Attachment.hook`), so `deactivate()` leaves running engines complete, and an engine without our
 sections runs DeepSpeed's own code in every step.
 
-When DeepSpeed lacks one of the two, the constructor is wrapped instead: a job that asks for FP8 is refused, every other
-job runs.
+When DeepSpeed lacks one of them, another wrapper of the constructor stands alone: a job that asks for FP8 is refused,
+every other job runs.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from ..zero.touched import touched
@@ -41,19 +40,22 @@ def _configure_distributed_model(original: Callable, engine: Any, model: Any) ->
 
     engine.__dict__[MET] = True
     attachment, plans = None, bool(sections_of(engine.config))
-    with _or_not_at_all(engine):
-        with unmodified(model, plans=plans):
-            if plans:
-                from .attach import attach
+    if plans:
+        from .unbuilt import note
 
-                attachment = attach(engine, model)
-            else:
-                from .startup_check import pass_by
+        note(engine, model)
+    with unmodified(model, plans=plans):
+        if plans:
+            from .attach import attach
 
-                pass_by()
-        original(engine, model)
-        if attachment is not None:
-            attachment.placed()
+            attachment = attach(engine, model)
+        else:
+            from .startup_check import pass_by
+
+            pass_by()
+    original(engine, model)
+    if attachment is not None:
+        attachment.placed()
 
 
 def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:
@@ -66,25 +68,25 @@ def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any,
 
             refuse(engine)
         return original(engine, client_optimizer, model_parameters)
-    with _or_not_at_all(engine):
-        return attachment.configure_optimizer(original, client_optimizer, model_parameters)
+    return attachment.configure_optimizer(original, client_optimizer, model_parameters)
 
 
-@contextmanager
-def _or_not_at_all(engine: Any) -> Iterator[None]:
-    """A job that is refused inside leaves its model as it was: the script may correct its JSON and start again."""
+def _init(original: Callable, engine: Any, *args: Any, **kwargs: Any) -> None:
+    """Whatever ends the constructor, ours or the user's own: the model is as it was, and may be tried again."""
     try:
-        yield
+        original(engine, *args, **kwargs)
     except BaseException:
-        from . import of
+        from .unbuilt import undo
 
-        attachment = of(engine)
-        if attachment is not None:
-            attachment.abandon()
+        undo(engine)
         raise
+    from .unbuilt import built
+
+    built(engine)
 
 
 WRAPPERS: dict[str, Callable] = {
+    "__init__": _init,
     "_configure_distributed_model": _configure_distributed_model,
     "_configure_optimizer": _configure_optimizer,
 }

@@ -120,7 +120,15 @@ def configure_optimizer(
         return build_optimizer(engine, parameters, plan) if client is None else client
 
     def partitioned(configure: Callable) -> Callable:
-        return lambda optimizer: specialize(engine, configure(optimizer), plan, fp8_state, layout=layout, given=given)
+        def configured(optimizer: Any) -> Any:
+            made = configure(optimizer)
+            try:
+                return specialize(engine, made, plan, fp8_state, layout=layout, given=given)
+            except BaseException:
+                engine.optimizer = made  # whoever gives the model back finds what hangs on it
+                raise
+
+        return configured
 
     def fp16(optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         return _stage0(engine, optimizer, low_precision_dtype, layout)

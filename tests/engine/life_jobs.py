@@ -265,19 +265,49 @@ def strangers(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     return {"alone": alone, "together": together}
 
 
-def refused(rank: int, world_size: int, mode: str, stage: int) -> dict[str, Any]:
-    """An `initialize` that is refused when layers are swapped already; then the corrected JSON, on the same model."""
-    settings = sections(mode, stage)
-    settings["optimizer"]["params"]["nonsense"] = 1
+class Unreadable(list):
+    """A data set whose length nobody can tell."""
+
+    def __len__(self) -> int:
+        raise OSError("nonsense")
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def interrupt(optimizer: Any) -> Any:
+    """A scheduler at whose making somebody presses Ctrl-C."""
+    raise KeyboardInterrupt("nonsense")
+
+
+def refused(rank: int, world_size: int, mode: str, stage: int, by: str = "optimizer") -> dict[str, Any]:
+    """An `initialize` that ends by an error when layers are swapped already; then a right one, on the same model.
+
+    by  whose error: the optimizer's in the JSON, the data set's before it, the scheduler's after it
+    """
+    settings, given = sections(mode, stage), {}
+    if by == "optimizer":
+        settings["optimizer"]["params"]["nonsense"] = 1
+    elif by == "data":
+        given["training_data"] = Unreadable()
+    else:
+        given["lr_scheduler"] = interrupt
+    torch.manual_seed(0)  # on every rank, for DeepSpeed broadcasts rank 0's weights
     model, found = Net(), {}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = model.head.register_forward_hook(lambda module, args, output: output)
     with quiet():
         try:
-            make_engine(settings, model)
-        except Exception as error:  # noqa: BLE001  DeepSpeed's own or ours
-            found["error"] = str(error)
-        found["clean"] = is_clean(model) and readable(model)
-        found["alone"] = bool(model(batch(rank, 0).to(model.head.weight.dtype)).isfinite())
+            make_engine(settings, model, **given)
+        except BaseException as error:  # noqa: BLE001  DeepSpeed's own, ours, or Ctrl-C
+            found["error"] = f"{type(error).__name__}: {error}"
+        hooks = [hook for each in model.modules() for hook in (*each._forward_hooks, *each._forward_pre_hooks)]
+        found["clean"] = is_clean(model) and hooks == [handle.id]
+        rounded = fresh(weights, model.head.weight.dtype)
+        found["same"] = same_weights(model, {name: value.float() for name, value in rounded.named_parameters()})
+        if not hasattr(model.head.weight, "ds_id"):  # ZeRO 3 has cut the parameters: no model computes alone
+            found["same"] &= readable(model)
+            found["same"] &= bool(model(batch(rank, 0).to(model.head.weight.dtype)).isfinite())
         found["losses"], found["fresh"] = (
             continued(each, mode, stage, rank) for each in (model, fresh(weights, model.head.weight.dtype))
         )

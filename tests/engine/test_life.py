@@ -53,11 +53,15 @@ def test_a_forgotten_engine_gives_way_to_the_next():
 
 
 def test_a_refused_job_leaves_the_model_as_it_was():
-    """The error names the option; the model computes on its own, and trains when the JSON is corrected."""
+    """The error is the cause's own; the model computes on its own, and trains when the cause is mended."""
     calls = [("refused", "fp8", 0), ("refused", "O2", 2), ("refused", "O3", 2), ("refused", "O3", 3)]
+    calls += [("refused", "fp8", 3, "data"), ("refused", "O3", 1, "data")]
+    calls += [("refused", mode, stage, "scheduler") for mode, stage in (("fp8", 0), ("O3", 2), ("fp8", 3), ("O3", 3))]
+    errors = {"data": "OSError: nonsense", "scheduler": "KeyboardInterrupt: nonsense"}
     for call, results in zip(calls, together(*calls)):
         for found in results:
-            assert "nonsense" in found["error"] and found["clean"] and found["alone"], call
+            assert errors.get(call[-1], "nonsense") in found["error"], call
+            assert found["clean"] and found["same"], call
             assert found["losses"] == found["fresh"], call
 
 
