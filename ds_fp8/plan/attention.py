@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from .scans import has_state
 from .shapes import matrix_of, shape_of
 
 QUERY = ("q_b_proj", "q_proj", "query", "q", "to_q", "wq", "q_lin", "query_proj", "Wq", "linear_q")
@@ -25,7 +26,15 @@ OUTPUT = ("o_proj", "out_proj", "c_proj", "wo", "Wo", "proj", "dense", "to_out",
 ATTENDS = re.compile(r"attention|attn", re.IGNORECASE)
 
 DEFAULT_LENGTH, LONGEST_LENGTH = 2048, 4096
-LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "block_size")
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "block_size",
+    "max_source_positions",
+)
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, int, int]]:
@@ -34,9 +43,13 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, int, int]]:
         if isinstance(module, nn.MultiheadAttention):
             yield fqn, module.embed_dim, module.embed_dim
             continue
+        if has_state(module):  # scans.py
+            continue
         children = {name: shape for name, child in module.named_children() if (shape := matrix_of(child))}
         value = next((children[name][1] for name in OUTPUT if name in children), None)
         query = next((children[name][0] for name in QUERY if name in children), None)
+        if value is not None and {"k_proj", "v_proj"} <= set(children) and children["k_proj"] == children["v_proj"]:
+            query = value  # a wider q_proj carries a gate beside the queries (Qwen3-Next)
         if query is None and any(name in children for name in FUSED):
             fused = next(children[name][0] for name in FUSED if name in children)
             query = value or fused // 3

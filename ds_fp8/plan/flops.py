@@ -3,7 +3,9 @@
     a Linear, a Conv1D, a projection    out * in multiply-adds per token
     experts                             the same, times the experts that a token visits; a list of modules likewise
     attention                           S * (width of queries + width of values)      (`attention.py`)
-    a pooler, a classification head     once for each sequence, so 1 / S
+    a layer with a state (Mamba-2, ...) the products inside its chunks              (`scans.py`)
+    a pooler, a classification head     once for each sequence, so 1 / S; once for each token where the class says so,
+                                        and in decoders (`score`), which choose the token afterwards
     a convolution                       its weights, once for each place
 
 Nothing is run and no value is read, so a model on the meta device, under `zero.Init`, or one stage of a pipeline counts
@@ -26,6 +28,7 @@ from .decisions import ModuleDecision, ProductDecision
 from .expert_speed import NONE, parts_of
 from .experts_found import stacked, visited
 from .roles import CLASSIFIERS, ROUTER_CLASS, find_roles
+from .scans import scans
 from .shapes import matrix_of, shape_of
 
 NO_PRODUCT = re.compile(r"pos|embed|token|mask|bias|scale|table|gamma|beta|norm|^A_log|sink|magnitude", re.IGNORECASE)
@@ -33,6 +36,8 @@ NO_PRODUCT = re.compile(r"pos|embed|token|mask|bias|scale|table|gamma|beta|norm|
 
 PER_TOKEN = re.compile(r"TokenClassification|QuestionAnswering")
 """Classes whose classification head sees each token."""
+
+PER_SEQUENCE = {*CLASSIFIERS, "pooler"} - {"score"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class _Counter:
         for fqn, query, value in attentions(self.model):
             macs = self.length * (query + value)
             yield ProductDecision(starred(fqn), "attention", float(macs), True, False, "no weights")
+        for fqn, label, macs in scans(self.model):
+            yield ProductDecision(starred(fqn), label, float(macs), True, False, "no weights")
 
     def unknown(self) -> Iterator[str]:
         """Parameters that could be matrices, and that nothing above has counted."""
@@ -153,9 +160,10 @@ class _Counter:
     def _share(self, fqn: str) -> float:
         """Of the tokens of a sequence, those that this layer sees: of experts in a list those that visit it."""
         parts = fqn.split(".")
-        if any(part in CLASSIFIERS or part == "pooler" for part in parts) and not PER_TOKEN.search(
-            type(self.model).__name__
-        ):
+        role = self.roles.get(fqn)
+        if role is not None and role.name == "router":
+            return 1.0
+        if not PER_SEQUENCE.isdisjoint(parts) and not PER_TOKEN.search(type(self.model).__name__):
             return 1 / self.length
         for end in range(len(parts) - 1, 0, -1):
             above = self.modules[".".join(parts[:end])]
