@@ -49,5 +49,5 @@ def _delta(heads: int, key: int, value: int) -> int:
 
 def _integers(module: Any, *names: str) -> tuple[int, ...]:
     """The attributes of these names; () unless all of them are whole numbers above zero."""
-    values = tuple(getattr(module, name, None) for name in names)
-    return values if all(isinstance(value, int) and value > 0 for value in values) else ()
+    values = [value for name in names if isinstance(value := getattr(module, name, None), int) and value > 0]
+    return tuple(values) if len(values) == len(names) else ()
