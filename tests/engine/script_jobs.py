@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +24,13 @@ NOT_IN: dict[str, tuple[int, ...]] = {}
 
 WRITES: set[str] = set()
 """Scripts that write to weights between steps: O3 in ZeRO 1 and 2 refuses them by name."""
+
+
+class Found(NamedTuple):
+    """What a script did: its numbers, flat, and the norm of how far the weights of each of its engines moved."""
+
+    numbers: list[float]
+    moved: list[float]
 
 
 def script(*, not_in: tuple[int, ...] = (), writes: bool = False) -> Callable[[Callable], Callable]:
@@ -59,8 +66,11 @@ def config(stage: int, gas: int = 1, dtype: str = "bf16", **sections: Any) -> di
     }
 
 
-def maker(stage: int, sections: dict[str, Any]) -> Callable[..., Any]:
-    """`make(model, params)`: an engine; the model's weights are those of seed 1 in every mode."""
+def maker(stage: int, sections: dict[str, Any], made: list[Any]) -> Callable[..., Any]:
+    """`make(model, params)`: an engine; the model's weights are those of seed 1 in every mode.
+
+    made  takes each engine, with the weights that it starts from
+    """
 
     def make(model: nn.Module | None = None, params: Iterable[Any] | None = None, gas: int = 1) -> Any:
         import deepspeed
@@ -71,10 +81,24 @@ def maker(stage: int, sections: dict[str, Any]) -> Callable[..., Any]:
             for param in model.parameters():
                 param.copy_(torch.randn(param.shape, generator=generator) * param.shape[-1] ** -0.5)
         params = list(model.parameters() if params is None else params)
+        before = {name: param.detach().bfloat16().float() for name, param in model.named_parameters()}
         with contextlib.redirect_stdout(io.StringIO()):
-            return deepspeed.initialize(model=model, model_parameters=params, config=config(stage, gas, **sections))[0]
+            settings = config(stage, gas, **sections)
+            engine = deepspeed.initialize(model=model, model_parameters=params, config=settings)[0]
+        made.append((engine, before))
+        return engine
 
     return make
+
+
+def moved(engine: Any, before: dict[str, torch.Tensor]) -> float:
+    """Norm of what became of the weights since; collective. A loss near 1 does not tell a model that stands still."""
+    import deepspeed
+
+    params = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(params.values()), modifier_rank=None), torch.no_grad():
+        changes = [params[name].float().cpu() - value for name, value in before.items() if name in params]
+    return torch.stack([change.norm() for change in changes]).norm().item()
 
 
 def data(engine: Any, step: int, rows: int = 16) -> torch.Tensor:
@@ -108,12 +132,14 @@ def load() -> dict[str, Callable[..., Any]]:
     return SCRIPTS
 
 
-def run(make: Any, name: str, rank: int) -> Any:
-    """Numbers of one script, flat; or the error's type and text."""
+def run(stage: int, sections: dict[str, Any], name: str, rank: int) -> Found | str:
+    """What one script did; or the error's type and text."""
+    made: list[Any] = []
     try:
-        return list(_flat(load()[name](make, rank)))
+        numbers = list(_flat(load()[name](maker(stage, sections, made), rank)))
+        return Found(numbers, [moved(engine, before) for engine, before in made])
     except pytest.skip.Exception:
-        return []
+        return Found([], [])
     except Exception as error:  # noqa: BLE001  judged by the caller
         return f"{type(error).__name__}: {error}"
 
@@ -133,6 +159,6 @@ def several(rank: int, world_size: int, cases: list[tuple[str, int, str, dict[st
     ds_fp8.activate()
     found = {}
     for name, stage, mode, sections in cases:
-        found[name, stage, mode] = run(maker(stage, sections), name, rank)
+        found[name, stage, mode] = run(stage, sections, name, rank)
         torch.distributed.barrier()
     return found

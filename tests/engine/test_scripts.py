@@ -16,6 +16,12 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ROUNDING = 2.0**-4
 """e4m3's half step; what FP8 products may cost a loss, relative."""
 
+MOVED = 0.25
+"""How much the distance that weights have gone may differ, relative: signs of small gradients do, under Adam.
+
+Not where the script writes to weights itself: at O2 a write stays, which DeepSpeed's next step overwrites.
+"""
+
 
 def modes(stage: int, *, thrifty: bool, **fp8: Any) -> dict[str, dict[str, Any]]:
     section = {"enabled": True, **fp8}
@@ -50,7 +56,12 @@ def judge(found: dict[Any, Any]) -> list[Any]:
                 wrong.append(((name, stage, mode), "is refused", numbers))
         elif isinstance(numbers, str) and numbers.startswith("LayerError") and "fp8/backend to torch" in numbers:
             continue  # Transformer Engine cannot do it at O3, and says so by the layer's name
-        elif isinstance(control, str) or numbers != pytest.approx(control, rel=ROUNDING, abs=1e-3):
+        elif (
+            isinstance(control, str)
+            or isinstance(numbers, str)
+            or numbers.numbers != pytest.approx(control.numbers, rel=ROUNDING, abs=1e-3)
+            or (name not in script_jobs.WRITES and numbers.moved != pytest.approx(control.moved, rel=MOVED))
+        ):
             wrong.append(((name, stage, mode), control, numbers))
     return wrong
 
