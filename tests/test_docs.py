@@ -37,3 +37,8 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name not in nav] == []
+
+
+def test_the_tests_that_hold_the_table_of_faults_are_there():
+    named = set(re.findall(r"`([a-z_]+/test_[a-z_]+\.py)`", (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")))
+    assert len(named) > 10 and [name for name in sorted(named) if not (ROOT / "tests" / name).is_file()] == []
