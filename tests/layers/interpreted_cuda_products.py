@@ -193,9 +193,13 @@ def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
         cast = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, cast=cast, **k: launches.append(cast) or cast(*a, **k))
     transposed = []
-    monkeypatch.setattr(
-        cuda_products, "dense", lambda quantized, make=cuda_products.dense: transposed.append(1) or make(quantized)
-    )
+
+    def dense(quantized, make=cuda_products.dense):
+        if not quantized.is_contiguous():  # else nothing is copied
+            transposed.append(1)
+        return make(quantized)
+
+    monkeypatch.setattr(cuda_products, "dense", dense)
     model = nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False)).bfloat16()
     fp8_state = swapped(model, RECIPES[0], managed=True, backend="torch")
     fp8_state.tensors.kernels, fp8_state.layer_states[0].fast_step = entry, 16
