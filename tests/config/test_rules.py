@@ -232,7 +232,7 @@ LINEAR, KEPT, NORM = Layer("up", "Linear", True), Layer("head", "Linear", True, 
         (
             fp8(frozen_weights="fp8"),
             ModelFacts(False, (LINEAR,)),
-            "no FP8 Linear of this model has a frozen weight",
+            "no FP8 layer of this model has a frozen weight",
             ModelFacts(False, (LINEAR,), frozen_weights=("up.weight",)),
         ),
         (
