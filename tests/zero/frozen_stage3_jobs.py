@@ -9,9 +9,14 @@ from typing import Any
 import torch
 
 from tests.engine.engine_jobs import config, full_weights, make_engine
+from tests.layers.test_conv1d import gpt2
+from tests.layers.test_experts import mixture
 from tests.zero.model_jobs import llama, lora, steps, tokens
 
 BASE = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+
+STACKS = ("Mixtral", "GptOss", "GPT2")
+"""Weights [experts, out, in], [experts, in, out] and Conv1D's [in, out]."""
 
 
 def settings(stage: int, kept: str, recipe: str, gas: int = 1, level: str | None = None, **zero: Any) -> dict[str, Any]:
@@ -164,6 +169,24 @@ def everything(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         found["files"] = resume(rank, settings(3, "fp8", "delayed"), folder)
         found["reference"] = reference(rank, "fp8")
         found["reference, 16 bits"] = reference(rank, "high_precision")
+        for name in STACKS:
+            found[name] = {stage: stacks(rank, stage, name) for stage in (2, 3)}
     del engine
     found["said"] = said.getvalue()
+    return found
+
+
+def stacks(rank: int, stage: int, name: str) -> dict[str, Any]:
+    """A frozen mixture or GPT-2, whose norms and embeddings are trained."""
+    made = settings(stage, "fp8", "current")
+    model = (gpt2() if name == "GPT2" else mixture(name)).bfloat16()
+    for fqn, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in fqn for part in ("norm", "ln_", "embed", "wte")))
+    engine = make_engine(made, model)
+    found = {"losses": steps(engine, rank, 0, 3), "weights": bits(engine)}
+    found["frozen"] = [fqn for fqn in found["weights"] if ("experts." in fqn or ".c_" in fqn) and "bias" not in fqn]
+    if stage == 3:
+        chunks = frozen_of(engine).chunks
+        found["kept"] = [id(model.get_parameter(fqn)) in chunks for fqn in found["frozen"]]
+    engine.destroy()
     return found

@@ -56,6 +56,16 @@ def test_the_quantized_weight_is_the_one_of_zero_2(found):
             assert not is_base(name) or torch.equal(of_rank["current"]["weights"][name], value), name
 
 
+@pytest.mark.parametrize("name", jobs.STACKS)
+def test_experts_and_conv1d_train_as_in_zero_2(found, name):
+    """One scale for each expert, whatever part of the stack a rank has: losses and weights are equal to the bit."""
+    for of_rank in found:
+        two, three = of_rank[name][2], of_rank[name][3]
+        assert three["frozen"] and all(three["kept"])
+        assert three["losses"] == two["losses"]
+        assert all(torch.equal(three["weights"][fqn], two["weights"][fqn]) for fqn in three["frozen"])
+
+
 def test_one_byte_is_left_on_each_rank_and_nothing_stays_gathered(found):
     numel = sum(value.numel() for name, value in found[0]["block"]["weights"].items() if is_base(name))
     for of_rank in found:
