@@ -20,7 +20,6 @@ from deepspeed.checkpoint.constants import (
     GROUP_PADDINGS,
     LOSS_SCALER,
     OPTIMIZER_STATE_DICT,
-    PARAM_ALIGNMENT_PADDINGS,
 )
 
 from ..errors import CheckpointError
@@ -33,6 +32,7 @@ TOUCHED = {
     "ZeroStage3": touched(reads="swap_optimizer"),
 }
 
+PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # DeepSpeed 0.18.0 has no name for it
 MOST_STEPS = 1 << 53
 """Counters above it are damage: fp32 and JSON could not hold them either."""
 
