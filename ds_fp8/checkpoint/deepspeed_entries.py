@@ -7,7 +7,6 @@ this engine holds itself. A number of the right kind is believed: nothing in the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from deepspeed.checkpoint.constants import (
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
+from .values import check_tensor, is_count, is_finite_number, is_negative, is_step, is_version, same_kind, shown
 
 TOUCHED = {
     "Engine": touched(reads="lr_scheduler"),
@@ -33,9 +33,6 @@ TOUCHED = {
 }
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # DeepSpeed 0.18.0 has no name for it
-MOST_STEPS = 1 << 53
-"""Counters above it are damage: fp32 and JSON could not hold them either."""
-
 NOT_NEGATIVE = ("lr", "eps", "weight_decay")
 OWN_MASTERS = ("fp8_masters", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 FLAGS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad")
@@ -54,9 +51,9 @@ def check_counters(state: dict[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: {key} is missing: no model file of DeepSpeed, or damaged.")
     for key in ("global_steps", "global_samples", "skipped_steps", "dp_world_size", "mp_world_size"):
         least = int(key.endswith("world_size"))
-        if key in state and not _is_count(state[key], least):
+        if key in state and not is_count(state[key], least):
             raise CheckpointError(
-                f"{where}: {key} is {_shown(state[key])}, expected a whole number of at least {least}; it is damaged."
+                f"{where}: {key} is {shown(state[key])}, expected a whole number of at least {least}; it is damaged."
             )
 
 
@@ -70,16 +67,17 @@ def check_scheduler(engine: Any, saved: Any, where: str) -> None:
             f"{where}: no state of a learning-rate scheduler, and this job has one ({type(scheduler).__name__}).\n"
             "  Load it with load_lr_scheduler_states=False; the scheduler then starts anew."
         )
+    ours, torchs = (type(scheduler).__module__.startswith(f"{name}.") for name in ("deepspeed", "torch"))
+    if not ours and not torchs:  # of a script: what it keeps, and in which kinds, it alone knows
+        return
     own = scheduler.state_dict()
-    if not isinstance(saved, dict) or (
-        type(scheduler).__module__.startswith("deepspeed.") and own.keys() - saved.keys()
-    ):
+    if not isinstance(saved, dict) or (ours and own.keys() - saved.keys()):
         raise CheckpointError(f"{where}: lr_scheduler is not the state of a {type(scheduler).__name__}.")
     for key, value in own.items():
-        if key in saved and not _same_kind(saved[key], value, finite=False):
+        if key in saved and not same_kind(saved[key], value, finite=False):
             raise CheckpointError(
-                f"{where}: lr_scheduler/{key} is {_shown(saved[key])}, a {type(scheduler).__name__} keeps "
-                f"{_shown(value)} there; it is damaged, or another scheduler's."
+                f"{where}: lr_scheduler/{key} is {shown(saved[key])}, a {type(scheduler).__name__} keeps "
+                f"{shown(value)} there; it is damaged, or another scheduler's."
             )
 
 
@@ -91,26 +89,26 @@ def check_shard(shard: dict[str, Any], optimizer: Any, flats: Any, where: str) -
     """
     if not isinstance(flats, (list, tuple)) or not all(isinstance(flat, torch.Tensor) for flat in flats):
         raise CheckpointError(f"{where}: the fp32 masters are no list of tensors; it is damaged.")
-    if DS_VERSION in shard and not _is_version(shard[DS_VERSION]):
-        raise CheckpointError(f"{where}: {DS_VERSION} is {_shown(shard[DS_VERSION])}, no version of DeepSpeed.")
+    if DS_VERSION in shard and not is_version(shard[DS_VERSION]):
+        raise CheckpointError(f"{where}: {DS_VERSION} is {shown(shard[DS_VERSION])}, no version of DeepSpeed.")
     own_paddings = getattr(optimizer, "round_robin_bit16_padding", None)
     if PARAM_ALIGNMENT_PADDINGS in shard and own_paddings is not None:
         saved = shard[PARAM_ALIGNMENT_PADDINGS]
         if not isinstance(saved, list) or repr(saved) != repr(own_paddings):
             raise CheckpointError(
-                f"{where}: {PARAM_ALIGNMENT_PADDINGS} is {_shown(saved)}, this job's is {_shown(own_paddings)}.\n"
+                f"{where}: {PARAM_ALIGNMENT_PADDINGS} is {shown(saved)}, this job's is {shown(own_paddings)}.\n"
                 "  Set zero_optimization/parameter_alignment as it was when the checkpoint was saved, or load the "
                 "weights alone with load_optimizer_states=False."
             )
-    if CLIP_GRAD in shard and not _is_finite_number(shard[CLIP_GRAD]):
-        raise CheckpointError(f"{where}: {CLIP_GRAD} is {_shown(shard[CLIP_GRAD])}, expected a number.")
+    if CLIP_GRAD in shard and not is_finite_number(shard[CLIP_GRAD]):
+        raise CheckpointError(f"{where}: {CLIP_GRAD} is {shown(shard[CLIP_GRAD])}, expected a number.")
     for key in ("overflow", "dynamic_loss_scale"):
         if FP32_FLAT_GROUPS in shard and key not in shard:
             raise CheckpointError(f"{where}: {key} is missing; it is damaged.")
         if key in shard and not isinstance(shard[key], (bool, int, torch.Tensor)):
-            raise CheckpointError(f"{where}: {key} is {_shown(shard[key])}, expected true or false.")
+            raise CheckpointError(f"{where}: {key} is {shown(shard[key])}, expected true or false.")
     if LOSS_SCALER in shard and not hasattr(shard[LOSS_SCALER], "cur_scale"):
-        raise CheckpointError(f"{where}: {LOSS_SCALER} is {_shown(shard[LOSS_SCALER])}, no loss scaler of DeepSpeed.")
+        raise CheckpointError(f"{where}: {LOSS_SCALER} is {shown(shard[LOSS_SCALER])}, no loss scaler of DeepSpeed.")
     base = saved_optimizer(shard)
     shapes = _flat_shapes(shard, optimizer, flats, where)
     if isinstance(base, (list, tuple)):  # elastic: states alone, one for each master
@@ -124,7 +122,7 @@ def check_stage0(saved: Any, optimizer: Any, where: str) -> None:
     it.
     """
     if not isinstance(saved, dict):
-        raise CheckpointError(f"{where}: optimizer is {_shown(saved)}, expected the state of an optimizer.")
+        raise CheckpointError(f"{where}: optimizer is {shown(saved)}, expected the state of an optimizer.")
     shapes = [{tuple(param.shape)} for group in optimizer.param_groups for param in group["params"]]
     check_optimizer(saved.get(OPTIMIZER_STATE_DICT, saved), optimizer, shapes, where)
     check_loss_scale(saved, where)
@@ -132,12 +130,12 @@ def check_stage0(saved: Any, optimizer: Any, where: str) -> None:
     if masters is None:
         return
     if not isinstance(masters, (list, tuple)):
-        raise CheckpointError(f"{where}: the fp32 masters are {_shown(masters)}; it is damaged.")
+        raise CheckpointError(f"{where}: the fp32 masters are {shown(masters)}; it is damaged.")
     flats = [one for group in masters for one in (group if isinstance(group, (list, tuple)) else [group])]
     if len(flats) != len(shapes):
         raise CheckpointError(f"{where}: {len(flats)} fp32 masters, this job has {len(shapes)}.")
     for flat, of_this in zip(flats, shapes, strict=True):
-        _check_tensor(flat, of_this, "an fp32 master", where)
+        check_tensor(flat, of_this, "an fp32 master", where)
 
 
 def check_loss_scale(saved: dict[str, Any], where: str) -> None:
@@ -146,11 +144,11 @@ def check_loss_scale(saved: dict[str, Any], where: str) -> None:
     if ("fp32_groups" in saved and "dynamic_loss_scale" not in saved) or not (
         dynamic is None or isinstance(dynamic, bool)
     ):
-        raise CheckpointError(f"{where}: dynamic_loss_scale is {_shown(dynamic)}; it is damaged.")
+        raise CheckpointError(f"{where}: dynamic_loss_scale is {shown(dynamic)}; it is damaged.")
     needed = () if dynamic is None else ("cur_scale", "cur_iter", *(LOSS_SCALE_HISTORY if dynamic else ()))
     for key in ("cur_scale", "cur_iter", *LOSS_SCALE_HISTORY, CLIP_GRAD):
-        if (key in needed or key in saved) and not _is_finite_number(saved.get(key)):
-            raise CheckpointError(f"{where}: {key} is {_shown(saved.get(key))}, expected a number; it is damaged.")
+        if (key in needed or key in saved) and not is_finite_number(saved.get(key)):
+            raise CheckpointError(f"{where}: {key} is {shown(saved.get(key))}, expected a number; it is damaged.")
 
 
 def saved_optimizer(shard: dict[str, Any]) -> Any:
@@ -181,7 +179,7 @@ def _flat_shapes(
         expected: set[tuple[int, ...]] | None = None
         if len(own) == len(flats):
             expected = {(own[number].numel(),), (own[number].numel() - padding,)}
-        _check_tensor(flat, expected, "an fp32 master", where)
+        check_tensor(flat, expected, "an fp32 master", where)
         shapes.append({(flat.numel(),), (flat.numel() + padding,), *(expected or ())})
     return shapes
 
@@ -222,7 +220,7 @@ def check_optimizer(
         )
     lost = [index for index in base["state"] if index not in indices]
     if lost:
-        raise CheckpointError(f"{where}: states of {_shown(lost[0])}, which no parameter group names; it is damaged.")
+        raise CheckpointError(f"{where}: states of {shown(lost[0])}, which no parameter group names; it is damaged.")
     check_states(states_of(base), shapes, moments_of(optimizer), where)
     check_needed(base["param_groups"], optimizer.param_groups, where)
 
@@ -240,23 +238,23 @@ def check_needed(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]],
 def check_groups(saved: Any, own: Sequence[dict[str, Any]], where: str) -> None:
     """Raise CheckpointError for parameter groups whose hyper-parameters this engine's optimizer could not step with."""
     if not isinstance(saved, (list, tuple)) or not all(isinstance(group, dict) for group in saved):
-        raise CheckpointError(f"{where}: param_groups is {_shown(saved)}, expected one dict for each parameter group.")
+        raise CheckpointError(f"{where}: param_groups is {shown(saved)}, expected one dict for each parameter group.")
     if len(saved) != len(own):
         raise CheckpointError(f"{where}: {len(saved)} parameter groups, this job has {len(own)}.")
     for number, (group, ours) in enumerate(zip(saved, own, strict=True)):
         at = f"{where}: parameter group {number}"
         params = group.get("params")
         if not isinstance(params, (list, tuple)) or not all(type(index) is int for index in params):
-            raise CheckpointError(f"{at}: params is {_shown(params)}, expected whole numbers; it is damaged.")
+            raise CheckpointError(f"{at}: params is {shown(params)}, expected whole numbers; it is damaged.")
         flags = [key for key in FLAGS if key in group and not (group[key] is None or isinstance(group[key], bool))]
         if flags:
-            raise CheckpointError(f"{at}: {flags[0]} is {_shown(group[flags[0]])}, expected true, false or None.")
+            raise CheckpointError(f"{at}: {flags[0]} is {shown(group[flags[0]])}, expected true, false or None.")
         for key, value in ours.items():
             if key == "params" or key not in group:
                 continue
-            if not _same_kind(group[key], value) or (key in NOT_NEGATIVE and float(group[key]) < 0):
+            if not same_kind(group[key], value) or (key in NOT_NEGATIVE and is_negative(group[key])):
                 raise CheckpointError(
-                    f"{at}: {key} is {_shown(group[key])}, this job's optimizer has {_shown(value)} there; it is "
+                    f"{at}: {key} is {shown(group[key])}, this job's optimizer has {shown(value)} there; it is "
                     "damaged, or another optimizer's."
                 )
 
@@ -273,78 +271,11 @@ def check_states(
             continue
         if not isinstance(state, dict) or not set(moments) <= state.keys():
             raise CheckpointError(
-                f"{where}: the state of master {number} is {_shown(state)}, expected {', '.join(moments) or 'a dict'}; "
+                f"{where}: the state of master {number} is {shown(state)}, expected {', '.join(moments) or 'a dict'}; "
                 "it is damaged, or another optimizer's."
             )
-        if "step" in state and not _is_step(state["step"]):
-            raise CheckpointError(f"{where}: the step of master {number} is {_shown(state['step'])}; it is damaged.")
+        if "step" in state and not is_step(state["step"]):
+            raise CheckpointError(f"{where}: the step of master {number} is {shown(state['step'])}; it is damaged.")
         for key, value in state.items():
             if key in SIZED_STATES and (value is not None or key in moments):
-                _check_tensor(value, shapes[number] if number < len(shapes) else None, f"{key} of {number}", where)
-
-
-def holds_values(value: Any) -> bool:
-    """A tensor of numbers in memory of its own: not sparse, not on `meta`, not one element that stands for many."""
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type == "meta":
-        return False
-    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-
-
-def _check_tensor(value: Any, shapes: set[tuple[int, ...]] | None, name: str, where: str) -> None:
-    if not holds_values(value):
-        raise CheckpointError(f"{where}: {name} is {_shown(value)}, expected a tensor of values; it is damaged.")
-    if not value.is_floating_point():
-        raise CheckpointError(f"{where}: {name} is {value.dtype}, expected floating point; it is damaged.")
-    if shapes is not None and tuple(value.shape) not in shapes:
-        expected = " or ".join(map(str, sorted(shapes)))
-        raise CheckpointError(f"{where}: {name} has shape {tuple(value.shape)}, expected {expected}; it is damaged.")
-
-
-def _is_count(value: Any, least: int = 0) -> bool:
-    return type(value) is int and least <= value < MOST_STEPS
-
-
-def _is_step(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1 or not holds_values(value) or value.is_complex():
-            return False
-        value = value.item()
-    return _is_finite_number(value) and float(value).is_integer() and 0 <= value < MOST_STEPS
-
-
-def _is_finite_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and value.device.type != "meta" and bool(torch.isfinite(value).all())
-    return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
-
-
-def _is_version(value: Any) -> bool:
-    return isinstance(value, str) and value[:1].isdigit() and len(value) < 100
-
-
-def _same_kind(value: Any, own: Any, finite: bool = True) -> bool:
-    """Whether `value` could stand where this job has `own`. What is no number, flag, text or list is not compared.
-
-    finite  a number must be; a scheduler may keep an infinity (the best loss so far), never a NaN
-    """
-    if own is None:
-        return True
-    if isinstance(own, bool):
-        return isinstance(value, bool) or (value is None and not own)
-    if isinstance(own, (int, float)) or (isinstance(own, torch.Tensor) and own.numel() == 1):
-        if not finite and isinstance(value, float) and math.isinf(value):
-            return True
-        return not isinstance(value, bool) and _is_finite_number(value)
-    if isinstance(own, str):
-        return isinstance(value, str)
-    if isinstance(own, (list, tuple)) and len(own):
-        fits = isinstance(value, (list, tuple)) and len(value) == len(own)
-        return fits and all(_same_kind(one, other, finite) for one, other in zip(value, own, strict=True))
-    return True
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {tuple(value.shape)} {value.dtype}, {value.layout} on {value.device.type}"
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}... ({type(value).__name__})"
+                check_tensor(value, shapes[number] if number < len(shapes) else None, f"{key} of {number}", where)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
-from .deepspeed_entries import holds_values
+from .values import holds_values
 
 TOUCHED = {"Parameter": touched(reads="ds_shape")}
 

@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "SGD at stage 0": {"stage": 0, "optimizer": SGD},
     "a cycle of learning rates at stage 3": {"stage": 3, "optimizer": ADAM, "level": "O2", "scheduler": CYCLE},
     "a plateau whose best loss is infinite": {"stage": 1, "optimizer": ADAM, "plateau": True},
+    "Adafactor, whose eps is a pair": {"stage": 1, "adafactor": True},
+    "a script's scheduler, whose list grows": {"stage": 1, "optimizer": ADAM, "growing": True},
     "states on the host": {"stage": 2, "optimizer": FUSED, "zero": {"offload_optimizer": {"device": "cpu"}}},
 }
 
@@ -43,6 +45,18 @@ class Experts(nn.Module):
         return self.last(self.moe(self.first(x))[0])
 
 
+class Growing(torch.optim.lr_scheduler.LambdaLR):
+    """Keeps every rate it has had."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.had: list[Any] = ["none yet"]
+        super().__init__(optimizer, lambda step: 1 / (1 + step))
+
+    def step(self, *args: Any) -> None:
+        super().step(*args)
+        self.had.append(self.get_last_lr()[0])
+
+
 def make(case: dict[str, Any]) -> Any:
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -52,7 +66,7 @@ def make(case: dict[str, Any]) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "bf16": {"enabled": True},
-        "optimizer": case["optimizer"],
+        **({"optimizer": case["optimizer"]} if "optimizer" in case else {"zero_allow_untested_optimizer": True}),
         "zero_optimization": {"stage": case["stage"], **case.get("zero", {})},
         "fp8": {"enabled": True, "recipe": "delayed", "amax_history_len": 4},
         "steps_per_print": 10**9,
@@ -67,6 +81,10 @@ def make(case: dict[str, Any]) -> Any:
         given["model_parameters"] = split_params_into_different_moe_groups_for_optimizer(groups)
     if case.get("plateau"):
         given["lr_scheduler"] = torch.optim.lr_scheduler.ReduceLROnPlateau
+    if case.get("adafactor"):
+        given["optimizer"] = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+    if case.get("growing"):
+        given["lr_scheduler"] = Growing
     return deepspeed.initialize(model=model, config=config, **given)[0]
 
 
