@@ -69,19 +69,38 @@ def compile_blocks(model: nn.Module, how: CompileSettings, converted: set[str], 
         before = as_scripted(block, CALL)
         if before not in ((), (None,)):
             continue
-        checkpoint = as_scripted(block, CHECKPOINT)
-        if checkpoint and _checkpoints_inside(block):
-            give_form(block, fp8_state, CHECKPOINT, CompiledInside(checkpoint[0], mode, how.dynamic))
-        else:
+        checkpointing = _checkpointing(block)
+        for module in checkpointing:
+            inside = CompiledInside(as_scripted(module, CHECKPOINT)[0], mode, how.dynamic)
+            give_form(module, fp8_state, CHECKPOINT, inside)
+        if not checkpointing:
             block.compile(mode=mode, dynamic=how.dynamic)
             give_form(block, fp8_state, CALL, vars(block).get(CALL), before=before, is_whole=block is model)
     if blocks and how.loss:
         compile_losses(model, how, fp8_state)
 
 
-def _checkpoints_inside(block: nn.Module) -> bool:
+def _checkpointing(block: nn.Module) -> list[nn.Module]:
+    """The modules that checkpoint in their forward: the block, or layers in it (T5's two stacks are siblings of one
+    class; their layers checkpoint).
+    """
+    inside = [module for module in block.modules() if _checkpoints_inside(module)]
+    layers = [] if block in inside and _is_layer(block) else [module for module in inside if _is_layer(module)]
+    return layers or [module for module in inside if module is block]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Of Transformers' class whose forward checkpoints; by name, for it may not be installed."""
+    return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
+
+
+def _checkpoints_inside(module: nn.Module) -> bool:
     """Older Transformers checkpoint around a block's call, where `nn.Module.compile` reaches."""
-    return type(block).__call__ is nn.Module.__call__ and getattr(block, "gradient_checkpointing", False)
+    return (
+        type(module).__call__ is nn.Module.__call__
+        and getattr(module, "gradient_checkpointing", False)
+        and bool(as_scripted(module, CHECKPOINT))
+    )
 
 
 def release_blocks(model: nn.Module, fp8_state: Any | None) -> None:
