@@ -30,6 +30,7 @@ from ..plan import Plan
 from . import weights_released, weights_wrapped
 from .chunks_stage3 import WeightChunk, lay_out_chunks
 from .gathers_stage3 import QuantizedGathers
+from .portions import portions
 from .touched import touched
 from .weights import OwnedWeight, WeightCaster
 
@@ -134,7 +135,7 @@ class FrozenPartitions:
         weights_wrapped.begin(self)
         self.gathers = QuantizedGathers.of(self.model, self.offload.param_coordinator)
         self._gather_all([weight.param for weight in weights])
-        for part in _parts(weights):
+        for part in portions(weights, lambda weight: weight.param.ds_tensor.ds_numel, MOST_NUMEL):
             chunks = self._cast(part)
             self.chunks |= chunks
             self.gathers.add(self, chunks)
@@ -251,21 +252,6 @@ def refuse_others(params: Iterable[Any]) -> None:
                     " the frozen weights of its own, beside which quantized values would save nothing.\n"
                     f"  Remove {key}, or frozen_weights."
                 )
-
-
-def _parts(weights: Iterable[OwnedWeight]) -> Iterator[list[OwnedWeight]]:
-    """Cut into lists of at most MOST_NUMEL elements of this rank, or of one weight; alike on all ranks."""
-    part: list[OwnedWeight] = []
-    numel = 0
-    for weight in weights:
-        more = weight.param.ds_tensor.ds_numel
-        if part and numel + more > MOST_NUMEL:
-            yield part
-            part, numel = [], 0
-        part.append(weight)
-        numel += more
-    if part:
-        yield part
 
 
 def _move_to_partitions(chunks: Sequence[FrozenChunk]) -> None:

@@ -12,7 +12,7 @@ shares, shares that lie elsewhere, parameters that are there already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain, groupby
 from typing import Any
 
@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from torch import Tensor
 
+from .portions import portions
 from .touched import touched
 
 TOUCHED = {
@@ -64,24 +65,10 @@ def gather_together(params: list[Any], group_of: Callable[[Any], Any]) -> list[A
         _, sizes = found.setdefault((id(group), share.dtype), (group, {}))
         sizes.setdefault(share.ds_numel, []).append(param)
     for group, sizes in found.values():
-        for part in _messages(list(chain.from_iterable(sizes.values())), dist.get_world_size(group=group)):
+        most = MOST_NUMEL // dist.get_world_size(group=group)
+        for part in portions(chain.from_iterable(sizes.values()), lambda param: param.ds_tensor.ds_numel, most):
             _gather(part, group)
     return left
-
-
-def _messages(params: list[Any], world_size: int) -> Iterator[list[Any]]:
-    """Cut into messages of at most MOST_NUMEL elements, or of one parameter."""
-    part: list[Any] = []
-    numel = 0
-    for param in params:
-        more = world_size * param.ds_tensor.ds_numel
-        if part and numel + more > MOST_NUMEL:
-            yield part
-            part, numel = [], 0
-        part.append(param)
-        numel += more
-    if part:
-        yield part
 
 
 def _gather(params: list[Any], group: Any) -> None:
