@@ -3,8 +3,9 @@ scheduler or its data and call `deepspeed.initialize` again.
 
 A scheduler or a data set that raises, a monitor that is not installed, Ctrl-C: the layers are swapped by then and, in
 ZeRO 3, DeepSpeed's hooks hang on the model and look for an engine that nobody has. Nothing communicates, for the error
-may be this rank's alone. What DeepSpeed did to the parameters stays: the cast to 16 bits, and ZeRO 3's partitions,
-which its next engine takes as they are.
+may be this rank's alone. What was done to the parameters stays: DeepSpeed's cast to 16 bits and ZeRO 3's partitions,
+which its next engine takes as they are, and the rounding of frozen weights that were kept in FP8 already, which the
+same JSON makes again.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def undo(engine: Any) -> None:
     if attachment is not None:
         _tried(lambda: attachment.detach(communicate=False))
     _tried(lambda: life.restore_leftovers(model))
-    if hasattr(engine.optimizer, "destroy"):  # torch's own have none
-        _tried(engine.optimizer.destroy)
+    optimizer = getattr(engine, "optimizer", None)
+    if optimizer is not None and hasattr(optimizer, "destroy"):  # torch's own have none
+        _tried(optimizer.destroy)
     _tried(lambda: _remove_hooks(model, hooks))
 
 

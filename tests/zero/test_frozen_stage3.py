@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import frozen_stage3_jobs as jobs
 import pytest
 import torch
 from ranks import run_ranks
 
+from ds_fp8.errors import PlanError
 from ds_fp8.formats import E4M3
 from ds_fp8.layers.recipes import scaling_of
 from ds_fp8.layers.recipes.owner import decode_part
+from ds_fp8.zero.frozen_stage3 import refuse_others
 
 pytestmark = pytest.mark.dist
 
@@ -37,6 +41,22 @@ def test_a_part_decodes_to_what_the_whole_decodes_to(kind):
     for start, stop in ((0, 98304), (1000, 50001), (127 * 384 + 5, 129 * 384 + 200), (98000, 98304)):
         part = decode_part(flat[start:stop], start, (256, 384), whole.scale_inv, torch.bfloat16)
         assert torch.equal(part, expected[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("found", "key"),
+    [
+        ("nvme_swapper", "offload_param/device"),
+        ("ds_quant_scale", "zero_quantized_nontrainable_weights"),
+        ("ds_secondary_tensor", "zero_hpz_partition_size"),
+    ],
+)
+def test_other_forms_of_frozen_partitions_are_refused_by_their_key(found, key):
+    param = SimpleNamespace(nvme_swapper=None, ds_tensor=SimpleNamespace(), ds_secondary_tensor=None)
+    refuse_others([param])
+    setattr(param.ds_tensor if found == "ds_quant_scale" else param, found, object())
+    with pytest.raises(PlanError, match=rf"fp8/frozen_weights is fp8 and zero_optimization/{key}(?s:.*)Remove {key}"):
+        refuse_others([param])
 
 
 def test_training_is_as_with_a_16_bit_base_whose_layers_cast_to_the_same_values(found):
