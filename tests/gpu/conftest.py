@@ -21,3 +21,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_logreport(report):
+    """A failure is printed when it happens: time on a GPU is lent, and a run that is cut off prints no summary."""
+    if report.failed and "gpu" in report.fspath.split("/"):
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)

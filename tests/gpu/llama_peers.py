@@ -1,10 +1,10 @@
-"""A Llama with Liger Kernel, or with another attention, under our layers: what `test_llama_peers.py` and the
-interpreter run.
-"""
+"""A Llama with Liger Kernel, or with another attention, in bf16 or in FP8: what `test_llama_peers.py` runs."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,12 +14,47 @@ from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
 
+class Training(NamedTuple):
+    """What a training gave.
+
+    losses  one per step
+    lazy    names of FP8 layers that did not run all three products
+    breaks  reasons of torch.compile's graph breaks, with how often each
+    """
+
+    losses: list[float]
+    lazy: list[str]
+    breaks: dict[str, int]
+
+
+@contextmanager
+def liger_applied(model: Any) -> Iterator[None]:
+    """Liger Kernel in `model`, as TrainingArguments(use_liger_kernel=True) applies it, and nowhere afterwards.
+
+    Liger patches Transformers' module as well as the model: from then on every Llama of the process has its rotary
+    embeddings, which it excludes from torch.compile.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    try:
+        _apply_liger_kernel_to_instance(model)
+        yield
+    finally:
+        vars(modeling_llama).update(before)
+
+
 def train(device: str, *, fp8: bool, liger: bool = False, attention: str = "sdpa", compiled: bool = False,
-          steps: int = 4,
-          width: int = 128, tokens: int = 64) -> tuple[list[float], list[str]]:  # fmt: skip
-    """Losses of some steps on the same tokens, and the names of FP8 layers that did not run all three products."""
+          steps: int = 4, width: int = 128, tokens: int = 64) -> Training:  # fmt: skip
+    """Some steps on the same tokens.
+
+    compiled  each block by itself: with FP8 by `fp8.compile`, in bf16 by `nn.Module.compile`
+    """
     import transformers
 
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     heads = 2
     config = transformers.LlamaConfig(
@@ -27,15 +62,20 @@ def train(device: str, *, fp8: bool, liger: bool = False, attention: str = "sdpa
         num_key_value_heads=1, vocab_size=256, use_cache=False, attn_implementation=attention,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16).train()
-    if liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    with liger_applied(model) if liger else nullcontext():
+        losses, lazy = _train(model, device, fp8=fp8, compiled=compiled, steps=steps, tokens=tokens)
+    return Training(losses, lazy, dict(torch._dynamo.utils.counters["graph_break"]))
 
-        _apply_liger_kernel_to_instance(model)  # what TrainingArguments(use_liger_kernel=True) does
+
+def _train(model: Any, device: str, *, fp8: bool, compiled: bool, steps: int, tokens: int) -> tuple[list, list[str]]:
     fp8_state = None
     if fp8:
         how: dict[str, Any] = {"compile": CompileSettings()} if compiled else {}
         fp8_state = swapped(model, Recipe(amax_history_len=4), managed=True, backend="torch", **how)
         fp8_state.to(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    elif compiled:
+        for block in model.model.layers:
+            block.compile()
     layers = [module for module in model.modules() if hasattr(module, "layer_state")]
     ran = watch(layers, on=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -57,4 +97,4 @@ def train(device: str, *, fp8: bool, liger: bool = False, attention: str = "sdpa
         if not (one.fprop and one.dgrad and one.wgrad)
     ]
     watch(layers, on=False)
-    return losses, lazy if layers else ["no layer is FP8"]
+    return losses, lazy if layers or not fp8 else ["no layer is FP8"]
