@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_fp8.recipe import Recipe
+from ds_fp8.recipe import OUR_RECIPES, Recipe
 from tests.layers.small_models import swapped
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +66,7 @@ def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         assert torch.equal(one, other), f"tensor {number}: {(one.float() - other.float()).abs().max()}"
 
 
-RECIPES = [Recipe(amax_history_len=4), Recipe(kind="current"), Recipe(kind="block"), Recipe(kind="rowwise")]
+RECIPES = [Recipe(kind=kind, amax_history_len=4) for kind in OUR_RECIPES]
 
 
 @pytest.mark.parametrize("rows", [128, 9], ids=["fast", "padded"])

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_fp8.errors import LayerError
 from ds_fp8.layers import compiled
-from ds_fp8.recipe import HighPrecision, Recipe
+from ds_fp8.recipe import OUR_RECIPES, HighPrecision, Recipe
 from tests.layers.small_models import swapped
 
 COUNTERS = torch._dynamo.utils.counters
@@ -105,11 +105,9 @@ def hold_together(recipe: Recipe, *, whole: bool = False, how: Any = None, run: 
     return COUNTERS["stats"]["unique_graphs"]
 
 
+PLAIN = [Recipe(kind=kind, amax_history_len=4) for kind in OUR_RECIPES]
 RECIPES = [
-    Recipe(amax_history_len=4),
-    Recipe(kind="current"),
-    Recipe(kind="block"),
-    Recipe(kind="rowwise"),
+    *PLAIN,
     Recipe(amax_history_len=4, override_linear_precision=HighPrecision(False, False, True)),
     Recipe(amax_history_len=4, override_linear_precision=HighPrecision(True, True, False)),
 ]
@@ -122,7 +120,7 @@ def test_equal_blocks_share_one_graph_and_keep_it(recipe):
     assert hold_together(recipe, run=run, start_step=3, eval=True) == 2
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
+@pytest.mark.parametrize("recipe", PLAIN, ids=str)
 def test_quantized_values_are_carried_to_the_backward(recipe):
     """Without `start_step` the input is kept as one byte per element, whatever the recipe."""
     assert hold_together(recipe, bias=True) == 1
@@ -251,7 +249,7 @@ def test_a_forward_that_dynamo_gives_up_is_the_eager_one():
     assert not any(torch.equal(one, other) for one, other in zip(wanted, high))
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
+@pytest.mark.parametrize("recipe", PLAIN, ids=str)
 def test_the_fake_kernels_say_what_the_operators_return(recipe):
     """Shapes, dtypes and strides, by torch's own check, with everything carried that can be."""
     model, _ = make(recipe, bias=True)

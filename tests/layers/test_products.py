@@ -13,10 +13,10 @@ from ds_fp8.errors import BackendError
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import dequantize, quantize
 from ds_fp8.layers import Fp8Linear, operands
-from ds_fp8.recipe import HighPrecision, Recipe
+from ds_fp8.recipe import OUR_RECIPES, HighPrecision, Recipe
 from tests.layers.small_models import swapped
 
-KINDS = ("delayed", "current", "block", "rowwise")
+KINDS = OUR_RECIPES
 RECIPES = [Recipe(kind=kind, fp8_format=fmt, amax_history_len=4) for kind in KINDS for fmt in ("HYBRID", "E4M3")]
 STEP = E4M3.half_ulp + E5M2.half_ulp
 """Relative error of one product of an e4m3 and an e5m2 element: the sum of both casts."""
