@@ -30,7 +30,7 @@ PIP=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
 
 # torch first and alone: whatever comes later finds it there, and nothing pulls in another build of it.
 "${PIP[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' constraints.txt)"
-say "$("$VENV/bin/python" -c 'import torch; print("torch", torch.__version__)')"
+say "$("$VENV/bin/python" -W ignore -c 'import torch; print("torch", torch.__version__)')"
 
 DEPS=()
 if [ "${LOCKED:-0}" = 1 ]; then

@@ -18,6 +18,10 @@ from ..levels import LEVELS
 def main(argv: Sequence[str]) -> int:
     """Convert one checkpoint."""
     options = _options(argv)
+    if not options.checkpoint.is_dir():
+        what = "a file" if options.checkpoint.exists() else "no such folder"
+        print(f"ds_fp8 convert: {options.checkpoint}: {what}; give what save_checkpoint was given", file=sys.stderr)
+        return 2
     from ..checkpoint.convert import convert
 
     try:

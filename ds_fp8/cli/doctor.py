@@ -21,8 +21,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from .. import config
-from .check import brief
+from .check import brief, line
 from .clients import CLIENTS, client
+from .given import document_of
 from .probes import MSAMP_NAMES, PROBES, Finding
 from .tables import print_table
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="started by the job's launcher in place of the script: look on every node, and reduce over all ranks",
     )
-    parser.add_argument("--within", type=float, default=300, metavar="S", help="with --every-rank: seconds it may take")
+    parser.add_argument("--within", type=float, metavar="S", help="with --every-rank: seconds it may take (300)")
     parser.add_argument(
         "--deepspeed",
         metavar="PATH",
@@ -59,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
     # DeepSpeed's launcher puts its own argument before those of the script.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.within is not None and not options.every_rank:
+        parser.error("--within bounds --every-rank; without that there is nothing to wait for")
     if options.deepspeed is not None:
         from .other_deepspeed import report
 
@@ -66,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     if options.every_rank:
         from .every_rank import meet
 
-        return meet(lambda: _look(options), options.within)
+        return meet(lambda: _look(options), 300.0 if options.within is None else options.within)
     findings = _look(options)
     failed = [finding for finding in findings if finding.status == "fail"]
     if options.json:
@@ -97,8 +100,9 @@ def _fit(findings: Sequence[Finding], file: str, other_hook: bool) -> Iterator[F
 
     other_hook  the job is hooked without the .pth file: it says so, or its client's imports have shown it
     """
-    errors = [problem for problem in config.check(file) if problem.severity == "error"]
-    settings = None if errors else config.load(file)
+    document = document_of(file)
+    errors = [problem for problem in config.check_document(document) if problem.severity == "error"]
+    settings = None if errors else config.load_document(document)
     for finding in findings:
         failed = False
         if settings is not None and finding.status == "note":
@@ -106,7 +110,8 @@ def _fit(findings: Sequence[Finding], file: str, other_hook: bool) -> Iterator[F
             failed = is_missed or (finding.what == MSAMP_NAMES and settings.msamp.enabled)
         yield replace(finding, status="fail") if failed else finding
     if settings is None:
-        yield Finding(file, f"errors: {len(errors)}", "fail", f"`ds_fp8 check {file}` lists them")
+        listed = "".join(f"\n  {line(file, error)}" for error in errors)
+        yield Finding(file, f"errors: {len(errors)}", "fail", f"what `ds_fp8 check` finds:{listed}")
     else:
         yield Finding(file, brief(settings), "ok" if settings.enabled else "note")
 

@@ -21,7 +21,7 @@ from ..cost.job import Cost, cost_of
 from ..cost.memory import Placement, bucket_bytes
 from ..errors import ConfigError, DsFp8Error
 from ..levels import LEVELS, Level
-from .given import document_of
+from .given import build_model, document_of
 from .parameter_kinds import DEEPSPEED, Kind, kinds_of
 from .tables import print_table
 
@@ -132,7 +132,6 @@ def _job(options: argparse.Namespace, settings: config.Settings) -> tuple[Job, s
     kinds, share, cached = None, None, 0
     if options.model is not None:
         from ..plan import share_line
-        from .explain import build_model
 
         host = machine(options.device)
         model = build_model(options.model, no_meta=False)
@@ -241,8 +240,8 @@ def count(text: str) -> int:
         number = float(text[:-1] if factor != 1 else text) * factor
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; write 7e9, 7B or 350M") from None
-    if not number >= 1 or number == float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: at least 1 parameter is needed")
+    if not 1 <= number <= 1e18:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters of a model: 1 to 1e18")
     return round(number)
 
 

@@ -9,13 +9,9 @@ size fits. Exit code 1 when settings or plan are refused, 2 when file or model c
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import config
@@ -24,7 +20,7 @@ from ..config import contract
 from ..errors import ConfigError, DsFp8Error
 from ..levels import LEVELS
 from .estimate import human, positive
-from .given import document_of
+from .given import build_model, document_of
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -129,31 +125,6 @@ def _print_settings(settings: config.Settings, as_json: bool) -> int:
     return 0
 
 
-def build_model(name: str, no_meta: bool) -> Any:
-    """Import `module:factory` and call the factory. Raises whatever the factory raises, TypeError for what is no
-    model.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError("write it as module:factory")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    factory = getattr(importlib.import_module(module_name), attribute)
-    import torch
-
-    with contextlib.nullcontext() if no_meta else torch.device("meta"):
-        try:
-            model = factory()
-        except SystemExit as error:  # a script's own parser, e.g.; the exit code would be taken for ours
-            raise RuntimeError(
-                f"{attribute}() ended Python with exit code {error.code}; it must return a model"
-            ) from None
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{attribute}() returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
 def _print_plan(model: Any, settings: config.Settings, options: argparse.Namespace) -> int:
     from ..plan import estimate, make_plan
 
@@ -215,13 +186,19 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "--model", metavar="MODULE:FACTORY", help="callable that returns the model, e.g. train:build_model"
     )
     parser.add_argument(
-        "--no-meta", action="store_true", help="build the model for real, if it cannot be built on meta"
+        "--no-meta", action="store_true", help="with --model: build the model for real, if it cannot be built on meta"
     )
     parser.add_argument(
         "--device",
-        default="cpu",
-        help=f"device to plan for: one of this machine's (cpu, cuda), or {', '.join(MACHINES)} (default: cpu)",
+        help="with --model: device to plan for: one of this machine's (cpu, cuda), or "
+        f"{', '.join(MACHINES)} (default: cpu)",
     )
-    parser.add_argument("--world-size", type=positive, default=1, metavar="W", help="ranks to plan for (default: 1)")
+    parser.add_argument("--world-size", type=positive, metavar="W", help="with --model: ranks to plan for (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    planned = {"--device": options.device, "--world-size": options.world_size, "--no-meta": options.no_meta or None}
+    if options.model is None and (alone := [name for name, value in planned.items() if value is not None]):
+        parser.error(f"{', '.join(alone)}: what is planned is a model; give --model MODULE:FACTORY too")
+    options.device = "cpu" if options.device is None else options.device
+    options.world_size = options.world_size or 1
+    return options

@@ -32,6 +32,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tag", help="this one only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
+    if not options.folder.is_dir():
+        what = "a file" if options.folder.exists() else "no such folder"
+        print(f"ds_fp8 verify: {options.folder}: {what}; give what save_checkpoint was given", file=sys.stderr)
+        return 2
     if options.tag is not None and not (options.folder / options.tag).is_dir():
         print(f"ds_fp8 verify: {options.folder / options.tag}: not there", file=sys.stderr)
         return 2
@@ -46,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         converted = sorted(tag for tag in folder.glob("*") if is_universal(tag))
         found = [*tags(folder), *map(look_universal, converted)]
     if not found:
-        print(f"ds_fp8 verify: {options.folder}: no checkpoint of DeepSpeed there", file=sys.stderr)
+        cure = "give the folder that save_checkpoint was given"
+        print(f"ds_fp8 verify: {options.folder}: no checkpoint of DeepSpeed there; {cure}", file=sys.stderr)
         return 2
     results: list[dict[str, Any]] = []
     files = {each.tag: sorted((folder / each.tag).glob("**/*.pt")) for each in found}

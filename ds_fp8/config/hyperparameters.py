@@ -12,10 +12,10 @@ from typing import Any
 
 from ..releases import numbers
 from . import contract
-from .messages import show
 from .other_words import SCHEDULES
 from .positions import Path
 from .suggest import did_you_mean
+from .values import kind_of, show
 
 Found = Iterator[tuple[Path, str]]
 
@@ -135,7 +135,7 @@ def _value(key: str, value: Any, kind: str) -> str | None:
     if kind == "code":
         return "takes Python code, which JSON cannot hold; make this schedule in the script and pass it to initialize()"
     if not _is(value, kind):
-        return f"{show(value)} is {_kind(value)}, expected {WANTED[kind]}{_cure(key, value, kind)}"
+        return f"{show(value)} is {kind_of(value)}, expected {WANTED[kind]}{_cure(key, value, kind)}"
     if key in NOT_NEGATIVE and isinstance(value, (int, float)) and value < 0:
         return f"{show(value)} is negative"
     if key == "betas" and (len(value) < 2 or not all(0 <= beta < 1 for beta in value)):
@@ -154,13 +154,6 @@ def _is(value: Any, kind: str) -> bool:
         return number and float(value).is_integer()
     checks = {"number": number, "numbers": numbers, "rates": number or numbers}
     return checks[kind] if kind in checks else isinstance(value, bool if kind == "boolean" else str)
-
-
-def _kind(value: Any) -> str:
-    for kind, name in ((bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list")):
-        if isinstance(value, kind):  # type: ignore[arg-type]
-            return name
-    return "null" if value is None else "an object"
 
 
 def _cure(key: str, value: Any, kind: str) -> str:

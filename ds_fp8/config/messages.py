@@ -15,6 +15,7 @@ from . import contract
 from .other_words import CURES, MOVED, SYNONYMS, VALUES
 from .positions import Path
 from .suggest import closest, did_you_mean, level_spelling
+from .values import kind_of, show
 
 Messages = Iterator[tuple[Path, str]]
 
@@ -26,17 +27,6 @@ def messages_of(error: Any, section: Path) -> Messages:
     """All messages of one jsonschema error; paths start at the top of the file."""
     path = (*section, *error.absolute_path)
     yield from _MESSAGES.get(error.validator, _other)(error, path)
-
-
-def show(value: Any) -> str:
-    """A value as it stands in JSON, shortened; strings in single quotes, as in the text around it."""
-    if isinstance(value, str):
-        return f"'{value if len(value) <= 60 else value[:57] + '...'}'"
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _additional_properties(error: Any, path: Path) -> Messages:
@@ -109,11 +99,8 @@ def _choices(error: Any) -> list[str]:
 
 
 def _type(error: Any, path: Path) -> Messages:
-    wanted = _wanted(error.schema)
-    yield (
-        path,
-        f"{show(error.instance)} is {_kind(error.instance)}, expected {wanted}{_unquote(error.instance, error.schema)}",
-    )
+    value, wanted = error.instance, _wanted(error.schema)
+    yield path, f"{show(value)} is {kind_of(value)}, expected {wanted}{_unquote(value, error.schema)}"
 
 
 def _pattern(error: Any, path: Path) -> Messages:
@@ -204,19 +191,6 @@ def _range(schema: dict[str, Any]) -> str:
     if "minimum" in schema and "maximum" in schema:
         return f" (allowed: {schema['minimum']} to {schema['maximum']}{unit})"
     return ""
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if value is None:
-        return "null"
-    for kind, name in ((str, "text"), (list, "a list"), (dict, "an object")):
-        if isinstance(value, kind):
-            return name
-    return f"a {type(value).__name__}"
 
 
 def _keys(schema: dict[str, Any]) -> Iterable[str]:

@@ -21,6 +21,7 @@ from ..errors import Problem
 from . import syntax
 from .positions import Path as KeyPath
 from .positions import Positions, locate
+from .values import kind_of
 
 MOST_BYTES = 4 << 20
 """A larger file is no configuration."""
@@ -60,22 +61,32 @@ def read(source: Source, where: str | None = None) -> Document:
         kind = type(source).__name__
         return _unreadable(where or "config", f"{kind} is no configuration; give a file, a dict or a base64 string")
     try:
-        is_file, is_folder = Path(source).is_file(), Path(source).is_dir()
+        exists, is_folder = Path(source).exists(), Path(source).is_dir()
     except (OSError, ValueError):  # longer than a file name may be, as base64 usually is; or a NUL byte
-        is_file = is_folder = False
-    if is_file:
-        name = where or os.fspath(source)
-        try:
-            size = Path(source).stat().st_size
-            if size > MOST_BYTES:
-                return _unreadable(name, f"has {size / 1e6:.0f} MB; a configuration has at most {MOST_BYTES >> 20} MiB")
-            text = Path(source).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            return _unreadable(name, f"cannot be read: {error}")
-        return parse(text, name)
+        exists = is_folder = False
     if is_folder:
         return _unreadable(where or os.fspath(source), "is a folder; give the JSON file in it")
+    if exists:
+        return _read_file(Path(source), where or os.fspath(source))
     return _read_base64(os.fspath(source), where)
+
+
+def _read_file(path: Path, name: str) -> Document:
+    """A file, or what the shell puts in place of one: a pipe, /dev/stdin."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+    except OSError as error:
+        return _unreadable(name, f"cannot be read: {error.strerror}")
+    if len(content) > MOST_BYTES:
+        return _unreadable(name, f"is too large; a configuration has at most {MOST_BYTES >> 20} MiB")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return _unreadable(
+            name, f"is not text in UTF-8 (byte {error.start} is {content[error.start]:#04x}); save it as UTF-8"
+        )
+    return parse(text.replace("\r\n", "\n").replace("\r", "\n"), name)
 
 
 def _read_base64(text: str, where: str | None) -> Document:
@@ -108,7 +119,7 @@ def parse(text: str, name: str, *, unique: bool = True) -> Document:
         reason = syntax.explain(text, error)
         return Document(name, problems=[Problem("", reason.message, reason.line, reason.column)])
     if not isinstance(data, dict):
-        return _unreadable(name, f"a configuration is an object of keys, this is {type(data).__name__}")
+        return _unreadable(name, f"a configuration is an object of keys {{...}}, this is {kind_of(data)}")
     document = Document(name, data=data, positions=locate(text))
     if unique:
         for path, (line, column) in document.positions.duplicates:

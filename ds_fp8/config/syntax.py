@@ -95,6 +95,8 @@ def explain(text: str, error: Exception) -> SyntaxProblem:
         cure = "; a comma is missing before it" if strict.message.startswith("expecting ',' delimiter") else ""
         return SyntaxProblem(f"not readable as JSON: {strict.message}{cure}", strict.line, strict.column)
     line, column = getattr(error, "lineno", 0), getattr(error, "colno", 0)
+    if isinstance(error, RecursionError):
+        return SyntaxProblem("brackets are nested deeper than any configuration")
     reason = getattr(error, "msg", None) or f"{type(error).__name__}: {error}"
     return SyntaxProblem(f"not readable as JSON or hjson: {reason}", line, column)
 

@@ -23,6 +23,9 @@ from ds_fp8.cli.main import main
         ('{"train_batch_size": 1e400}', ":1:22: error: 1e400 is beyond the largest double"),
         ("", "is empty"),
         ("\n", "is empty"),
+        ("[]", "an object of keys {...}, this is a list"),
+        ("null", "this is null"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "nested deeper"),
     ],
 )
 def test_broken_text_is_named_at_its_place(tmp_path, capsys, text, words):
@@ -84,6 +87,23 @@ def test_thousands_of_unknown_keys_take_linear_time(tmp_path, capsys):
         suggest.edit_distance = original
     assert calls < 4000
     assert f"{path}:4001:1: warning: key_3999" in capsys.readouterr().out
+
+
+def test_a_file_of_another_encoding_is_named_as_such(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text('{"fp8": {"enabled": true}}', encoding="utf-16")
+    assert main(["check", str(path)]) == 2
+    assert "is not text in UTF-8 (byte 0 is 0xff); save it as UTF-8" in capsys.readouterr().out
+
+
+def test_a_pipe_is_read_like_a_file(tmp_path, capsys):
+    """`ds_fp8 check <(jq ... ds.json)`: the shell puts the name of a pipe in place of a file's."""
+    reader, writer = os.pipe()
+    os.write(writer, b'{"train_batch_size": 8, "fp8": {"enabled": true}}')
+    os.close(writer)
+    assert main(["check", f"/dev/fd/{reader}"]) == 0
+    os.close(reader)
+    assert "ok: fp8" in capsys.readouterr().out
 
 
 def test_the_schema_is_where_the_command_says(capsys):

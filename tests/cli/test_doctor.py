@@ -133,11 +133,18 @@ def test_a_missing_hook_fails_a_job_that_needs_it(monkeypatch, tmp_path, capsys,
     assert main(["doctor", str(tmp_path / "ds.json"), *options]) == 0
 
 
-def test_a_file_with_errors_fails_and_points_to_check(monkeypatch, tmp_path, capsys):
+def test_a_file_with_errors_fails_and_all_of_them_are_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "PROBES", ())
-    (tmp_path / "ds.json").write_text(json.dumps({**SECTION, "fp8": {"enabled": True, "margn": 1}}))
+    (tmp_path / "ds.json").write_text(json.dumps({**SECTION, "fp8": {"enabled": True, "margn": 1, "interval": 0}}))
     assert main(["doctor", str(tmp_path / "ds.json")]) == 1
-    assert "ds_fp8 check" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "fp8/margn: unknown key; did you mean 'margin'?" in shown and "fp8/interval: 0 is less" in shown
+
+
+def test_a_bound_for_all_ranks_needs_all_ranks(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", "--within", "5"])
+    assert caught.value.code == 2 and "--every-rank" in capsys.readouterr().err
 
 
 def test_a_disabled_hook_fails(monkeypatch):

@@ -159,7 +159,9 @@ def test_nodes_that_do_not_divide_the_ranks_are_refused(capsys):
     assert caught.value.code == 2 and "10 ranks (--world-size)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--params", "many"], ["--params", "0"], ["--params", "1", "--world-size", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--params", "many"], ["--params", "0"], ["--params", "1e400"], ["--params", "1", "--world-size", "0"]]
+)
 def test_nonsense_is_refused(flags):
     with pytest.raises(SystemExit) as caught:
         main(["estimate", *flags])

@@ -107,13 +107,21 @@ def test_with_a_model_as_json(job, capsys):
     ("model", "words"),
     [
         ("explained_model", "module:factory"),
-        ("nowhere:build", "ModuleNotFoundError"),
+        ("nowhere:build", "no module nowhere in "),
+        ("./explained_model.py:build", "explained_model:build"),
         ("explained_model:x", "AttributeError"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_code_2(job, model, words, capsys):
     assert main(["explain", job, "--model", model]) == 2
     assert words in capsys.readouterr().out
+
+
+def test_options_of_a_plan_need_a_model(job, capsys):
+    """Without --model nothing is planned, and a misspelt device would go unnoticed."""
+    with pytest.raises(SystemExit) as caught:
+        main(["explain", job, "--device", "h10", "--world-size", "8"])
+    assert caught.value.code == 2 and "--device, --world-size: " in capsys.readouterr().err
 
 
 def test_a_plan_that_is_refused_is_code_1(job, capsys):
