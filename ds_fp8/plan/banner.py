@@ -9,7 +9,7 @@ from ..levels import ABSENT
 from . import expert_speed
 from .conversion_checks import MATRICES
 from .decisions import ModuleDecision, Plan
-from .share import share_line, share_warning
+from .share import share_line, share_warning, unknown_line
 
 SHOWN = 4
 """Names listed before a banner says `and N more`."""
@@ -86,9 +86,8 @@ def _setting_lines(plan: Plan) -> list[str]:
         if fp8.frozen_weights:
             lines.append(f"frozen weights of {_layers_of(plan)} are kept in FP8 alone (1 byte per parameter)")
         lines.append(share_line(plan))
-        if plan.unknown:
-            more = f" and {len(plan.unknown) - SHOWN} more" if len(plan.unknown) > SHOWN else ""
-            lines.append(f"in no count, no rule knows them: {', '.join(plan.unknown[:SHOWN])}{more}")
+        if unknown := unknown_line(plan):
+            lines.append(unknown)
         if warning := share_warning(plan):
             lines.append(warning)
     if plan.optim is not None:

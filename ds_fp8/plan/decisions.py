@@ -144,7 +144,7 @@ class Plan:
     """Everything ds_fp8 will do to one job. `optim` and `comm` are None without an `msamp` section.
 
     products   every matrix product of the model (`flops.py`), counted for sequences of `length` tokens
-    unknown    parameters of two and more dimensions that no rule knows
+    unknown    parameters of two and more dimensions that no rule knows; `unknown_macs` is what they would add to it
     partial    the model is one stage of a pipeline
     unmatched  patterns that match nothing *here*; only in a partial model, elsewhere they are an error
     notes      one line each: what was adapted, and why
@@ -161,6 +161,7 @@ class Plan:
     device: str
     products: tuple[ProductDecision, ...] = ()
     unknown: tuple[str, ...] = ()
+    unknown_macs: float = 0.0
     length: int = 0
     partial: bool = False
     unmatched: tuple[str, ...] = ()

@@ -23,16 +23,22 @@ from typing import Any
 
 from torch import nn
 
-from .attention import attentions, packed_projection, sequence_length
+from .attention import attentions, heads_of, packed_projection, sequence_length
 from .decisions import ModuleDecision, ProductDecision
 from .expert_speed import NONE, parts_of
 from .experts_found import stacked, visited
-from .roles import CLASSIFIERS, ROUTER_CLASS, find_roles
+from .roles import CLASSIFIERS, ROUTER_CLASS, STEP_SIZE, find_roles
 from .scans import scans
 from .shapes import matrix_of, shape_of
 
 NO_PRODUCT = re.compile(r"pos|embed|token|mask|bias|scale|table|gamma|beta|norm|^A_log|sink|magnitude", re.IGNORECASE)
 """Names of parameters that are added, looked up or multiplied by element."""
+
+PROJECTION = re.compile(r"proj|kernel|._weight$|^(hc_)?fn$", re.IGNORECASE)
+"""Names of parameters by which their module multiplies each token itself."""
+
+LINEAR_CLASS = re.compile(r"linear|dense", re.IGNORECASE)
+"""Classes that are a linear layer, and no nn.Linear."""
 
 PER_TOKEN = re.compile(r"TokenClassification|QuestionAnswering")
 """Classes whose classification head sees each token."""
@@ -42,19 +48,25 @@ PER_SEQUENCE = {*CLASSIFIERS, "pooler"} - {"score"}
 
 @dataclass(frozen=True)
 class Counted:
-    """What `count_products` found: the products in groups of equal name, and the parameters that no rule knows."""
+    """What `count_products` found: the products in groups of equal name, and the parameters that no rule knows.
+
+    unknown_macs  multiply-adds per token of all of these, if each token is multiplied by each of them
+    """
 
     products: tuple[ProductDecision, ...]
     unknown: tuple[str, ...]
     length: int
+    unknown_macs: float = 0.0
 
 
 def count_products(model: nn.Module, modules: Sequence[ModuleDecision]) -> Counted:
     """Every matrix product of the model, with what `modules` decided about it."""
     length = sequence_length(model)
     counter = _Counter(model, {decision.fqn: decision for decision in modules}, length)
-    found = [*counter.layers(), *counter.experts(), *counter.attention()]
-    return Counted(_grouped(found), tuple(counter.unknown()), length)
+    found = [*counter.layers(), *counter.experts(), *counter.parameters(), *counter.attention()]
+    unknown = list(counter.unknown())
+    names = tuple(dict.fromkeys(name for name, _ in unknown))
+    return Counted(_grouped(found), names, length, float(sum(numel for _, numel in unknown)))
 
 
 class _Counter:
@@ -68,7 +80,9 @@ class _Counter:
         self.shares: dict[str, float] = {}
 
     def layers(self) -> Iterator[ProductDecision]:
-        """Linear, Conv1D, convolutions, routers that hold a bare parameter, and nn.MultiheadAttention's projection."""
+        """Linear, Conv1D and others like them, convolutions, routers that hold a bare parameter, and
+        nn.MultiheadAttention's projection.
+        """
         for fqn, module in self.modules.items():
             weight = module._parameters.get("weight")
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -86,6 +100,22 @@ class _Counter:
             elif weight is not None and len(shape_of(weight)) == 2 and ROUTER_CLASS.search(type(module).__name__):
                 self._know(module)
                 yield self._product(fqn, weight, _numel(weight), "routers", "a parameter of the router itself")
+            elif weight is not None and len(shape_of(weight)) == 2 and LINEAR_CLASS.search(type(module).__name__):
+                self._know(module)
+                yield self._layer(fqn, weight, shape_of(weight), f"{type(module).__name__} is no nn.Linear")
+
+    def parameters(self) -> Iterator[ProductDecision]:
+        """Matrices that a module holds and multiplies by itself: `x_proj_weight`, or XLNet's [width, heads, head]."""
+        for fqn, module in self.modules.items():
+            heads = heads_of(module)
+            for name, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in self.known or not _is_matrix(shape_of(parameter)):
+                    continue
+                by_heads = heads is not None and shape_of(parameter)[1:] == heads
+                if not NO_PRODUCT.search(name) and (by_heads or PROJECTION.search(name)):
+                    self.known.add(id(parameter))
+                    reason = "a parameter of its module itself"
+                    yield self._product(f"{fqn}.{name}", parameter, _numel(parameter), name, reason)
 
     def experts(self) -> Iterator[ProductDecision]:
         """Stacks of matrices [experts, ., .]."""
@@ -116,32 +146,31 @@ class _Counter:
                 )
 
     def attention(self) -> Iterator[ProductDecision]:
-        for fqn, query, value in attentions(self.model):
-            macs = self.length * (query + value)
+        for fqn, macs in attentions(self.model, self.length):
             yield ProductDecision(starred(fqn), "attention", float(macs), True, False, "no weights")
-        for fqn, label, macs in scans(self.model):
-            yield ProductDecision(starred(fqn), label, float(macs), True, False, "no weights")
+        for fqn, label, scanned in scans(self.model, self.length):
+            yield ProductDecision(starred(fqn), label, float(scanned), True, False, "no weights")
 
-    def unknown(self) -> Iterator[str]:
-        """Parameters that could be matrices, and that nothing above has counted."""
-        names: dict[str, None] = {}
+    def unknown(self) -> Iterator[tuple[str, int]]:
+        """Parameters that could be matrices, and that nothing above has counted: in words, and how many elements."""
         for fqn, parameter in self.model.named_parameters():
             shape = shape_of(parameter)
-            if id(parameter) in self.known or len(shape) < 2 or sum(size > 1 for size in shape) < 2:
+            if id(parameter) in self.known or not _is_matrix(shape):
                 continue
             if any(NO_PRODUCT.search(part) for part in fqn.split(".")[-2:]):
                 continue
-            names[f"{starred(fqn)} {list(shape)}"] = None
-        yield from names
+            yield f"{starred(fqn)} {list(shape)}", _numel(parameter)
 
-    def _layer(self, fqn: str, weight: Any, shape: tuple[int, int]) -> ProductDecision:
+    def _layer(
+        self, fqn: str, weight: Any, shape: tuple[int, ...], unknown: str = "not a layer of ours"
+    ) -> ProductDecision:
         decision, role = self.decisions.get(fqn), self.roles.get(fqn)
         if decision is not None and decision.is_swap:
             label, reason = "layers", ""
         else:
-            reason = decision.reason if decision is not None else "not a layer of ours"
+            reason = decision.reason if decision is not None else unknown
             last = [part for part in starred(fqn).split(".") if part != "*"][-1:] or ["the model"]
-            plural = {"router": "routers", "adapter": "adapters"}
+            plural = {"router": "routers", "adapter": "adapters", STEP_SIZE: last[0]}
             label = last[0] if role is None else plural.get(role.name, fqn)
         macs = shape[0] * shape[1] * self._share(fqn)
         return self._product(
@@ -193,6 +222,10 @@ def _grouped(products: Sequence[ProductDecision]) -> tuple[ProductDecision, ...]
 def starred(fqn: str) -> str:
     """The name that layers of equal place share: `model.layers.*.mlp.up_proj`."""
     return ".".join("*" if part.isdigit() else part for part in fqn.split(".")) or "the model itself"
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return sum(size > 1 for size in shape) > 1
 
 
 def _numel(weight: Any) -> int:

@@ -90,6 +90,7 @@ def make_plan(
         device=str(host),
         products=counted.products,
         unknown=counted.unknown,
+        unknown_macs=counted.unknown_macs,
         length=counted.length,
         partial=partial,
         unmatched=unmatched,

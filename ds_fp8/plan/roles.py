@@ -7,6 +7,7 @@ them:
     output head           what `get_output_embeddings()` gives, or a Linear as wide as the vocabulary of the embedding
     router                a Linear that gives one number per expert, or that belongs to a class of routers
     classification head   the layers under `classifier`, `score`, `qa_outputs` and the like; a last Linear named `head`
+    step size             `dt_proj` of Mamba-1: the mixer multiplies by its weight and never calls the layer
     adapter               LoRA and its like: what PEFT lists in `adapter_layer_names`, or a name that says lora or
                           adapter
 
@@ -37,6 +38,8 @@ ROUTER_CLASS = re.compile(r"router|top_?k_?gat(?!ed)|moe_?gat(?!ed)|gating|gate_
 ROUTER_NAME = re.compile(r"router|^wg$", re.IGNORECASE)
 GATE_NAME = re.compile(r"^(w_)?(gate|gates|gating|switch)(_linear|_network|_net|_layer)?$", re.IGNORECASE)
 """A router if it gives one number for each module of any list beside it; a SwiGLU's projection may be called so too."""
+
+STEP_SIZE = "step size"
 
 ADAPTER_NAME = re.compile(r"(^|_)(lora|loha|lokr|vera|dora|oft|boft|adapter|adapters)(_|$)|lora_", re.IGNORECASE)
 
@@ -87,10 +90,10 @@ def find_roles(model: nn.Module) -> dict[str, Role]:
     """fqn -> role of every Linear that has one; a router inside a head is a router."""
     modules = dict(model.named_modules())
     linears: Linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear)}
-    counts = {fqn: expert_counts(module) for fqn, module in modules.items() if not isinstance(module, nn.Linear)}
+    counts = {fqn: expert_counts(module) for fqn, module in modules.items()}  # a Linear too may hold modules
     roles: dict[str, Role] = {}
     for fqn in filter(None, linears):  # a model that is one Linear has no role
-        if role := _adapter(fqn, modules) or _router(fqn, modules, counts):
+        if role := _adapter(fqn, modules) or _router(fqn, modules, counts) or _step_size(fqn, modules):
             roles[fqn] = role
     for fqn, part in _output_heads(model, linears):
         glob = fqn if fqn.split(".")[-1] == part else f"*{part}*"
@@ -134,6 +137,14 @@ def _router(fqn: str, modules: dict[str, nn.Module], counts: dict[str, set[int]]
             return role
         if width > 1 and GATE_NAME.search(own) and width in expert_counts(modules[above], named=False):
             return role
+    return None
+
+
+def _step_size(fqn: str, modules: dict[str, nn.Module]) -> Role | None:
+    """`dt_proj` of Mamba-1 (transformers' and mamba_ssm's mixers), which nobody calls."""
+    above, _, own = fqn.rpartition(".")
+    if own == "dt_proj" and "x_proj" in modules[above]._modules and "A_log" in modules[above]._parameters:
+        return Role(STEP_SIZE, own, "*.dt_proj" if above else own, ": Mamba's mixer multiplies by the weight itself")
     return None
 
 

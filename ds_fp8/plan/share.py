@@ -12,6 +12,7 @@ LOW_SHARE = 0.5
 """Below it FP8 can hardly pay: with products twice as fast, half of them in FP8 make all of them 1.33x."""
 
 SHOWN = 6
+NAMED = 4
 
 
 def flops_share(plan: Plan, without: Collection[str] = ()) -> float | None:
@@ -63,6 +64,20 @@ def share_line(plan: Plan) -> str:
     if len(ordered) > SHOWN:
         parts.append(f"{len(ordered) - SHOWN} others {_percent(sum(rest[label] for label in ordered[SHOWN:]) / total)}")
     return text + (f"; not: {', '.join(parts)}" if parts else "")
+
+
+def unknown_line(plan: Plan) -> str | None:
+    """The parameters that no rule knows, and what the share is if each token is multiplied by each of them."""
+    share = flops_share(plan)
+    if not plan.unknown:
+        return None
+    more = f" and {len(plan.unknown) - NAMED} more" if len(plan.unknown) > NAMED else ""
+    text = f"in no count, no rule knows them: {', '.join(plan.unknown[:NAMED])}{more}"
+    if share is None:
+        return text
+    total = sum(_flops(product) for product in plan.products)
+    least = share * total / (total + 3 * plan.unknown_macs)
+    return f"{text}; if they multiply every token, {_percent(least)} is in FP8"
 
 
 def share_warning(plan: Plan) -> str | None:

@@ -63,6 +63,38 @@ MODELS = {
         "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": HYBRID,
     },
+    "DeepseekV32ForCausalLM": {
+        **TEXT, **CHUNK, "intermediate_size": 64, "moe_intermediate_size": 48, "num_key_value_heads": 2,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "index_n_heads": 4, "index_head_dim": 32, "index_topk": 16, "head_dim": 8,
+    },
+    "MiniMaxForCausalLM": {
+        **TEXT, **CHUNK, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 16,
+        "block_size": 16, "layer_types": HYBRID,
+    },
+    "Mamba2ForCausalLM": {
+        **{key: TEXT[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}, "num_heads": 4,
+        "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 32, **CHUNK,
+    },
+    "JambaForCausalLM": {
+        **TEXT, **CHUNK, "intermediate_size": 64, "num_key_value_heads": 2, "num_experts": 4, "mamba_dt_rank": 16,
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    },
+    "xLSTMForCausalLM": {
+        **{key: TEXT[key] for key in ("vocab_size", "hidden_size")}, "num_blocks": 1, "num_heads": 2, "chunk_size": 16,
+        "use_cache": False, **CHUNK,
+    },
+    "RwkvForCausalLM": {
+        **{key: TEXT[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}, "context_length": 24,
+    },
+    "RecurrentGemmaForCausalLM": {
+        **TEXT, **LENGTH, "intermediate_size": 192, "lru_width": 32, "num_hidden_layers": 3,
+    },
+    "Lfm2ForCausalLM": {
+        **TEXT, **LENGTH, "intermediate_size": 64, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"],
+    },
+    "DiffLlamaForCausalLM": {**TEXT, **LENGTH, "intermediate_size": 64, "num_key_value_heads": 2},
     "OPTForCausalLM": {**TEXT, **LENGTH, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "PhiForCausalLM": {**TEXT, **LENGTH, "intermediate_size": 64},
     "GPTNeoXForCausalLM": {**TEXT, **LENGTH, "intermediate_size": 64},
@@ -134,12 +166,12 @@ def by_plan(counted: Counted, model: nn.Module) -> Counter[str]:
 
 
 def _by_module(flops: Counter[str], model: nn.Module) -> Counter[str]:
-    """Layers of equal place and all experts in one; parameters and functional convolutions with their module."""
+    """Layers of equal place and all experts in one; parameters and what a mixer does by itself with their module."""
     modules = {starred(fqn) for fqn, _ in model.named_modules()}
     merged: Counter[str] = Counter()
     for path, count in flops.items():
         name = starred(path)
-        if name not in modules or (name.endswith(".conv1d") and "layers" in name):
+        if name not in modules or (name.endswith((".conv1d", ".dt_proj", "_backend")) and "layer" in name):
             name = name.rpartition(".")[0]
         merged[re.sub(r"expert_\d+", "expert_*", name)] += count
     return merged

@@ -242,3 +242,30 @@ def test_a_gated_layer_of_a_mixtures_family_is_no_router():
     gate = type("SomeMoeGate", (nn.Module,), {})()
     gate.linear = nn.Linear(32, 16)
     assert set(find_roles(nn.ModuleDict({"linear_attn": layer, "choice": gate}))) == {"choice.linear"}
+
+
+def test_a_linear_may_hold_another_one():
+    """Idefics' `lm_head` is an nn.Linear with further rows in a Linear of its own."""
+
+    class Decoupled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(32, 64)
+            self.additional_fc = nn.Linear(32, 16)
+
+    model = TinyModel(tied=False)
+    model.lm_head = Decoupled()
+    assert set(find_roles(model)) >= {"lm_head", "lm_head.additional_fc"}
+
+
+def test_a_layer_whose_mixer_multiplies_by_its_weight_is_kept_and_named():
+    """Mamba-1's `dt_proj` is never called: converted, it would count as FP8 and run in none."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.A_log = nn.Parameter(torch.zeros(64, 16))
+            self.x_proj, self.dt_proj = nn.Linear(64, 48, bias=False), nn.Linear(16, 64)
+
+    model = nn.ModuleDict({"mixer": Mixer()})
+    assert {fqn: role.name for fqn, role in find_roles(model).items()} == {"mixer.dt_proj": "step size"}
+    assert "multiplies by the weight itself" in find_roles(model)["mixer.dt_proj"].reason()
