@@ -13,7 +13,7 @@
 and rows behind the last one come out as zeros). A bias is yours to add. `forward` is called with the module and then
 what the module's own forward is called with; the latter still runs where FP8 does not: in eval mode, before
 `start_step`, when the module is excluded. transformers' experts and DeepSpeed's grouped experts (AutoEP) are known
-without this.
+without this, and so are those with code of their own, Llama 4's and JetMoE's (`plan/library_experts.py`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ LAYOUTS = ("out_in", "in_out")
 
 @dataclass(frozen=True)
 class Registration:
-    """What `register` was told; `weights` maps a parameter's name to `out_in` or `in_out`."""
+    """What `register` was told.
+
+    weights    a parameter's name -> `out_in` or `in_out`
+    all_visit  every token goes through every expert, whatever the router says
+    """
 
     weights: Mapping[str, str]
     forward: Callable[..., Any]
+    all_visit: bool = False
 
 
 _registered: dict[type, Registration] = {}

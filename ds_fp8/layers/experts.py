@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.overrides import has_torch_function_unary
 
-from .. import experts
 from ..errors import BackendError, LayerError
 from ..plan import ModuleDecision
 from ..plan.expert_rules import ExpertRule, rule_of
 from ..plan.expert_speed import high_precision
+from ..plan.library_experts import registration_of
 from ..recipe import HighPrecision, Recipe
 from . import compiled_experts, expert_gates
 from .anchors import make_anchor
@@ -295,7 +295,7 @@ class _Linear:
 
 def _forward_of(state: ExpertsState) -> Callable[..., Any]:
     if state.rule.kind == "registered":
-        found = experts.registration(state.original)
+        found = registration_of(state.original)
         if found is None:
             raise LayerError(f"{state.fqn}: {state.original.__name__} was unregistered after it had been converted.")
         return found.forward

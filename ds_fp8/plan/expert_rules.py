@@ -3,7 +3,7 @@
 transformers   classes under its `use_experts_implementation`: what that decorator writes on a module says everything
                (`has_gate`, `has_bias`, `is_transposed`); all of transformers 5's mixtures are such
 deepspeed      GroupedExperts, which AutoEP puts in the place of a model's experts before the engine looks at it
-registered     classes that a user described with `ds_fp8.experts.register`
+registered     classes that a user described with `ds_fp8.experts.register`; Llama 4's and JetMoE's (`library_experts`)
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .. import experts
 from ..errors import PlanError
+from .library_experts import registration_of
 from .shapes import shape_of
 
 
@@ -24,11 +24,13 @@ class ExpertRule:
     kind        `transformers`, `deepspeed` or `registered`
     weights     names of the parameters [experts, ., .], in the order in which they are used
     transposed  those that lie as [experts, in, out]
+    all_visit   every token goes through every expert
     """
 
     kind: str
     weights: tuple[str, ...]
     transposed: frozenset[str] = frozenset()
+    all_visit: bool = False
 
     def shapes(self, module: nn.Module) -> list[tuple[int, int, int]]:
         """(experts, out, in) of each."""
@@ -41,7 +43,7 @@ class ExpertRule:
 
 def rule_of(module: nn.Module) -> ExpertRule | None:
     """The rule for a module, None for everything else. Raises PlanError if a registration does not fit its class."""
-    if (registration := experts.registration(type(module))) is not None:
+    if (registration := registration_of(type(module))) is not None:
         missing = [name for name in registration.weights if not _is_stack(module, name)]
         if missing:
             raise PlanError(
@@ -49,7 +51,7 @@ def rule_of(module: nn.Module) -> ExpertRule | None:
                 ".]."
             )
         transposed = frozenset(name for name, layout in registration.weights.items() if layout == "in_out")
-        return ExpertRule("registered", tuple(registration.weights), transposed)
+        return ExpertRule("registered", tuple(registration.weights), transposed, registration.all_visit)
     if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
         names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
         if all(_is_stack(module, name) for name in names):

@@ -25,6 +25,7 @@ from torch import nn
 
 from .attention import attentions, heads_of, packed_projection, sequence_length
 from .decisions import ModuleDecision, ProductDecision
+from .expert_rules import rule_of
 from .expert_speed import NONE, parts_of
 from .experts_found import stacked, visited
 from .roles import CLASSIFIERS, ROUTER_CLASS, STEP_SIZE, find_roles
@@ -126,7 +127,8 @@ class _Counter:
                 parameter = module._parameters[name]
                 if min(shape) < 2 or NO_PRODUCT.search(name) or id(parameter) in self.known:
                     continue
-                count = self._visited(fqn, shape[0])
+                rule = rule_of(module)
+                count = shape[0] if rule is not None and rule.all_visit else self._visited(fqn, shape[0])
                 if not likely and count is None:
                     continue  # named by `unknown`
                 self.known.add(id(parameter))

@@ -103,7 +103,11 @@ def _experts(model: nn.Module, rules: Rules) -> dict[str, Role]:
             continue
         rule = rule_of(module)
         count = rule.shapes(module)[0][0] if rule is not None else 0
-        visits = visited(fqn, count, modules, getattr(model, "config", None))
+        visits = (
+            count
+            if rule is not None and rule.all_visit
+            else visited(fqn, count, modules, getattr(model, "config", None))
+        )
         rows = least_rows_of(module, visits, rules.weight_cache) if rules.measured else ()
         why = ": on this GPU, or with this recipe, nothing was measured that FP8 makes faster"
         if rules.measured:

@@ -91,6 +91,44 @@ def test_gradients_of_experts_beside_fp32(name, recipe):
         assert (1e-3 < error < 0.1) or ("bias" in fqn and error < 0.1), (fqn, error)
 
 
+OWN_CODE = {
+    "Llama4": (
+        "Llama4ForCausalLM", "feed_forward.experts",
+        {"intermediate_size": 48, "intermediate_size_mlp": 64, "num_local_experts": 4, "attention_chunk_size": 32},
+    ),
+    "JetMoe": (
+        "JetMoeForCausalLM", "_linear",
+        {"intermediate_size": 48, "kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_experts_of_transformers_that_compute_by_code_of_their_own(name):
+    """Llama 4 sends every token through every expert, JetMoE splits rows by lists: known without a registration."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    cls, end, sizes = OWN_CODE[name]
+    text = {key: value for key, value in TEXT.items() if name != "JetMoe" or "heads" not in key}
+    config = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")(**text, **sizes)
+    model = getattr(transformers, cls)(config).train()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    exact, gradients = loss_and_gradients(model)
+    plan = make_plan(model, settings(), host=Host())
+    modules = {fqn: module for fqn, module in model.named_modules() if fqn.endswith(end)}
+    assert modules and all(plan.decision(fqn).is_swap for fqn in modules) and plan.unknown == ()
+    counted = sum(product.macs for product in plan.products if product.label == "experts")
+    visits = 4 if name == "Llama4" else 2
+    assert counted == sum(p.numel() for module in modules.values() for p in module.parameters()) * visits / 4
+    swapped(model, Recipe(kind="current", fp8_format="E4M3"), layers=LayerSettings(include=(f"*{end}",), norm=False))
+    assert all(isinstance(module, Fp8Experts) for module in modules.values())
+    loss, found = loss_and_gradients(model)
+    assert loss != exact and loss == pytest.approx(exact, rel=0.02) and found.keys() == gradients.keys()
+    assert all(found[f"{fqn}.{key}"].any() for fqn, module in modules.items() for key, _ in module.named_parameters())
+
+
 def test_products_with_few_rows_run_in_high_precision():
     """`least_rows` of the plan, as on a GPU: (fprop, dgrad) of gate_up_proj, then of down_proj; wgrad never in FP8."""
     model = mixture("Mixtral")
