@@ -56,16 +56,29 @@ def exclusions_exclude(settings: Settings, host: Host | None, model: ModelFacts 
 
 
 def fp8_weights_travel(settings: Settings, host: Host | None, model: ModelFacts | None) -> Iterator[Refusal]:
-    """O3's weight wire was asked for, and no weight is fit for it. Brought along by a level, it is reported instead."""
+    """O3's weight wire was asked for, and no weight is fit for it. Brought along by a level, it is reported instead.
+
+    A frozen base that is kept in FP8 is what O3 means for LoRA: 1 byte per weight, which ZeRO 3's gathers carry.
+    """
     if model is None or model.is_partial or model.fp8_weights != 0:
         return
     if settings.fp8.implied and "weight_wire" not in settings.msamp.explicit:
+        return
+    if model.frozen_weights and settings.fp8.frozen_weights == "fp8":
+        return
+    path = ("msamp", "weight_wire" if "weight_wire" in settings.msamp.explicit else "opt_level")
+    if model.frozen_weights:
+        what = (
+            "sends the weights of FP8 layers in quantized form after each step, but those of this model are frozen, as"
+            " LoRA's base is: nothing steps them"
+        )
+        cure = 'Keep the frozen weights in FP8 (fp8/frozen_weights: "fp8", 1 byte each, sent so in ZeRO-3), or use O2'
+        yield Refusal(path, what, cure)
         return
     what = (
         "sends the weights of FP8 layers in quantized form, but no weight qualifies: each is frozen, shared with "
         "another module, or used in high precision (override_linear_precision)"
     )
-    path = ("msamp", "weight_wire" if "weight_wire" in settings.msamp.explicit else "opt_level")
     yield Refusal(path, what, "Use opt_level O2")
 
 

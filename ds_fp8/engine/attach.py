@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TOUCHED = {
     "Engine": touched(
-        overrides="_take_model_step load_checkpoint save_checkpoint",
+        overrides="_take_model_step compile load_checkpoint save_checkpoint",
         reads="device optimizer seq_data_parallel_group",
         writes="_configure_zero_optimizer",
     ),
@@ -142,6 +142,7 @@ class Attachment:
             ("_take_model_step", self._take_model_step),
             ("save_checkpoint", self._save_checkpoint),
             ("load_checkpoint", self._load_checkpoint),
+            ("compile", self._compile),
             ("destroy", self._destroy),
         ):
             original = getattr(self.engine, name)
@@ -183,6 +184,15 @@ class Attachment:
             from ..zero.hooks_known import restore
 
             restore(self.engine.optimizer)
+
+    def _compile(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Of the whole model: ZeRO 3 gets DeepSpeed's own hooks again. Dynamo knows not to look into them, and would
+        compile each of ours.
+        """
+        from ..zero.hooks_known import restore
+
+        restore(self.engine.optimizer)
+        return original(*args, **kwargs)
 
     def _destroy(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         # An exception may be one rank's alone; the others would not come to a collective.

@@ -150,13 +150,21 @@ def _notes(
         notes.append("no layer computes in FP8 (see the kept ones): msamp works on states and gradients alone")
     level = effective.level
     if level is not None and level.weight_wire == "e4m3" and not any(p.weight_wire == "e4m3" for p in parameters):
-        notes.append(f"{level.name}: no weight travels as FP8 values, none belongs to an FP8 layer; all go in 16 bits")
+        notes.append(f"{level.name}: {_sent_in_16_bits(effective, settings)}")
     if effective.fp8.enabled and not effective.fp8.emulated:
         fp8 = effective.fp8
         mode = None if fp8.compile is None else fp8.compile.mode
         slower = performance.slower_note(host, fp8.backend, fp8.recipe.kind, modules, mode)
         notes += [slower] if slower else []
     return tuple(notes)
+
+
+def _sent_in_16_bits(effective: Effective, settings: Settings) -> str:
+    """Why no trained weight travels as FP8 values."""
+    if not effective.fp8.frozen_weights:
+        return "no weight travels as FP8 values, none belongs to an FP8 layer; all go in 16 bits"
+    base = "the frozen base travels in FP8" if settings.deepspeed.zero_stage == 3 else "the frozen base rests in FP8"
+    return f"{base}; no trained weight belongs to an FP8 layer, and adapters go in 16 bits"
 
 
 def _comm(effective: Effective, parameters: tuple[ParameterDecision, ...]) -> CommPlan | None:

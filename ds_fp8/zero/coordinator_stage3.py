@@ -51,9 +51,12 @@ class LeanCoordinator(Coordinator):
     """Mixin over `PartitionedParameterCoordinator`; the names are Python's mangled private ones.
 
     fp8_let_go  frees a parameter that nobody needs now
+    fp8_ahead   (elements of 16 bits that are gathered ahead, ids of the parameters that travel as 1 byte per element);
+                None where all travel in 16 bits, and DeepSpeed's own limit holds (`gathers_stage3.py`)
     """
 
     fp8_let_go: Callable[[Any], None] = staticmethod(free_param)
+    fp8_ahead: tuple[int, frozenset[int]] | None = None
 
     def fp8_fetch(self, module: nn.Module, forward: bool) -> None:
         """Before a module's forward or backward: `trace_prologue`, `record_module`, `fetch_sub_module`."""
@@ -83,13 +86,13 @@ class LeanCoordinator(Coordinator):
             latest = self._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
             if params:
                 _leave_queue(queue, latest, {param for param in params if latest[param] < step}, module)
-            room = min(
+            room = (
                 self._PartitionedParameterCoordinator__max_n_available_params
-                - self._PartitionedParameterCoordinator__n_available_params,
-                self._PartitionedParameterCoordinator__prefetch_bucket_sz,
+                - self._PartitionedParameterCoordinator__n_available_params
             )
-            if room > 0 and queue:
-                ahead = _take_from_queue(queue, latest, room)
+            bucket, halves = self.fp8_ahead or (self._PartitionedParameterCoordinator__prefetch_bucket_sz, frozenset())
+            if room > 0 and bucket > 0 and queue:
+                ahead = _take_from_queue(queue, latest, room, 2 * bucket, halves)
                 if ahead:
                     with torch.no_grad():
                         self._PartitionedParameterCoordinator__all_gather_params(ahead, forward)
@@ -177,15 +180,16 @@ def _leave_queue(queue: Any, latest: Any, wanted: set[Any], module: nn.Module) -
         )
 
 
-def _take_from_queue(queue: Any, latest: Any, room: int) -> set[Any]:
-    """The next parameters that are away, until `room` elements are full."""
+def _take_from_queue(queue: Any, latest: Any, room: int, most_bytes: int, halves: frozenset[int]) -> set[Any]:
+    """The next parameters that are away, until `room` elements, or `most_bytes` of what travels, are full."""
     ahead: set[Any] = set()
-    numel = 0
-    while queue and numel < room:
+    numel = travelling_bytes = 0
+    while queue and numel < room and travelling_bytes < most_bytes:
         found = queue.popleft()
         param = found.param
         latest[param] = max(latest[param], found.step_id_last_used_at)
         if param.ds_status is AWAY and param not in ahead:
             ahead.add(param)
             numel += param.ds_numel
+            travelling_bytes += param.ds_numel * (1 if id(param) in halves else 2)
     return ahead

@@ -106,17 +106,22 @@ class QuantizedGathers:
         for param, name, method in self._methods:
             setattr(param, name, method)
         self._methods = []
-        for name in (GATHERS, "fp8_let_go"):
+        for name in (GATHERS, "fp8_let_go", "fp8_ahead"):
             self.coordinator.__dict__.pop(name, None)
 
     def look(self) -> None:
-        """How far ahead the next gathers may be: as many bytes as 16-bit ones would be. DeepSpeed counts elements."""
+        """How far ahead the next gathers may be: as many bytes as 16-bit ones would be.
+
+        Our coordinator counts them; DeepSpeed's counts elements, and gets as many as make those bytes on average.
+        """
         if not hasattr(self.coordinator, PREFETCH):
             return
         ready = {id(owner) for owner in self._owners if owner.fp8_wants_quantized()}
-        quantized = sum(one.weight.numel for one in self.chunks.values() if id(one.owner) in ready)
-        whole = max(1, 2 * self._total - quantized)
-        setattr(self.coordinator, PREFETCH, int(self._ahead * 2 * self._total / whole) if quantized else self._ahead)
+        quantized = [one.weight for one in self.chunks.values() if id(one.owner) in ready]
+        numel = sum(weight.numel for weight in quantized)
+        whole = max(1, 2 * self._total - numel)
+        setattr(self.coordinator, PREFETCH, int(self._ahead * 2 * self._total / whole) if numel else self._ahead)
+        self.coordinator.fp8_ahead = self._ahead, frozenset(id(weight.param) for weight in quantized)
 
     # -- DeepSpeed's methods of a parameter --------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ one than was read (`hooks_known.py`) keep DeepSpeed's hooks.
 Left out is what a module without parameters of its own would do. It fetches and releases nothing; DeepSpeed puts it
 into its trace, lets the device wait for gathers that it does not read, and two nodes into the graph. Without the node
 before its inputs, gradients of an input that it uses several times, and others too, are added in the order that they
-have without ZeRO 3: another sum of the same addends. Its nodes stay where some parameters are frozen: DeepSpeed
-releases those that a recompute has fetched with the innermost module in backward.
+have without ZeRO 3: another sum of the same addends. Its nodes stay where some parameters are frozen, from the start
+or by a script in mid-run: DeepSpeed releases those that a recompute has fetched with the innermost module in backward.
 """
 
 from __future__ import annotations
@@ -40,9 +40,18 @@ else:
 
 
 class LeanOffload(Offload):
-    """Mixin over `DeepSpeedZeRoOffload`: what its hooks call."""
+    """Mixin over `DeepSpeedZeRoOffload`: what its hooks call.
+
+    fp8_skips   modules without parameters have no nodes; not again once a parameter was frozen
+    fp8_params  of the model, in a list that is quickly walked
+    """
 
     fp8_skips: bool
+    fp8_params: list[Any]
+
+    def fp8_trains_all(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():  # a released weight (O3) answers from Python
+            return all(param.requires_grad for param in self.fp8_params)
 
     def _register_deepspeed_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Also after hooks were taken off for a while, as for generation."""
@@ -52,6 +61,8 @@ class LeanOffload(Offload):
 
     def pre_sub_module_forward_function(self, sub_module: nn.Module) -> None:
         FWD_MODULE_STACK.append(sub_module)
+        if sub_module is self.module and self.fp8_skips:
+            self.fp8_skips = self.fp8_trains_all()  # a script may freeze a part in mid-run
         if not (self.fp8_skips and is_empty(sub_module)):
             self.param_coordinator.fp8_fetch(sub_module, True)
 
@@ -135,7 +146,8 @@ def replace_hooks(offload: Any) -> bool:
     if not _is_common(offload):
         return False
     _derive(offload, LeanOffload)
-    offload.fp8_skips = all(param.requires_grad for param in offload.module.parameters())
+    offload.fp8_params = list(offload.module.parameters())
+    offload.fp8_skips = offload.fp8_trains_all()
     _derive(offload.param_coordinator, LeanCoordinator)
     _replace_all(offload)
     return True

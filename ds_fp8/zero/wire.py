@@ -132,17 +132,23 @@ def refuse_conflicts(zero_config: Any, comm: Any) -> None:
         )
 
 
-def join(fragments: Sequence[Tensor]) -> Tensor:
-    """One flat tensor of all fragments; without a copy when they lie one after the other in memory."""
-    if len(fragments) == 1:
-        return fragments[0]
+def adjacent(fragments: Sequence[Tensor]) -> Tensor | None:
+    """A view of all fragments as one flat tensor, where they lie one after the other in memory."""
     first = fragments[0]
+    if len(fragments) == 1:
+        return first
     end = first.data_ptr()
     for fragment in fragments:
         if fragment.data_ptr() != end or fragment.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(list(fragments))
+            return None
         end += fragment.numel() * fragment.element_size()
     return first.as_strided((sum(fragment.numel() for fragment in fragments),), (1,))
+
+
+def join(fragments: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of all fragments; without a copy when they lie one after the other in memory."""
+    found = adjacent(fragments)
+    return torch.cat(list(fragments)) if found is None else found
 
 
 def reduce_chunks(
@@ -160,9 +166,21 @@ def reduce_chunks(
     """
     some = next(fragment for of_owner in fragments for fragment in of_owner)
     slices = [join(of_owner) if of_owner else some.new_empty(0) for of_owner in fragments]
+    reduce_joined(slices, gradient_wire, group, average=average, deliver=deliver)
+
+
+def reduce_joined(
+    slices: Sequence[Tensor],
+    gradient_wire: GradientWire,
+    group: Any,
+    *,
+    average: float,
+    deliver: Callable[[int, Tensor], None],
+) -> None:
+    """The same for the whole sequence of each owner in one flat tensor."""
     numel = sum(s.numel() for s in slices)
     route = gradient_wire.route(group)
-    counters.add("gradient", 0, all_reduce_bytes(numel, some.element_size(), route.world_size))
+    counters.add("gradient", 0, all_reduce_bytes(numel, slices[0].element_size(), route.world_size))
     reduce_slices(slices, route, wire=gradient_wire.wire, average=average, deliver=deliver)
 
 

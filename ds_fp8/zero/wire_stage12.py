@@ -25,7 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from .touched import touched
-from .wire import GradientWire, reduce_chunks, spread_over
+from .wire import GradientWire, adjacent, reduce_chunks, spread_over
 
 if TYPE_CHECKING:
     from .adapters.vocabulary import ZeroStage12 as Base
@@ -193,8 +193,13 @@ class WireStage12(Base):
         for owner, tensor, _ in fragments:
             by_owner[owner].append(tensor)
         own = [(tensor, output) for owner, tensor, output in fragments if owner == rank]
+        adds = any(output is not None for _, output in own)
+        together = None if adds or not own else adjacent([tensor for tensor, _ in own])
 
         def deliver(start: int, part: Tensor) -> None:
+            if together is not None:  # one copy for all of them
+                together[start : start + part.numel()].copy_(part)
+                return
             for number, offset, values in spread_over([tensor for tensor, _ in own], start, part):
                 tensor, output = own[number]
                 if output is not None:

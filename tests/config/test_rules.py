@@ -247,6 +247,12 @@ LINEAR, KEPT, NORM = Layer("up", "Linear", True), Layer("head", "Linear", True, 
             "no weight qualifies",
             ModelFacts(False, (LINEAR,), fp8_weights=1),
         ),
+        (
+            {**fp8(), **msamp("O3"), **zero(stage=3)},
+            ModelFacts(False, (LINEAR,), ("up.weight",), fp8_weights=0),
+            "are frozen, as LoRA's base is",
+            ModelFacts(False, (LINEAR,), ("up.weight",), fp8_weights=1),
+        ),
     ],
 )
 def test_rules_over_the_model_refuse_what_it_cannot_be(data, model, said, neighbour):
@@ -255,6 +261,15 @@ def test_rules_over_the_model_refuse_what_it_cannot_be(data, model, said, neighb
     (found,) = refusals.refusals(settings, None, model)
     assert re.search(said, found.what) and list(refusals.refusals(settings, None, neighbour)) == []
     assert list(refusals.refusals(settings)) == [], "without a model nothing is asked of it"
+
+
+def test_o3_takes_a_frozen_base_that_is_kept_in_fp8():
+    """LoRA at O3: the cure that the refusal names is one."""
+    model = ModelFacts(False, (LINEAR,), ("up.weight",), fp8_weights=0)
+    refused, cured = ({**fp8(**keys), **msamp("O3"), **zero(stage=3)} for keys in ({}, {"frozen_weights": "fp8"}))
+    (found,) = refusals.refusals(settings_of(refused, "a test"), None, model)
+    assert 'fp8/frozen_weights: "fp8"' in found.cure
+    assert list(refusals.refusals(settings_of(cured, "a test"), None, model)) == []
 
 
 def test_the_plan_refuses_what_check_refuses_in_its_words():

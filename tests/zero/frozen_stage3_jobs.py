@@ -176,6 +176,19 @@ def everything(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     return found
 
 
+def lora_by_level(rank: int, world_size: int) -> dict[str, Any]:
+    """Nothing of the base is trained."""
+    import ds_fp8
+
+    ds_fp8.activate()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        found = {level: train(rank, settings(3, "fp8", "current", level=level)) for level in ("O2", "O3")}
+        engine = engine_of(settings(2, "fp8", "current", level="O3"))
+        found["O3, stage 2"] = {"losses": steps(engine, rank, 0, 4)}
+    return {**found, "said": said.getvalue()}
+
+
 def stacks(rank: int, stage: int, name: str) -> dict[str, Any]:
     """A frozen mixture or GPT-2, whose norms and embeddings are trained."""
     made = settings(stage, "fp8", "current")

@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpoints": {"checkpoints": "non-reentrant"},
     "reentrant": {"checkpoints": "reentrant"},
     "frozen": {"checkpoints": "non-reentrant", "frozen": True},
+    "frozen later": {"checkpoints": "non-reentrant"},
     "external": {"reads": True},
     "leaf": {},
     "parallel": {},
@@ -129,6 +130,21 @@ def train_compiled_blocks() -> list[float]:
     return losses
 
 
+def train_compiled_engine() -> tuple[list[float], str, list[str]]:
+    """Losses, whose hooks there are, and which functions of ours Dynamo has compiled."""
+    from torch._dynamo.convert_frame import input_codes
+
+    torch._dynamo.reset()
+    engine = start("plain", None)
+    engine.compile(backend="eager")
+    losses = [step(engine, number) for number in range(3)]
+    codes = [found for reference in input_codes.seen if (found := reference()) is not None]
+    traced = [code.co_name for code in codes if code.co_filename.endswith("hooks_stage3.py")]
+    hooks = type(engine.optimizer.parameter_offload).__name__
+    engine.destroy()
+    return losses, hooks, traced
+
+
 def switched_off() -> str:
     engine = start("plain", None, zero3_hooks="deepspeed")
     found = type(engine.optimizer.parameter_offload).__name__
@@ -156,6 +172,9 @@ def train(case: str, level: str | None, gas: int = 1, skips: bool = True) -> dic
         engine.optimizer.parameter_offload.fp8_skips = False
     losses, rests = [], []
     for number in range(7):
+        if case == "frozen later" and number == 2:
+            for block in engine.module.blocks:
+                block.pair.left.requires_grad_(requires_grad=False)
         losses.append(step(engine, number))
         if number == 2:  # as before generation, and after it
             offload = engine.optimizer.parameter_offload
@@ -177,6 +196,7 @@ def train(case: str, level: str | None, gas: int = 1, skips: bool = True) -> dic
     found = {"losses": losses, "kept": rests, "weights": weights}
     offload = engine.optimizer.parameter_offload
     found["hooks"] = type(offload).__name__
+    found["skips"] = getattr(offload, "fp8_skips", None)
     engine.destroy()
     return found
 
@@ -233,3 +253,18 @@ def both(rank: int, world_size: int, cases: list[tuple[str, str | None, int]]) -
         ours[-1],
         compiled,
     ]
+
+
+def changed_in_mid_run(rank: int, world_size: int) -> dict[str, Any]:
+    """A part that is frozen after two steps, and a compiled engine: with our hooks and with DeepSpeed's."""
+    import ds_fp8
+
+    ds_fp8.activate()
+    ours = {level: train("frozen later", level) for level in (None, "O3")}
+    compiled = train_compiled_engine()
+    without_our_hooks()
+    return {
+        "ours": ours,
+        "theirs": {level: train("frozen later", level) for level in (None, "O3")},
+        "compiled": (compiled, train_compiled_engine()),
+    }
