@@ -1,4 +1,4 @@
-"""Casts of stacked experts, whatever the device: one Triton launch for all experts on a GPU, PyTorch elsewhere.
+"""Casts and rows of stacked experts, whatever the device: one Triton launch for all of them on a GPU, else PyTorch.
 
 Names and arguments are those of `numerics.row_scales`, and so are the bits.
 """
@@ -17,6 +17,9 @@ from .dispatch import amax_many, library_for, quantize_many
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 """Quantized values and scale_inv."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take."""
 
 
 def quantize_rows(x: torch.Tensor, fmt: Format) -> Quantized:
@@ -53,27 +56,31 @@ def quantize_columns(
 
 def zero_tail(out: torch.Tensor, end: torch.Tensor) -> None:
     """See numerics.row_scales: zeros in the rows behind the last expert's."""
-    _casts(out).zero_tail(out, end)
+    _module("expert_rows", out).zero_tail(out, end)
 
 
 def zero_experts(out: torch.Tensor, ends: torch.Tensor) -> None:
     """See numerics.row_scales: zeros in the matrices of experts without rows."""
-    _casts(out).zero_experts(out, ends)
+    _module("expert_rows", out).zero_experts(out, ends)
 
 
 def add_rows(x: torch.Tensor, bias: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See numerics.row_scales: the bias of each row's expert."""
-    return _casts(x).add_rows(x, bias, table)
+    return _module("expert_rows", x).add_rows(x, bias, table)
 
 
 def sum_rows(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See numerics.row_scales: fp32 sums of each expert's rows, in an order of the device's own."""
-    return _casts(x).sum_rows(x, table)
+    return _module("expert_rows", x).sum_rows(x, table)
 
 
 def _casts(x: torch.Tensor, *, whole_rows: bool = False) -> Any:
-    """What takes this tensor: the module of kernels, or the reference."""
-    found = getattr(library_for(x.device), "grouped", None)
-    if found is None or not x.is_contiguous() or x.dtype not in found.FLOATS:
-        return row_scales
-    return row_scales if whole_rows and x.shape[-1] > found.WIDEST else found
+    """What casts this tensor: the module of kernels, or the reference."""
+    found = _module("grouped", x)
+    return row_scales if whole_rows and found is not row_scales and x.shape[-1] > found.WIDEST else found
+
+
+def _module(name: str, x: torch.Tensor) -> Any:
+    """The kernels of this name where they take the tensor, else the reference."""
+    found = getattr(library_for(x.device), name, None)
+    return row_scales if found is None or not x.is_contiguous() or x.dtype not in FLOATS else found

@@ -15,6 +15,8 @@ from ds_fp8.kernels.triton import (
     adam_fast,
     blocks,
     cast,
+    expert_rows,
+    expert_tiles,
     flat,
     gates,
     grouped,
@@ -67,7 +69,7 @@ def kind_is_fast(base: str, master: str) -> bool:
 
 def experts() -> None:
     """Kernels of stacked experts."""
-    tiles = {"TILE_ROWS": grouped.TILE_ROWS, "TILE_COLUMNS": grouped.TILE_COLUMNS}
+    tiles = {"TILE_ROWS": expert_tiles.TILE_ROWS, "TILE_COLUMNS": expert_tiles.TILE_COLUMNS}
     for hardware in (False, True):
         fmt = {"FMT": 0, "FMAX": 448.0, "HARDWARE": hardware}
         for columns, held in ((4096, 1), (1024, 4), (grouped.WIDEST, 1)):
@@ -77,14 +79,14 @@ def experts() -> None:
         for equal in (False, True):
             place = {"EQUAL": equal, "EXPERTS": 8}
             pointers = ["*bf16", "*u8", "*fp32", "*fp32", "*i32"]
-            held = {"TILE_ROWS": grouped.TILE_ROWS, "ROWS": 1, "COLUMNS": 4096}
+            held = {"TILE_ROWS": expert_tiles.TILE_ROWS, "ROWS": 1, "COLUMNS": 4096}
             build(grouped._rows_measured_kernel, pointers + ["i32"] * 3, fmt | place | held)
             build(grouped._columns_kernel, pointers + ["i32"] * 4, fmt | place | tiles)
             build(grouped._column_amax_kernel, ["*bf16", "*fp32", "*i32"] + ["i32"] * 3, place | tiles)
-    build(grouped._add_rows_kernel, ["*bf16", "*fp32", "*bf16", "*i32", "i32", "i32"], tiles | {"EXPERTS": 8})
-    build(grouped._sum_rows_kernel, ["*bf16", "*fp32", "*i32", "i32", "i32"], {"ROWS": 32, "COLUMNS": 64})
-    build(grouped._tail_kernel, ["*bf16", "*i32", "i32", "i32"], {"ROWS": 16, "COLUMNS": 256})
-    build(grouped._empty_kernel, ["*bf16", "*i32", "i32"], {"STEP": 4096})
+    build(expert_rows._add_rows_kernel, ["*bf16", "*fp32", "*bf16", "*i32", "i32", "i32"], tiles | {"EXPERTS": 8})
+    build(expert_rows._sum_rows_kernel, ["*bf16", "*fp32", "*i32", "i32", "i32"], {"ROWS": 32, "COLUMNS": 64})
+    build(expert_rows._tail_kernel, ["*bf16", "*i32", "i32", "i32"], {"ROWS": 16, "COLUMNS": 256})
+    build(expert_rows._empty_kernel, ["*bf16", "*i32", "i32"], {"STEP": 4096})
     for data, factors in (("*bf16", "*bf16"), ("*bf16", "*fp32"), ("*fp32", "*fp32")):
         build(visits._sum_kernel, [data, "*i64", factors, data, "i32", "i32"], {"WEIGHTED": True, "COLUMNS": 4096})
         pointers = [data, data, "*i64", factors, data, "*fp32", "i32", "i32"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_fp8.formats import E4M3
-from ds_fp8.kernels.triton import gates, grouped, launch, visits
+from ds_fp8.kernels.triton import expert_rows, gates, grouped, launch, visits
 from ds_fp8.layers.expert_rows import Visits
 from ds_fp8.layers.groups import Groups
 from ds_fp8.numerics import row_scales
@@ -65,11 +65,13 @@ def test_weights_in_both_directions(dtype):
 def test_biases_and_what_no_product_writes(dtype, counts):
     x, groups = rows(dtype).nan_to_num(1.0, 1.0), Groups(torch.tensor(counts), ROWS)
     bias = torch.randn(3, COLUMNS)
-    assert torch.equal(grouped.add_rows(x, bias, groups.table), row_scales.add_rows(x, bias, groups.table))
-    assert torch.allclose(grouped.sum_rows(x, groups.table), row_scales.sum_rows(x, groups.table), rtol=1e-5, atol=1e-2)
+    assert torch.equal(expert_rows.add_rows(x, bias, groups.table), row_scales.add_rows(x, bias, groups.table))
+    assert torch.allclose(
+        expert_rows.sum_rows(x, groups.table), row_scales.sum_rows(x, groups.table), rtol=1e-5, atol=1e-2
+    )
     out, stack = torch.ones(ROWS, 40, dtype=dtype), torch.ones(3, 70, 90, dtype=dtype)
-    grouped.zero_tail(out, groups.ends[-1:])
-    grouped.zero_experts(stack, groups.ends)
+    expert_rows.zero_tail(out, groups.ends[-1:])
+    expert_rows.zero_experts(stack, groups.ends)
     assert out[: sum(counts)].all() and not out[sum(counts) :].any()
     assert [bool(one.all()) for one in stack] == [bool(count) for count in counts]
     assert not stack[groups.counts == 0].any()

@@ -6,7 +6,8 @@
     flat.py      flat partitions: encode, decode, sum over ranks
     states.py, masters.py, adam.py      the fused optimizer step;  adam_fast.py  its fast path
     segments.py  many weights in one launch
-    grouped.py   operands of stacked experts;  gates.py, visits.py  their activations, and their rows back to tokens
+    grouped.py   operands of stacked experts;  expert_tiles.py  which rows a program takes
+    expert_rows.py, gates.py, visits.py  biases of experts, their activations, and their rows back to tokens
     entry.py     the names that `kernels.dispatch` calls
 
 With TRITON_INTERPRET=1 they run on CPU tensors too and give the same bits: that is how CI checks them.

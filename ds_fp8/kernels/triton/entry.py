@@ -15,9 +15,9 @@ from ...numerics.dtypes import torch_dtype
 from ...numerics.flat import blocks_of
 from ...numerics.random_bits import Stochastic
 from ..adam import AdamStep
-from . import adam, blocks, cast, flat, gates, grouped, history, operands, segments, visits, weights
+from . import adam, blocks, cast, expert_rows, flat, gates, grouped, history, operands, segments, visits, weights
 
-__all__ = ["gates", "grouped", "history", "operands", "path", "visits", "weights"]
+__all__ = ["expert_rows", "gates", "grouped", "history", "operands", "path", "visits", "weights"]
 
 path = "triton"
 

@@ -10,9 +10,8 @@ amaxes of columns too.
     columns   [columns, room], each expert's rows at a multiple of 16, zeros behind them; or, for weights
               [E, rows, columns], [E, columns, rows]      scale_inv [E, columns]
 
-`table` [3, E] int32 tells where an expert's rows lie: the sums up to and with each expert of tiles of TILE_ROWS rows,
-of rows, and of rows rounded up to 16. None: E experts of equal size, one after the other. The rule for one scale is
-that of `numerics.row_scales`, to the bit.
+`table` tells where an expert's rows lie (`expert_tiles.py`); None: E experts of equal size, one after the other. The
+rule for one scale is that of `numerics.row_scales`, to the bit.
 """
 
 from __future__ import annotations
@@ -24,44 +23,14 @@ import triton.language as tl
 from ...formats import FORMATS, Format
 from ...numerics.dtypes import torch_dtype
 from . import blocks, codec
+from .expert_tiles import TILE_COLUMNS, TILE_ROWS, WARPS, count_tiles, tile_place
 from .launch import LAUNCH, hardware_casts, on_device
-
-TILE_ROWS, TILE_COLUMNS, WARPS = 128, 64, 4
-"""Tile of one program that casts columns."""
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 WIDEST = 32768
 """Columns of the widest rows that one program holds."""
 
 ELEMENTS_PER_WARP = 2048
 """Elements that a warp of a program that holds whole rows keeps in registers."""
-
-
-@triton.jit
-def _tile(tile, table_ptr, experts, rows_each, EQUAL: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Whose tile number `tile` is: (expert, its first row, row behind its last, number within the expert); an empty
-    tile of expert 0 behind the last.
-    """
-    if EQUAL:
-        each = (rows_each + ROWS - 1) // ROWS
-        expert, number = tile // each, tile % each
-        first = expert.to(tl.int64) * rows_each
-        last = first + rows_each
-    else:
-        place = tl.arange(0, EXPERTS)
-        known = place < experts
-        ends = tl.load(table_ptr + place, mask=known, other=0x7FFFFFFF)
-        expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
-        exists = expert < experts
-        expert = tl.where(exists, expert, 0)
-        before = expert > 0
-        number = tile - tl.load(table_ptr + expert - 1, mask=before, other=0)
-        first = tl.load(table_ptr + experts + expert - 1, mask=before, other=0).to(tl.int64)
-        last = tl.load(table_ptr + experts + expert).to(tl.int64)
-        last = tl.where(exists, last, first)
-        number = tl.where(exists, number, 1)
-    return expert, first, last, number
 
 
 @triton.jit
@@ -89,7 +58,7 @@ def _rows_measured_kernel(x_ptr, quantized_ptr, scale_inv_ptr, amax_ptr, table_p
                           FMT: tl.constexpr, FMAX: tl.constexpr, EQUAL: tl.constexpr, EXPERTS: tl.constexpr,
                           TILE_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                           HARDWARE: tl.constexpr):  # fmt: skip
-    expert, first, last, number = _tile(tl.program_id(0), table_ptr, experts, rows_each, EQUAL, EXPERTS, TILE_ROWS)
+    expert, first, last, number = tile_place(tl.program_id(0), table_ptr, experts, rows_each, EQUAL, EXPERTS, TILE_ROWS)
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inner = row[:, None] * columns + column[None, :]
     is_column = column < columns
@@ -120,7 +89,7 @@ def _raise(amax_ptr, bits, inside):
 @triton.jit
 def _column_amax_kernel(x_ptr, amax_ptr, table_ptr, experts, rows_each, columns, EQUAL: tl.constexpr,
                         EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):  # fmt: skip
-    expert, first, last, number = _tile(tl.program_id(0), table_ptr, experts, rows_each, EQUAL, EXPERTS, TILE_ROWS)
+    expert, first, last, number = tile_place(tl.program_id(0), table_ptr, experts, rows_each, EQUAL, EXPERTS, TILE_ROWS)
     first += number * TILE_ROWS
     row, column = tl.arange(0, TILE_ROWS), tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     inside = (first + row < last)[:, None] & (column < columns)[None, :]
@@ -133,7 +102,7 @@ def _column_amax_kernel(x_ptr, amax_ptr, table_ptr, experts, rows_each, columns,
 def _columns_kernel(x_ptr, transposed_ptr, scale_inv_ptr, amax_ptr, table_ptr, experts, rows_each, columns, room,
                     FMT: tl.constexpr, FMAX: tl.constexpr, EQUAL: tl.constexpr, EXPERTS: tl.constexpr,
                     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    expert, first, last, number = _tile(tl.program_id(0), table_ptr, experts, rows_each, EQUAL, EXPERTS, TILE_ROWS)
+    expert, first, last, number = tile_place(tl.program_id(0), table_ptr, experts, rows_each, EQUAL, EXPERTS, TILE_ROWS)
     row, column = tl.arange(0, TILE_ROWS), tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     is_column = column < columns
     start = first + number * TILE_ROWS
@@ -155,66 +124,6 @@ def _columns_kernel(x_ptr, transposed_ptr, scale_inv_ptr, amax_ptr, table_ptr, e
     inner = column.to(tl.int64)[:, None] * room + place[None, :]
     tl.store(transposed_ptr + target + inner, tl.trans(quantized), mask=is_column[:, None] & is_place[None, :])
     tl.store(scale_inv_ptr + places, _shown(bits, scale), mask=is_column & (number == 0))
-
-
-@triton.jit
-def _tail_kernel(out_ptr, end_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros in the rows behind the last expert's."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if first + ROWS > tl.load(end_ptr):
-        row = first + tl.arange(0, ROWS)
-        is_row = (row < rows) & (row >= tl.load(end_ptr))
-        start = 0
-        while start < columns:
-            column = start + tl.arange(0, COLUMNS)
-            zeros = tl.zeros([ROWS, COLUMNS], out_ptr.dtype.element_ty)
-            inside = is_row[:, None] & (column < columns)[None, :]
-            tl.store(out_ptr + row[:, None] * columns + column[None, :], zeros, mask=inside)
-            start += COLUMNS
-
-
-@triton.jit
-def _empty_kernel(out_ptr, ends_ptr, numel, STEP: tl.constexpr):
-    """Zeros in the matrices [numel] of experts without rows."""
-    expert = tl.program_id(0)
-    before = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    if tl.load(ends_ptr + expert) == before:
-        start = tl.program_id(1) * STEP
-        while start < numel:
-            place = start + tl.arange(0, STEP)
-            zeros = tl.zeros([STEP], out_ptr.dtype.element_ty)
-            tl.store(out_ptr + expert.to(tl.int64) * numel + place, zeros, mask=place < numel)
-            start += tl.num_programs(1) * STEP
-
-
-@triton.jit
-def _add_rows_kernel(x_ptr, bias_ptr, out_ptr, table_ptr, experts, columns, EXPERTS: tl.constexpr,
-                     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):  # fmt: skip
-    expert, first, last, number = _tile(tl.program_id(0), table_ptr, experts, 0, False, EXPERTS, TILE_ROWS)
-    first += number * TILE_ROWS
-    row, column = tl.arange(0, TILE_ROWS), tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    is_column = column < columns
-    inside = (first + row < last)[:, None] & is_column[None, :]
-    inner = first * columns + row[:, None] * columns + column[None, :]
-    bias = codec.load(bias_ptr + expert.to(tl.int64) * columns + column, is_column)
-    if x_ptr.dtype.element_ty == tl.bfloat16 and bias_ptr.dtype.element_ty == tl.float32:
-        bias = (codec.bf16_bits(bias) << 16).to(tl.float32, bitcast=True)
-    codec.store(out_ptr + inner, codec.load(x_ptr + inner, inside) + bias[None, :], inside)
-
-
-@triton.jit
-def _sum_rows_kernel(x_ptr, out_ptr, table_ptr, experts, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """fp32 sums of each expert's rows, in an order that depends on the number of its rows only."""
-    expert, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    start = tl.load(table_ptr + experts + expert - 1, mask=expert > 0, other=0).to(tl.int64)
-    last = tl.load(table_ptr + experts + expert).to(tl.int64)
-    is_column = column < columns
-    row, total = tl.arange(0, ROWS), tl.zeros([ROWS, COLUMNS], tl.float32)
-    while start < last:
-        inside = (start + row < last)[:, None] & is_column[None, :]
-        total += codec.load(x_ptr + start * columns + row[:, None] * columns + column[None, :], inside)
-        start += ROWS
-    tl.store(out_ptr + expert.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=is_column)
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -248,7 +157,7 @@ def quantize_rows_measured(x: torch.Tensor, fmt: Format, table: torch.Tensor | N
     if x.numel():
         block, held, warps = _held(columns)
         with on_device(x):
-            _rows_measured_kernel[(_tiles(x, table, TILE_ROWS),)](
+            _rows_measured_kernel[(count_tiles(x, table, TILE_ROWS),)](
                 x, quantized.view(torch.uint8), scale_inv, amax, scale_inv if table is None else table, experts, rows,
                 columns, codec.MODES[fmt.name], FORMATS[fmt.name].max, table is None, triton.next_power_of_2(experts),
                 TILE_ROWS, held, block, hardware_casts(x), num_warps=warps, **LAUNCH,
@@ -262,7 +171,7 @@ def column_amaxes(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     amax = torch.zeros(experts, columns, dtype=torch.float32, device=x.device)
     if x.numel():
         with on_device(x):
-            _column_amax_kernel[(_tiles(x, table, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
+            _column_amax_kernel[(count_tiles(x, table, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
                 x, amax, amax if table is None else table, experts, rows, columns, table is None,
                 triton.next_power_of_2(experts), TILE_ROWS, TILE_COLUMNS, num_warps=WARPS, **LAUNCH,
             )  # fmt: skip
@@ -282,54 +191,12 @@ def quantize_columns(
     scale_inv = torch.ones(experts, columns, dtype=torch.float32, device=x.device)
     if x.numel():
         with on_device(x):
-            _columns_kernel[(_tiles(x, table, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
+            _columns_kernel[(count_tiles(x, table, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
                 x, quantized.view(torch.uint8), scale_inv, amax, amax if table is None else table, experts, rows,
                 columns, shape[-1], codec.MODES[fmt.name], FORMATS[fmt.name].max, table is None,
                 triton.next_power_of_2(experts), TILE_ROWS, TILE_COLUMNS, hardware_casts(x), num_warps=WARPS, **LAUNCH,
             )  # fmt: skip
     return quantized, scale_inv
-
-
-def zero_tail(out: torch.Tensor, end: torch.Tensor) -> None:
-    """Zeros in rows `end` (one int32, on the device) and later of contiguous `out` [rows, columns]."""
-    rows, columns = out.shape
-    if out.numel():
-        with on_device(out):
-            _tail_kernel[(triton.cdiv(rows, 16),)](out, end, rows, columns, 16, 256, **LAUNCH)
-
-
-def zero_experts(out: torch.Tensor, ends: torch.Tensor) -> None:
-    """Zeros in `out` [E, ., .], contiguous, where an expert has no rows: `ends` [E] int32 are the sums of rows."""
-    if out.numel():
-        numel = out[0].numel()
-        with on_device(out):
-            _empty_kernel[(out.shape[0], min(64, triton.cdiv(numel, 4096)))](out, ends, numel, 4096, **LAUNCH)
-
-
-def add_rows(x: torch.Tensor, bias: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Contiguous `x` [S, columns] plus the row of `bias` [E, columns] of each one's expert; zeros for rows of none."""
-    out = torch.empty_like(x)
-    if x.numel():
-        rows, columns = x.shape
-        with on_device(x):
-            _add_rows_kernel[(_tiles(x, table, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
-                x, bias, out, table, table.shape[1], columns, triton.next_power_of_2(table.shape[1]), TILE_ROWS,
-                TILE_COLUMNS, num_warps=WARPS, **LAUNCH,
-            )  # fmt: skip
-            _tail_kernel[(triton.cdiv(rows, 16),)](out, table[1, -1:], rows, columns, 16, 256, **LAUNCH)
-    return out
-
-
-def sum_rows(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Sums of each expert's rows of contiguous `x` [S, columns]: fp32 [E, columns], 0 without rows."""
-    columns = x.shape[1]
-    out = torch.empty(table.shape[1], columns, dtype=torch.float32, device=x.device)
-    if out.numel():
-        with on_device(x):
-            _sum_rows_kernel[(table.shape[1], triton.cdiv(columns, 64))](
-                x, out, table, table.shape[1], columns, 32, 64, num_warps=4, **LAUNCH
-            )
-    return out
 
 
 def _held(columns: int) -> tuple[int, int, int]:
@@ -342,10 +209,3 @@ def _held(columns: int) -> tuple[int, int, int]:
 def _sizes(x: torch.Tensor, table: torch.Tensor | None) -> tuple[int, int, int]:
     """(experts, rows of each or of all, columns)."""
     return (table.shape[1], *x.shape) if table is not None else tuple(x.shape)  # type: ignore[return-value]
-
-
-def _tiles(x: torch.Tensor, table: torch.Tensor | None, rows: int) -> int:
-    """Programs that suffice for any distribution of the rows."""
-    if table is None:
-        return x.shape[0] * triton.cdiv(x.shape[1], rows)
-    return triton.cdiv(x.shape[0], rows) + table.shape[1]
