@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import memory_jobs
 import pytest
+from ranks import run_ranks
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_memory.py"
 
@@ -36,3 +38,19 @@ def test_the_step_of_zero_2_has_its_gradients_once():
     rows = [json.loads(line) for line in done.stdout.splitlines() if '"agrees"' in line]
     assert done.returncode == 0 and len(rows) == 2, done.stdout + done.stderr
     assert all(row["agrees"] and row["peak_extra"] < 1.0 for row in rows), rows
+
+
+@pytest.mark.dist
+def test_before_the_first_step_o3_rests_where_o2_does():
+    """Whoever chose O3 for memory meets no peak at the start: bytes per parameter of two ranks, all living tensors.
+
+    Weights of 2 bytes, masters of .5 on each rank (stage 3: all of it cut in two, and a bucket of gradients); after the
+    step O3 has its quantized values, in stages 1 and 2 in the place of the 16-bit weights.
+    """
+    for of_rank in run_ranks(2, memory_jobs.rests):
+        for stage in (1, 2, 3):
+            o2, o3 = of_rank[stage, "O2"], of_rank[stage, "O3"]
+            for moment in ("made", "first gradients"):
+                assert 2 < o3[moment] <= 1.05 * o2[moment], (stage, moment)
+            most = o2["stepped"] + (0.5 if stage == 3 else 0)  # its half of the quantized values
+            assert o2["made"] + 0.5 < o3["stepped"] <= 1.05 * most, stage
