@@ -65,7 +65,11 @@ class Scaling:
     # -- reference path ----------------------------------------------------------------------------------------------
 
     def quantize(self, x: torch.Tensor, call: Call, column: int) -> Operand:
-        """An input or grad_output `x` [rows, columns] for a product that sums over its columns."""
+        """An input or grad_output `x` [rows, columns] for a product that sums over its columns.
+
+        With one scale per row (`ROWS`) that of a row that is not finite is NaN, so that an overflow is seen; with other
+        extents whoever multiplies sees to it.
+        """
         raise NotImplementedError
 
     def quantize_transposed(self, x: torch.Tensor, call: Call, column: int) -> Operand:
