@@ -61,7 +61,7 @@ class LayerError(BackendError, RuntimeError):
 
 
 class PrivateNameError(DsFp8Error):
-    """The installed DeepSpeed differs from the one whose private names we hook; training unquantised is not an
+    """The installed DeepSpeed differs from the one whose private names we hook; training unquantized is not an
     option.
     """
 

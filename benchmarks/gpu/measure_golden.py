@@ -7,7 +7,7 @@ amaxes (zero, tiny, huge, infinite), E5M2 gradients whose range changes by 2^20,
 its quantized values and scales, several micro-batches with a cached weight. Sizes are small: these vectors become test
 data.
 
-`te_casts.pt` holds what TE's quantisers make of all bf16 values and of chosen fp32 ones.
+`te_casts.pt` holds what TE's quantizers make of all bf16 values and of chosen fp32 ones.
 Besides, the measurement answers the questions on which our adapter rests (`adapter: ...`).
 """
 
@@ -130,8 +130,8 @@ def linear_cases(ledger: Ledger) -> list[dict[str, Any]]:
     return cases
 
 
-def quantised(values: torch.Tensor, quantizer: Any) -> dict[str, torch.Tensor]:
-    """Quantized values and scales of a quantised tensor, whatever TE calls them in this version."""
+def quantized(values: torch.Tensor, quantizer: Any) -> dict[str, torch.Tensor]:
+    """Quantized values and scales of a quantized tensor, whatever TE calls them in this version."""
     made = quantizer(values)
     names = ("_data", "_scale_inv", "_transpose", "_rowwise_data", "_rowwise_scale_inv", "_columnwise_data")
     found = {name: getattr(made, name, None) for name in (*names, "_columnwise_scale_inv")}
@@ -154,17 +154,17 @@ def casts() -> dict[str, Any]:
         for scale in (1.0, 3.7):
             amax = torch.zeros(1, device="cuda")
             maker = Float8Quantizer(torch.full((1,), scale, device="cuda"), amax, kind, columnwise=False)
-            found[f"delayed {name} scale {scale} every_bf16"] = quantised(every, maker) | {"amax": amax.cpu()}
-            found[f"delayed {name} scale {scale} spread"] = quantised(spread, maker)
+            found[f"delayed {name} scale {scale} every_bf16"] = quantized(every, maker) | {"amax": amax.cpu()}
+            found[f"delayed {name} scale {scale} spread"] = quantized(spread, maker)
         current = Float8CurrentScalingQuantizer(kind, device=torch.device("cuda"), columnwise=False)
-        found[f"current {name} spread"] = quantised(spread, current)
+        found[f"current {name} spread"] = quantized(spread, current)
         for dimension in (1, 2):
             for power in (True, False):
                 maker = Float8BlockQuantizer(
                     kind, rowwise=True, columnwise=True, force_pow_2_scales=power, block_scaling_dim=dimension
                 )
                 label = f"block{dimension}d {name} {'power of two' if power else 'exact'} spread"
-                found[label] = quantised(spread, maker)
+                found[label] = quantized(spread, maker)
     return found
 
 
@@ -215,7 +215,7 @@ def cached_weight() -> dict[str, Any]:
 
 
 def bound_slots() -> dict[str, Any]:
-    """Do quantisers use scale and amax tensors that were put into them, and is the amax of two calls the larger one?"""
+    """Do quantizers use scale and amax tensors that were put into them, and is the amax of two calls the larger one?"""
     te, recipe, _ = engine()
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

@@ -8,8 +8,8 @@ Counted are bytes that leave this rank, by the least that any algorithm can send
 sends n * (W - 1), a reduce-scatter of n bytes n * (W - 1) / W, an all-reduce twice that. Real backends may send more
 (gloo's reduce_scatter sends as much as its all-reduce); `benchmarks/bench_wire.py` counts those in the kernel.
 
-Kinds: `gradient` and `weight` are quantized values (or 16-bit elements where no code travels), `scale` are scales and
-amaxes.
+Kinds: `gradient` and `weight` are quantized values (or 16-bit elements where nothing is quantized), `scale` are scales
+and amaxes.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ TOUCHED = {
 
 
 class Watch:
-    """Looks at one attached engine. `before_step` and `after_step` are called around each optimizer step."""
+    """Looks at one attached engine: `begin` is called when it is made, `after_step` behind each optimizer step."""
 
     def __init__(self, attachment: Any, rank: int):
         self.attachment = attachment
@@ -183,7 +183,7 @@ class Watch:
         if extent != "tensor" and values.numel() % width == 0:
             values = values.view(-1, width)
             each = fmt.max / values.amax(dim=1, keepdim=True).clamp_min(2.0**-126)
-        # Half of the smallest code rounds to even, which is zero.
+        # Half of the smallest value rounds to even, which is zero.
         nonzero = values > 0
 
         def lost(factor: torch.Tensor) -> torch.Tensor:

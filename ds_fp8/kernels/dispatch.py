@@ -5,7 +5,7 @@ is what `kernels.cpu.library()` or `kernels.triton.library()` gives: None when i
 or an object with a string `path` and (some of) these functions, which compute the same bits as numerics:
 
     quantize(x, scale, fmt)   dequantize(quantized, scale_inv, dtype)   amax(x)
-    amax_many(tensors)   quantize_many(tensors, scales, fmt, quantized values)
+    amax_many(tensors)   quantize_many(tensors, scales, fmt, quantized)
     quantize_with_amax(x, scale, fmt)   dequantize_1x128(quantized, scale_inv, dtype)   dequantize_128x128(...)
     quantize_1x128(x, fmt, power_of_two)   quantize_128x128(x, fmt, power_of_two)
     flat_encode(x, fmt, rounding, best_of_two, out)   flat_decode(quantized, scale_inv, fmt, out, dtype)
@@ -211,7 +211,7 @@ def flat_sum_encode(
     best_of_two: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See numerics.flat.sum_and_encode: the sum, requantised."""
+    """See numerics.flat.sum_and_encode: the sum, requantized."""
     if _rows_contiguous(quantized, scale_inv, *(out or ())) and (own is None or own.is_contiguous()):
         result = _call(
             "flat_sum_encode",

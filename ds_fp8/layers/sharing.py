@@ -3,7 +3,7 @@
 lift(model)       the layers become unmodified, so that the new plan sees torch's own modules
 ...               the new engine plans and swaps
 put_back(lifted)  layers get their earlier owners back, beside the new one where it swapped the same layer
-share(models)     no code of a shared weight is kept: another engine may step it, and tells nobody
+share(models)     no quantized values of a shared weight are kept: another engine may step it, and tells nobody
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def put_back(lifted: Sequence[Lifted]) -> None:
 def share(models: Sequence[nn.Module]) -> list[nn.Module]:
     """FP8 layers that several of these models hold, and modules that were compiled for one of them.
 
-    Any of their engines may step the weights, so no code is kept.
+    Any of their engines may step the weights, so no quantized values are kept.
     """
     holders: dict[int, list[nn.Module]] = {}
     for model in models:

@@ -1,4 +1,4 @@
-"""A layer's FP8 state as Transformer Engine's layers read it: one-element slots that its quantisers look at and write
+"""A layer's FP8 state as Transformer Engine's layers read it: one-element slots that its quantizers look at and write
 into.
 
 Our own layers ask for a `Call` and record amaxes by calling; a te.Linear instead holds tensors: it reads `scale`, and
@@ -138,7 +138,7 @@ class SlotState:
         return torch.zeros(1, dtype=torch.float32, device=self.weight.device)
 
     def microbatch(self) -> bool | None:
-        """True: quantise the weight and keep its quantized values; False: the kept ones are good; None: do not keep
+        """True: quantize the weight and keep its quantized values; False: the kept ones are good; None: do not keep
         any.
         """
         layer_state, weight = self.layer_state, self.weight

@@ -167,6 +167,6 @@ def sum_and_encode(
     best_of_two: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`encode(sum_contributions(...), out_fmt or fmt)`: the requantised sum that stage 0 gathers."""
+    """`encode(sum_contributions(...), out_fmt or fmt)`: the requantized sum that stage 0 gathers."""
     total = sum_contributions(quantized, scale_inv, fmt, factor=factor, own=own)
     return encode(total, out_fmt or fmt, best_of_two=best_of_two, out=out)

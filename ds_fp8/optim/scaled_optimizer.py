@@ -175,7 +175,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
             yield from group["params"]
 
     def formats(self) -> dict[str, str]:
-        """What must be equal for quantized values values to be exchanged as they are."""
+        """What must be equal for quantized values to be exchanged as they are."""
         return {name: getattr(self.level, name) for name in (*self.moments, "master", "rounding")}
 
     @torch.no_grad()
@@ -245,7 +245,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
         checkpointing.import_quantized(self, param, quantized)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's layout with our quantized values values as states, plus `ds_fp8` (version, formats, seed); see
+        """torch's layout with our quantized values as states, plus `ds_fp8` (version, formats, seed); see
         checkpointing.py.
         """
         return checkpointing.state_dict(self, super().state_dict())
@@ -253,7 +253,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state_dict of ours (any level) or of torch's Adam; on CheckpointError the optimizer is as before.
 
-        Tensors are counterpart in place and never cast to the parameter's dtype, which is what torch's own method would
+        Tensors are filled in place and never cast to the parameter's dtype, which is what torch's own method would
         do.
         """
         checkpointing.load_state_dict(self, state_dict)

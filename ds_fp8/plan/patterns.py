@@ -1,6 +1,6 @@
 """`fp8.layers.include` and `exclude`: globs over module names, each of which must match something.
 
-A filter that matches nothing is how a renamed head gets quantised without anybody noticing, so it is an error here,
+A filter that matches nothing is how a renamed head gets quantized without anybody noticing, so it is an error here,
 with the closest names. How explicit a pattern is decides what happens to a module that cannot be converted:
 
     head             literal: the module itself was asked for, so any failed check is an error

@@ -6,7 +6,7 @@ all of it latency. Here the shares of all travel in one message. Shares of one s
 copy turns what arrived (rank by rank) into whole parameters (one by one): a launch for each size, not for each
 parameter.
 
-Gathered weights are DeepSpeed's to the bit. What differs from that keeps DeepSpeed's path: quantised or secondary
+Gathered weights are DeepSpeed's to the bit. What differs from that keeps DeepSpeed's path: quantized or secondary
 shares, shares that lie elsewhere, parameters that are there already.
 """
 

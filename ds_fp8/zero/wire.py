@@ -105,7 +105,7 @@ def data_parallel_groups(engine: Any, zero_optimizer: Any | None = None) -> list
 
 
 def refuse_conflicts(zero_config: Any, comm: Any) -> None:
-    """DeepSpeed's own quantised collectives and ours cannot both own the same bytes: say so before training."""
+    """DeepSpeed's own quantized collectives and ours cannot both own the same bytes: say so before training."""
     if comm.gradient_wire != "none" and getattr(zero_config, "zero_quantized_gradients", False):
         raise PlanError(
             f"msamp/gradient_wire is {comm.gradient_wire} and zero_optimization/zero_quantized_gradients is true: both"

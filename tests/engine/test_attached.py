@@ -39,7 +39,7 @@ def test_json_alone_swaps_and_trains_in_every_stage(stage):
         assert found[0]["digest"] == found[1]["digest"]
         assert all(torch.equal(found[0]["weights"][name], found[1]["weights"][name]) for name in found[0]["weights"])
         for mine, theirs in zip(found, baseline):
-            assert mine["attached"] and mine["losses"] != theirs["losses"], "nothing was quantised"
+            assert mine["attached"] and mine["losses"] != theirs["losses"], "nothing was quantized"
             for ours, loss in zip(mine["losses"], theirs["losses"]):
                 assert math.isclose(ours, loss, rel_tol=2**-4)
 

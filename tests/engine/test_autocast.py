@@ -68,7 +68,7 @@ def test_fp8_trains_beside_autocast(jobs, stage, kind):
     """
     baseline, ours = jobs["unmodified", stage], jobs[kind, stage]
     for theirs, mine in zip(baseline, ours):
-        assert mine["losses"] != theirs["losses"], "nothing was quantised"
+        assert mine["losses"] != theirs["losses"], "nothing was quantized"
         assert all(abs(a - b) <= 2**-4 * b for a, b in zip(mine["losses"], theirs["losses"]))
         assert (mine["codes"] > 0) == (kind == "O2")
     assert all(torch.equal(ours[0]["weights"][name], ours[1]["weights"][name]) for name in ours[0]["weights"])

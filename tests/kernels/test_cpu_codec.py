@@ -143,7 +143,7 @@ def test_flat_blocks_that_are_zero_tiny_or_not_finite(path, fmt):
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("numel", [1, 128, 1000])
 def test_sum_over_ranks(path, fmt, world_size, numel):
-    """In rank order, in fp32, times the factor; the requantised sum is `encode` of it. Rows may be strided."""
+    """In rank order, in fp32, times the factor; the requantized sum is `encode` of it. Rows may be strided."""
     encoded = [flat.encode(samples(numel, seed=rank), fmt) for rank in range(world_size)]
     quantized = torch.zeros(world_size, numel + 13, dtype=torch.uint8)[:, :numel]
     scale_inv = torch.stack([scales for _, scales in encoded])

@@ -103,7 +103,7 @@ def test_decode_rounds_once_into_the_wanted_dtype():
 
 def test_sum_over_ranks_cannot_saturate():
     """64 equal contributions at the end of the range: their sum is 64 times one, in fp32, and so is its
-    requantisation.
+    requantization.
     """
     quantized, scale_inv = flat.encode(torch.full((200,), 5.0), E4M3)
     total = flat.sum_contributions(quantized.expand(64, -1), scale_inv.expand(64, -1), E4M3, factor=1 / 64)

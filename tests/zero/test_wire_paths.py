@@ -126,7 +126,7 @@ def test_sparse_gradients_are_left_as_they_are():
         ("zero_hpz_partition_size", 2),
     ],
 )
-def test_deepspeeds_own_quantised_collectives_are_refused_by_name(key, value):
+def test_deepspeeds_own_quantized_collectives_are_refused_by_name(key, value):
     """Two casts of the same bytes help nobody; the message names both keys and the way out."""
     from ds_fp8.zero.wire import refuse_conflicts
 

@@ -146,7 +146,7 @@ def flat_sum(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, fact
 def flat_sum_encode(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, factor: float, out_fmt: Format,
                     own: torch.Tensor | None, best_of_two: bool,
                     out: tuple[torch.Tensor, torch.Tensor] | None) -> Any:  # fmt: skip
-    """The same sum, requantised."""
+    """The same sum, requantized."""
     if quantized.dtype != torch.uint8 or (own is not None and own.dtype not in FLOATS):
         return NotImplemented
     out = out or _new_quantized(quantized.shape[1], quantized.device)

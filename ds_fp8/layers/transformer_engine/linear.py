@@ -8,7 +8,7 @@ Three habits of Transformer Engine do not fit a plug-in, and are turned here:
    the backward the first layer of each autocast does it again: with one autocast per layer, N times a step. A layer
    takes part when it has no entry under `buffer_key` in `fp8_meta`; ours have one from the start, so TE's buffers stay
    empty.
-3. *State.* Instead the quantisers read their scale from, and leave their amax in, slots of the FP8 state, which updates
+3. *State.* Instead the quantizers read their scale from, and leave their amax in, slots of the FP8 state, which updates
    all layers of all backends at once, with the group that it was given. TE's casts raise the slot to a running maximum
    (seen on an H200 with 2.20.2), so several calls in a step, and a recompute, count once.
 
@@ -44,7 +44,7 @@ backward.
 """
 
 ROLES = (("scaling_fwd", 0, "input"), ("scaling_fwd", 1, "weight"), ("scaling_bwd", 0, "grad_output"))
-"""Where te.Linear keeps the quantiser of each operand; its output and grad_input stay in high precision."""
+"""Where te.Linear keeps the quantizer of each operand; its output and grad_input stay in high precision."""
 
 
 class TELayerState(Protocol):
@@ -77,7 +77,7 @@ class TELayerState(Protocol):
         """Before `start_step`: record the amaxes of a call in high precision; returns `output`."""
 
     def microbatch(self) -> bool | None:
-        """True: quantise the weight and keep its quantized values; False: the kept ones are good; None: do not keep
+        """True: quantize the weight and keep its quantized values; False: the kept ones are good; None: do not keep
         any.
         """
 
@@ -152,9 +152,9 @@ def note_products(layer: Any, output: torch.Tensor, input: torch.Tensor, high: H
 
 
 def bind_slots(layer: Any, engine: TransformerEngine, state: TELayerState, records: bool) -> None:
-    """Put the FP8 state's scale and amax slots into the layer's quantisers; call inside autocast.
+    """Put the FP8 state's scale and amax slots into the layer's quantizers; call inside autocast.
 
-    Raises BackendError when the layer has no quantiser where we expect one: an unknown Transformer Engine.
+    Raises BackendError when the layer has no quantizer where we expect one: an unknown Transformer Engine.
     """
     layer.fp8_meta.setdefault(engine.buffer_key, [])
     if state.scale("input") is None:

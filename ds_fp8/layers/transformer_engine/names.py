@@ -6,7 +6,7 @@ with what our adapter passes, and an unknown Transformer Engine is refused with 
 
 Private is only this: the key under which a layer notes that it takes part in the global update of all scales, the
 attributes `fp8_meta`, `quantizers` and `init_fp8_metadata` of a layer (`linear.py` says why they are needed), and for
-O3 its cache of quantised weights and the tensors in it (`quantized_weight.py`). Supported: 2.2 to 2.20; run on an H200
+O3 its cache of quantized weights and the tensors in it (`quantized_weight.py`). Supported: 2.2 to 2.20; run on an H200
 with 2.11.0 and 2.20.2.
 """
 
@@ -49,7 +49,7 @@ OPTIONAL = ("recipe.Float8CurrentScaling", "recipe.Float8BlockScaling", "recipe.
 """Recipes that came later; a job that asks for a missing one is refused by name."""
 
 WORKSPACE = "_fp8_workspaces"
-"""Attribute of a layer: its cache of quantised weights, by the name of the Parameter."""
+"""Attribute of a layer: its cache of quantized weights, by the name of the Parameter."""
 
 _IMPORT_ERRORS = (ImportError, RuntimeError, OSError, AssertionError)
 # The metapackage alone raises RuntimeError, a wrong CUDA OSError, a missing extension AssertionError.

@@ -7,7 +7,7 @@
 A product is taken away from te.Linear by hiding its operand's need for a gradient: with a detached input it computes no
 dgrad, with a weight that asks for no gradient no wgrad. `HighPrecisionProducts` sits on the output, hands grad_output
 through and computes the missing product in the dtype of the activations. A high-precision fprop replaces the output's
-values; the FP8 product runs all the same, because it quantises the operands that the backward needs: it costs time, and
+values; the FP8 product runs all the same, because it quantizes the operands that the backward needs: it costs time, and
 is there for experiments.
 """
 

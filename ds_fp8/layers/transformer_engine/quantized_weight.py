@@ -1,7 +1,7 @@
 """O3 under Transformer Engine: quantized values that the weight's owner made, in the place where te.Linear keeps its
 own.
 
-With `is_first_microbatch=False` a layer multiplies with the quantised weight that it cached in an earlier micro-batch
+With `is_first_microbatch=False` a layer multiplies with the quantized weight that it cached in an earlier micro-batch
 and does not look at the 16-bit one. So the quantized values that travelled become such a cached weight for the length
 of one call:
 
@@ -10,7 +10,7 @@ of one call:
                        them
 
 Nothing is copied: the tensor is a view of the quantized values. Its transpose, which dgrad needs before Blackwell, is
-made in the forward, because a cached weight without one counts as stale, and Transformer Engine would quantise the
+made in the forward, because a cached weight without one counts as stale, and Transformer Engine would quantize the
 16-bit weight, which may be released. It is kept from a forward to its backward, with `weight_cache` until the quantized
 values change. The gradient goes to the Parameter as ever: of it, only shape and dtype are read (2.11.0 and 2.20.2).
 """
@@ -64,7 +64,7 @@ class TakesQuantizedWeight:
 def weight_of(layer: Any, engine: TransformerEngine, state: TELayerState) -> Iterator[bool | None]:
     """Yields `is_first_microbatch` for one call, with the quantized values in the layer's cache if there are any.
 
-    Call inside autocast, after `state.begin()`. Raises BackendError when the layer quantised its weight all the same.
+    Call inside autocast, after `state.begin()`. Raises BackendError when the layer quantized its weight all the same.
     """
     quantized = state.quantized()
     if quantized is None or layer.weight is not layer.__dict__["layer_state"].quantized_weight_of:
@@ -94,17 +94,17 @@ def weight_of(layer: Any, engine: TransformerEngine, state: TELayerState) -> Ite
             yield False
         if cache.get("weight") is not te_tensor:
             raise BackendError(
-                f"Transformer Engine {engine.version} did not take the quantized weight and quantised it again.\n"
+                f"Transformer Engine {engine.version} did not take the quantized weight and quantized it again.\n"
                 "  Set msamp/weight_wire to none, or fp8/backend to torch."
             )
     finally:
-        cache.pop("weight", None)  # never left to a call that would quantise into it
+        cache.pop("weight", None)  # never left to a call that would quantize into it
 
 
 def rebind_cached(layer: Any, state: TELayerState) -> None:
-    """Point the quantiser of a cached weight at the slots of this call.
+    """Point the quantizer of a cached weight at the slots of this call.
 
-    A cached weight is cast again by the copy of the quantiser that it was made with (2.20.2), and our slots change with
+    A cached weight is cast again by the copy of the quantizer that it was made with (2.20.2), and our slots change with
     every step: without this it would keep the scale of the first one.
     """
     kept = getattr(getattr(layer, WORKSPACE, {}).get("weight"), "_quantizer", None)

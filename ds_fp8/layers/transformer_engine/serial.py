@@ -1,6 +1,6 @@
 """One call at a time of Transformer Engine's layers.
 
-Its autocast is one switch of the process, and its layers keep their quantisers and a weight's workspace in themselves,
+Its autocast is one switch of the process, and its layers keep their quantizers and a weight's workspace in themselves,
 as ours keep the slots of a call. So two threads that call layers at once (an evaluation beside the training, several
 requests) would cast with one another's scales, or find the workspace gone. A backward reads nothing of that.
 """

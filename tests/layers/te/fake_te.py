@@ -6,7 +6,7 @@ keeps the original's habits that our adapter must live with: the global buffers 
 update of
 *all* of them on leaving the outermost autocast and again in the backward, amax slots that are raised to a running
 maximum, `_extra_state`, an empty `.bias` without bias, `register_parameter` that wants an initialiser, and the cache of
-quantised weights (`quantize_weight` and `_is_weight_workspace_valid` of 2.20, Hopper's transposes): an entry without a
+quantized weights (`quantize_weight` and `_is_weight_workspace_valid` of 2.20, Hopper's transposes): an entry without a
 transpose is thrown away, one that is refreshed is written in place, all of them go when the kind of recipe changes.
 
 `install(monkeypatch)` puts it into `sys.modules`; nothing of Transformer Engine needs to be there.
@@ -130,7 +130,7 @@ class Float8Tensor:
             self._transpose = None
 
     def quantize_(self, x: torch.Tensor) -> None:
-        """In place, as the original refreshes a cached weight: by the copy of the quantiser that it was made with."""
+        """In place, as the original refreshes a cached weight: by the copy of the quantizer that it was made with."""
         quantized, scale_inv = self._quantizer.quantized(x)
         self._data.copy_(quantized.view(torch.uint8))
         self._scale_inv.copy_(scale_inv)

@@ -139,16 +139,16 @@ def test_tokens_are_padded_to_sixteen(te, tokens):
 
 
 def test_current_scaling(te):
-    """No history, no slots: the quantisers are left alone."""
+    """No history, no slots: the quantizers are left alone."""
     (ours, _), (theirs, _) = both_backends(Recipe(kind="current"))
     assert_close(run(theirs, 2), run(ours, 2))
 
 
-def test_weight_cache_quantises_once_per_optimizer_step(te):
+def test_weight_cache_quantizes_once_per_optimizer_step(te):
     """Four micro-batches, one cast of the weight; after `weights_changed` one more."""
     _, (theirs, fp8_state) = both_backends(weight_cache=True, managed=True)
     run(theirs, 4)
-    # The cached weight keeps a copy of the quantiser, which is asked when the weight has changed.
+    # The cached weight keeps a copy of the quantizer, which is asked when the weight has changed.
     assert theirs.up.quantizers["scaling_fwd"][1].calls == 1
     assert theirs.up._fp8_workspaces["weight"]._quantizer.calls == 0
     fp8_state.weights_changed()
@@ -161,7 +161,7 @@ def test_weight_cache_quantises_once_per_optimizer_step(te):
 
 
 def test_a_cached_weight_is_cast_with_the_scale_of_its_own_step(te):
-    """Under delayed scaling the copy of the quantiser in the cache kept the scale of the first step, for ever.
+    """Under delayed scaling the copy of the quantizer in the cache kept the scale of the first step, for ever.
 
     Weights of 0.02 then lay among e4m3's subnormals. Counterparts: our layers, and one without a cache whose weight is
     the same.

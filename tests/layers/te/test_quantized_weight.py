@@ -2,7 +2,7 @@
 looked at.
 
 Quantized values made with the recipe's scale are what the layer would have made, so everything is equal to the bit.
-Here against the fake, whose cache of quantised weights has the original's rules; tests/gpu/test_te_quantized_weight.py
+Here against the fake, whose cache of quantized weights has the original's rules; tests/gpu/test_te_quantized_weight.py
 has the original.
 """
 
@@ -93,7 +93,7 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_results_gradients_and_histories_are_those_without_quantized_values(te, recipe, fuse):
-    """The weight reads as NaN throughout, its quantiser is never called, its gradient arrives all the same."""
+    """The weight reads as NaN throughout, its quantizer is never called, its gradient arrives all the same."""
     baseline, quantized = build(recipe, fuse), build(recipe, fuse)
     expected = three_steps(*baseline, quantized=False)
     found = three_steps(*quantized, quantized=True)
@@ -131,7 +131,7 @@ def test_the_transpose_is_made_once_a_step_and_goes_with_the_quantized_values(te
 
 
 def test_dropped_quantized_values_give_the_weight_back_to_transformer_engine(te):
-    """A load: 16-bit weights again, quantised anew, and the quantized values' memory is not written."""
+    """A load: 16-bit weights again, quantized anew, and the quantized values' memory is not written."""
     model, fp8_state = build(Recipe(kind="current"))
     weights = weights_of(model, 1.0)
     run(model, 1)
@@ -162,7 +162,7 @@ def test_eval_in_fp8_uses_quantized_values_and_leaves_training_alone(te):
     assert all(result.isfinite().all() for result in run(model, 1))
 
 
-def test_a_layer_that_quantises_all_the_same_is_an_error(te, monkeypatch):
+def test_a_layer_that_quantizes_all_the_same_is_an_error(te, monkeypatch):
     """An unknown version that ignores its cache would multiply with NaN: said by name, at the first call."""
     model, fp8_state = build(Recipe(kind="current"))
     code_weights(model, fp8_state, weights_of(model, 1.0))
