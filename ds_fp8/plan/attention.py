@@ -104,7 +104,7 @@ def _span(module: nn.Module, length: int) -> int:
 def sequence_length(model: nn.Module) -> int:
     """Tokens per sequence that the count assumes: what the model is made for, at most LONGEST_LENGTH."""
     config = getattr(model, "config", None)
-    for part in (getattr(config, "text_config", None), config, model):
+    for part in (getattr(config, "text_config", None), config, getattr(config, "vision_config", None), model):
         if (patches := _patches(part)) is not None:
             return patches
         for name in (*LENGTHS, "context"):

@@ -16,6 +16,7 @@ named, not guessed. `tests/plan/test_flops.py` compares with torch's FlopCounter
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,12 +91,13 @@ class _Counter:
                 self._know(module)
             elif isinstance(module, nn.modules.conv._ConvNd):
                 self._know(module)
-                yield self._product(fqn, weight, _numel(weight), "convolution", "a convolution has no FP8 product")
+                macs = module.out_channels * module.in_channels // module.groups * math.prod(module.kernel_size)
+                yield self._product(fqn, weight, macs, "convolution", "a convolution has no FP8 product")
             elif (shape := packed_projection(module)) is not None:
                 self.known.add(id(module.in_proj_weight))
                 macs = shape[0] * shape[1]
                 yield self._product(fqn, module.in_proj_weight, macs, "nn.MultiheadAttention", "one packed parameter")
-            elif weight is not None and (shape := matrix_of(module)) is not None:
+            elif (weight is not None or isinstance(module, nn.Linear)) and (shape := matrix_of(module)) is not None:
                 self._know(module)
                 yield self._layer(fqn, weight, shape)
             elif weight is not None and len(shape_of(weight)) == 2 and ROUTER_CLASS.search(type(module).__name__):
@@ -186,7 +188,10 @@ class _Counter:
         return ProductDecision(starred(fqn), label, float(macs), trained, fp8, reason, parts)
 
     def _know(self, module: nn.Module) -> None:
-        self.known.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+        """The parameters of a layer, and those from which its weight is computed (weight_norm)."""
+        parametrized = module._modules.get("parametrizations")
+        for holder in (module, *(parametrized.modules() if parametrized is not None else ())):
+            self.known.update(id(parameter) for parameter in holder._parameters.values() if parameter is not None)
 
     def _share(self, fqn: str) -> float:
         """Of the tokens of a sequence, those that this layer sees: of experts in a list those that visit it."""

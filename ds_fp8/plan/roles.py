@@ -34,7 +34,9 @@ POSITIONS = re.compile(r"pos|wpe|type|segment|time", re.IGNORECASE)
 """Embeddings of other things than words: a linear as wide as the longest sequence is no head."""
 
 CLASSIFIERS = ("classifier", "classifiers", "pre_classifier", "classification_head", "score", "qa_outputs", "cls_head")
-ROUTER_CLASS = re.compile(r"router|top_?k_?gat(?!ed)|moe_?gat(?!ed)|gating|gate_?network", re.IGNORECASE)
+ROUTER_CLASS = re.compile(
+    r"router|top_?k_?gat(?!ed)|moe_?gat(?!ed)|gating(?!_?(mlp|ffn|unit))|gate_?network", re.IGNORECASE
+)
 ROUTER_NAME = re.compile(r"router|^wg$", re.IGNORECASE)
 GATE_NAME = re.compile(r"^(w_)?(gate|gates|gating|switch)(_linear|_network|_net|_layer)?$", re.IGNORECASE)
 """A router if it gives one number for each module of any list beside it; a SwiGLU's projection may be called so too."""

@@ -318,6 +318,20 @@ def test_parameters_that_no_rule_knows_are_named():
     assert "in no count, no rule knows them: core [32, 48], stack [4, 32, 48]" in plan.banner()
 
 
+def test_layers_whose_weight_is_computed_count_too():
+    """weight_norm keeps the weight as two parameters of other names; a convolution of its groups multiplies by less."""
+    from torch.nn.utils.parametrizations import weight_norm
+
+    model = nn.Sequential(
+        weight_norm(nn.Linear(32, 48)),
+        weight_norm(nn.Conv1d(32, 64, 3, groups=4)),
+        nn.utils.weight_norm(nn.Linear(48, 16)),
+    )
+    counted = count_products(model, ())
+    assert [product.macs for product in counted.products] == [32 * 48 + 48 * 16, 64 * 32 // 4 * 3]
+    assert counted.unknown == ()
+
+
 def test_experts_in_a_list_count_by_the_share_of_tokens_that_visits_them():
     """DeepSpeed's MoE layer of 8 experts, top-2: of each expert a quarter of the tokens."""
 

@@ -269,3 +269,20 @@ def test_a_layer_whose_mixer_multiplies_by_its_weight_is_kept_and_named():
     model = nn.ModuleDict({"mixer": Mixer()})
     assert {fqn: role.name for fqn, role in find_roles(model).items()} == {"mixer.dt_proj": "step size"}
     assert "multiplies by the weight itself" in find_roles(model)["mixer.dt_proj"].reason()
+
+
+def test_a_gated_mlp_is_no_router():
+    """Moshi's `MoshiGatingMLP` multiplies most of what the model does; a class called gating alone is a router."""
+
+    class GatingMLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(32, 128), nn.Linear(64, 32)
+
+    class TopKGating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 4)
+
+    model = nn.ModuleDict({"mlp": GatingMLP(), "router": TopKGating()})
+    assert set(find_roles(model)) == {"router.layer"}
