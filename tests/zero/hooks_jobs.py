@@ -130,19 +130,22 @@ def train_compiled_blocks() -> list[float]:
     return losses
 
 
-def train_compiled_engine() -> tuple[list[float], str, list[str]]:
-    """Losses, whose hooks there are, and which functions of ours Dynamo has compiled."""
+def train_compiled_engine() -> tuple[list[float], str, list[str], tuple[int, int]]:
+    """Losses, whose hooks there are, which functions of ours Dynamo has compiled; its graphs and breaks."""
     from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
+    counters.clear()
     engine = start("plain", None)
     engine.compile(backend="eager")
     losses = [step(engine, number) for number in range(3)]
     codes = [found for reference in input_codes.seen if (found := reference()) is not None]
     traced = [code.co_name for code in codes if code.co_filename.endswith("hooks_stage3.py")]
     hooks = type(engine.optimizer.parameter_offload).__name__
+    counted = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     engine.destroy()
-    return losses, hooks, traced
+    return losses, hooks, traced, counted
 
 
 def switched_off() -> str:

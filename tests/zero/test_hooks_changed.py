@@ -35,6 +35,7 @@ def test_a_part_that_is_frozen_in_mid_run_is_let_go(found, level):
 
 
 def test_a_compiled_engine_has_deepspeeds_hooks(found):
-    """torch.compile is told not to look into them, and would compile each of ours."""
-    (losses, hooks, traced), (expected, *_) = found["compiled"]
+    """torch.compile is told not to look into them, and would compile each of ours: as many graphs and breaks."""
+    (losses, hooks, traced, counted), (expected, _, _, with_theirs) = found["compiled"]
     assert losses == expected and hooks == "DeepSpeedZeRoOffload" and traced == []
+    assert counted == with_theirs and counted[0] > 0

@@ -54,3 +54,13 @@ def test_before_the_first_step_o3_rests_where_o2_does():
                 assert 2 < o3[moment] <= 1.05 * o2[moment], (stage, moment)
             most = o2["stepped"] + (0.5 if stage == 3 else 0)  # its half of the quantized values
             assert o2["made"] + 0.5 < o3["stepped"] <= 1.05 * most, stage
+
+
+@pytest.mark.dist
+def test_an_engine_that_was_destroyed_leaves_no_more_than_deepspeeds():
+    """Engines of one process after the other: bytes per parameter that a second one adds for good."""
+    cases = [(stage, level) for stage in (2, 3) for level in (None, "O3")]
+    (found,) = run_ranks(1, memory_jobs.lefts, cases)
+    for stage in (2, 3):
+        theirs, ours = found[stage, None], found[stage, "O3"]
+        assert ours["left"] <= theirs["left"] + 0.05, (stage, theirs, ours)
