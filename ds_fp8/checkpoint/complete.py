@@ -112,6 +112,9 @@ def look(tag: Path) -> Found:
         faults.append(f"model files of different steps: {', '.join(map(str, sorted(steps)))}")
     if len(saves - {""}) > 1:
         faults.append(f"made of files of {len(saves - {''})} saves")
+    manifest = read_manifest(tag)
+    if manifest is not None and saves - {""}:  # none of its files is there, and no job without ds_fp8 has written these
+        faults += compare(tag, manifest, manifest["files"]).faults
     return Found(tag.name, max(steps, default=_step_in(tag.name)), tuple(faults))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.constants import (
     BASE_OPTIMIZER_STATE,
+    BASE_OPTIMIZER_STATE_STEP,
     CLIP_GRAD,
     DS_VERSION,
     FP32_FLAT_GROUPS,
@@ -36,7 +37,7 @@ PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # DeepSpeed 0.18.0 has no
 NOT_NEGATIVE = ("lr", "eps", "weight_decay")
 OWN_MASTERS = ("fp8_masters", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 FLAGS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad")
-"""Of torch's optimizers: true, false, or None for torch's own choice."""
+"""Of torch's optimizers: true or false; the first two also None, for torch's own choice."""
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 LOSS_SCALE_HISTORY = ("last_overflow_iter", "scale_factor", "scale_window")
@@ -89,8 +90,8 @@ def check_shard(shard: dict[str, Any], optimizer: Any, flats: Any, where: str) -
     """
     if not isinstance(flats, (list, tuple)) or not all(isinstance(flat, torch.Tensor) for flat in flats):
         raise CheckpointError(f"{where}: the fp32 masters are no list of tensors; it is damaged.")
-    if DS_VERSION in shard and not is_version(shard[DS_VERSION]):
-        raise CheckpointError(f"{where}: {DS_VERSION} is {shown(shard[DS_VERSION])}, no version of DeepSpeed.")
+    if (DS_VERSION in shard or FP32_FLAT_GROUPS not in shard) and not is_version(shard.get(DS_VERSION)):
+        raise CheckpointError(f"{where}: {DS_VERSION} is {shown(shard.get(DS_VERSION))}, no version of DeepSpeed.")
     own_paddings = getattr(optimizer, "round_robin_bit16_padding", None)
     if PARAM_ALIGNMENT_PADDINGS in shard and own_paddings is not None:
         saved = shard[PARAM_ALIGNMENT_PADDINGS]
@@ -100,18 +101,24 @@ def check_shard(shard: dict[str, Any], optimizer: Any, flats: Any, where: str) -
                 "  Set zero_optimization/parameter_alignment as it was when the checkpoint was saved, or load the "
                 "weights alone with load_optimizer_states=False."
             )
-    if CLIP_GRAD in shard and not is_finite_number(shard[CLIP_GRAD]):
-        raise CheckpointError(f"{where}: {CLIP_GRAD} is {shown(shard[CLIP_GRAD])}, expected a number.")
-    for key in ("overflow", "dynamic_loss_scale"):
+    if CLIP_GRAD in shard and (not is_finite_number(shard[CLIP_GRAD]) or shard[CLIP_GRAD] < 0):
+        raise CheckpointError(f"{where}: {CLIP_GRAD} is {shown(shard[CLIP_GRAD])}, expected a number from 0 on.")
+    for key in ("overflow", "dynamic_loss_scale", LOSS_SCALER):
         if FP32_FLAT_GROUPS in shard and key not in shard:
             raise CheckpointError(f"{where}: {key} is missing; it is damaged.")
-        if key in shard and not isinstance(shard[key], (bool, int, torch.Tensor)):
+        if key != LOSS_SCALER and key in shard and not isinstance(shard[key], (bool, int, torch.Tensor)):
             raise CheckpointError(f"{where}: {key} is {shown(shard[key])}, expected true or false.")
     if LOSS_SCALER in shard and not hasattr(shard[LOSS_SCALER], "cur_scale"):
         raise CheckpointError(f"{where}: {LOSS_SCALER} is {shown(shard[LOSS_SCALER])}, no loss scaler of DeepSpeed.")
     base = saved_optimizer(shard)
     shapes = _flat_shapes(shard, optimizer, flats, where)
     if isinstance(base, (list, tuple)):  # elastic: states alone, one for each master
+        if BASE_OPTIMIZER_STATE_STEP not in shard:
+            raise CheckpointError(
+                f"{where}: saved with zero_optimization/elastic_checkpoint by an optimizer that counts no steps in its "
+                "groups, as torch's; DeepSpeed cannot load that, with or without ds_fp8.\n  Load the weights alone "
+                "with load_optimizer_states=False, and leave elastic_checkpoint out of the next save."
+            )
         check_states(base, shapes, moments_of(optimizer), where)
     else:
         check_optimizer(base, optimizer, shapes, where, any_count=bool(getattr(optimizer, "swap_optimizer", False)))
@@ -222,6 +229,10 @@ def check_optimizer(
     if lost:
         raise CheckpointError(f"{where}: states of {shown(lost[0])}, which no parameter group names; it is damaged.")
     check_states(states_of(base), shapes, moments_of(optimizer), where)
+    for group in base["param_groups"]:
+        states = [base["state"].get(index) or {} for index in group["params"]]
+        if group.get("amsgrad") and any("exp_avg_sq" in state and "max_exp_avg_sq" not in state for state in states):
+            raise CheckpointError(f"{where}: amsgrad is true, and the states have no max_exp_avg_sq; it is damaged.")
     check_needed(base["param_groups"], optimizer.param_groups, where)
 
 
@@ -246,9 +257,9 @@ def check_groups(saved: Any, own: Sequence[dict[str, Any]], where: str) -> None:
         params = group.get("params")
         if not isinstance(params, (list, tuple)) or not all(type(index) is int for index in params):
             raise CheckpointError(f"{at}: params is {shown(params)}, expected whole numbers; it is damaged.")
-        flags = [key for key in FLAGS if key in group and not (group[key] is None or isinstance(group[key], bool))]
-        if flags:
-            raise CheckpointError(f"{at}: {flags[0]} is {shown(group[flags[0]])}, expected true, false or None.")
+        for key in FLAGS:
+            if key in group and not isinstance(group[key], (bool, type(None)) if key in FLAGS[:2] else bool):
+                raise CheckpointError(f"{at}: {key} is {shown(group[key])}, expected true or false.")
         for key, value in ours.items():
             if key == "params" or key not in group:
                 continue
@@ -257,6 +268,8 @@ def check_groups(saved: Any, own: Sequence[dict[str, Any]], where: str) -> None:
                     f"{at}: {key} is {shown(group[key])}, this job's optimizer has {shown(value)} there; it is "
                     "damaged, or another optimizer's."
                 )
+            if key == "betas" and not all(0 <= beta < 1 for beta in group[key]):
+                raise CheckpointError(f"{at}: betas is {shown(group[key])}, expected from 0 up to 1; it is damaged.")
 
 
 def check_states(
@@ -279,3 +292,7 @@ def check_states(
         for key, value in state.items():
             if key in SIZED_STATES and (value is not None or key in moments):
                 check_tensor(value, shapes[number] if number < len(shapes) else None, f"{key} of {number}", where)
+                if key == "exp_avg_sq" and value.numel() and value.min() < 0:
+                    raise CheckpointError(
+                        f"{where}: {key} of {number} is negative, an average of squares; it is damaged."
+                    )

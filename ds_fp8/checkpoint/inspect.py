@@ -54,7 +54,8 @@ TOUCHED = {
     "CheckpointEngine": touched(reads="load"),
     "Engine": touched(
         reads="_get_all_ckpt_names _get_zero_ckpt_name checkpoint_engine load_universal_checkpoint module optimizer "
-        "param_names seq_dp_world_size use_node_local_storage zero_optimization zero_optimization_stage",
+        "param_names seq_dp_world_size use_node_local_storage zero_nvme_offload_optimizer zero_optimization "
+        "zero_optimization_stage",
     ),
     "ZeroStage12": touched(reads="dp_process_group"),
 }
@@ -99,9 +100,8 @@ def inspect(
                 _inspect_counters(engine, files, with_scheduler, with_optimizer)
             if with_optimizer:
                 ids += _inspect_optimizer(engine, load_dir, tag, files)
-            found = replace(
-                found, step=step, ids=tuple(dict.fromkeys(ids)), unlisted=_unlisted(Path(load_dir) / tag, files)
-            )
+            found = replace(found, step=step, ids=tuple(dict.fromkeys(ids)))
+            found = replace(found, **_read_against_manifest(Path(load_dir) / tag, files, found))
     except CheckpointError as error:
         found = replace(found, problem=str(error))
     except Exception as error:  # noqa: BLE001  # a damaged file may trip anything; the other ranks must hear of it
@@ -152,11 +152,20 @@ def _against_manifest(engine: Any, tag: Path, with_optimizer: bool) -> dict[str,
     return {"matching": compared.matching, "different": compared.faults}
 
 
-def _unlisted(tag: Path, read: dict[str, Any]) -> tuple[str, ...]:
-    """Files that were read and that the manifest, if there is one, does not know."""
+def _read_against_manifest(tag: Path, read: dict[str, Any], found: Found) -> dict[str, Any]:
+    """The files that this rank has read beside the manifest, as fields of Found; another rank may have looked at other
+    copies of them. One with an id of ours was not written by a job without ds_fp8: the manifest is not void.
+    """
     manifest = read_manifest(tag)
+    if manifest is None:
+        return {}
     names = [str(Path(path).relative_to(tag)) for path in read if tag in Path(path).parents]
-    return tuple(name for name in names if manifest is not None and name not in manifest["files"])
+    compared = compare(tag, manifest, [name for name in names if name in manifest["files"]])
+    return {
+        "matching": found.matching + compared.matching + len(found.ids),
+        "different": tuple(dict.fromkeys((*found.different, *compared.faults))),
+        "unlisted": tuple(name for name in names if name not in manifest["files"]),
+    }
 
 
 def _inspect_model(
@@ -182,6 +191,8 @@ def _inspect_model(
         raise CheckpointError(f"{names[0]}: no model state of DeepSpeed.")
     if check_client_state is not None:
         check_client_state(state.get(KEY), names[0])
+    if KEY in state and not isinstance(state[KEY], dict):
+        raise CheckpointError(f"{names[0]}: the entry {KEY!r} is {type(state[KEY]).__name__}; it is damaged.")
     if strict and not engine.load_universal_checkpoint():
         check_module(engine.module, state["module"], names[0])
     ids = _ids(state.get(KEY))
@@ -194,8 +205,8 @@ def _inspect_model(
                 "\n  Or load the weights alone with load_optimizer_states=False."
             )
         ids += _inspect_stage0(optimizer, saved, names[0])
-    elif with_optimizer and optimizer is not None and not engine.zero_optimization() and "optimizer" in state:
-        check_stage0(state["optimizer"], optimizer, names[0])
+    elif with_optimizer and optimizer is not None and not engine.zero_optimization():
+        check_stage0(state.get("optimizer"), optimizer, names[0])
     step = state.get("global_steps")
     return step if isinstance(step, int) else None, ids
 
@@ -248,14 +259,13 @@ def _inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, An
         _inspect_universal(engine, Path(load_dir) / tag)
         return []
     path = engine._get_zero_ckpt_name(load_dir, tag)
-    shards = sorted(Path(path).parent.glob("*_optim_states.pt"))
     if not Path(path).is_file():
-        if shards:
-            raise CheckpointError(
-                f"{path}: not there, though {len(shards)} optimizer shards are: another world size or base "
-                f"dtype.\n{UNIVERSAL_CURE}"
-            )
-        return []
+        if engine.zero_nvme_offload_optimizer():
+            return []  # DeepSpeed keeps the states in folders of their own
+        count = len(list(Path(path).parent.glob("*_optim_states.pt")))
+        others = f"{count} optimizer shards are: another world size or base dtype" if count else "no other shard is"
+        cure = f"{UNIVERSAL_CURE}\n  Or load the weights alone with load_optimizer_states=False."
+        raise CheckpointError(f"{path}: not there, and {others}.\n{cure}")
     content = files[path] = _read(engine, path)
     shard = content.get(OPTIMIZER_STATE_DICT) if isinstance(content, dict) else None
     if not isinstance(shard, dict):

@@ -76,7 +76,13 @@ def _loads_as_usual(module: nn.Module) -> bool:
         for name in ("_load_from_state_dict", "load_state_dict", "state_dict", "_save_to_state_dict", "get_extra_state")
     )
     hooks = (module._load_state_dict_pre_hooks, module._state_dict_hooks, module._state_dict_pre_hooks)
-    return same and not any(hooks) and not hasattr(module, "parametrizations")
+    foreign = any(not _is_ours(hook) for one in hooks for hook in one.values())
+    return same and not foreign and not hasattr(module, "parametrizations")
+
+
+def _is_ours(hook: Any) -> bool:
+    """O3's hooks decode weights and rename nothing; torch wraps those that want the module."""
+    return type(getattr(hook, "hook", hook)).__module__.startswith("ds_fp8.")
 
 
 def _few(names: list[str]) -> str:

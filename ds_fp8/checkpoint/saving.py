@@ -62,6 +62,8 @@ def save_checkpoint(
     DeepSpeed does, without a manifest.
     """
     if not save_dir or not _is_done_on_return(engine):
+        if save_dir:  # of an earlier save into this tag
+            (Path(save_dir) / stamp["tag"] / MANIFEST).unlink(missing_ok=True)
         return original(save_dir, tag, client_state or {}, save_latest, *args, **kwargs)
     folder = Path(save_dir) / stamp["tag"]
     # With node-local storage each node has a folder, and a manifest, of its own.

@@ -45,7 +45,7 @@ class Found:
     exists   the folder of the tag is there
     step     optimizer steps of the model file; None where it says nothing, or is not read here
     ids      of the saves that this rank's files come from, without repetition
-    matching how many files of the tag this rank found to be those that its manifest lists
+    matching how many files of the tag this rank found to be those that its manifest lists, and ids of ours in others
     different  the others, each a sentence with the file's name
     unlisted   files that this rank read and that are not in the manifest
     """
@@ -108,11 +108,14 @@ def _compare(everyone: Sequence[Found]) -> None:
 
 
 def _compare_with_manifest(everyone: Sequence[Found]) -> None:
-    """None of the files is in the manifest: a job without ds_fp8 has written over the tag, and the manifest is void."""
+    """None of the files is in the manifest or has an id of ours: a job without ds_fp8 has written over the tag, and the
+    manifest is void.
+    """
     if not any(one.matching for one in everyone):
         return
     faults = [fault for one in everyone for fault in one.different]
     faults += [f"{name}: not of this save, the manifest does not list it" for one in everyone for name in one.unlisted]
+    faults = list(dict.fromkeys(faults))
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(

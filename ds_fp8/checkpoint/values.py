@@ -46,10 +46,10 @@ def is_step(value: Any) -> bool:
 
 
 def is_finite_number(value: Any) -> bool:
-    """A number, or a tensor of one."""
+    """A number, or a tensor of one; a whole number that no tensor could hold is none."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and value.device.type != "meta" and bool(torch.isfinite(value).all())
-    return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < (2**63 if isinstance(value, int) else math.inf)
 
 
 def is_negative(value: Any) -> bool:
@@ -74,7 +74,8 @@ def same_kind(value: Any, own: Any, finite: bool = True) -> bool:
     if isinstance(own, (int, float)) or (isinstance(own, torch.Tensor) and own.numel() == 1):
         if not finite and isinstance(value, float) and math.isinf(value):
             return True
-        return not isinstance(value, bool) and is_finite_number(value)
+        most = MOST_STEPS if isinstance(own, int) else math.inf
+        return not isinstance(value, bool) and is_finite_number(value) and abs(value) < most
     if isinstance(own, str):
         return isinstance(value, str)
     if isinstance(own, (list, tuple)) and len(own):

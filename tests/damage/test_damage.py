@@ -1,0 +1,27 @@
+"""The damage table holds for a part of it: each 40th damage to a checkpoint of one file, and to those of two ranks.
+
+`python tests/damage/run.py` tries all of them in a quarter of an hour or more.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).with_name("run.py")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_damages_are_refused_or_harmless():
+    """No raw error, no engine that a refusal has changed, no rank that hangs, or loads what another one refuses."""
+    trials = ["fp8, stage 0, 1 rank, with manifest", "O2, stage 2, 2 ranks, without", "O3, stage 3, 2 ranks, without"]
+    done = subprocess.run([sys.executable, str(RUN), "--every", "40", *trials], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bad"] == [] and found["damages"] > 60
