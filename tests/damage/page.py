@@ -43,7 +43,7 @@ def page(table: dict[str, dict[str, Any]], target: str) -> str:
             for one in trial["found"]:
                 if one["outcome"] not in ("refused", "harmless") and (one["kind"] == "number") == (kind == "number"):
                     found.setdefault(f"{entry(one)}, {one['outcome']}", []).append(name.rpartition(",")[2].strip())
-        lines += [f"{title}: {'none.' if not found else ''}", ""]
+        lines += [f"{title}:{'' if found else ' none.'}", ""]
         lines += [f"- {what} ({', '.join(sorted(set(where)))})" for what, where in sorted(found.items())]
         lines += [""] * bool(found)
     return "\n".join(lines)
