@@ -2,9 +2,10 @@
 
 Methods of the class are replaced, not names of modules: whoever imported `DeepSpeedEngine` or `deepspeed.initialize`
 before us (Accelerate, the HF Trainer) meets the wrapper all the same, and PipelineEngine and the hybrid engine inherit
-it. They run while an engine is being built. What an attached engine needs later (step, checkpoints) hangs on that
-one engine (`Attachment.hook`), so `deactivate()` leaves running engines complete, and an engine without our
-sections runs DeepSpeed's own code in every step.
+it; constructors of subclasses are wrapped as the base's is (`constructors.py`). They run while an engine is being
+built. What an attached engine needs later (step, checkpoints) hangs on that one engine (`Attachment.hook`), so
+`deactivate()` leaves running engines complete, and an engine without our sections runs DeepSpeed's own code in every
+step.
 
 When DeepSpeed lacks one of them, another wrapper of the constructor stands alone: a job that asks for FP8 is refused,
 every other job runs.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..zero.touched import touched
+from . import constructors
 
 TOUCHED = {
     "Engine": touched(overrides="_configure_distributed_model _configure_optimizer", reads="config"),
@@ -25,6 +27,9 @@ TOUCHED = {
 
 ORIGINAL = "ds_fp8_original"
 """Attribute of a wrapper: the function that DeepSpeed defined."""
+
+BUILDING = "ds_fp8_building"
+"""Set on an engine while its constructor runs."""
 
 MET = "ds_fp8_met"
 """Set on an engine whose JSON we have been asked about."""
@@ -72,7 +77,13 @@ def _configure_optimizer(original: Callable, engine: Any, client_optimizer: Any,
 
 
 def _init(original: Callable, engine: Any, *args: Any, **kwargs: Any) -> None:
-    """Whatever ends the constructor, ours or the user's own: the model is as it was, and may be tried again."""
+    """Whatever ends the constructor, ours or the user's own: the model is as it was, and may be tried again. The
+    constructor of a subclass calls its base's: the outermost decides.
+    """
+    if BUILDING in engine.__dict__:
+        original(engine, *args, **kwargs)
+        return
+    engine.__dict__[BUILDING] = True
     try:
         original(engine, *args, **kwargs)
     except BaseException:
@@ -80,6 +91,8 @@ def _init(original: Callable, engine: Any, *args: Any, **kwargs: Any) -> None:
 
         undo(engine)
         raise
+    finally:
+        engine.__dict__.pop(BUILDING, None)
     from .unbuilt import built
 
     built(engine)
@@ -124,6 +137,8 @@ def install(engine_class: type | None = None) -> bool:
             original = getattr(found, ORIGINAL, found)  # this module may have been reloaded: never wrap a wrapper
             _originals[name] = original
             setattr(engine_class, name, _method(wrapper, original))
+        if complete:
+            constructors.wrap(engine_class, functools.partial(_method, _init), ORIGINAL)
     return True
 
 
@@ -143,6 +158,7 @@ def restore() -> None:
         for name, original in _originals.items():
             setattr(_engine_class, name, original)
         _originals.clear()
+        constructors.restore()
         _engine_class = None
 
 

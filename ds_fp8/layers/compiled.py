@@ -37,6 +37,7 @@ from ..recipe import RECIPES
 from .anchors import layer_state_of
 from .compiled_products import Carried, carries_rows, multiplies_transposed, run_backward, run_forward
 from .layer_state import LayerFp8State
+from .products import refuse_second_derivative
 from .recipes import scaling_of
 
 TRAINING, GRAD = 1, 2
@@ -219,13 +220,18 @@ def _backward(
     grad_output: Any, x: Any, weight: Any, bias: Any, quantized_input: Any, scale_inv: Any, quantized_weight: Any,
     anchor: Any, k: int, flags: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    layer_state = layer_state_of(anchor)
+    if grad_output.requires_grad:
+        # A debugging backend (`eager`): Dynamo turns gradients off in here, so torch would leave this layer out of a
+        # second derivative. Where AOTAutograd has made the backward, torch itself refuses.
+        refuse_second_derivative(layer_state, asked=True)
     found = run_backward(
         grad_output,
         x,
         weight,
         bias,
         Carried(quantized_input, scale_inv, quantized_weight),
-        layer_state_of(anchor),
+        layer_state,
         training=bool(flags & TRAINING),
         needs=(bool(flags & DGRAD), bool(flags & WGRAD), bool(flags & BGRAD)),
     )

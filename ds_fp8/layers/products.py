@@ -11,6 +11,7 @@ sum of grad_output in high precision.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -86,14 +87,20 @@ def as_shape(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return rows if rows.shape == shape else torch.ops.aten._unsafe_view.default(rows, shape)
 
 
-def refuse_second_derivative(layer_state: LayerFp8State) -> None:
-    """In a backward: raises LayerError where its own derivative is wanted."""
-    if torch.is_grad_enabled():
+def refuse_second_derivative(layer_state: LayerFp8State, *, asked: bool = False) -> None:
+    """In a backward: raises LayerError where its own derivative is wanted (`asked`, or gradients are on). Compiled
+    autograd, which differentiates once, runs what it has captured with gradients on.
+    """
+    if (asked or torch.is_grad_enabled()) and not _is_in_compiled_autograd():
         raise LayerError(
             f"{layer_state.fqn}: a second derivative was asked for (create_graph=True), but FP8 casts have none.\n"
             f'  Exclude this layer, fp8/layers/exclude ["{layer_state.fqn}"], or compute the penalty in eval mode,'
             " where layers are in high precision, or differentiate once."
         )
+
+
+def _is_in_compiled_autograd() -> bool:
+    return getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
 
 
 def forward_products(

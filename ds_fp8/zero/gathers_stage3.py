@@ -168,7 +168,7 @@ class QuantizedGathers:
         def all_gather(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
             for one in [param] if param_list is None else param_list:
                 if weights_released.is_released(one):
-                    weights_released.take_back(one)
+                    weights_released.take_back_blank(one)
                     one.ds_status = ZeroParamStatus.NOT_AVAILABLE
             return original(param_list, *args, **kwargs)
 
@@ -187,7 +187,7 @@ class QuantizedGathers:
             for owner, of_owner in written.values():
                 owner.fp8_before_update(of_owner)
             for one in listed:
-                weights_released.take_back(one)
+                weights_released.take_back_blank(one)
             result = original(param_list, hierarchy, has_been_updated, **kwargs)
             for chunk in chunks:
                 chunk.let_go()

@@ -11,15 +11,14 @@ object, has the class `ReleasedWeight` for as long as it is released:
     the rest  shape, dtype, device, grad, hooks: the Parameter's own
 
 `.data`, `.detach()` and views of them are `DecodedWeight`: built-in values that refuse to be written to. Copies and
-pickles are unmodified. The memory behind the Parameter itself is one NaN: what goes past torch's dispatch
-(`__torch_function__`), as an extension in C++ may, reads that. (No memory at all would end the process: torch 2.13 does
-not look before it reads.) Transforms of torch.func go past it too: see `weights_wrapped.py`.
+pickles are unmodified. The memory behind the Parameter itself is one NaN that gives no address to what goes past
+torch's dispatch (`__torch_function__`), as an extension in C++ may: see `blank_memory.py`. Transforms of torch.func go
+past it too: see `weights_wrapped.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from torch import Tensor
 from ..errors import WeightError
 from ..layers import QuantizedWeight
 from ..layers.once import once_for_each
+from .blank_memory import blank, guarded
 from .tensor_functions import ADDRESS, GET_DATA, LAYOUT, OWN, SET_DATA, written_by
 
 SOURCE = "_ds_fp8_source"
@@ -55,6 +55,14 @@ class Source:
     def __init__(self, name: str, quantized: QuantizedWeight):
         self.name, self.quantized = name, quantized
         self.kept: Tensor | None = None
+
+    @property
+    def unread(self) -> str:
+        """What code in C++ is told that asks for the Parameter's address."""
+        return (
+            f"{self.name} was asked for its address by a function of an extension, but {self.because}."
+            f"\n  Give it {self.name}.detach(), which has the values, or {self.keep_16.format(name=self.name)}."
+        )
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`, new memory."""
@@ -154,21 +162,15 @@ def is_released(param: Any) -> bool:
     return isinstance(param, Released)
 
 
-@functools.cache
-def _blank(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One NaN, the memory behind every released Parameter."""
-    return torch.full((1,), torch.nan, dtype=dtype, device=device)
-
-
 def release(param: Any, dtype: torch.dtype, device: torch.device, shape: Sequence[int], source: Source) -> None:
     """Give the memory of `param` up; readers get `source`. Again for new data of a weight that is released already."""
     if is_released(param):
         if param.__dict__[SOURCE].kept is not None:  # `give_memory`
             with raw():
-                param.data = _blank(dtype, device).expand(tuple(shape))
+                param.data = guarded(dtype, device, shape, source.unread)
         param.__dict__[SOURCE] = source
         return
-    param.data = _blank(dtype, device).expand(tuple(shape))
+    param.data = guarded(dtype, device, shape, source.unread)
     param.__dict__[SOURCE] = source
     param.__class__ = _released_class(type(param))
 
@@ -186,6 +188,13 @@ def take_back(param: Any) -> None:
     if is_released(param):
         param.__class__ = type(param).__mro__[2]
         del param.__dict__[SOURCE]
+
+
+def take_back_blank(param: Any) -> None:
+    """The same for a caller that passes it on to DeepSpeed, which asks what it frees for its address."""
+    if is_released(param):
+        take_back(param)
+        param.data = blank(param.dtype, param.device, param.shape)
 
 
 def as_tensor(tensor: Tensor) -> Tensor:

@@ -329,6 +329,59 @@ def interrupted(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     return {"finite": True}
 
 
+def make_subclass(by: str, settings: dict[str, Any], model: nn.Module) -> Any:
+    """An engine of a subclass whose own constructor fails when DeepSpeedEngine's has done its work.
+
+    by  "pipeline": a JSON that PipelineEngine refuses; "hybrid": a container that cannot be made; "own": a script's
+        class, defined after the plugin was activated
+    """
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    if by == "pipeline":
+        settings["pipeline"] = {"pipe_partitioned": "nonsense"}
+        layers = [*model.blocks, model.head]
+        model = PipelineModule(layers, num_stages=1, loss_fn=lambda output, label: output.float().pow(2).mean())
+        return make_engine(settings, model)
+    if by == "hybrid":
+        settings["hybrid_engine"] = {"enabled": True}
+        create = deepspeed.DeepSpeedHybridEngine.create_inference_module
+        deepspeed.DeepSpeedHybridEngine.create_inference_module = interrupt
+        try:
+            return make_engine(settings, model)
+        finally:
+            deepspeed.DeepSpeedHybridEngine.create_inference_module = create
+
+    class Own(deepspeed.DeepSpeedEngine):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            interrupt(self)
+
+    return Own(
+        None, model, model_parameters=model.parameters(), config=settings, config_class=DeepSpeedConfig(settings)
+    )
+
+
+def refused_by_subclass(rank: int, world_size: int, mode: str, stage: int, by: str) -> dict[str, Any]:
+    """As `refused`, where the base class' constructor has succeeded."""
+    torch.manual_seed(0)
+    model, found = Net(), {}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with quiet():
+        try:
+            make_subclass(by, sections(mode, stage), model)
+        except BaseException as error:  # noqa: BLE001
+            found["error"] = f"{type(error).__name__}: {error}"
+        found["clean"] = is_clean(model) and not any(
+            hooks for each in model.modules() for hooks in (each._forward_hooks, each._forward_pre_hooks)
+        )
+        found["losses"], found["fresh"] = (
+            continued(each, mode, stage, rank) for each in (model, fresh(weights, model.head.weight.dtype))
+        )
+    return found
+
+
 def several(rank: int, world_size: int, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
     import ds_fp8
 

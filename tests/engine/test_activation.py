@@ -72,12 +72,15 @@ def test_deactivate_restores_the_very_same_functions():
     engine_class = deepspeed.DeepSpeedEngine
     ds_fp8.deactivate()
     theirs = {name: engine_class.__dict__[name] for name in patches.WRAPPERS}
+    pipeline = vars(deepspeed.PipelineEngine)["__init__"]
     ds_fp8.activate()
     try:
+        assert vars(deepspeed.PipelineEngine)["__init__"] is not pipeline
         assert all(engine_class.__dict__[name] is not theirs[name] for name in theirs)
         ds_fp8.activate()  # twice is once
         ds_fp8.deactivate()
         assert {name: engine_class.__dict__[name] for name in theirs} == theirs
+        assert vars(deepspeed.PipelineEngine)["__init__"] is pipeline and "__init_subclass__" not in vars(engine_class)
         assert not ds_fp8.is_active()
     finally:
         ds_fp8.activate()

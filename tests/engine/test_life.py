@@ -65,6 +65,17 @@ def test_a_refused_job_leaves_the_model_as_it_was():
             assert found["losses"] == found["fresh"], call
 
 
+def test_a_subclass_that_fails_leaves_the_model_as_it_was():
+    """PipelineEngine, the hybrid engine and a script's own class go on after the constructor that swaps layers."""
+    calls = [("refused_by_subclass", mode, stage, by) for mode, stage, by in
+             (("fp8", 1, "pipeline"), ("O3", 1, "pipeline"), ("O3", 2, "hybrid"), ("fp8", 3, "hybrid"),
+              ("fp8", 0, "own"), ("O3", 3, "own"))]  # fmt: skip
+    for call, results in zip(calls, together(*calls)):
+        for found in results:
+            assert ("AssertionError" if call[-1] == "pipeline" else "KeyboardInterrupt: nonsense") in found["error"]
+            assert found["clean"] and found["losses"] == found["fresh"], call
+
+
 def test_one_model_through_engines_of_every_kind():
     """fp8, O2, block, O1, none, current, O3, none: each starts anew by its own JSON, as on a model never swapped.
 

@@ -7,6 +7,7 @@ output to the rounding of bf16.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from typing import Any
@@ -297,11 +298,30 @@ def test_inductor_fuses_around_the_layers():
     assert COUNTERS["stats"]["unique_graphs"] == 1
 
 
-def test_a_second_derivative_is_refused():
-    """By torch, which differentiates a compiled graph itself, and once."""
+@pytest.mark.parametrize(
+    ("backend", "says"), [("aot_eager", "double backward"), ("eager", r"a second derivative.*layers/exclude")]
+)
+def test_a_second_derivative_is_refused(backend, says):
+    """By torch, which differentiates a compiled graph itself, and once; else by the layer's name."""
     model = Mlp()
     swapped(model, Recipe())
     x = torch.randn(16, 32, requires_grad=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradient = torch.autograd.grad(torch.compile(model, backend="aot_eager")(x).sum(), x, create_graph=True)[0]
+    compiled = torch.compile(model, backend=backend)
+    with pytest.raises(RuntimeError, match=f"(?s){says}"):
+        gradient = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)[0]
         gradient.pow(2).sum().backward()
+
+
+def test_compiled_autograd_is_no_second_derivative():
+    """torch runs a captured backward with gradients on: the first derivative is the eager one's."""
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model, x = Mlp(), torch.randn(16, 32)
+        swapped(model, Recipe())
+        loss = torch.compile(model, backend="eager")(x).pow(2).sum()
+        enable = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+        with enable if captured else contextlib.nullcontext():
+            loss.backward()
+        found.append([param.grad for param in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
