@@ -202,3 +202,19 @@ def test_only_its_own_module_asks_for_a_recipes_name():
                 if asked & set(RECIPES) and "scale_extent" not in ast.unparse(node):  # `block` is an extent, too
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
     assert not found
+
+
+def test_new_tensors_name_their_dtype():
+    """A script may set another default (`torch.set_default_dtype`): a buffer that a kernel fills as fp32 would be half
+    as long.
+    """
+    makers = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
+    nameless = []
+    for file in FILES:
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            made_by_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+            if made_by_torch and call.func.attr in makers and not {"dtype", None} & {key.arg for key in call.keywords}:
+                nameless.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+    assert not nameless

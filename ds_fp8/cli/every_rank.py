@@ -142,7 +142,7 @@ def _reduce(store: Any, rank: int, world_size: int, local_rank: int, within_s: f
             world_size=world_size,
             timeout=timedelta(seconds=within_s),
         )
-        ones = torch.ones(NUMEL, device=device)
+        ones = torch.ones(NUMEL, dtype=torch.float32, device=device)
         dist.all_reduce(ones)
         right = bool((ones == world_size).all())
         dist.destroy_process_group()

@@ -96,7 +96,7 @@ class NonFiniteGuard:
     def _exchange(self, flag: torch.Tensor | None) -> torch.Tensor:
         import deepspeed.comm as dist
 
-        own = torch.zeros((), device=self.engine.device) if flag is None else flag.float()
+        own = torch.zeros((), dtype=torch.float32, device=self.engine.device) if flag is None else flag.float()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(own, op=dist.ReduceOp.MAX)
         return own > 0

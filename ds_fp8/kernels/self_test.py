@@ -56,7 +56,7 @@ def _equal(found: Tensor, wanted: Tensor) -> bool:
 def numbers(seed: int, numel: int = NUMEL) -> Tensor:
     """fp32 [numel]: 24 binades, a block of zeros."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(numel, generator=generator)
+    x = torch.randn(numel, generator=generator, dtype=torch.float32)
     x = x * torch.exp2(torch.randint(-12, 12, (numel,), generator=generator).float())
     x[128:256] = 0
     return x

@@ -41,7 +41,7 @@ def match_state(
     total = len(fp8_state.names)
     new_columns = new_forward + [2 * total + new for new in new_backward]
     old_columns = old_forward + [2 * count + old for old in old_backward]
-    scales, pending = torch.ones(3 * total), torch.zeros(3 * total)
+    scales, pending = torch.ones(3 * total, dtype=torch.float32), torch.zeros(3 * total, dtype=torch.float32)
     known = torch.zeros(3 * total, dtype=torch.bool)
     scales[new_columns] = state["scales"][old_columns]
     known[new_columns] = _known(state)[old_columns]
@@ -57,7 +57,7 @@ def match_state(
         ("forward_history", 2 * total, new_forward, old_forward),
         ("backward_history", total, new_backward, old_backward),
     ):
-        tensors[key] = torch.zeros(length, columns)
+        tensors[key] = torch.zeros(length, columns, dtype=torch.float32)
         history = state[key][:, old]
         if not fp8_state.exact:  # written when infinities were remembered
             history = torch.where(torch.isfinite(history), history, 0.0)
@@ -76,7 +76,7 @@ def _known(state: dict[str, Any]) -> torch.Tensor:
 def _newest(history: torch.Tensor, length: int) -> torch.Tensor:
     """A history of another length: row 0 is the open slot, the newest amax is the last row."""
     kept = history[1:][-(length - 1) :] if length > 1 else history[:0]
-    return torch.cat([torch.zeros(length - kept.shape[0], history.shape[1]), kept])
+    return torch.cat([torch.zeros(length - kept.shape[0], history.shape[1], dtype=torch.float32), kept])
 
 
 def _check(state: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def table(device: torch.device | str = "cpu") -> torch.Tensor:
     positive = values[1:127]
     logs = log2(divide(positive, E4M3.max))
     rows = torch.arange(256, dtype=torch.float32).clamp(min=MIN_EXPANSION)
-    result = torch.zeros(256, 128)
+    result = torch.zeros(256, 128, dtype=torch.float32)
     result[:, 1:127] = E4M3.max * exp2(logs[None, :] * (EXPANSION_UNIT / rows)[:, None])
     result[:, 127] = torch.nan
     return result.to(device)

@@ -108,7 +108,9 @@ def new_state(format: str, numel: int, device: torch.device | str) -> StateStora
     return StateStorage(
         format,
         torch.zeros(numel, dtype=codec.dtype, device=device),
-        torch.full((blocks,), flat.SMALLEST_SCALE_INV, device=device) if "scale_inv" in codec.fields else None,
+        torch.full((blocks,), flat.SMALLEST_SCALE_INV, dtype=torch.float32, device=device)
+        if "scale_inv" in codec.fields
+        else None,
         torch.full((blocks,), expansion.MAX_EXPANSION, dtype=torch.uint8, device=device)
         if "expansion" in codec.fields
         else None,

@@ -65,8 +65,8 @@ def rms_norm_of(module: nn.Module) -> RmsNorm | None:
 def _computes(module: nn.Module, rule: RmsNorm, size: int) -> bool:
     """Whether the forward of `module` is `rule`, in fp32 to its rounding; and keeps the dtype of a bf16 input."""
     generator = torch.Generator("cpu").manual_seed(0)
-    rows = torch.randn(ROWS, size, generator=generator, device="cpu")
-    weight = torch.rand(size, generator=generator, device="cpu") + 0.5
+    rows = torch.randn(ROWS, size, generator=generator, dtype=torch.float32, device="cpu")
+    weight = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") + 0.5
     scale = weight + 1 if rule.adds_one else weight
     try:
         for x in (rows, rows * rule.eps**0.5):

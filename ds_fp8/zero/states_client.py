@@ -60,7 +60,10 @@ class ClientStates:
             steps = [self.states[param]["step"] for param in wrapper.fp8_params(index) if param in self.states]
             if not steps:
                 continue
-            flats = {moment: torch.zeros(master.numel(), device=master.device) for moment in wrapper.optimizer.moments}
+            flats = {
+                moment: torch.zeros(master.numel(), dtype=torch.float32, device=master.device)
+                for moment in wrapper.optimizer.moments
+            }
             for fragment in fragments:
                 for moment, flat in flats.items():
                     whole = self.states[fragment.param][moment].reshape(-1)
@@ -103,7 +106,11 @@ def _check_ranks(params: list[Tensor], states: dict[Tensor, dict[str, Any]], nam
     """A state that one rank has and another has not would be a hole in the middle of a parameter."""
     if not params:
         return
-    steps = torch.tensor([states[param]["step"] if param in states else -1 for param in params], device=engine.device)
+    steps = torch.tensor(
+        [states[param]["step"] if param in states else -1 for param in params],
+        dtype=torch.float32,
+        device=engine.device,
+    )
     lowest, highest = steps.clone(), steps.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=engine.seq_data_parallel_group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.seq_data_parallel_group)

@@ -90,7 +90,7 @@ def fp32_state(exported: dict[str, Any], *, torch_step: bool) -> dict[str, Any]:
         return {}
     moments = {key: exported[key].to("cpu", torch.float32) for key in MOMENTS if key in exported}
     step = int(exported["step"])
-    return {"step": torch.tensor(float(step)) if torch_step else step, **moments}
+    return {"step": torch.tensor(float(step), dtype=torch.float32) if torch_step else step, **moments}
 
 
 def check_moments(loaded: dict[str, Any], optimizer: Any) -> None:

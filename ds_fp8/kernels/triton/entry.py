@@ -92,7 +92,7 @@ def quantize_1x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
         return NotImplemented
     quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
     rows = x.reshape(-1, x.shape[-1])
-    scale_inv = torch.empty(rows.shape[0], blocks_of(x.shape[-1]), device=x.device)
+    scale_inv = torch.empty(rows.shape[0], blocks_of(x.shape[-1]), dtype=torch.float32, device=x.device)
     blocks.quantize_groups(rows, fmt, (quantized.view(rows.shape), scale_inv), None, power_of_two)
     return quantized, scale_inv.view(*x.shape[:-1], -1)
 
@@ -102,7 +102,7 @@ def quantize_128x128(x: torch.Tensor, fmt: Format, power_of_two: bool) -> Any:
     if x.dtype not in FLOATS or x.dim() != 2 or fmt.name not in _FORMATS:
         return NotImplemented
     quantized = torch.empty(x.shape, dtype=torch_dtype(fmt), device=x.device)
-    scale_inv = torch.empty(blocks_of(x.shape[0]), blocks_of(x.shape[1]), device=x.device)
+    scale_inv = torch.empty(blocks_of(x.shape[0]), blocks_of(x.shape[1]), dtype=torch.float32, device=x.device)
     blocks.quantize_tiles(x, fmt, (quantized, scale_inv), power_of_two)
     return quantized, scale_inv
 
@@ -118,7 +118,9 @@ def flat_encode(x: torch.Tensor, fmt: Format, rounding: Stochastic | None, best_
 
 
 def _new_quantized(numel: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(numel, dtype=torch.uint8, device=device), torch.empty(blocks_of(numel), device=device)
+    return torch.empty(numel, dtype=torch.uint8, device=device), torch.empty(
+        blocks_of(numel), dtype=torch.float32, device=device
+    )
 
 
 def flat_decode(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, out: torch.Tensor | None,

@@ -82,5 +82,5 @@ def _table(rows: tuple[tuple[int, int, int], ...], device: torch.device) -> tupl
     programs = [-(-numel // ELEMENTS) for _, _, numel in rows]
     starts = [sum(programs[:number]) for number in range(len(rows))]
     table = torch.tensor([(*row, start) for row, start in zip(rows, starts, strict=True)], dtype=torch.int64)
-    owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+    owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(programs, dtype=torch.int64))
     return table.to(device), owners.to(device)

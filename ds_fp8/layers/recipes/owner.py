@@ -52,7 +52,7 @@ def measure_tensors(segments: Sequence[Segment], owners: Sequence[int], amaxes: 
         amaxes.copy_(found)
         return
     if len(owners) > MANY:
-        amaxes.scatter_reduce_(0, torch.tensor(owners, device=amaxes.device), found, "amax")
+        amaxes.scatter_reduce_(0, torch.tensor(owners, dtype=torch.int64, device=amaxes.device), found, "amax")
         return
     per_weight = amaxes.split(1)
     for owner, amax in zip(owners, found.split(1), strict=True):

@@ -212,11 +212,14 @@ def gradients_of_weights(make: Any, rank: int) -> Any:
 
 @script()
 def another_default_dtype(make: Any, rank: int) -> Any:
+    """In the middle of a run; and around all of it, as scripts do that make their model in bf16."""
     engine = make()
     found = train(engine, range(2))
-    torch.set_default_dtype(torch.float64)
     try:
+        torch.set_default_dtype(torch.float64)
         found += train(engine, range(2, 4))
+        torch.set_default_dtype(torch.bfloat16)
+        found += train(make(), range(2))
     finally:
         torch.set_default_dtype(torch.float32)
     return found
