@@ -127,6 +127,9 @@ class Released:
                 return func(*args, **(kwargs or {}))
         return _call(func, args, kwargs or {})
 
+    def as_subclass(self: Any, cls: type) -> Any:  # C++, which asks no dispatch
+        return _decoded(self, {}).as_subclass(cls)
+
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         memo[id(self)] = copied = torch.nn.Parameter(values_of(self), self.requires_grad)
         return copied

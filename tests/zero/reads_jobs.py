@@ -90,6 +90,7 @@ def reads(weight: Any) -> dict[str, torch.Tensor]:
         "slices": torch.cat([weight[:5], weight[5:]]),
         "numpy": torch.from_numpy(weight.detach().float().numpy()),
         "vector": nn.utils.parameters_to_vector([weight]).view(weight.shape),
+        "as_subclass": weight.as_subclass(torch.Tensor),
         "foreach": torch._foreach_mul([weight], 1.0)[0],
         "matmul": torch.eye(weight.shape[0], dtype=weight.dtype) @ weight,
         "out": torch.mul(weight.detach(), 1.0, out=torch.empty_like(weight)),
