@@ -217,4 +217,4 @@ def test_new_tensors_name_their_dtype():
             made_by_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
             if made_by_torch and call.func.attr in makers and not {"dtype", None} & {key.arg for key in call.keywords}:
                 nameless.append(f"{file.relative_to(ROOT)}:{call.lineno}")
-    assert not nameless
+    assert not nameless, "dtype=... is missing"

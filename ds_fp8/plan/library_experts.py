@@ -18,7 +18,9 @@ from ..experts import Registration
 def _llama4(module: Any, linear: Callable[..., torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
     """hidden_states [experts * tokens, hidden], all tokens for one expert after the other -> the same shape."""
     rows = hidden_states.reshape(-1, module.hidden_size)
-    counts = torch.full((module.num_experts,), rows.shape[0] // module.num_experts, device=rows.device)
+    counts = torch.full(
+        (module.num_experts,), rows.shape[0] // module.num_experts, dtype=torch.int64, device=rows.device
+    )
     gate, up = linear("gate_up_proj", rows, counts).chunk(2, dim=-1)
     return linear("down_proj", up * module.act_fn(gate), counts)
 
@@ -27,7 +29,7 @@ def _jetmoe(
     module: Any, linear: Callable[..., torch.Tensor], inputs: torch.Tensor, expert_size: list[int]
 ) -> torch.Tensor:
     """inputs [rows, in], sorted by expert, and the rows of each -> [rows, out]."""
-    return linear("weight", inputs, torch.tensor(expert_size, device=inputs.device))
+    return linear("weight", inputs, torch.tensor(expert_size, dtype=torch.int64, device=inputs.device))
 
 
 KNOWN = {
