@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     if best is None:
         if found or named is not None:
             print(f"ds_fp8 latest: {options.folder}: no complete checkpoint", file=sys.stderr)
+        elif not Path(options.folder).is_dir():
+            print(f"ds_fp8 latest: {options.folder}: no such folder yet, so nothing to resume from", file=sys.stderr)
         return int(bool(found))
     if named != best.tag:
         said = (
