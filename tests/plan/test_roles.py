@@ -257,6 +257,24 @@ def test_a_linear_may_hold_another_one():
     assert set(find_roles(model)) >= {"lm_head", "lm_head.additional_fc"}
 
 
+def test_a_linear_that_holds_the_linear_it_adapts():
+    """PEFT's RandLoRA is an nn.Linear around the model's own; looking for routers above that ended in a KeyError."""
+
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(32, 32)
+            self.base_layer = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.base_layer(x) + x
+
+    model = nn.Sequential(Adapted(), nn.Linear(32, 32))
+    assert find_roles(model) == {}
+    swapped = {decision.fqn for decision in make_plan(model, settings(), host=Host()).modules if decision.is_swap}
+    assert swapped == {"0.base_layer", "1"}
+    assert find_roles(Adapted()) == {}
+
+
 def test_a_layer_whose_mixer_multiplies_by_its_weight_is_kept_and_named():
     """Mamba-1's `dt_proj` is never called: converted, it would count as FP8 and run in none."""
 
