@@ -15,7 +15,7 @@ from . import contract
 from .other_words import SCHEDULES
 from .positions import Path
 from .suggest import did_you_mean
-from .values import kind_of, show
+from .values import show, shown_with_kind
 
 Found = Iterator[tuple[Path, str]]
 
@@ -135,7 +135,7 @@ def _value(key: str, value: Any, kind: str) -> str | None:
     if kind == "code":
         return "takes Python code, which JSON cannot hold; make this schedule in the script and pass it to initialize()"
     if not _is(value, kind):
-        return f"{show(value)} is {kind_of(value)}, expected {WANTED[kind]}{_cure(key, value, kind)}"
+        return f"{shown_with_kind(value)}, expected {WANTED[kind]}{_cure(key, value, kind)}"
     if key in NOT_NEGATIVE and isinstance(value, (int, float)) and value < 0:
         return f"{show(value)} is negative"
     if key == "betas" and (len(value) < 2 or not all(0 <= beta < 1 for beta in value)):

@@ -15,7 +15,7 @@ from . import contract
 from .other_words import CURES, MOVED, SYNONYMS, VALUES
 from .positions import Path
 from .suggest import closest, did_you_mean, level_spelling
-from .values import kind_of, show
+from .values import show, shown_with_kind
 
 Messages = Iterator[tuple[Path, str]]
 
@@ -45,6 +45,8 @@ def unknown_key(key: str, path: Path, known: dict[str, Any]) -> str:
         return MOVED[section, key]
     if guess := SYNONYMS[key] if SYNONYMS.get(key) in known else closest(key, known):
         return f"unknown key; did you mean '{guess}'?"
+    if key == "enabled" and len(path) > 1:
+        return "unknown key here; what this object sets is on where it stands, so leave 'enabled' out"
     ours = not section or section in contract.SECTIONS
     for other in (*INNER, *contract.SECTIONS) if ours else ():
         home = f"{section}/{other}" if other in INNER else other
@@ -100,7 +102,7 @@ def _choices(error: Any) -> list[str]:
 
 def _type(error: Any, path: Path) -> Messages:
     value, wanted = error.instance, _wanted(error.schema)
-    yield path, f"{show(value)} is {kind_of(value)}, expected {wanted}{_unquote(value, error.schema)}"
+    yield path, f"{shown_with_kind(value)}, expected {wanted}{_unquote(value, error.schema)}"
 
 
 def _pattern(error: Any, path: Path) -> Messages:

@@ -24,6 +24,11 @@ def kind_of(value: Any) -> str:
     return next((name for kind, name in _KINDS if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
+def shown_with_kind(value: Any) -> str:
+    """The value and its kind: 3 is a number; null is only called so once."""
+    return "is null" if value is None else f"{show(value)} is {kind_of(value)}"
+
+
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "a boolean"),  # before numbers: bool is an int
     ((int, float), "a number"),
