@@ -120,8 +120,20 @@ def test_a_tag_written_over_by_a_job_without_the_plugin(saved):
     ones.
     """
     for number, name in enumerate((shard(0), shard(1), MODEL)):
-        edit(saved / "b" / name, lambda content: content.update(more="x"))
+        edit(saved / "b" / name, without_our_entries)
         assert look(saved / "b").complete == (number == 2), "files of two saves, until the last one is written"
+
+
+def without_our_entries(content):
+    content.pop("ds_fp8", None)
+    content.get("optimizer_state_dict", {}).pop("ds_fp8", None)
+
+
+def test_a_tag_whose_files_were_all_saved_anew_is_not_the_one_of_its_manifest(saved):
+    """They name a save of ours: no job without ds_fp8 has written them."""
+    for name in (shard(0), shard(1), MODEL):
+        edit(saved / "b" / name, lambda content: content.update(more="x"))
+    assert not look(saved / "b").complete
 
 
 @pytest.mark.parametrize("level", ["O3", "plain"])
