@@ -18,7 +18,7 @@ from torch import nn
 from ..recipe import RECIPE_KINDS
 from .expert_rules import rule_of
 from .known_norms import rms_norm_of
-from .shapes import DENSE, LAYER_TYPES, layer_type, shape_of
+from .shapes import DENSE, LAYER_TYPES, is_around_another, layer_type, shape_of
 
 if TYPE_CHECKING:
     from .roles import Role
@@ -85,9 +85,13 @@ def kind_of(module: nn.Module, *, library_norms: bool = False) -> str | None:
 
 
 def computed_weight(candidate: CandidateModule) -> str | None:
-    """weight_norm, spectral_norm and parametrizations compute the weight anew in each forward: nothing to convert."""
+    """weight_norm, spectral_norm and parametrizations compute the weight anew in each forward, and adapters that are a
+    Linear have none: nothing to convert.
+    """
     if hasattr(candidate.module, "parametrizations"):
         return "its weight is parametrized"
+    if is_around_another(candidate.module):
+        return "it has no weight of its own, base_layer inside multiplies"
     if candidate.kind in MATRICES and candidate.weight is None:
         return "its weight is computed by a hook (weight_norm or the like)"
     return None

@@ -31,7 +31,7 @@ from .expert_speed import NONE, parts_of
 from .experts_found import stacked, visited
 from .roles import CLASSIFIERS, ROUTER_CLASS, STEP_SIZE, find_roles
 from .scans import scans
-from .shapes import matrix_of, shape_of
+from .shapes import is_around_another, matrix_of, shape_of
 
 NO_PRODUCT = re.compile(r"pos|embed|token|mask|bias|scale|table|gamma|beta|norm|^A_log|sink|magnitude", re.IGNORECASE)
 """Names of parameters that are added, looked up or multiplied by element."""
@@ -89,6 +89,8 @@ class _Counter:
             weight = module._parameters.get("weight")
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 self._know(module)
+            elif is_around_another(module):
+                continue
             elif isinstance(module, nn.modules.conv._ConvNd):
                 self._know(module)
                 macs = module.out_channels * module.in_channels // module.groups * math.prod(module.kernel_size)

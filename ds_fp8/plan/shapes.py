@@ -74,3 +74,9 @@ def matrix_of(module: nn.Module) -> tuple[int, int] | None:
         return shape if len(shape) == 2 else None  # type: ignore[return-value]
     inner = getattr(module, "base_layer", None)
     return matrix_of(inner) if isinstance(inner, nn.Module) else None
+
+
+def is_around_another(module: nn.Module) -> bool:
+    """An nn.Linear without a weight, around the one that multiplies: PEFT's RandLoRA."""
+    own = module._parameters.get("weight")
+    return isinstance(module, nn.Linear) and own is None and isinstance(module._modules.get("base_layer"), nn.Module)

@@ -263,15 +263,24 @@ def test_a_linear_that_holds_the_linear_it_adapts():
     class Adapted(nn.Linear):
         def __init__(self) -> None:
             super().__init__(32, 32)
+            self._parameters.pop("weight")
             self.base_layer = nn.Linear(32, 32)
+
+        @property
+        def weight(self):
+            return self.base_layer.weight
 
         def forward(self, x):
             return self.base_layer(x) + x
 
     model = nn.Sequential(Adapted(), nn.Linear(32, 32))
     assert find_roles(model) == {}
-    swapped = {decision.fqn for decision in make_plan(model, settings(), host=Host()).modules if decision.is_swap}
-    assert swapped == {"0.base_layer", "1"}
+    plan = make_plan(model, settings(), host=Host())
+    assert {decision.fqn for decision in plan.modules if decision.is_swap} == {"0.base_layer", "1"}
+    assert [reason for fqn, reason in ((each.fqn, each.reason) for each in plan.modules) if fqn == "0"] == [
+        "it has no weight of its own, base_layer inside multiplies"
+    ]
+    assert all(product.fp8 for product in plan.products), "the outer one was counted as a product beside the inner one"
     assert find_roles(Adapted()) == {}
 
 
