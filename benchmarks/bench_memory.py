@@ -88,7 +88,7 @@ def storages() -> dict[int, int]:
         for candidate in gc.get_objects():
             if isinstance(candidate, torch.Tensor) and candidate.device.type == "cpu":
                 storage = candidate.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
+                found[storage._cdata] = storage.nbytes()
     return found
 
 
@@ -149,7 +149,7 @@ def measure(name: str, base: str, stage: int, width: int, depth: int) -> dict[st
 
     def resident() -> int:
         scratch._free.clear()  # message buffers that a CPU keeps between exchanges: at most eight of a round's size
-        return sum(size for pointer, size in storages().items() if pointer not in before)
+        return sum(size for storage, size in storages().items() if storage not in before)
 
     for _ in range(2):
         engine.backward(engine(batch))

@@ -35,7 +35,7 @@ def storages() -> dict[int, tuple[int, str]]:
         for one in gc.get_objects():
             if isinstance(one, torch.Tensor) and one.device.type == "cpu":
                 storage = one.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes(), f"{type(one).__name__} {one.dtype} {tuple(one.shape)}"
+                found[storage._cdata] = storage.nbytes(), f"{type(one).__name__} {one.dtype} {tuple(one.shape)}"
     return found
 
 
