@@ -134,7 +134,7 @@ def full_weights(engine: Any) -> torch.Tensor:
 
 def storages(tensors: Any) -> dict[int, int]:
     """Bytes of every distinct storage, by address."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
 
 
 def run_case(case: dict[str, Any], ours: bool, steps: int = 4, *, overflow_at: int | None = None) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def storage_of_the_flat(rank, world_size, stage):
     numel = sum(param.numel() for param in engine.module.parameters())
     gc.collect()
     tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.dtype == torch.bfloat16]
-    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() // 2 for one in tensors}
+    sizes = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() // 2 for one in tensors}
     return numel, max(sizes.values(), default=0)
 
 
