@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "comm")]
 
 import harness
+from living import storages
 from ranks import run_ranks
 
 EXPANDED = {"exp_avg": "e4m3_expanded", "exp_avg_sq": "e4m3_expanded"}
@@ -77,19 +78,6 @@ class Mlp(nn.Module):
         for layer in self.layers:
             x = torch.relu(layer(x))
         return x.float().square().mean()
-
-
-def storages() -> dict[int, int]:
-    """Bytes of every storage that a living tensor has."""
-    gc.collect()
-    found = {}
-    # A released weight (O3) decodes itself for whoever asks it for memory, and would keep what it decoded.
-    with torch._C.DisableTorchFunctionSubclass():
-        for candidate in gc.get_objects():
-            if isinstance(candidate, torch.Tensor) and candidate.device.type == "cpu":
-                storage = candidate.untyped_storage()
-                found[storage._cdata] = storage.nbytes()
-    return found
 
 
 def process_bytes(field: str) -> int:
@@ -149,7 +137,7 @@ def measure(name: str, base: str, stage: int, width: int, depth: int) -> dict[st
 
     def resident() -> int:
         scratch._free.clear()  # message buffers that a CPU keeps between exchanges: at most eight of a round's size
-        return sum(size for storage, size in storages().items() if storage not in before)
+        return sum(size for storage, (size, _) in storages().items() if storage not in before)
 
     for _ in range(2):
         engine.backward(engine(batch))

@@ -15,7 +15,6 @@ The engine is a fingerprint over weights, states, scales, histories, schedulers 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -67,29 +66,13 @@ class Trial:
 def fingerprint(engine: Any) -> str:
     """A hash of all that a load changes."""
     from ds_fp8.engine.attach import of
+    from ds_fp8.engine.checkpointing import _fingerprint
 
-    digest = hashlib.blake2b(digest_size=12)
-
-    def feed(item: Any) -> None:
-        if isinstance(item, dict):
-            for key in sorted(item, key=str):
-                digest.update(f"{key}:".encode())
-                feed(item[key])
-        elif isinstance(item, (list, tuple)):
-            for element in item:
-                feed(element)
-        elif isinstance(item, torch.Tensor):
-            digest.update(f"{item.dtype}{tuple(item.shape)}".encode())
-            digest.update(item.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(item).encode())
-
-    feed([parameter.data for parameter in engine.module.parameters()])
-    feed({key: value for key, value in engine.optimizer.state_dict().items() if key != "param_slice_mappings"})
-    feed(engine.lr_scheduler.state_dict())
-    feed([engine.global_steps, engine.global_samples, engine.skipped_steps])  # DeepSpeed goes on counting micro steps
-    feed(of(engine).fp8_state.state_dict())
-    return digest.hexdigest()
+    optimizer = {key: value for key, value in engine.optimizer.state_dict().items() if key != "param_slice_mappings"}
+    counted = [engine.global_steps, engine.global_samples, engine.skipped_steps]  # DeepSpeed goes on with micro steps
+    parameters = [parameter.data for parameter in engine.module.parameters()]
+    layers = of(engine).fp8_state.state_dict()
+    return _fingerprint([parameters, optimizer, engine.lr_scheduler.state_dict(), counted, layers])
 
 
 class Ranks:

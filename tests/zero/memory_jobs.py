@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import deepspeed
 import torch
+from living import storages
 from torch import nn
 
 WIDTH, DEPTH = 256, 8
@@ -24,19 +24,6 @@ class Mlp(nn.Module):
         for layer in self.layers:
             x = x + torch.relu(layer(x))
         return x.float().square().mean()
-
-
-def storages() -> dict[int, tuple[int, str]]:
-    """Bytes of every storage that a living tensor of the CPU has, and one tensor's description."""
-    gc.collect()
-    found = {}
-    # A released weight (O3) decodes itself for whoever asks it for memory, and would keep what it decoded.
-    with torch._C.DisableTorchFunctionSubclass():
-        for one in gc.get_objects():
-            if isinstance(one, torch.Tensor) and one.device.type == "cpu":
-                storage = one.untyped_storage()
-                found[storage._cdata] = storage.nbytes(), f"{type(one).__name__} {one.dtype} {tuple(one.shape)}"
-    return found
 
 
 def settings(stage: int, level: str | None) -> dict[str, Any]:
