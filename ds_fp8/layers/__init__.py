@@ -9,7 +9,7 @@ QuantizedWeight            a weight that its owner has cast (O3)
 
 from __future__ import annotations
 
-from .experts import holders_of
+from .experts_state import holders_of
 from .fp8_linear import Fp8Linear
 from .fp8_state import ModelFp8State
 from .layer_state import QuantizedWeight

@@ -37,7 +37,7 @@ _library.define(
 
 def forward(module: Any, state: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
             top_k_weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    """`experts._transformers` while it is traced; the same arguments and result."""
+    """`experts_forward._transformers` while it is traced; the same arguments and result."""
     each, count = top_k_index.shape[-1], module.num_experts
     owner, order = top_k_index.reshape(-1).sort(stable=True)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))

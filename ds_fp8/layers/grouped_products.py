@@ -27,7 +27,7 @@ class GroupedProducts(torch.autograd.Function):
     layout      how the weights lie, and are cast
     grad        whether a backward may follow (inside `forward` autograd is always off)
     kept        quantized values of this weight that earlier forwards of the optimizer step have made; None keeps none
-    given       where its quantized values are set from outside (`experts.ExpertWeight`), also at the time of the
+    given       where its quantized values are set from outside (`experts_state.ExpertWeight`), also at the time of the
                 backward: under ZeRO 3 they come again then, as the weight itself would
     """
 

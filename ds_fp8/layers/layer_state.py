@@ -20,11 +20,11 @@ from ..recipe import RECIPES, HighPrecision, Recipe
 from .anchors import make_anchor
 from .forward_scope import ForwardScope
 from .operands import CachedWeight
-from .ran import Ran
 from .scales import Scales
 
 if TYPE_CHECKING:
     from .fp8_state import ModelFp8State
+    from .ran import Ran
     from .recipes import Scaling
 
 ALL_HIGH = HighPrecision(True, True, True)

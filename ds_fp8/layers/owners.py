@@ -20,7 +20,8 @@ from ..plan.shapes import layer_type
 from . import norms
 from .as_original import ORIGINAL
 from .compiled_forms import take_forms
-from .experts import STATE, ExpertsState, take_state
+from .experts import take_state
+from .experts_state import STATE, ExpertsState
 from .forward_scope import tensors_of
 from .fp8_linear import Fp8Linear
 from .layer_state import LayerFp8State

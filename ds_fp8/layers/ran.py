@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..recipe import HighPrecision
+from .experts_state import STATE
 
 
 class Ran:
@@ -67,9 +68,9 @@ def note_by_hook(
         output.register_hook(lambda gradient: ran.backward(high, dgrad=dgrad, wgrad=wgrad))
 
 
-def state_of(module: nn.Module) -> Any:
+def _state_of(module: nn.Module) -> Any:
     """The object whose `ran` the products of a layer write to; None for a module that multiplies nothing in FP8."""
-    return vars(module).get("layer_state") or vars(module).get("_ds_fp8_experts")
+    return vars(module).get("layer_state") or vars(module).get(STATE)
 
 
 def watch(modules: Iterable[nn.Module], *, on: bool) -> list[Ran]:
@@ -77,7 +78,7 @@ def watch(modules: Iterable[nn.Module], *, on: bool) -> list[Ran]:
     watched = []
     for module in modules:
         ran = Ran()
-        state = state_of(module)
+        state = _state_of(module)
         if state is not None:
             state.ran = ran if on else None
         watched.append(ran)

@@ -17,6 +17,7 @@ from ..plan.shapes import DENSE, LAYER_TYPES
 from . import experts, fp8_linear, matrix_layer, norms
 from .as_original import ORIGINAL, show_home
 from .blocks import compile_blocks, release_blocks
+from .experts_state import STATE as EXPERTS_STATE
 from .fp8_state import ModelFp8State
 from .fused import fuse_layers
 from .owners import OWNERS, Owner, remove_turns, take_form
@@ -105,7 +106,7 @@ def restore(model: nn.Module, module: nn.Module) -> None:
     """One layer unmodified again, whoever owns it."""
     if OWN in vars(module):
         _replace(model, module, _restore_foreign(module))
-    elif experts.STATE in vars(module):
+    elif EXPERTS_STATE in vars(module):
         experts.restore(module)
     elif "layer_state" in vars(module):
         fp8_linear.restore(module)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ class OwnedWeight:
 
     layer   the module
     holder  `holder.quantized_weight` is where the quantized values belong: the layer, or the place of one stack of
-            experts (`layers.experts.ExpertWeight`)
+            experts (`layers.experts_state.ExpertWeight`)
     shape   of the Parameter: two axes, or three with experts in front
     """
 
