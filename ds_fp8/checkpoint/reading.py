@@ -1,4 +1,4 @@
-"""Files of a checkpoint for tools that have no engine: with torch, and without running what a pickle holds."""
+"""Files of a checkpoint, read to the host: by an engine, by torch alone, or without running what a pickle holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..zero.touched import touched
+from .records import check_records
+
+TOUCHED = {
+    "CheckpointEngine": touched(reads="load"),
+    "Engine": touched(reads="checkpoint_engine"),
+}
+
+
+def read_by_engine(engine: Any, path: str) -> Any:
+    """A file as `engine` (a DeepSpeedEngine) would load it; CheckpointError if a record is damaged or it cannot be
+    read.
+    """
+    check_records(path)
+    try:
+        return engine.checkpoint_engine.load(path, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}). Truncated or no checkpoint; use an older tag."
+        ) from error
 
 
 def read_tensors(path: str | Path) -> Any:

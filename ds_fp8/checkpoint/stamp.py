@@ -36,18 +36,24 @@ def new_stamp(engine: Any, tag: Any) -> dict[str, Any]:
     return {"id": drawn[0], "tag": str(tag if tag is not None else f"global_step{step}"), "step": step}
 
 
+def ids_of(entry: Any) -> list[str]:
+    """The id of the save that an entry of ours comes from; none from before ids."""
+    stamp = entry.get(STAMP) if isinstance(entry, dict) else None
+    return [str(stamp["id"])] if isinstance(stamp, dict) and "id" in stamp else []
+
+
 @dataclass(frozen=True)
-class Found:
+class RankView:
     """What one rank is about to load.
 
-    problem  why it cannot; None: nothing was found wrong
-    tag      the tag that it would take; None: no `latest`, nothing to load
-    exists   the folder of the tag is there
-    step     optimizer steps of the model file; None where it says nothing, or is not read here
-    ids      of the saves that this rank's files come from, without repetition
-    matching how many files of the tag this rank found to be those that its manifest lists, and ids of ours in others
-    different  the others, each a sentence with the file's name
-    unlisted   files that this rank read and that are not in the manifest
+    problem    why it cannot; None: nothing was found wrong
+    tag        the tag that it would take; None: no `latest`, nothing to load
+    exists     the folder of the tag is there
+    step       optimizer steps of the model file; None where it says nothing, or is not read here
+    ids        of the saves that this rank's files come from, without repetition
+    matching   how many files of the tag this rank found to be those that its manifest lists
+    different  files that are not those, each a sentence with the file's name
+    unlisted   files that this rank read and that the manifest does not list
     """
 
     problem: str | None = None
@@ -60,23 +66,23 @@ class Found:
     unlisted: tuple[str, ...] = ()
 
 
-def agree(found: Found) -> None:
+def agree(view: RankView) -> None:
     """Raise CheckpointError on all ranks if one of them has a problem, or if they would load different things."""
-    everyone = [found]
+    everyone = [view]
     if dist.is_initialized() and dist.get_world_size() > 1:
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, found)
+        dist.all_gather_object(gathered, view)
         everyone = gathered
     _compare_with_manifest(everyone)  # says best what has become of a file
-    if found.problem is not None:
-        raise CheckpointError(found.problem)
+    if view.problem is not None:
+        raise CheckpointError(view.problem)
     for rank, other in enumerate(everyone):
         if other.problem is not None:
             raise CheckpointError(f"rank {rank}: {other.problem}")
     _compare(everyone)
 
 
-def _compare(everyone: Sequence[Found]) -> None:
+def _compare(everyone: Sequence[RankView]) -> None:
     tags = [one.tag for one in everyone]
     if len(set(tags)) > 1:
         raise CheckpointError(
@@ -107,11 +113,11 @@ def _compare(everyone: Sequence[Found]) -> None:
         )
 
 
-def _compare_with_manifest(everyone: Sequence[Found]) -> None:
-    """None of the files is in the manifest or has an id of ours: a job without ds_fp8 has written over the tag, and the
-    manifest is void.
+def _compare_with_manifest(everyone: Sequence[RankView]) -> None:
+    """Raise CheckpointError if a file is another than the manifest lists. No file is one that it lists, and none has an
+    id of ours: a job without ds_fp8 has written over the tag, and the manifest is void.
     """
-    if not any(one.matching for one in everyone):
+    if not any(one.matching or one.ids for one in everyone):
         return
     faults = [fault for one in everyone for fault in one.different]
     faults += [f"{name}: not of this save, the manifest does not list it" for one in everyone for name in one.unlisted]

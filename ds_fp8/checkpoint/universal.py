@@ -15,6 +15,13 @@ from typing import Any
 
 from .complete import MODEL_FILE, Found, read_inert
 
+CONVERT = (
+    "  Convert it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder DIR/TAG --output_folder "
+    "DIR/TAG_universal`"
+    ' and load that with "checkpoint": {"load_universal": true}.'
+)
+"""The cure for a checkpoint of another stage or world size: the last lines of an error."""
+
 
 def is_universal(tag: Path) -> bool:
     """The folder is the result of a conversion."""
