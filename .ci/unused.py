@@ -30,7 +30,7 @@ USED = {
     "SeamError": "the old name of PrivateNameError, for except clauses of users",
     "after_torch_import": "the entry point that setup.py names",
     "find_class": "pickle calls it",
-    "post_sub_module_backward_function": "DeepSpeed's hooks call it (zero/hooks_stage3.py)",
+    "post_sub_module_backward_function": "our hooks call it (zero/module_hooks_stage3.py)",
     "pre_sub_module_backward_function": "as `post_sub_module_backward_function`",
     "persistent_load": "pickle calls it",
     "generate_vmap_rule": "torch.autograd.Function reads it",

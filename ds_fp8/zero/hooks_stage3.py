@@ -6,11 +6,10 @@ products are done before the host is (benchmarks/results/zero3_h200x2_202611.md)
 they pay for texts that nobody prints, profiler ranges, `torch.compiler.disable`, signatures of functions, and the
 generators of `named_parameters`.
 
-With eager modules the hooks here call what DeepSpeed's call: the coordinator, before and after each module's forward
-and backward (`coordinator_stage3.py`). Whatever is rarer goes to DeepSpeed's own hooks, one call at a time: functorch,
-compilers, unusual outputs.
-Jobs with NVMe, ZenFlow, secondary partitions (hpZ), `fp8/zero3_hooks` deepspeed, or a DeepSpeed whose code is another
-one than was read (`hooks_known.py`) keep DeepSpeed's hooks.
+With eager modules ours (`module_hooks_stage3.py`) call what DeepSpeed's call: the coordinator, before and after each
+module's forward and backward (`coordinator_stage3.py`). They take the place of DeepSpeed's under the same handles, and
+give it back with the model. Jobs with NVMe, ZenFlow, secondary partitions (hpZ), `fp8/zero3_hooks` deepspeed, or a
+DeepSpeed whose code is another one than was read (`hooks_known.py`) keep DeepSpeed's hooks.
 
 Left out is what a module without parameters of its own would do. It fetches and releases nothing; DeepSpeed puts it
 into its trace, lets the device wait for gathers that it does not read, and two nodes into the graph. Without the node
@@ -27,11 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
-from torch.compiler import is_compiling
+from torch import nn
 
 from .coordinator_stage3 import LeanCoordinator, is_empty
+from .module_hooks_stage3 import after_forward, around_backward, before_forward
 
 if TYPE_CHECKING:
     from .deepspeed_wrappers import Offload
@@ -77,68 +75,6 @@ class LeanOffload(Offload):
         self.param_coordinator.fp8_release(sub_module, False)
 
 
-# -- the hooks ---------------------------------------------------------------------------------------------------------
-
-
-def _is_eager() -> bool:
-    return not (is_compiling() or _are_functorch_transforms_active())
-
-
-def _before_forward(offload: Any, original: Callable) -> Callable:
-    def hook(module: nn.Module, inputs: Any) -> Any:
-        if is_compiling():
-            return original(module, inputs)
-        offload.pre_sub_module_forward_function(module)
-        return None
-
-    return hook
-
-
-def _after_forward(offload: Any, original: Callable) -> Callable:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        """Outputs that are parameters are the rare case."""
-        if is_compiling() or not (_is_plain(output) or (type(output) is tuple and all(map(_is_plain, output)))):
-            return original(module, inputs, output)
-        FWD_MODULE_STACK.pop()
-        offload.post_sub_module_forward_function(module)
-        return None
-
-    return hook
-
-
-def _is_plain(value: Any) -> bool:
-    """A tensor that is no parameter and stands for none; None."""
-    return value is None or (type(value) is Tensor and not hasattr(value, "ds_param_alias"))
-
-
-def _around_backward(offload: Any, function: Any, original: Callable, *, counts: bool) -> Callable:
-    """Put the node that starts, or ends, the module's backward behind its outputs, or before its inputs.
-
-    counts  it is before the inputs, and DeepSpeed counts how many of them are left
-    """
-    # `Function.apply` binds arguments to signatures before it gets here.
-    apply = super(torch.autograd.function.Function, function).apply
-
-    def node(value: Any) -> Any:
-        return apply(value) if value.requires_grad else value
-
-    def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
-        if offload.fp8_skips and is_empty(module):  # whoever runs this: Dynamo may trace one of the two hooks alone
-            return None
-        values = inputs if counts else output
-        if not _is_eager():
-            return original(module, inputs) if counts else original(module, inputs, output)
-        if counts:
-            module.__dict__["ds_grads_remaining"] = 0
-        if type(values) is Tensor:
-            return node(values)
-        if type(values) is tuple and all(value is None or type(value) is Tensor for value in values):
-            return tuple(value if value is None else node(value) for value in values)
-        return original(module, inputs) if counts else original(module, inputs, output)
-
-    return hook
-
-
 def replace_hooks(offload: Any) -> bool:
     """Put our hooks in the place of those that `offload` (a `DeepSpeedZeRoOffload`) has hung on its modules; False, and
     nothing happens, where DeepSpeed's own have to stay.
@@ -163,7 +99,7 @@ def restore_hooks(offload: Any) -> None:
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         _, hooks = modules.get(id(handle.hooks_dict_ref()), (None, {}))
         hook = hooks.get(handle.id)
-        if hook is not None and getattr(hook, "__module__", None) == __name__:
+        if hasattr(hook, "fp8_original"):
             hooks[handle.id] = hook.fp8_original
 
 
@@ -177,11 +113,10 @@ def _hooks_of(model: nn.Module) -> dict[int, tuple[nn.Module, Any]]:
 
 
 def _replace_all(offload: Any) -> None:
-    modules = _hooks_of(offload.module)
-    around = _around_backward
+    modules, around = _hooks_of(offload.module), around_backward
     for before, after in zip(offload.forward_hooks[::2], offload.forward_hooks[1::2], strict=True):
-        _replace(modules, before, lambda _, original: _before_forward(offload, original))
-        _replace(modules, after, lambda _, original: _after_forward(offload, original))
+        _replace(modules, before, lambda _, original: before_forward(offload, original))
+        _replace(modules, after, lambda _, original: after_forward(offload, original))
     for begin, end in zip(offload.backward_hooks[::2], offload.backward_hooks[1::2], strict=True):
         _replace(modules, begin, lambda module, original: around(offload, module.pre_bwd_fn, original, counts=False))
         _replace(modules, end, lambda module, original: around(offload, module.post_bwd_fn, original, counts=True))
@@ -212,7 +147,7 @@ def _replace(
     if found is None or handle.id not in found[1]:
         return
     module, hooks = found
-    if getattr(hooks[handle.id], "__module__", None) != __name__:
+    if not hasattr(hooks[handle.id], "fp8_original"):
         original = hooks[handle.id]
         hooks[handle.id] = make(module, original)
         hooks[handle.id].fp8_original = original

@@ -102,7 +102,7 @@ def of_file(file: Path) -> dict[str, Touched]:
     return {}
 
 
-KNOWN_BY_TEXT = ("coordinator_stage3.py", "hooks_stage3.py")
+KNOWN_BY_TEXT = ("coordinator_stage3.py", "hooks_stage3.py", "module_hooks_stage3.py")
 """Files of code that runs only where DeepSpeed's text is a known one (`hooks_known.py`): more than its names says."""
 
 
