@@ -103,8 +103,7 @@ STATE_BYTES = {name: fmt.bytes for name, fmt in STATES.items()} | {ABSENT: 0.0}
 class Level:
     """The formats of one level, after overrides.
 
-    exp_avg                one of EXP_AVG_FORMATS; the 8-bit ones store its ratio to the root of exp_avg_sq, if there is
-                           one
+    exp_avg                one of EXP_AVG_FORMATS; the 8-bit ones store its ratio to the root of exp_avg_sq, if any
     exp_avg_sq             one of STATE_FORMATS; fp16 and the 8-bit ones store its root. ABSENT: the algorithm has none
     master                 one of MASTER_FORMATS
     rounding               how quantized values of states and masters are rounded

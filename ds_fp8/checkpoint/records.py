@@ -1,8 +1,8 @@
 """Bit flips: torch.save writes a CRC32 of every record of its zip archive, and torch.load does not look at it.
 
 So the check costs nothing at a save, covers everything in the file (weights, states, scales, DeepSpeed's own entries),
-and works for old checkpoints too. At a load it reads the file once more, which
-takes about as long as torch.load does (`benchmarks/bench_checkpoint.py`).
+and works for old checkpoints too. At a load it reads the file once more, which takes about as long as torch.load does
+(`benchmarks/bench_checkpoint.py`).
 """
 
 from __future__ import annotations

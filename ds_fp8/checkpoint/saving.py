@@ -57,9 +57,9 @@ def save_checkpoint(
 
     stamp   of this save (`stamp.py`); its id goes into the manifest too
 
-    CheckpointError on all ranks if the folder cannot be written. Checkpoint engines that go on writing
-    after the call has returned (DataStates, decoupled, fast) have no moment at which all is done: they save as
-    DeepSpeed does, without a manifest.
+    CheckpointError on all ranks if the folder cannot be written. Checkpoint engines that go on writing after the call
+    has returned (DataStates, decoupled, fast) have no moment at which all is done: they save as DeepSpeed does, without
+    a manifest.
     """
     if not save_dir or not _is_done_on_return(engine):
         if save_dir:  # of an earlier save into this tag

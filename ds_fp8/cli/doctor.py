@@ -1,7 +1,7 @@
 """`ds_fp8 doctor [FILE]`: can this machine run the job, and if not, what to do.
 
 It looks, it changes nothing: versions, DeepSpeed's private names, the device, Transformer Engine, the kernels, the
-activation hook that activates the plugin, and the `msamp` package if one is installed. Exit code 0: a job can run; 1:
+activation hook, and the `msamp` package if one is installed. Exit code 0: a job can run; 1:
 it cannot.
 
 With the job's DeepSpeed JSON a missing activation hook is a failure, if the JSON has our sections: DeepSpeed ignores

@@ -31,9 +31,12 @@ class _LostError(Exception):
 
 @dataclass
 class Positions:
-    """keys: path -> (line, column), both 1-based; duplicates: paths that occur twice, with the second place; root:
-    where
-    the outermost object begins."""
+    """Where things stand, as (line, column), both 1-based.
+
+    keys        of each path
+    duplicates  paths that occur twice, with the second place
+    root        of the outermost object
+    """
 
     keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
     duplicates: list[tuple[Path, tuple[int, int]]] = field(default_factory=list)

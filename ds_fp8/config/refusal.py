@@ -48,7 +48,7 @@ class ModelFacts:
 
     is_partial           one stage of a pipeline: what is missing here may be in another
     layers               every module that could compute in FP8; empty while `fp8` is off
-    frozen_weights        names of the FP8 layers that have a frozen weight of their own
+    frozen_weights       names of the FP8 layers that have a frozen weight of their own
     matrices             names of the parameters with two dimensions
     unmatched_exclusions globs of msamp/weight_wire_exclude that mean no parameter
     fp8_weights          how many weights would travel as FP8 data; None where the level sends none

@@ -1,9 +1,9 @@
 """Activation: JSON, plan, layers, communication and optimizer put into DeepSpeed's engine.
 
-`activate()` wraps two methods of `DeepSpeedEngine` (`patches.py`); each wrapper asks at once whether this engine has
-an `fp8` or `msamp` section and, if not, calls the original and nothing else. The first wrapper that meets a section
-reads it, plans, swaps (`attach.py`), compares with all ranks (`agreement.py`), and leaves an `Attachment` on the
-engine.
+`activate()` wraps three methods of `DeepSpeedEngine` that run while an engine is built (`patches.py`). In an engine
+without an `fp8` or `msamp` section they do no more than DeepSpeed's own, but for a word in the process group's store
+(`startup_check.py`). In one that has a section, it is read, planned and compared with all ranks (`agreement.py`), the
+layers are swapped, and an `Attachment` stays on the engine (`attach.py`).
 
 Heavy packages are imported only then. The plugin makes the import of DeepSpeed a few milliseconds longer.
 """

@@ -7,11 +7,10 @@ them. After the step all ranks are combined: a layer that runs on some ranks onl
 
     ds_fp8: FP8 in 62% of the model's FLOPs, all 224 planned layers ran in FP8 in step 1
     ds_fp8: WARNING: FP8 in 55% of the model's FLOPs, 223 of 224 planned layers ran in FP8 in step 1; not: lm_head
-    (never
-            called, and yet its weight got a gradient ...)
+            (never called, and yet its weight got a gradient ...)
 
-`fp8/first_step_check` makes an error of the second line, or turns the check off. After that step no hook and
-no flag is left. Steps before `start_step` are passed over.
+`fp8/first_step_check` makes an error of the second line, or turns the check off. After that step no hook and no flag is
+left. Steps before `start_step` are passed over.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Fast kernels and their single entry point: packages above this floor call `ds_fp8.kernels`, never the casts of
 `numerics`.
 
-    dispatch   the names; looks at the device and picks C++, Triton or the PyTorch reference
-    adam       AdamStep, all that one pass of the optimizer reads and writes, and its reference
-    cpu        C++ for AVX-512, AVX2 and everything else, compiled for this machine
-    triton     Triton for NVIDIA GPUs
+    dispatch    the names; looks at the device and picks C++, Triton or the PyTorch reference
+    grouped     the same for casts and rows of stacked experts
+    adam, lion  AdamStep and LionStep, all that one pass of the optimizer reads and writes, and its reference
+    self_test   whether this machine's compiler made the right code of them (`ds_fp8 doctor`)
+    cpu         C++ for AVX-512, AVX2 and everything else, compiled for this machine
+    triton      Triton for NVIDIA GPUs
 
 Each fast path gives the bits of its reference in `ds_fp8.numerics`. Which one runs: `path(device)`.
 """

@@ -1,11 +1,9 @@
 """For tools of torch that read a layer's class instead of calling it.
 
 torch.fx           traces into every module that is not torch's own, by the name of its class's file, and could not
-trace
-                   an FP8 layer: told that it is, it leaves one call in its graph, and that stays in FP8
-torch.jit.script   compiles the source of the class: refused with a way out. (A counterpart of the original class could
-be handed
-                   to it, but torch 2.13 puts what it is handed into the script's own model for good.)
+                   trace an FP8 layer: told that it is, it leaves one call in its graph, and that stays in FP8
+torch.jit.script   compiles the source of the class: refused with a way out. (A counterpart of the original class
+                   could be handed to it, but torch 2.13 puts that into the script's own model for good.)
 """
 
 from __future__ import annotations

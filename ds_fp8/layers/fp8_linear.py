@@ -2,8 +2,7 @@
 
 It *is* the old module: `convert` changes the class of an nn.Linear in place, so its Parameters, hooks, buffers, flags
 and every reference to it (optimizers, PipelineModule.forward_funcs, tied modules) stay what they were, and
-`isinstance(m, nn.Linear)` holds. Its FP8 state is a `LayerFp8State`, which is neither parameter nor
-buffer.
+`isinstance(m, nn.Linear)` holds. Its FP8 state is a `LayerFp8State`, which is neither parameter nor buffer.
 """
 
 from __future__ import annotations

@@ -95,9 +95,8 @@ class SlotState:
                         "  Add the losses and call backward once, or set fp8/backend to torch."
                     )
                 passed.append(True)
-                refuse_second_derivative(
-                    call.layer_state
-                )  # Transformer Engine's backward would leave it out, and not say so
+                # Transformer Engine's backward would leave it out, and not say so.
+                refuse_second_derivative(call.layer_state)
                 call.in_backward()
                 if own is not None:
                     own.copy_(self._scale_of("grad_output", gradient, call))
@@ -145,9 +144,8 @@ class SlotState:
         if self._call is None or not self._call.may_cache(weight):
             return None
         fresh = layer_state.cached is None or not layer_state.cached.is_of(weight)
-        layer_state.cached = CachedWeight(
-            weight, weight._version, weight.data_ptr(), None
-        )  # the quantized values are the layer's own
+        # None: the quantized values are the layer's own.
+        layer_state.cached = CachedWeight(weight, weight._version, weight.data_ptr(), None)
         return fresh
 
     def quantized(self) -> QuantizedWeight | None:

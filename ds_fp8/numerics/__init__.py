@@ -4,6 +4,7 @@
     cast          quantize, dequantize, amax: one scale for a tensor
     scaling       scales from amaxes, Transformer Engine's rules
     gemm_blocks   1x128 and 128x128 scales for the operands of a matrix product
+    row_scales    one scale for each row or column of an operand, and of stacked experts
     flat          128 consecutive elements of a flat partition share a scale: gradients on the wire, optimizer states
     random_bits   counter-based random numbers and stochastic rounding
     blocks8       int8 in scaled blocks of 128
@@ -12,6 +13,7 @@
     states        how exp_avg and exp_avg_sq lie in memory
     masters       the 16-bit weight plus a remainder
     adam          the update of Adam and AdamW, in torch's order of operations
+    lion          the update of Lion
 
 Words: `amax` is the largest absolute value; `scale` multiplies on the way into a narrow format, `scale_inv` on the way
 out. Everything is computed in fp32 with IEEE division and product; where a fused multiply-add is meant, the docstring

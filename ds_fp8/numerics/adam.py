@@ -3,8 +3,8 @@
 Scalars are Python doubles, made as torch makes them and rounded to fp32 once, when they meet a tensor:
 
     decay = 1 - lr * weight_decay                   (AdamW)
-    bias_correction1 = 1 - beta1 ** step;  bias_correction2_sqrt = (1 - beta2 ** step) ** 0.5     (both 1 if switched
-                                                                                                  off)
+    bias_correction1 = 1 - beta1 ** step            (1 if switched off)
+    bias_correction2_sqrt = (1 - beta2 ** step) ** 0.5   (the same)
     step_size = -(lr / bias_correction1)
 
 Elements, all fp32. `fma(a, b, c)` is a * b + c rounded once; every other operation is rounded by itself:

@@ -3,8 +3,8 @@
 Unscaled fp16 ends at 6e-8, and the gradients of large models lie below that. Each block of 128 elements therefore
 carries an fp32 scale_inv that brings its amax to 2^15, half of fp16's range, which leaves 39 powers of two below it:
 
-    scale_inv = max(amax_b / 2^15, 2^-126);  scale = 1 / scale_inv;  code = RNE_fp16(x * scale);  decoded = code *
-                                                                                                  scale_inv
+    scale_inv = max(amax_b / 2^15, 2^-126);  scale = 1 / scale_inv;  code = RNE_fp16(x * scale)
+    decoded   = code * scale_inv
 
 all in fp32, no fma. A block that is not finite gets scale_inv = NaN and NaN quantized values (0x7e00).
 Used for sqrt(exp_avg_sq), exp_avg and the fp16 master. Quantized values are kept as torch.float16, which says what they

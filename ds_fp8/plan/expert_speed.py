@@ -2,12 +2,11 @@
 measurements.
 
 An FP8 product saves time with every multiply-add, and costs a cast of the weight, whatever the rows, and one of the
-rows:
+rows. Per expert, in picoseconds:
 
-    rows * out * in * SAVED  >  out * in * WEIGHT  +  rows * columns * ROW(columns)         times per expert, in
-                                                                                            picoseconds
+    rows * out * in * SAVED  >  out * in * WEIGHT  +  rows * columns * ROW(columns)
 
-so each product of each weight has a least number of rows per expert. wgrad needs casts of both operands across their
+So each product of each weight has a least number of rows per expert. wgrad needs casts of both operands across their
 rows, and was never faster with them: it stays in bf16. Fewer rows than that: bf16, in that call. All constants are
 fitted to Mixtral's, gpt-oss's and Qwen3's shapes on an H100 and an H200, a little on bf16's side. Experts in bf16 of
 which no product wins are converted all the same: the kernels around the products (sort, biases, gates, sums) alone made
@@ -34,12 +33,11 @@ SAVED = 0.9e-3
 
 WEIGHT = {(False, "fprop"): 1.0, (False, "dgrad"): 1.3, (True, "fprop"): 1.85, (True, "dgrad"): 0.95}
 """Per element, by layout ([in, out] or not) and product: a cast as the weight lies is one pass, one across it nearly
-two.
-Means of an H200 and an H100, whose memory is slower."""
+two. Means of an H200 and an H100, whose memory is slower.
+"""
 
 TOKENS = 65536
 """Of a micro-batch: a product that wants more never runs in FP8."""
-
 
 NONE = "none"
 """Of fprop, dgrad and wgrad."""

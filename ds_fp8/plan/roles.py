@@ -8,8 +8,7 @@ them:
     router                a Linear that gives one number per expert, or that belongs to a class of routers
     classification head   the layers under `classifier`, `score`, `qa_outputs` and the like; a last Linear named `head`
     step size             `dt_proj` of Mamba-1: the mixer multiplies by its weight and never calls the layer
-    adapter               LoRA and its like: what PEFT lists in `adapter_layer_names`, or a name that says lora or
-                          adapter
+    adapter               LoRA and its like: what PEFT lists in `adapter_layer_names`, or a name that says so
 
 Source: what torchtitan, torchao's float8 recipes, Megatron-LM and DeepSeek-V3 (arXiv 2412.19437, 3.3) keep.
 """

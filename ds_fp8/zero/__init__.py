@@ -19,9 +19,10 @@ Contract for `engine` (one hook is enough, `DeepSpeedEngine._configure_optimizer
     build_optimizer(engine, model_parameters, plan) -> ScaledAdam       from DeepSpeed's own `optimizer` section
     replace_client_optimizer(engine, client_optimizer, model_parameters, plan) -> ScaledAdam, ClientStates
         client Adam/AdamW (others refused by name), and what it has in its states
-    specialize(engine, zero_optimizer, plan, fp8_state, given=ClientStates) -> zero_optimizer    the same object,
-    idempotent
-        `configure_optimizer` uses these three; they are public for tests and for callers that bring their own order.
+    specialize(engine, zero_optimizer, plan, fp8_state, given=ClientStates) -> zero_optimizer
+        the same object; twice is once
+
+    `configure_optimizer` uses these three; they are public for tests and for callers that bring their own order.
 
 Which mixins serve which class of DeepSpeed is said once, in `specializing.SERVED`. `specialize` composes, first to
 last, the wire's mixins (weights, gradients; as the plan asks), the states mixin, the adapters for the installed release

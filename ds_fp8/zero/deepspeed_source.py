@@ -1,11 +1,10 @@
 """What a DeepSpeed defines, read off its source: a folder, an sdist, a wheel, or the installed package; nothing is
 imported.
 
-source = DeepSpeedSource.at("deepspeed-0.19.9.tar.gz")
-source.version                                                       '0.19.9'
-source.parameters("deepspeed.runtime.engine", "DeepSpeedEngine.save_checkpoint")    ('self', 'save_dir', ...)
-source.attributes("deepspeed.runtime.engine", "DeepSpeedEngine")     every method and every `self.x = ...`, inherited
-                                                                     too
+    source = DeepSpeedSource.at("deepspeed-0.19.9.tar.gz")
+    source.version                                                      '0.19.9'
+    source.parameters("deepspeed.runtime.engine", "DeepSpeedEngine.save_checkpoint")    ('self', 'save_dir', ...)
+    source.attributes("deepspeed.runtime.engine", "DeepSpeedEngine")    methods and every `self.x = ...`, inherited too
 """
 
 from __future__ import annotations

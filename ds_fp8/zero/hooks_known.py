@@ -3,8 +3,7 @@
 A method that is restated has to be the one that was read. So its source is compared, by digest, with what the tested
 releases have; of any other DeepSpeed, and of one that somebody has changed, the hooks stay as they are.
 
-    python -m ds_fp8.zero.hooks_known [PATH...]     digests of source trees, sdists or wheels; the installed one without
-                                                    a path
+    python -m ds_fp8.zero.hooks_known [PATH...]     digests of source trees, sdists or wheels; of the installed one
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def restore_hooks(offload: Any) -> None:
     modules = _hooks_of(offload.module)
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         _, hooks = modules.get(id(handle.hooks_dict_ref()), (None, {}))
-        hook = hooks.get(handle.id)
+        hook: Any = hooks.get(handle.id)
         if hasattr(hook, "fp8_original"):
             hooks[handle.id] = hook.fp8_original
 

@@ -6,8 +6,7 @@ context does for them what it does in ZeRO 3: inside it the 16-bit weights are w
 
     modifier_rank None   writes to released weights go when the context closes, as in ZeRO 3
     modifier_rank r      r's values reach all ranks, the 16-bit weights and the masters. The quantized values are
-                         dropped: until the next step layers cast the new weights themselves, to the same quantized
-                         values
+                         dropped: until the next step layers cast the new weights themselves, to the same values
 
 Elements that nobody wrote keep the low bits of their master. Parameters of other engines, and jobs without O3, meet
 DeepSpeed's own context.

@@ -3,8 +3,7 @@
 The general step (adam.py) is right for every tile and slow where it has to look: at each root and quotient for its
 exponents, at each rounding for NaN, at each code for zero. On a GPU such looks are half of its instructions, and
 instructions are what a step with quantized states waits for: the device moves the bytes of one element in the time of
-some
-70. So a tile is computed once without them, one look at all its exponents tells whether that was right, and what
+some 70. So a tile is computed once without them, one look at all its exponents tells whether that was right, and what
 follows then needs no case; else nothing is stored, and the general step does the tile. Both give the same bits.
 
     in range    sqrt(v) in [2^-50, 2^10), |m| in [2^-95, 2^25), |w| < 2^113

@@ -1,8 +1,9 @@
 """Rows that visited experts, summed for each token, and the way back: one launch each on a GPU.
 
-forward   out[t]  = sum over j of rows[back[t, j]] * weights[t, j]       products rounded to the dtype of out, sum in
-                                                                         fp32
-backward  grad_rows[r] = grad[t] * weights[t, j],  grad_weights[t, j] = sum of grad[t] * rows[r]     order[r] = (t, j)
+    forward   out[t] = sum over j of rows[back[t, j]] * weights[t, j]
+    backward  grad_rows[r] = grad[t] * weights[t, j],  grad_weights[t, j] = sum of grad[t] * rows[r]    order[r] = (t, j)
+
+Products are rounded to the dtype of `out`, the sum is fp32.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
     base                      what a recipe says, and what holds for most of them
     delayed, current, block   ours, and Transformer Engine's
+    rowwise                   ours alone
     mxfp8, nvfp4              Transformer Engine's alone
+    owner                     casts of a part of a weight by the rank that owns it (O3)
 
 A recipe is an object without state. What one remembers from step to step lies in the FP8 state; what a job has set
 (margin, formats) in the `Recipe` of its plan. The file's name is the recipe's name in the JSON; `ds_fp8/recipe.py` has

@@ -3,8 +3,8 @@
     reference path      quantize, quantize_transposed, quantize_weight, requantize_weight     (`operands`, `products`)
     GPU                 fast_rows, quantize_on_cuda, quantize_weight_on_cuda                  (`cuda_products`)
     compiled layers     carried_scale_shape                                                   (`compiled_products`)
-    O3, frozen          owner_amaxes, owner_scales, owner_quantize, quantize_frozen           (`zero`)
-    Transformer Engine  te_class, te_probe, te_quantized and their arguments               (`transformer_engine`)
+    O3, frozen          owner_*, frozen_scales, quantize_frozen                               (`zero`)
+    Transformer Engine  weight_scale, te_*                                                    (`transformer_engine`)
 
 The defaults are those of a recipe with one scale per tensor. A recipe that is Transformer Engine's alone needs the last
 group only; one that has no fast path on a GPU leaves `fast_rows` at 0 and is computed by `products` there.
@@ -35,8 +35,7 @@ class Scaling:
     weight_extent        the same of a weight
     transposes           data of an input or grad_output serve both orientations: they are cast once for two products
     weight_transposes    data of a weight serve fprop and dgrad; else dgrad casts the weight again
-    carries_weight       a compiled layer carries the transposed data of a weight to its backward, instead of casting
-                         again
+    carries_weight       a compiled layer carries the transposed data of a weight to its backward; else it casts again
     fast_dtypes          dtypes of inputs that the fast path on a GPU takes
     fast_accumulation    fprop may accumulate in fewer bits on Hopper, as Transformer Engine does
     grouped              module with the products of stacked experts
@@ -137,12 +136,6 @@ class Scaling:
         """
         return (2, 4)
 
-    def weight_scale(self, weight: torch.Tensor, call: Call) -> torch.Tensor:
-        """fp32 [1]: the scale with which Transformer Engine is to cast [N, K] now; of a recipe with a history, for a
-        weight that has one.
-        """
-        raise NotImplementedError
-
     # -- O3 and frozen weights: the owner casts ----------------------------------------------------------------------
 
     def owner_amaxes(self, shape: tuple[int, int]) -> int:
@@ -188,6 +181,12 @@ class Scaling:
         raise NotImplementedError
 
     # -- Transformer Engine ------------------------------------------------------------------------------------------
+
+    def weight_scale(self, weight: torch.Tensor, call: Call) -> torch.Tensor:
+        """fp32 [1]: the scale with which Transformer Engine is to cast [N, K] now; of a recipe with a history, for a
+        weight that has one.
+        """
+        raise NotImplementedError
 
     def te_arguments(self, formats: Any, recipe: Any) -> dict[str, Any]:
         """Arguments of `te_class`; `formats` is its enumeration Format."""
