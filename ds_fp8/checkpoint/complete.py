@@ -39,7 +39,7 @@ LAYER_FILE = re.compile(
 )
 
 ENTRY = "ds_fp8"
-"""Key of our entries (`zero.states.KEY`, which needs torch)."""
+"""Key of our entries, `optim.checkpointing.KEY`, whose module needs torch."""
 
 
 @dataclass(frozen=True)

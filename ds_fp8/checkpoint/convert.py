@@ -35,8 +35,6 @@ from .universal import is_universal
 
 T = TypeVar("T")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def convert(options: Any) -> str:
     """What the command `convert` was asked for (`cli/convert.py`); returns what was written. Raises CheckpointError."""
@@ -131,7 +129,7 @@ def export_safetensors(folder: Path, out: Path, dtype: str, shard_gb: float) -> 
     size = 0
     for name, tensor in weights.items():
         # A copy: tied weights share memory, which safetensors refuses; each name keeps its tensor.
-        converted = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+        converted = tensor.to(BASE_DTYPES[dtype]) if tensor.is_floating_point() else tensor
         converted = converted.clone().contiguous()
         if files[-1] and size + converted.nbytes > shard_gb * 1e9:
             files.append({})
@@ -163,10 +161,7 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
             raise CheckpointError(f"{path}: a {type(content).__name__}, no file of DeepSpeed.")
         shard = content.get("optimizer_state_dict") or content.get("optimizer")
         if path.name.endswith("_optim_states.pt") and (not isinstance(shard, dict) or shard.get(KEY) is None):
-            raise CheckpointError(
-                f"{path}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as "
-                "it is."
-            )
+            raise _nothing_quantized(path)
         changed = level == "plain" and content.pop(KEY, None) is not None
         if isinstance(shard, dict) and shard.get(KEY) is not None:
             check_quantized(shard[KEY], str(path))
@@ -179,13 +174,16 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
             torch.save(content, path)
     if not count:
         shutil.rmtree(target)
-        raise CheckpointError(
-            f"{folder}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as "
-            "it is."
-        )
+        raise _nothing_quantized(folder)
     finish_alone(target, look(folder).step)
     (out / "latest").write_text(folder.name)  # last: it names what is complete
     return f"{count} optimizer shard(s) at {level} in {target}"
+
+
+def _nothing_quantized(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: no quantized values of ds_fp8 in it. A checkpoint of DeepSpeed alone loads into any level as it is."
+    )
 
 
 def recode(state: dict[str, Any], level: str) -> dict[str, Any]:

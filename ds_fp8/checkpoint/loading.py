@@ -19,6 +19,7 @@ from deepspeed import comm as dist
 from ..errors import CheckpointError
 from ..zero.touched import touched
 from .complete import tags
+from .exchange import from_all_ranks, from_rank_0
 from .inspect import inspect, named_tag
 
 TOUCHED = {
@@ -90,7 +91,7 @@ def _read_newest(
             files,
             f"{_first_line(refused)} Loaded {tag} instead, the newest complete one (checkpoint_fallback).",
         )
-    if not reasons and not _any_rank(_is_named(engine, load_dir)):
+    if not reasons and not any(from_all_ranks(_is_named(engine, load_dir))):
         return None, look(tag=None), None  # a first start: there is nothing yet
     raise CheckpointError(
         f"{refused}\n  checkpoint_fallback found no other complete checkpoint in {load_dir}"
@@ -101,10 +102,7 @@ def _read_newest(
 
 def _complete(load_dir: Any) -> list[str]:
     """Complete tags as rank 0 sees them, newest first, on all ranks."""
-    found = [[each.tag for each in tags(load_dir) if each.complete]]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return list(from_rank_0([each.tag for each in tags(load_dir) if each.complete]))
 
 
 def _is_named(engine: Any, load_dir: Any) -> bool:
@@ -113,14 +111,6 @@ def _is_named(engine: Any, load_dir: Any) -> bool:
         return named_tag(engine, load_dir) is not None or bool(tags(load_dir))
     except CheckpointError:
         return True
-
-
-def _any_rank(own: bool) -> bool:
-    found: list[Any] = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-    return any(found)
 
 
 def _first_line(error: CheckpointError) -> str:

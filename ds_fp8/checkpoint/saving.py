@@ -30,6 +30,7 @@ from ..errors import CheckpointError
 from ..zero.states import KEY
 from ..zero.touched import touched
 from .complete import SHARD
+from .exchange import from_all_ranks
 from .manifest import MANIFEST, UNFINISHED, directory_digest
 from .stamp import STAMP
 
@@ -71,7 +72,7 @@ def save_checkpoint(
     _all_or_none(_begin(folder) if writer else None)
     with _noted_files(engine, stamp) as written:
         result = original(save_dir, tag, client_state or {}, False, *args, **kwargs)
-    found = _meet(_described(folder, written))
+    found = from_all_ranks(_described(folder, written))
     problem = None
     if writer:
         files = {name: entry for each in found for name, entry in each.items() if (folder / name).is_file()}
@@ -164,15 +165,6 @@ def _replace(path: Path, text: str) -> str | None:
 
 def _all_or_none(problem: str | None) -> None:
     """A barrier; CheckpointError on every rank if one has a problem."""
-    problems = [found for found in _meet(problem) if found is not None]
+    problems = [found for found in from_all_ranks(problem) if found is not None]
     if problems:
         raise CheckpointError(problems[0])
-
-
-def _meet(own: Any) -> list[Any]:
-    """What every rank brings."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed import comm as dist
-
 from ..errors import CheckpointError
 from ..zero.touched import touched
+from .exchange import from_all_ranks, from_rank_0
 from .manifest import CURE
 
 TOUCHED = {"Engine": touched(reads="global_steps")}
@@ -29,11 +28,8 @@ STAMP = "save"
 
 def new_stamp(engine: Any, tag: Any) -> dict[str, Any]:
     """The stamp of a save that begins. Collective: rank 0 draws the id."""
-    drawn = [secrets.token_hex(8)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(drawn, src=0)
-    step = int(engine.global_steps)
-    return {"id": drawn[0], "tag": str(tag if tag is not None else f"global_step{step}"), "step": step}
+    drawn, step = from_rank_0(secrets.token_hex(8)), int(engine.global_steps)
+    return {"id": drawn, "tag": str(tag if tag is not None else f"global_step{step}"), "step": step}
 
 
 def ids_of(entry: Any) -> list[str]:
@@ -68,11 +64,7 @@ class RankView:
 
 def agree(view: RankView) -> None:
     """Raise CheckpointError on all ranks if one of them has a problem, or if they would load different things."""
-    everyone = [view]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, view)
-        everyone = gathered
+    everyone = from_all_ranks(view)
     _compare_with_manifest(everyone)  # says best what has become of a file
     if view.problem is not None:
         raise CheckpointError(view.problem)

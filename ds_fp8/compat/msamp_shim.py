@@ -15,10 +15,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from ..levels import OPT_LEVELS
+
 VERSION = "0.4.0"
 """The last release of MS-AMP, whose names these are."""
-
-OPT_LEVELS = ("O1", "O2", "O3")
 
 
 def initialize(model: Any, optimizer: Any = None, opt_level: str = "O1", use_te: bool = False, **unknown: Any) -> Any:
@@ -57,7 +57,7 @@ def initialize(model: Any, optimizer: Any = None, opt_level: str = "O1", use_te:
     assert plan.optim is not None, "the settings have a msamp section"
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters())
-    ours = optim.replace_client_optimizer(optimizer, level=plan.optim.level, base_dtype=base_dtype, seed=0x5EED)
+    ours = optim.replace_client_optimizer(optimizer, level=plan.optim.level, base_dtype=base_dtype, seed=optim.SEED)
     fp8_state = swap_layers(model, plan, managed=True)
     if fp8_state is not None:
         ours.register_step_pre_hook(lambda *_: fp8_state.update_scales())

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..layers.fp8_state_loading import match_state
+from ..optim.checkpointing import KEY
 from ..zero.touched import touched
 from .printing import print_rank_0
 
@@ -27,7 +28,6 @@ TOUCHED = {
     "Engine": touched(reads="global_steps"),
 }
 
-KEY = "ds_fp8"
 VERSION = 1
 
 

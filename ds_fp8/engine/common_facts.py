@@ -11,6 +11,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
+from ..config import contract
 from ..zero.touched import touched
 
 TOUCHED = {
@@ -40,9 +41,6 @@ SECTIONS = (
 )
 """DeepSpeed's sections that every rank must have alike."""
 
-OWN_SECTIONS = ("fp8", "msamp")
-"""Ours: compared by the plan that they led to, named where plans differ."""
-
 PACKAGES = ("ds_fp8", "deepspeed", "torch", "triton", "transformer-engine")
 
 
@@ -55,12 +53,14 @@ def common_facts(engine: Any) -> dict[str, str]:
 
 
 def is_own(name: str) -> bool:
-    """A key of our sections: may be written differently and mean the same."""
-    return name.partition("/")[0] in OWN_SECTIONS
+    """A key of our sections: may be written differently and mean the same. Compared by the plan that they led to, named
+    where plans differ.
+    """
+    return name.partition("/")[0] in contract.SECTIONS
 
 
 def _flat(config: Any) -> Iterator[tuple[str, str]]:
-    for section in (*SECTIONS, *OWN_SECTIONS):
+    for section in (*SECTIONS, *contract.SECTIONS):
         if section in config:
             yield from _leaves(section, config[section])
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_unary
 
 from ..errors import LayerError
+from ..plan.shapes import shape_of
 from . import compiled
 from .as_original import HOME, ORIGINAL, refuse_script
 from .cuda_products import CudaProducts, takes
@@ -93,7 +94,7 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
             f"{call.layer_state.fqn}: input is {dtype}, weight is {weight.dtype}; a linear layer wants one dtype.\n"
             "  Cast the input, or run the model under torch.autocast."
         )
-    columns = weight_shape(weight)[1]
+    columns = shape_of(weight)[1]
     if input.dim() == 0 or input.shape[-1] != columns:
         raise LayerError(
             f"{call.layer_state.fqn}: input has shape {tuple(input.shape)}, its last axis must be {columns}."
@@ -126,11 +127,6 @@ def is_ordinary(input: torch.Tensor) -> bool:
 def as_read(weight: torch.Tensor) -> torch.Tensor:
     """A weight that is released (O3; another layer's, tied to this one since) as the values that it reads as."""
     return weight.view_as(weight) if has_torch_function_unary(weight) else weight
-
-
-def weight_shape(weight: torch.Tensor) -> tuple[int, ...]:
-    """Shape of the whole weight, also while it is sharded or released."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def convert(module: nn.Linear, layer_state: LayerFp8State) -> Fp8Linear:

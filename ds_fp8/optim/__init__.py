@@ -18,7 +18,7 @@ from __future__ import annotations
 from .client_optimizer import algorithm_of, client_states, replace_client_optimizer
 from .scaled_adam import ScaledAdam, ScaledAdamW
 from .scaled_lion import ScaledLion
-from .scaled_optimizer import ScaledOptimizer
+from .scaled_optimizer import SEED, ScaledOptimizer
 
 ALGORITHMS: dict[str, type[ScaledOptimizer]] = {
     "adam": ScaledAdam,
@@ -29,6 +29,7 @@ ALGORITHMS: dict[str, type[ScaledOptimizer]] = {
 
 __all__ = [
     "ALGORITHMS",
+    "SEED",
     "ScaledAdam",
     "ScaledAdamW",
     "ScaledLion",

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .scaled_optimizer import ScaledOptimizer
 
 KEY = "ds_fp8"
+"""Under it stands whatever is ours in a checkpoint of DeepSpeed's or a state_dict of torch's."""
+
 VERSION = 2
 """2: an 8-bit exp_avg is a ratio to the root of exp_avg_sq; in 1, which was never released, it was exp_avg itself."""
 

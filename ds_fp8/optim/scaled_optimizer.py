@@ -27,6 +27,9 @@ from . import checkpointing, codecs, masters
 from .algorithm import check_gradient, check_numbers, refuse_options
 from .pieces import Pieces, state_at
 
+SEED = 0x5EED
+"""Where stochastic rounding starts; each partition adds its own number, replicas share it. Kept in checkpoints."""
+
 
 class ScaledOptimizer(torch.optim.Optimizer):
     """An algorithm whose states lie in formats of their own.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..layers import ModelFp8State
+from ..optim.checkpointing import KEY
 from ..plan import Plan
 from .states_client import Fragment
 from .states_view import Fp32Adam, Fp32View
@@ -45,7 +46,6 @@ TOUCHED = {
     "TensorFragment": touched(reads="hp_fragment_address lp_fragment_address"),
 }
 
-KEY = "ds_fp8"
 VERSION = 1
 DIGEST = "digest"
 """Key of an entry's `head_digest`; entries of version 0.1.0 have none."""

@@ -29,9 +29,6 @@ TOUCHED = {
 IMPLEMENTATION_KEYS = {"torch_adam", "foreach", "fused", "set_grad_none"}
 """Keys that choose between implementations of the same numbers."""
 
-SEED = 0x5EED
-"""Where stochastic rounding starts; each partition adds its own number, replicas share it. Kept in checkpoints."""
-
 
 def build_optimizer(engine: Any, model_parameters: Iterable[Any], plan: Plan) -> Any:
     """ScaledAdam, ScaledAdamW or ScaledLion from DeepSpeed's `optimizer` section; PlanError for any other type or
@@ -114,5 +111,5 @@ def _ours(engine: Any, plan: Plan) -> dict[str, Any]:
 def _seed(engine: Any) -> int:
     """Partitions of one tensor round with different bits; replicas (stage 0) with the same ones."""
     if int(engine.zero_optimization_stage()) == 0:
-        return SEED
-    return SEED + dist.get_rank(group=engine.seq_data_parallel_group)
+        return optim.SEED
+    return optim.SEED + dist.get_rank(group=engine.seq_data_parallel_group)

@@ -1,7 +1,8 @@
 """Rows that visited experts, summed for each token, and the way back: one launch each on a GPU.
 
     forward   out[t] = sum over j of rows[back[t, j]] * weights[t, j]
-    backward  grad_rows[r] = grad[t] * weights[t, j],  grad_weights[t, j] = sum of grad[t] * rows[r]    order[r] = (t, j)
+    backward  grad_rows[r] = grad[t] * weights[t, j],  grad_weights[t, j] = sum of grad[t] * rows[r]
+              where order[r] = (t, j)
 
 Products are rounded to the dtype of `out`, the sum is fp32.
 """
