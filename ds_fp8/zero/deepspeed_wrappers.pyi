@@ -3,7 +3,8 @@
 # The form is that of the newest tested release; adapters (adapters/) give older ones the same. A mixin has the class it
 # stands over as its base while types are checked, so `super()` and every attribute have types, and a name that is not
 # here is an error. `TOUCHED` says which module uses which name; tests/zero/test_wrappers.py holds that both name the
-# same, and that DeepSpeed's methods have these parameters.
+# same, and that DeepSpeed's methods have these parameters. Of what a mixin overrides `*args` stands for long ones: they
+# are in the mixin, and in private_names.py.
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,45 +56,12 @@ class ZeroStage12(Partitioned):
     flatten: Any
     _hp_optimizer_states_linked: bool
     def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None: ...
-    def allreduce_and_scatter(
-        self,
-        bucket: Sequence[Any],
-        communication_data_type: torch.dtype,
-        numel_per_bucket: int = 500000000,
-        log: Any = None,
-        divide: bool = True,
-        process_group: Any = None,
-    ) -> None: ...
-    def allreduce_no_retain(
-        self,
-        bucket: Sequence[Tensor],
-        communication_data_type: torch.dtype,
-        numel_per_bucket: int = 500000000,
-        rank: int | None = None,
-        log: Any = None,
-        divide: bool = True,
-        process_group: Any = None,
-        output_bucket: Sequence[Tensor | None] | None = None,
-    ) -> None: ...
+    def allreduce_and_scatter(self, bucket: Sequence[Any], *args: Any, **kwargs: Any) -> None: ...
+    def allreduce_no_retain(self, bucket: Sequence[Tensor], *args: Any, **kwargs: Any) -> None: ...
     def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor: ...
-    def buffered_reduce_fallback(
-        self,
-        rank: int | None,
-        grads: Sequence[Tensor],
-        communication_data_type: torch.dtype,
-        elements_per_buffer: int = 500000000,
-        log: Any = None,
-    ) -> None: ...
-    def _buffered_reduce_fallback_preserving_fp32(
-        self,
-        grads: Sequence[Tensor],
-        grad_params: Sequence[tuple[int, int, int]],
-        communication_data_type: torch.dtype,
-        elements_per_buffer: int,
-    ) -> None: ...
-    def _add_full_reduction_to_compact_grad_partition(
-        self, reduced_tensor: Tensor, communication_data_type: torch.dtype
-    ) -> None: ...
+    def buffered_reduce_fallback(self, *args: Any, **kwargs: Any) -> None: ...
+    def _buffered_reduce_fallback_preserving_fp32(self, *args: Any, **kwargs: Any) -> None: ...
+    def _add_full_reduction_to_compact_grad_partition(self, *args: Any, **kwargs: Any) -> None: ...
     def _add_to_grad_partition_buffer(self, output: Tensor, source: Tensor) -> None: ...
     def _get_compact_grad_partition_slice(
         self, group_idx: int, partition_id: int, param_id: int, num_elements: int

@@ -6,10 +6,12 @@ import ast
 import functools
 import importlib
 import inspect
+from collections.abc import Iterator
 
 import pytest
 
 from ds_fp8.releases import DEEPSPEED
+from ds_fp8.zero.private_names import METHODS
 from ds_fp8.zero.touched import OWNERS, ROOT, files, of_file, owners_of
 
 STUB = ROOT / "zero" / "deepspeed_wrappers.pyi"
@@ -68,3 +70,24 @@ def test_methods_have_deepspeeds_parameters(owner):
             continue  # decorated, for a profiler
         short = node.args.vararg is not None
         assert ours == (given[: len(ours)] if short else given), f"{owner}.{name}"
+
+
+def overrides() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(owner, method) of every mixin that stands in front of a method of the newest release."""
+    for file in files(DEEPSPEED[-1]):
+        for key, names in of_file(file).items():
+            for cls in ast.parse(file.read_text()).body:
+                for node in cls.body if isinstance(cls, ast.ClassDef) and cls.bases else ():
+                    if isinstance(node, ast.FunctionDef) and node.name in names.overrides:
+                        yield from ((owner, node) for owner in owners_of(key) if owner in OWNERS_THERE)
+
+
+def test_a_mixin_takes_deepspeeds_parameters():
+    """By the names that callers may give them; as `private_names.py` lists them, and is compared with DeepSpeed."""
+    forms = {(method.owner, method.name): method.form_in(DEEPSPEED[-1]) for method in METHODS}
+    found = [(owner, node) for owner, node in overrides() if (owner, node.name) in forms]
+    assert len(found) > 40
+    for owner, node in found:
+        ours, form = [argument.arg for argument in node.args.args], list(forms[owner, node.name])
+        short = node.args.vararg is not None
+        assert ours == (form[: len(ours)] if short else form), f"{owner}.{node.name}"
