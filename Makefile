@@ -28,8 +28,8 @@ bench:           ## the CPU benchmarks, one after another
 docs:            ## the documentation site, in runs/site; a warning is an error
 	mkdocs build --strict --quiet
 
-api:             ## docs/api.md and docs/configuration.md anew, from the code and the schema
-	python docs/generate_api.py && python schemas/generate_reference.py
+api:             ## docs/api.md, docs/files.md and docs/configuration.md anew, from the code and the schema
+	python docs/generate_api.py && python docs/generate_files.py && python schemas/generate_reference.py
 
 wheel:           ## what is published: dist/*.whl of any platform, whose kernels compile at first use
 	DS_FP8_BUILD_KERNELS=0 python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -5,20 +5,37 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from test_architecture import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
-def test_the_api_reference_is_generated():
-    """`make api` after a change of a public signature or docstring."""
-    script = ROOT / "docs" / "generate_api.py"
-    spec = importlib.util.spec_from_file_location("generate_api", script)
+def script(name: str) -> ModuleType:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == module.reference()
+    return module
+
+
+def test_the_api_reference_is_generated():
+    """`make api` after a change of a public signature or docstring."""
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == script("generate_api").reference()
+
+
+def test_the_list_of_files_is_generated():
+    """`make api` after a new file, or a new first sentence of one."""
+    assert (ROOT / "docs" / "files.md").read_text(encoding="utf-8") == script("generate_files").page()
+
+
+def test_the_floors_of_the_page_are_those_that_the_tests_hold():
+    """docs/architecture.md and tests/test_architecture.py; `schemas` is no Python of the package's."""
+    held = {name: floor for name, floor in FLOORS.items() if name != "schemas"}
+    assert {name: floor for floor, name in script("generate_files").floors()} == held
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
