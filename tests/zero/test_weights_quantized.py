@@ -64,6 +64,7 @@ def judge(results, stage):
     for row in zip(*results, strict=True):
         for rank, of_rank in enumerate(row):
             case = (of_rank["case"], rank)
+            assert (of_rank["O2"][2], bool(of_rank["O3"][2])) == ([], stage < 3), case  # ZeRO 3 keeps none
             assert of_rank["O3"][0] == of_rank["O2"][0], case
             assert of_rank["O3 after"] == of_rank["O2 after"], case
             assert of_rank["O3 in 16 bits"] == of_rank["O2 in 16 bits"], case
