@@ -1,7 +1,13 @@
-"""A Llama with Liger Kernel, or with another attention, in bf16 or in FP8: what `test_llama_peers.py` runs."""
+"""A Llama with Liger Kernel, or with another attention, in bf16 or in FP8: what `test_llama_peers.py` runs.
+
+`python -m tests.gpu.llama_peers '{"fp8": true, "liger": true}'` trains in a process of its own and prints the Training
+as JSON.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -98,3 +104,7 @@ def _train(model: Any, device: str, *, fp8: bool, compiled: bool, steps: int, to
     ]
     watch(layers, on=False)
     return losses, lazy if layers or not fp8 else ["no layer is FP8"]
+
+
+if __name__ == "__main__":
+    print("TRAINING " + json.dumps(train("cuda", **json.loads(sys.argv[1]))._asdict()), flush=True)
