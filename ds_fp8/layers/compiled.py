@@ -76,13 +76,20 @@ def linear(
     turned = layer_state.transposed
     training = training or (layer_state.trains_in_eval and torch.is_grad_enabled())
     if not (training or layer_state.runs_in_eval):
-        if has_torch_function_unary(weight) and not torch.compiler.is_exporting():  # released (O3)
+        if has_torch_function_unary(weight) and not _is_exported():  # released (O3)
             with torch._C.DisableTorchFunctionSubclass():
                 values = _Values.apply(weight.t() if turned else weight, layer_state.anchor)
                 return F.linear(input, values, bias)
         return F.linear(input, weight.t() if turned else weight, bias)
     with torch._C.DisableTorchFunctionSubclass():  # a weight that is released (O3) is passed on, not decoded
         return _operator(input, weight.t() if turned else weight, bias, layer_state, shape, training)
+
+
+def _is_exported() -> bool:
+    """Whether torch.export traces. Its flag, since Dynamo took `torch.compiler.is_exporting()` for true in every
+    compilation (torch 2.11).
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _operator(

@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_fp8.errors import LayerError
 from ds_fp8.layers import compiled
+from ds_fp8.layers.layer_state import QuantizedWeight
 from ds_fp8.recipe import OUR_RECIPES, HighPrecision, Recipe
+from ds_fp8.zero.weights_released import Source, release
 from tests.layers.small_models import swapped
 
 COUNTERS = torch._dynamo.utils.counters
@@ -127,6 +129,26 @@ def test_quantized_values_are_carried_to_the_backward(recipe):
     assert hold_together(recipe, bias=True) == 1
     layer_state = make(recipe)[1].layer_states[0]
     assert layer_state.carries_input
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_a_released_weight_is_evaluated_in_one_graph(monkeypatch, says):
+    """O3; whatever torch.compiler.is_exporting() says, which before torch 2.13 is always true in a traced model."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: says)
+    model, _ = make(PLAIN[0])
+    model.eval()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            data = (layer.weight.detach().float() * 100).to(torch.float8_e4m3fn)
+            layer.quantized_weight = QuantizedWeight(data, torch.tensor(0.01))
+            source = Source(f"{name}.weight", layer.quantized_weight)
+            release(layer.weight, torch.bfloat16, data.device, tuple(data.shape), source)
+    x = torch.randn(2, 8, 32).bfloat16()
+    with torch.no_grad():
+        wanted = model(x)
+        compile_blocks(model)
+        assert torch.equal(model(x), wanted) and not COUNTERS["graph_break"]
+    assert COUNTERS["stats"]["unique_graphs"] == 1
 
 
 def test_the_whole_model_is_one_graph():
