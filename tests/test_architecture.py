@@ -204,17 +204,32 @@ def test_only_its_own_module_asks_for_a_recipes_name():
     assert not found
 
 
-def test_new_tensors_name_their_dtype():
-    """A script may set another default (`torch.set_default_dtype`): a buffer that a kernel fills as fp32 would be half
-    as long.
-    """
-    makers = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
+MAKERS = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
+
+
+def made_without(key: str, makers: set[str]) -> list[str]:
+    """Calls of these functions of torch that leave `key` to a default."""
     nameless = []
     for file in FILES:
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
             made_by_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
-            if made_by_torch and call.func.attr in makers and not {"dtype", None} & {key.arg for key in call.keywords}:
+            if made_by_torch and call.func.attr in makers and not {key, None} & {one.arg for one in call.keywords}:
                 nameless.append(f"{file.relative_to(ROOT)}:{call.lineno}")
-    assert not nameless, "dtype=... is missing"
+    return nameless
+
+
+def test_new_tensors_name_their_dtype():
+    """A script may set another default (`torch.set_default_dtype`): a buffer that a kernel fills as fp32 would be half
+    as long.
+    """
+    assert not made_without("dtype", MAKERS), "dtype=... is missing"
+
+
+def test_new_tensors_name_their_device():
+    """A script may set another default (`torch.set_default_device`): a C++ kernel would be given a GPU's address, and
+    pinned memory is the host's. `torch.as_tensor` moves a tensor there.
+    """
+    makers = MAKERS | {"arange", "as_tensor", "asarray", "empty_strided", "randint", "randperm"}
+    assert not made_without("device", makers), "device=... is missing"

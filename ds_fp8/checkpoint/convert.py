@@ -194,7 +194,7 @@ def recode(state: dict[str, Any], level: str) -> dict[str, Any]:
         raise CheckpointError(
             f"base dtype {layout['base_dtype']!r} is not one of {', '.join(map(str, BASE_DTYPES.values()))}."
         )
-    params = [torch.zeros(numel, dtype=dtype) for numel in layout["numel"]]
+    params = [torch.zeros(numel, dtype=dtype, device="cpu") for numel in layout["numel"]]
     # The formats of states do not depend on which algorithm of the same states it was.
     has_squares = "exp_avg_sq" in layout.get("formats", {"exp_avg_sq": ""})
     cls = ScaledAdamW if has_squares else ScaledLion

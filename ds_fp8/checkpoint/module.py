@@ -22,16 +22,19 @@ def check_module(module: nn.Module, saved: Any, where: str) -> None:
     """Raise CheckpointError if `load_state_dict(saved, strict=True)` could not succeed.
 
     saved  name -> tensor, as `module.state_dict()` gives it
-    Shapes are compared where a name is in both. Names are compared only if every module loads as nn.Module does: hooks
-    and overrides may rename.
+    Shapes are compared where a name is in both, and no module above it has hooks or overrides, which may change sizes
+    (a queue that grows). Names are compared only if every module loads as nn.Module does.
     """
     if not isinstance(saved, dict):
         raise CheckpointError(f"{where}: the module is a {type(saved).__name__}, expected names and tensors.")
     expected = dict(_shapes(module))
+    rewritten = tuple(f"{prefix}." if prefix else "" for prefix, one in module.named_modules() if _may_rewrite(one))
     for name, shapes in expected.items():
         tensor = saved.get(name)
         if name in saved and not holds_values(tensor):
             raise CheckpointError(f"{where}: {name} is a {type(tensor).__name__} without values; it is damaged.")
+        if name.startswith(rewritten):
+            continue
         if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) not in shapes:
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, this model's has {shapes[-1]}: another model."
@@ -70,14 +73,26 @@ def _experts(module: nn.Module) -> Iterator[str]:
 
 
 def _loads_as_usual(module: nn.Module) -> bool:
-    cls = type(module)
-    same = all(
-        getattr(cls, name) is getattr(nn.Module, name)
-        for name in ("_load_from_state_dict", "load_state_dict", "state_dict", "_save_to_state_dict", "get_extra_state")
+    """Whether names in the file are the module's. A hook that runs after a load may forgive what is missing."""
+    return (
+        not _may_rewrite(module, torch_too=True)
+        and type(module).get_extra_state is nn.Module.get_extra_state
+        and not module._load_state_dict_post_hooks
+        and not hasattr(module, "parametrizations")
     )
+
+
+def _may_rewrite(module: nn.Module, *, torch_too: bool = False) -> bool:
+    """Whether its own code comes between the file and its tensors.
+
+    torch_too  torch's own layers count, too (BatchNorm adds a name to old files)
+    """
+    for name in ("_load_from_state_dict", "load_state_dict", "state_dict", "_save_to_state_dict"):
+        method = getattr(type(module), name)
+        if method is not getattr(nn.Module, name) and (torch_too or not method.__module__.startswith("torch.nn.")):
+            return True
     hooks = (module._load_state_dict_pre_hooks, module._state_dict_hooks, module._state_dict_pre_hooks)
-    foreign = any(not _is_ours(hook) for one in hooks for hook in one.values())
-    return same and not foreign and not hasattr(module, "parametrizations")
+    return any(not _is_ours(hook) for one in hooks for hook in one.values())
 
 
 def _is_ours(hook: Any) -> bool:

@@ -37,7 +37,7 @@ def give_back(*buffers: Tensor) -> None:
     for buffer in buffers:
         if buffer.device.type == "cpu" and buffer.numel():
             # Whatever slice or dtype it was used as: the bytes of its storage.
-            whole = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
+            whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(buffer.untyped_storage())
             with _lock:
                 _free.append(whole)
                 if len(_free) > MOST_KEPT:

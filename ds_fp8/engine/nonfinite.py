@@ -62,7 +62,9 @@ class NonFiniteGuard:
         flag = self._flag(losses)
         if flag is None:
             return
-        on_host = torch.empty((), dtype=torch.bool, pin_memory=flag.is_cuda) if flag.device.type != "cpu" else flag
+        on_host = flag
+        if flag.device.type != "cpu":
+            on_host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=flag.is_cuda)
         event = None
         if on_host is not flag:
             on_host.copy_(flag, non_blocking=True)
@@ -87,7 +89,7 @@ class NonFiniteGuard:
         values = [loss.float() for loss in losses]
         if norm is not None:
             device = values[0].device if values else self.engine.device
-            values.append(torch.as_tensor(norm, dtype=torch.float32).reshape(()).to(device))
+            values.append(torch.as_tensor(norm, dtype=torch.float32, device=device).reshape(()))
         flag = ~torch.isfinite(torch.stack(values)).all() if values else None
         if norm is None:
             flag = self._exchange(flag)

@@ -56,8 +56,8 @@ def _equal(found: Tensor, wanted: Tensor) -> bool:
 def numbers(seed: int, numel: int = NUMEL) -> Tensor:
     """fp32 [numel]: 24 binades, a block of zeros."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(numel, generator=generator, dtype=torch.float32)
-    x = x * torch.exp2(torch.randint(-12, 12, (numel,), generator=generator).float())
+    x = torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu")
+    x = x * torch.exp2(torch.randint(-12, 12, (numel,), generator=generator, device="cpu").float())
     x[128:256] = 0
     return x
 
@@ -90,7 +90,7 @@ def _experts(device: torch.device) -> Iterator[Compared]:
     (without).
     """
     x = numbers(5, 192 * 272).bfloat16().view(192, 272)
-    table = torch.tensor([[1, 1, 3], [3, 3, 192], [16, 16, 208]], dtype=torch.int32)
+    table = torch.tensor([[1, 1, 3], [3, 3, 192], [16, 16, 208]], dtype=torch.int32, device="cpu")
     for name, one, where, room in (("tokens", x, table, 208), ("weights", x.view(2, 96, 272), None, 0)):
         here, there = one.to(device), None if where is None else where.to(device)
 

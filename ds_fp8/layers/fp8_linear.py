@@ -46,8 +46,10 @@ class Fp8Linear(nn.Linear):
             shape = (self.out_features, self.in_features)
             return compiled.linear(input, self.weight, self.bias, self.layer_state, shape, self.training)
         layer_state = self.layer_state
-        call = layer_state.fp8_state.call(layer_state, training=self.training, device=input.device)
         weight = self.weight
+        if not isinstance(input, torch.Tensor):  # torch's own error, or what its __torch_function__ makes of it
+            return F.linear(input, as_read(weight), self.bias)
+        call = layer_state.fp8_state.call(layer_state, training=self.training, device=input.device)
         if call is None:
             layer_state.note_call()
             return F.linear(input, as_read(weight), self.bias)

@@ -41,8 +41,9 @@ def match_state(
     total = len(fp8_state.names)
     new_columns = new_forward + [2 * total + new for new in new_backward]
     old_columns = old_forward + [2 * count + old for old in old_backward]
-    scales, pending = torch.ones(3 * total, dtype=torch.float32), torch.zeros(3 * total, dtype=torch.float32)
-    known = torch.zeros(3 * total, dtype=torch.bool)
+    scales = torch.ones(3 * total, dtype=torch.float32, device="cpu")
+    pending = torch.zeros(3 * total, dtype=torch.float32, device="cpu")
+    known = torch.zeros(3 * total, dtype=torch.bool, device="cpu")
     scales[new_columns] = state["scales"][old_columns]
     known[new_columns] = _known(state)[old_columns]
     if "pending" in state:
@@ -57,7 +58,7 @@ def match_state(
         ("forward_history", 2 * total, new_forward, old_forward),
         ("backward_history", total, new_backward, old_backward),
     ):
-        tensors[key] = torch.zeros(length, columns, dtype=torch.float32)
+        tensors[key] = torch.zeros(length, columns, dtype=torch.float32, device="cpu")
         history = state[key][:, old]
         if not fp8_state.exact:  # written when infinities were remembered
             history = torch.where(torch.isfinite(history), history, 0.0)
@@ -76,7 +77,8 @@ def _known(state: dict[str, Any]) -> torch.Tensor:
 def _newest(history: torch.Tensor, length: int) -> torch.Tensor:
     """A history of another length: row 0 is the open slot, the newest amax is the last row."""
     kept = history[1:][-(length - 1) :] if length > 1 else history[:0]
-    return torch.cat([torch.zeros(length - kept.shape[0], history.shape[1], dtype=torch.float32), kept])
+    missing = torch.zeros(length - kept.shape[0], history.shape[1], dtype=torch.float32, device="cpu")
+    return torch.cat([missing, kept])
 
 
 def _check(state: dict[str, Any]) -> None:

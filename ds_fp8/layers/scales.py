@@ -204,7 +204,7 @@ class ScaleTensors:
         if self.device.type != "cuda":
             self._read(self.known)
             return
-        report = torch.empty(self.known.shape, dtype=torch.bool, pin_memory=True)
+        report = torch.empty(self.known.shape, dtype=torch.bool, device="cpu", pin_memory=True)
         report.copy_(self.known, non_blocking=True)
         done = torch.cuda.Event()
         done.record()

@@ -141,5 +141,5 @@ def ieee_sqrt(x: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=1)
 def torch_sqrt_is_ieee() -> bool:
     """Whether torch's fp32 sqrt on this CPU is correctly rounded, by a look at 65,536 numbers of two binades."""
-    sample = torch.linspace(1.0, 4.0, 65536, dtype=torch.float32)
+    sample = torch.linspace(1.0, 4.0, 65536, dtype=torch.float32, device="cpu")
     return torch.equal(sample.sqrt(), sample.double().sqrt().float())

@@ -28,6 +28,13 @@ def format_of(dtype: torch.dtype) -> Format:
     raise ValueError(f"{dtype} is none of {', '.join(FORMATS)}")
 
 
+def as_tensor(value: torch.Tensor | float) -> torch.Tensor:
+    """A tensor itself, a number as a 0-d tensor on the CPU. `torch.as_tensor` would take a tensor to the device of
+    `torch.set_default_device`.
+    """
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def as_quantized(data: torch.Tensor, fmt: Format) -> torch.Tensor:
     """The same storage as float8 values of `fmt`."""
     return data.view(torch_dtype(fmt))

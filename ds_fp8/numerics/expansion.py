@@ -97,11 +97,11 @@ def _horner(coefficients: tuple[float, ...], x: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=8)
 def table(device: torch.device | str = "cpu") -> torch.Tensor:
     """TABLE of the module docstring, fp32 [256, 128]; rows below MIN_EXPANSION are unused copies of row 16."""
-    values = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = torch.arange(128, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
     positive = values[1:127]
     logs = log2(divide(positive, E4M3.max))
-    rows = torch.arange(256, dtype=torch.float32).clamp(min=MIN_EXPANSION)
-    result = torch.zeros(256, 128, dtype=torch.float32)
+    rows = torch.arange(256, dtype=torch.float32, device="cpu").clamp(min=MIN_EXPANSION)
+    result = torch.zeros(256, 128, dtype=torch.float32, device="cpu")
     result[:, 1:127] = E4M3.max * exp2(logs[None, :] * (EXPANSION_UNIT / rows)[:, None])
     result[:, 127] = torch.nan
     return result.to(device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from ..formats import FP32, Format
+from .dtypes import as_tensor
 
 
 def scale_from_amax(
@@ -22,7 +23,7 @@ def scale_from_amax(
 
     Operations in fp32: quotient fmt.max / amax, quotient by 2 ** margin, then the choices.
     """
-    amax = torch.as_tensor(amax, dtype=torch.float32)
+    amax = as_tensor(amax).float()
     previous = torch.as_tensor(previous, dtype=torch.float32, device=amax.device)
     scale = torch.full_like(amax, fmt.max) / amax / 2.0**margin
     scale = torch.where(torch.isinf(scale), torch.full_like(scale, FP32.max), scale)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .scans import has_state
-from .shapes import matrix_of, shape_of
+from .shapes import matrix_of, own_parameter, shape_of
 
 QUERY = ("q_b_proj", "q_proj", "query", "q", "to_q", "wq", "q_lin", "query_proj", "Wq", "linear_q")
 """Projections whose outputs are all heads of the queries; the second step of a low-rank one first (DeepSeek)."""
@@ -136,5 +136,5 @@ def _sides(size: Any) -> tuple[int, int] | None:
 
 def packed_projection(module: nn.Module) -> tuple[int, int] | None:
     """[3 * width, width] of nn.MultiheadAttention's own parameter, in which no layer has a part."""
-    weight = module._parameters.get("in_proj_weight") if isinstance(module, nn.MultiheadAttention) else None
+    weight = own_parameter(module, "in_proj_weight") if isinstance(module, nn.MultiheadAttention) else None
     return None if weight is None else shape_of(weight)  # type: ignore[return-value]

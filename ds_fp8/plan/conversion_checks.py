@@ -18,7 +18,7 @@ from torch import nn
 from ..recipe import RECIPE_KINDS
 from .expert_rules import rule_of
 from .known_norms import rms_norm_of
-from .shapes import DENSE, LAYER_TYPES, is_around_another, layer_type, shape_of
+from .shapes import DENSE, LAYER_TYPES, is_around_another, layer_type, own_parameter, shape_of
 
 if TYPE_CHECKING:
     from .roles import Role
@@ -48,6 +48,7 @@ class CandidateModule:
     sharers  (fqn, module) of all modules that hold the same weight Parameter, this one included
     backend  the backend that will run it
     role     what it is for, where that is a reason to keep it (`roles.py`)
+    casts    DeepSpeed will cast the weight to 16 bits before the first step, fp64 too
     """
 
     fqn: str
@@ -57,12 +58,13 @@ class CandidateModule:
     recipe: str
     backend: str
     role: Role | None = None
+    casts: bool = False
 
     @property
     def weight(self) -> torch.Tensor | None:
         """The weight; of experts the one that is used first."""
         rule = rule_of(self.module) if self.kind == "Experts" else None
-        return self.module._parameters.get(rule.weights[0] if rule else "weight")
+        return own_parameter(self.module, rule.weights[0] if rule else "weight")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,7 +104,7 @@ def foreign_weight(candidate: CandidateModule) -> str | None:
     weight = candidate.weight
     if weight is None:
         return None
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in DTYPES and not (candidate.casts and weight.dtype == torch.float64):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if weight.layout != torch.strided:
         return f"its weight is {str(weight.layout).removeprefix('torch.')}"
@@ -154,7 +156,7 @@ def norm_shape(candidate: CandidateModule) -> str | None:
         return None
     if candidate.weight is None:
         return "no affine weight"
-    if candidate.kind == "LayerNorm" and candidate.module._parameters.get("bias") is None:
+    if candidate.kind == "LayerNorm" and own_parameter(candidate.module, "bias") is None:
         return "no bias"
     if len(shape_of(candidate.weight)) > 1:
         return "normalizes over several dimensions"

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import PlanError
 from .library_experts import registration_of
-from .shapes import shape_of
+from .shapes import own_parameter, shape_of
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,5 @@ def rule_of(module: nn.Module) -> ExpertRule | None:
 
 
 def _is_stack(module: nn.Module, name: str) -> bool:
-    parameter = module._parameters.get(name)
+    parameter = own_parameter(module, name)
     return parameter is not None and len(shape_of(parameter)) == 3

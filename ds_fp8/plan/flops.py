@@ -31,7 +31,7 @@ from .expert_speed import NONE, parts_of
 from .experts_found import stacked, visited
 from .roles import CLASSIFIERS, ROUTER_CLASS, STEP_SIZE, find_roles
 from .scans import scans
-from .shapes import is_around_another, matrix_of, shape_of
+from .shapes import is_around_another, matrix_of, own_parameter, shape_of
 
 NO_PRODUCT = re.compile(r"pos|embed|token|mask|bias|scale|table|gamma|beta|norm|^A_log|sink|magnitude", re.IGNORECASE)
 """Names of parameters that are added, looked up or multiplied by element."""
@@ -86,7 +86,7 @@ class _Counter:
         nn.MultiheadAttention's projection.
         """
         for fqn, module in self.modules.items():
-            weight = module._parameters.get("weight")
+            weight = own_parameter(module, "weight")
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 self._know(module)
             elif is_around_another(module):
@@ -191,7 +191,7 @@ class _Counter:
 
     def _know(self, module: nn.Module) -> None:
         """The parameters of a layer, and those from which its weight is computed (weight_norm)."""
-        parametrized = module._modules.get("parametrizations")
+        parametrized = getattr(module, "parametrizations", None)
         for holder in (module, *(parametrized.modules() if parametrized is not None else ())):
             self.known.update(id(parameter) for parameter in holder._parameters.values() if parameter is not None)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .shapes import shape_of
+from .shapes import own_parameter, shape_of
 
 EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 """Attributes in which such a class keeps its eps."""
@@ -43,7 +43,7 @@ class RmsNorm(NamedTuple):
 
 def rms_norm_of(module: nn.Module) -> RmsNorm | None:
     """What kind of RMS norm `module` is; None for everything else, and for `nn.RMSNorm` itself."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     alone = len(module._parameters) == 1 and not module._modules and not module._buffers
     if weight is None or not alone or isinstance(module, nn.RMSNorm) or not weight.is_floating_point():
         return None

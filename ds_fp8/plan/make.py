@@ -61,6 +61,7 @@ def make_plan(
             on_gpu=host.device_type == "cuda",
             measured=expert_speed.is_measured(host, effective.fp8.recipe.kind),
             weight_cache=effective.fp8.weight_cache,
+            casts=settings.deepspeed.base_dtype != "fp32",
         )
         modules, unmatched = decide_modules(model, rules)
     facts = settings.deepspeed

@@ -21,7 +21,7 @@ from .expert_rules import rule_of
 from .expert_speed import TOKENS, least_rows_of
 from .experts_found import visited
 from .roles import Role, experts_on_gpu, find_roles
-from .shapes import DENSE
+from .shapes import DENSE, own_parameter
 
 TARGETS = {
     "torch": {"Linear": "Fp8Linear", "LayerNorm": "Fp8LayerNorm", "RMSNorm": "Fp8RMSNorm"},
@@ -41,6 +41,7 @@ class Rules:
                  faster
     measured     something was measured for experts, on this GPU and with this recipe
     weight_cache  casts of weights serve several micro-batches
+    casts        DeepSpeed casts all weights to 16 bits before the first step
     """
 
     layers: LayerSettings
@@ -53,6 +54,7 @@ class Rules:
     on_gpu: bool = False
     measured: bool = False
     weight_cache: bool = False
+    casts: bool = False
 
 
 def decide_modules(model: nn.Module, rules: Rules) -> tuple[tuple[ModuleDecision, ...], tuple[str, ...]]:
@@ -90,8 +92,9 @@ def find_candidates(model: nn.Module, rules: Rules) -> list[CandidateModule]:
             raise PlanError(
                 f"{fqn or 'the model'} is an FP8 layer already; call ds_fp8.layers.restore_layers(model) first."
             )
-        mine = sharers.get(id(module._parameters.get("weight")), [(fqn, module)])
-        candidates.append(CandidateModule(fqn, module, kind, mine, rules.recipe, rules.backend, roles.get(fqn)))
+        mine = sharers.get(id(own_parameter(module, "weight")), [(fqn, module)])
+        role = roles.get(fqn)
+        candidates.append(CandidateModule(fqn, module, kind, mine, rules.recipe, rules.backend, role, rules.casts))
     return candidates
 
 

@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .experts_found import expert_counts
-from .shapes import shape_of
+from .shapes import own_parameter, shape_of
 
 HEAD_NAMES = ("lm_head", "embed_out", "unembed", "unembedding")
 """Names that say output head by themselves: in the last stage of a pipeline there is no embedding to compare with."""
@@ -126,7 +126,7 @@ def _router(fqn: str, modules: dict[str, nn.Module], counts: dict[str, set[int]]
     role = Role("router", own, f"*.{own}" if len(parts) > 1 else own)
     if ROUTER_NAME.search(own):
         return role
-    weight = modules[fqn]._parameters.get("weight")
+    weight = own_parameter(modules[fqn], "weight")
     width = 0 if weight is None else shape_of(weight)[0]
     for up in (1, 2):
         if len(parts) < up:
@@ -187,7 +187,7 @@ def _as_wide_as_words(model: nn.Module, linears: Linears, known: bool) -> list[s
     wide = [
         fqn
         for fqn, module in linears.items()
-        if module._parameters.get("weight") is not None
+        if own_parameter(module, "weight") is not None
         and shape_of(module.weight)[0] in words
         and not any(part.isdigit() for part in fqn.split(".")[:-1])
     ]

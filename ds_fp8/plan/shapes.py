@@ -49,9 +49,17 @@ DENSE = ("Linear", *LAYER_TYPES)
 """Kinds that multiply by one weight."""
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The Parameter of that name that the module itself holds; of TorchScript's modules, too, whose containers are no
+    dicts.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else None  # noqa: SIM401
+
+
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """The shape of `weight`; () without one."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     return () if weight is None else shape_of(weight)
 
 
@@ -78,5 +86,5 @@ def matrix_of(module: nn.Module) -> tuple[int, int] | None:
 
 def is_around_another(module: nn.Module) -> bool:
     """An nn.Linear without a weight, around the one that multiplies: PEFT's RandLoRA."""
-    own = module._parameters.get("weight")
+    own = own_parameter(module, "weight")
     return isinstance(module, nn.Linear) and own is None and isinstance(module._modules.get("base_layer"), nn.Module)

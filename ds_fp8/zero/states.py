@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..layers import ModelFp8State
+from ..numerics.dtypes import as_tensor
 from ..optim.checkpointing import KEY
 from ..plan import Plan
 from .states_client import Fragment
@@ -101,7 +102,7 @@ class ScaledStates(Fp32View):
         combined: Any = self.loss_scale
         if self.clip_grad > 0.0:
             clip = ((total_norm / self.loss_scale) + 1e-6) / self.clip_grad
-            combined = torch.clamp(torch.as_tensor(clip), min=1.0) * self.loss_scale
+            combined = torch.clamp(as_tensor(clip), min=1.0) * self.loss_scale
         self.optimizer.grad_scale = 1.0 / combined
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:

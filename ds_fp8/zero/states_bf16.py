@@ -17,6 +17,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
+from ..numerics.dtypes import as_tensor
 from .states import ScaledStates
 from .states_fragments import link_quantized_fragments
 from .touched import touched
@@ -84,7 +85,7 @@ class StatesBF16(ScaledStates, Base):
         if not for_clipping:
             return super().get_grads_for_norm(for_clipping)
         coefficient = self.clip_grad / (self._global_grad_norm + 1e-6)
-        self.optimizer.grad_scale = torch.clamp(torch.as_tensor(coefficient), max=1.0)
+        self.optimizer.grad_scale = torch.clamp(as_tensor(coefficient), max=1.0)
         return []
 
     def step(self, closure: Any = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.fp16.loss_scaler import INITIAL_LOSS_SCALE, MIN_LOSS_SCALE, SCALE_WINDOW
 
+from ..numerics.dtypes import as_tensor
 from .touched import touched
 
 TOUCHED = {
@@ -68,5 +69,5 @@ class LossScale:
 
 def is_invalid_norm(norm: Any) -> bool:
     """Whether a gradient norm, or DeepSpeed's -1 in its place, tells of gradients that are not finite."""
-    norm = torch.as_tensor(norm)
+    norm = as_tensor(norm)
     return bool((~torch.isfinite(norm) | (norm < 0)).any())

@@ -90,7 +90,7 @@ def fp32_state(exported: dict[str, Any], *, torch_step: bool) -> dict[str, Any]:
         return {}
     moments = {key: exported[key].to("cpu", torch.float32) for key in MOMENTS if key in exported}
     step = int(exported["step"])
-    return {"step": torch.tensor(float(step), dtype=torch.float32) if torch_step else step, **moments}
+    return {"step": torch.tensor(float(step), dtype=torch.float32, device="cpu") if torch_step else step, **moments}
 
 
 def check_moments(loaded: dict[str, Any], optimizer: Any) -> None:
@@ -138,7 +138,7 @@ class Fp32View(Base):
                 flats.append(exported["master"].to("cpu", torch.float32))
                 states.append(fp32_state(exported, torch_step=self.fp8_torch_step))
             else:
-                flats.append(torch.zeros(master.numel(), dtype=torch.float32))
+                flats.append(torch.zeros(master.numel(), dtype=torch.float32, device="cpu"))
                 states.append({})
         fp32_adam = Fp32Adam(fp32_groups(ours, self._fp8_group_params(flats)), ours.moments)
         steps = [state["step"] for state in states if state]

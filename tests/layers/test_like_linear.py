@@ -269,6 +269,9 @@ def test_errors_of_ours_are_runtime_errors(kind):
         with pytest.raises(RuntimeError, match=r"^0: input") as found:
             model(wrong)
         assert isinstance(found.value, LayerError)
+    for nothing in (None, "text", [1.0] * WIDTH):
+        with pytest.raises(TypeError, match="must be Tensor"):  # torch's own words
+            model(nothing)
     x = torch.randn(16, WIDTH, requires_grad=True)
     with pytest.raises(RuntimeError, match="fp8/layers/exclude"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)

@@ -77,6 +77,23 @@ def test_every_module_has_a_decision_and_every_kept_one_a_reason():
     }
 
 
+def test_fp64_weights_are_judged_as_what_deepspeed_casts_them_to():
+    """Under `torch.set_default_dtype(torch.float64)`: a job in bf16 casts them, one in fp32 leaves them."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).double()
+    assert swaps(make_plan(model, settings(level="O2"), host=CPU)) == ["0", "1"]
+    with pytest.raises(PlanError, match="its weight is float64"):
+        make_plan(model, settings(), host=CPU)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_compiled_submodules_of_torchscript_are_left_alone():
+    model = nn.Sequential(nn.Linear(32, 32), torch.jit.script(nn.Linear(32, 32)))
+    model.append(torch.jit.trace(nn.Sequential(nn.Linear(32, 32), nn.GELU()), torch.randn(2, 32)))
+    plan = make_plan(model, settings(level="O2"), host=CPU)
+    assert swaps(plan) == ["0"]
+    assert len(plan.parameters) == 6
+
+
 def test_include_and_exclude():
     model = TinyModel(blocks=3)
     assert swaps(plan_of(model, include=("blocks.1.*",))) == ["blocks.1.norm", "blocks.1.up", "blocks.1.down"]

@@ -35,7 +35,9 @@ def adam_step(step: AdamStep) -> Any:
     if gradient_dtype is None or step.param.dtype not in jobs.DTYPES:
         return NotImplemented
     scale = step.grad_scale
-    scale = scale.detach().float() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
+    scale = (
+        scale.detach().float() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32, device="cpu")
+    )
     sqrt = None if not step.torch_sqrt or torch_sqrt_is_ieee() else torch_sqrt.entry()
     if sqrt is None and step.torch_sqrt and not torch_sqrt_is_ieee():
         return NotImplemented

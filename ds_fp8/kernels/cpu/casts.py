@@ -47,7 +47,7 @@ def readable(x: Tensor) -> Tensor:
 def _scalar(scale: Tensor | float) -> Tensor:
     if isinstance(scale, Tensor):
         return scale.detach().to(torch.float32).reshape(())
-    return torch.tensor(scale, dtype=torch.float32)
+    return torch.tensor(scale, dtype=torch.float32, device="cpu")
 
 
 def quantize(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
@@ -59,8 +59,8 @@ def quantize_with_amax(x: Tensor, scale: Tensor | float, fmt: Format, *, measure
     """The quantized values and the amax of x (0-d fp32, inf when x holds inf or NaN), in one pass over x."""
     x = readable(x.detach())
     scale = _scalar(scale)
-    quantized = torch.empty(x.shape, dtype=_float8(fmt))
-    top = torch.zeros((), dtype=torch.float32)
+    quantized = torch.empty(x.shape, dtype=_float8(fmt), device="cpu")
+    top = torch.zeros((), dtype=torch.float32, device="cpu")
     job = jobs.QuantizeJob(
         x.data_ptr(), quantized.data_ptr(), scale.data_ptr(), top.data_ptr() if measure else None,
         x.numel(), jobs.DTYPES[x.dtype], jobs.format_number(fmt),
@@ -72,7 +72,7 @@ def quantize_with_amax(x: Tensor, scale: Tensor | float, fmt: Format, *, measure
 def amax(x: Tensor) -> Tensor:
     """0-d fp32; NaN and inf come back as inf; 0 for an empty tensor."""
     x = readable(x.detach())
-    top = torch.zeros((), dtype=torch.float32)
+    top = torch.zeros((), dtype=torch.float32, device="cpu")
     job = jobs.QuantizeJob(x.data_ptr(), None, None, top.data_ptr(), x.numel(), jobs.DTYPES[x.dtype], 0)
     run(jobs.QUANTIZE, job, blocks_of(x.numel()))
     return top
@@ -81,7 +81,7 @@ def amax(x: Tensor) -> Tensor:
 def dequantize(quantized: Tensor, scale_inv: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
     """quantized.float() * scale_inv, rounded to dtype; quantized values is a float8 tensor of any shape."""
     quantized = quantized.contiguous()
-    out = torch.empty(quantized.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32)
+    out = torch.empty(quantized.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32, device="cpu")
     decode_into(quantized, _scalar(scale_inv), format_name(quantized), out, per_block=False)
     return out.to(dtype)
 
@@ -107,16 +107,16 @@ def _tile_job(x: Tensor, quantized: Tensor, scale_inv: Tensor, fmt: str, tile_ro
 
 def _quantize_tiles(x: Tensor, fmt: Format, tile_rows: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
     x = readable(x.detach())
-    quantized = torch.empty(x.shape, dtype=_float8(fmt))
+    quantized = torch.empty(x.shape, dtype=_float8(fmt), device="cpu")
     tiles = (*x.shape[:-2], -(-x.shape[-2] // tile_rows)) if tile_rows > 1 else x.shape[:-1]
-    scale_inv = torch.empty(*tiles, blocks_of(x.shape[-1]), dtype=torch.float32)
+    scale_inv = torch.empty(*tiles, blocks_of(x.shape[-1]), dtype=torch.float32, device="cpu")
     run(jobs.TILE_QUANTIZE, *_tile_job(x, quantized, scale_inv, fmt.name, tile_rows, power_of_two))
     return quantized, scale_inv
 
 
 def _dequantize_tiles(quantized: Tensor, scale_inv: Tensor, dtype: torch.dtype, tile_rows: int) -> Tensor:
     quantized, scale_inv = quantized.contiguous(), scale_inv.contiguous()
-    out = torch.empty(quantized.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32)
+    out = torch.empty(quantized.shape, dtype=dtype if dtype in jobs.DTYPES else torch.float32, device="cpu")
     run(jobs.TILE_DEQUANTIZE, *_tile_job(out, quantized, scale_inv, format_name(quantized), tile_rows, False))
     return out.to(dtype)
 

@@ -37,7 +37,8 @@ def encode(
 
 
 def _new_quantized(numel: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(numel, dtype=torch.uint8), torch.empty(blocks_of(numel), dtype=torch.float32)
+    quantized = torch.empty(numel, dtype=torch.uint8, device="cpu")
+    return quantized, torch.empty(blocks_of(numel), dtype=torch.float32, device="cpu")
 
 
 def decode(
@@ -112,7 +113,7 @@ def _target(numel: int, out: Tensor | None, dtype: torch.dtype) -> Tensor:
     if out is not None and out.is_contiguous() and out.dtype in jobs.DTYPES:
         return out
     wanted = out.dtype if out is not None else dtype
-    return torch.empty(numel, dtype=wanted if wanted in jobs.DTYPES else torch.float32)
+    return torch.empty(numel, dtype=wanted if wanted in jobs.DTYPES else torch.float32, device="cpu")
 
 
 def _deliver(target: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -41,9 +41,10 @@ def entry() -> int | None:
 
 def _is_torch_sqrt(function: ctypes._NamedFuncPointer) -> bool:
     """Whether it gives torch.sqrt's bits on random numbers of all sizes, zero, the smallest and infinity among them."""
-    bits = torch.randint(0, 0x7F800001, (_SAMPLES,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x7F800001, (_SAMPLES,), dtype=torch.int32, device="cpu", generator=generator)
     numbers = bits.view(torch.float32)
-    numbers[:3] = torch.tensor([0.0, 1e-45, torch.inf], dtype=torch.float32)
+    numbers[:3] = torch.tensor([0.0, 1e-45, torch.inf], dtype=torch.float32, device="cpu")
     roots, expected = torch.empty_like(numbers), numbers.sqrt()
     for offset in _OFFSETS:
         for start in range(offset, _SAMPLES - BLOCK_SIZE + 1, BLOCK_SIZE):

@@ -81,6 +81,8 @@ def _table(rows: tuple[tuple[int, int, int], ...], device: torch.device) -> tupl
     """(int64 [segments, 4]: offsets of source and target, elements, first program; int32 [programs]: their segment)."""
     programs = [-(-numel // ELEMENTS) for _, _, numel in rows]
     starts = [sum(programs[:number]) for number in range(len(rows))]
-    table = torch.tensor([(*row, start) for row, start in zip(rows, starts, strict=True)], dtype=torch.int64)
-    owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(programs, dtype=torch.int64))
+    entries = [(*row, start) for row, start in zip(rows, starts, strict=True)]
+    table = torch.tensor(entries, dtype=torch.int64, device="cpu")
+    counts = torch.tensor(programs, dtype=torch.int64, device="cpu")
+    owners = torch.arange(len(rows), dtype=torch.int32, device="cpu").repeat_interleave(counts)
     return table.to(device), owners.to(device)

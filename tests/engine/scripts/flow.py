@@ -225,6 +225,18 @@ def another_default_dtype(make: Any, rank: int) -> Any:
     return found
 
 
+@script()
+def another_default_device(make: Any, rank: int) -> Any:
+    """In the middle of a run: tensors that the script makes by itself are elsewhere, and hold nothing."""
+    engine = make()
+    found = train(engine, range(2))
+    batches = [data(engine, step) for step in range(2, 4)]
+    with torch.device("meta"):
+        for x in batches:
+            found.append(take(engine, loss_of(engine, x)))
+    return found
+
+
 @script(not_in=(3,))
 def moved_to_where_it_is(make: Any, rank: int) -> Any:
     """Also under another name of the same device, for which torch copies on a CPU (`Trainer`'s bf16_full_eval)."""
