@@ -22,11 +22,11 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
-from .manifest import MANIFEST, UNFINISHED, compare, read_manifest
+from .manifest import MANIFEST, UNFINISHED, compare, read_manifest, read_text
 
 TOUCHED = {
     "Engine": touched(reads="zero_optimization"),
@@ -40,6 +40,14 @@ LAYER_FILE = re.compile(
 
 ENTRY = "ds_fp8"
 """Key of our entries, `optim.checkpointing.KEY`, whose module needs torch."""
+
+
+MOST_NAME_BYTES = 1 << 12
+MOST_RANKS = 1 << 20
+"""More data-parallel or model-parallel ranks than any job has: damage."""
+MOST_STEPS = 1 << 53
+MOST_INFLATED_BYTES = 1 << 30
+"""Of a pickle that is stored compressed, which torch.save never does: a few MB could stand for any number of GB."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,10 @@ def named_by_latest(save_dir: str | Path) -> str | None:
     """What `latest` says; the empty string for an empty or unreadable one, None where there is none."""
     latest = Path(save_dir) / "latest"
     try:
-        return latest.read_text(encoding="utf-8").strip()
+        return read_text(latest, MOST_NAME_BYTES).strip()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return ""
 
 
@@ -107,7 +115,7 @@ def look(tag: Path) -> Found:
     if not models:
         return Found(tag.name, _step_in(tag.name), tuple(faults or ["no model file of DeepSpeed"]))
     faults += _missing(tag, models, shards)
-    steps = {int(model["global_steps"]) for model in models.values() if isinstance(model.get("global_steps"), int)}
+    steps = {model["global_steps"] for model in models.values() if is_count(model.get("global_steps"), MOST_STEPS)}
     if len(steps) > 1:
         faults.append(f"model files of different steps: {', '.join(map(str, sorted(steps)))}")
     if len(saves - {""}) > 1:
@@ -127,11 +135,20 @@ def _owners(content: Any) -> Iterator[tuple[int | None, str]]:
             layout, stamp = entry.get("layout", entry), entry.get("save")
             rank = layout.get("rank") if isinstance(layout, dict) else None
             save = stamp.get("id") if isinstance(stamp, dict) else None
-            yield rank if isinstance(rank, int) else None, save if isinstance(save, str) else ""
+            yield rank if is_count(rank, MOST_RANKS) else None, save if isinstance(save, str) else ""
+
+
+def is_count(value: Any, most: int) -> TypeGuard[int]:
+    """A whole number from 0 up to `most`: a longer one is damage, and Python refuses to print the longest."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < most
 
 
 def is_tag(folder: Path) -> bool:
-    """A folder that DeepSpeed writes; the result of a universal conversion (`zero/`) is loaded by another way."""
+    """A folder that DeepSpeed writes; the result of a universal conversion (`zero/`) is loaded by another way. A name
+    that no terminal shows is nobody's tag.
+    """
+    if not folder.name.isprintable():
+        return False
     return not (folder / "zero").is_dir() and ((folder / MANIFEST).is_file() or any(folder.glob("*_states.pt")))
 
 
@@ -152,6 +169,9 @@ def _by_manifest(tag: Path) -> Found | None:
 def _missing(tag: Path, models: dict[tuple[int, int], dict], shards: set[tuple[int, int]]) -> Iterator[str]:
     """Files that ought to be there, by what a model file says of the job that wrote it."""
     first = models[min(models)]
+    for key in ("dp_world_size", "mp_world_size"):
+        if isinstance(first.get(key), int) and not is_count(first[key], MOST_RANKS):
+            yield f"{key} is no number of ranks"
     dp_size, mp_size = (_size(first, key) for key in ("dp_world_size", "mp_world_size"))
     mp_size = max(mp_size, 1 + max(mp for _, mp in models))
     stage = _zero_stage(first)
@@ -175,7 +195,7 @@ def _missing(tag: Path, models: dict[tuple[int, int], dict], shards: set[tuple[i
 
 def _size(model: dict[str, Any], key: str) -> int:
     value = model.get(key)
-    return value if isinstance(value, int) and value > 0 else 1
+    return value if is_count(value, MOST_RANKS) and value > 0 else 1
 
 
 def _zero_stage(model: dict[str, Any]) -> int | None:
@@ -197,6 +217,9 @@ def _step_in(tag: str) -> int:
 def read_inert(file: Path, faults: list[str], parse: bool = True) -> Any:
     """What torch.save wrote, tensors left out; None, and a fault appended to `faults`, if it cannot be read."""
     try:
+        if not file.is_file():
+            faults.append(f"{file.name}: no file, but a folder, a pipe or a device")
+            return None
         if file.stat().st_size == 0:
             faults.append(f"{file.name}: empty")
             return None
@@ -207,6 +230,10 @@ def read_inert(file: Path, faults: list[str], parse: bool = True) -> Any:
             name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if name is None:
                 faults.append(f"{file.name}: no file of torch.save")
+                return None
+            record = archive.getinfo(name)
+            if record.compress_type != zipfile.ZIP_STORED and record.file_size > MOST_INFLATED_BYTES:
+                faults.append(f"{file.name}: {record.file_size} bytes, compressed: no file of torch.save")
                 return None
             with archive.open(name) as stream:
                 return _InertUnpickler(stream).load() if parse else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +26,10 @@ from ..errors import CheckpointError
 from ..numerics.dtypes import BASE_DTYPES
 from ..optim import ScaledAdamW, ScaledLion
 from ..zero.states import DIGEST, KEY, check_quantized, head_digest
-from .complete import look, named_by_latest
+from .complete import is_tag, look, named_by_latest
 from .entries import CONVERTED
 from .manifest import MANIFEST, UNFINISHED
-from .reading import read_safe, read_tensors
+from .reading import nothing_is_run, read_safe, read_tensors
 from .records import check_records
 from .saving import finish_alone
 from .universal import is_universal
@@ -39,12 +40,13 @@ T = TypeVar("T")
 def convert(options: Any) -> str:
     """What the command `convert` was asked for (`cli/convert.py`); returns what was written. Raises CheckpointError."""
     folder = _folder(options.checkpoint, options.tag)
-    _check_files(folder, options.trust_pickle)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise CheckpointError(f"{options.out}: not an empty folder; name a new one.")
-    if options.level:
-        return convert_level(folder, options.out, options.level)
-    return export_safetensors(folder, options.out, options.dtype or "fp32", options.shard_gb)
+    with nullcontext() if options.trust_pickle else nothing_is_run():
+        _check_files(folder, options.trust_pickle)
+        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+            raise CheckpointError(f"{options.out}: not an empty folder; name a new one.")
+        if options.level:
+            return convert_level(folder, options.out, options.level)
+        return export_safetensors(folder, options.out, options.dtype or "fp32", options.shard_gb)
 
 
 def _folder(checkpoint: Path, tag: str | None) -> Path:
@@ -53,11 +55,12 @@ def _folder(checkpoint: Path, tag: str | None) -> Path:
         checkpoint, tag = checkpoint.resolve().parent, checkpoint.resolve().name  # one tag's folder
     if tag is None:
         if not latest.is_file():
-            raise CheckpointError(f"{checkpoint}: no file `latest` there; name the checkpoint with --tag.")
+            raise CheckpointError(_without_latest(checkpoint))
         tag = named_by_latest(checkpoint)
-        if not tag or not tag.isprintable():
+        if not tag or not tag.isprintable() or Path(tag).is_absolute() or ".." in Path(tag).parts:
             raise CheckpointError(
-                f"{latest}: empty or garbage; name the checkpoint with --tag (`ds_fp8 latest` lists them)."
+                f"{latest}: empty or garbage, or it points out of the folder; name the checkpoint with --tag "
+                "(`ds_fp8 latest` lists them)."
             )
     folder = checkpoint / tag
     if is_universal(folder):
@@ -67,6 +70,24 @@ def _folder(checkpoint: Path, tag: str | None) -> Path:
     if not any(folder.glob("*_model_states.pt")):
         raise CheckpointError(f"{folder}: no checkpoint of DeepSpeed there (*_model_states.pt).")
     return folder
+
+
+def _without_latest(checkpoint: Path) -> str:
+    """Why a folder without a file `latest` cannot be converted as it was named."""
+    inside = [each.name for each in sorted(checkpoint.iterdir()) if each.is_dir()]
+    found = [name for name in inside if is_tag(checkpoint / name)]
+    if found:
+        return f"{checkpoint}: no file `latest` there; name one of {', '.join(found[:5])} with --tag."
+    universal = [name for name in inside if is_universal(checkpoint / name)]
+    if is_universal(checkpoint) or universal:
+        return (
+            f"{checkpoint / universal[0] if universal else checkpoint}: a universal checkpoint, which has no shards; "
+            "convert the checkpoint that it was made of."
+        )
+    return (
+        f"{checkpoint}: no checkpoint of DeepSpeed there: neither a file `latest`, nor a folder with "
+        "*_model_states.pt.\n  Name the folder that `save_checkpoint` was given."
+    )
 
 
 def _check_files(folder: Path, trusted: bool) -> None:

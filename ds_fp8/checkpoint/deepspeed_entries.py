@@ -30,7 +30,7 @@ TOUCHED = {
     "Engine": touched(reads="lr_scheduler"),
     "AnyWrapper": touched(reads="param_groups"),
     "ZeroStage12": touched(reads="round_robin_bit16_padding"),
-    "ZeroStage3": touched(reads="swap_optimizer"),
+    "ZeroStage3": touched(reads="fp32_partitioned_groups_flat swap_optimizer"),
 }
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # DeepSpeed 0.18.0 has no name for it
@@ -40,6 +40,9 @@ FLAGS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgra
 """Of torch's optimizers: true or false; the first two also None, for torch's own choice."""
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
+STATES = "states"
+"""Key of our entries under which stands how many states the optimizer had."""
+
 LOSS_SCALE_HISTORY = ("last_overflow_iter", "scale_factor", "scale_window")
 SIZED_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """States with one value for each element of the master."""
@@ -121,6 +124,7 @@ def check_shard(shard: dict[str, Any], optimizer: Any, flats: Any, where: str) -
             )
         check_states(base, shapes, moments_of(optimizer), where)
     else:
+        check_groups_at_rest(optimizer, where)
         check_optimizer(base, optimizer, shapes, where, any_count=bool(getattr(optimizer, "swap_optimizer", False)))
 
 
@@ -163,6 +167,28 @@ def saved_optimizer(shard: dict[str, Any]) -> Any:
     return shard.get(BASE_OPTIMIZER_STATE, shard.get(OPTIMIZER_STATE_DICT))
 
 
+def count_states(base: Any) -> int:
+    """How many masters have a state in what `saved_optimizer` gave; an optimizer makes them in its first step."""
+    states = base.get("state") if isinstance(base, dict) else base
+    every = states.values() if isinstance(states, dict) else states if isinstance(states, (list, tuple)) else ()
+    return sum(bool(state) for state in every)
+
+
+def check_state_count(saved: Any, base: Any, where: str) -> None:
+    """Raise CheckpointError if states are gone, or have come, since the save.
+
+    saved  our entry beside them, which says how many there were under STATES; None where there is no entry
+    base   what `saved_optimizer` gave
+    """
+    wanted = saved.get(STATES) if isinstance(saved, dict) else None
+    found = count_states(base)
+    if wanted is not None and wanted != found:
+        raise CheckpointError(
+            f"{where}: states of {found} masters, and {shown(wanted)} were saved; it is damaged.\n"
+            "  Use another tag, or load the weights alone with load_optimizer_states=False."
+        )
+
+
 def states_of(base: Any) -> list[Any]:
     """The states in what `saved_optimizer` gave, in the order of the masters; empty for one that is not there."""
     if isinstance(base, (list, tuple)):
@@ -176,9 +202,7 @@ def _flat_shapes(
     """Shapes that a state of each master may have. DeepSpeed leaves the padding out of masters, and not out of
     states.
     """
-    own: Sequence[torch.Tensor] = next(
-        (found for name in OWN_MASTERS if (found := getattr(optimizer, name, None)) is not None), []
-    )
+    own = _own_masters(optimizer)
     paddings = shard.get(GROUP_PADDINGS) or []
     shapes = []
     for number, flat in enumerate(flats):
@@ -189,6 +213,10 @@ def _flat_shapes(
         check_tensor(flat, expected, "an fp32 master", where)
         shapes.append({(flat.numel(),), (flat.numel() + padding,), *(expected or ())})
     return shapes
+
+
+def _own_masters(optimizer: Any) -> Sequence[torch.Tensor]:
+    return next((found for name in OWN_MASTERS if (found := getattr(optimizer, name, None)) is not None), [])
 
 
 def moments_of(optimizer: Any) -> tuple[str, ...]:
@@ -202,6 +230,20 @@ def moments_of(optimizer: Any) -> tuple[str, ...]:
         if own and type(base).__module__.startswith("torch.optim"):
             own = ("step", *own)  # DeepSpeed's own count in the group
     return tuple(own)
+
+
+def check_groups_at_rest(optimizer: Any, where: str) -> None:
+    """Raise CheckpointError if ZeRO 3 would name its masters twice. It puts them into the groups for a load and takes
+    them out afterwards; torch's Adagrad, which it makes anew, has them there from the start until the first step.
+    """
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    named = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if masters is not None and any(id(master) in named for master in masters):
+        raise CheckpointError(
+            f"{where}: DeepSpeed's ZeRO 3 cannot load the states of torch's {type(optimizer.optimizer).__name__} into "
+            "a new engine, with or without ds_fp8: it names every master twice.\n  Use ZeRO 1 or 2, or another "
+            "optimizer; or load the weights alone with load_optimizer_states=False."
+        )
 
 
 def check_optimizer(
@@ -219,6 +261,7 @@ def check_optimizer(
     ):
         raise CheckpointError(f"{where}: the optimizer's state is not that of an optimizer of torch's; it is damaged.")
     check_groups(base["param_groups"], optimizer.param_groups, where)
+    check_capturable(base["param_groups"], optimizer, where)
     indices = [index for group in base["param_groups"] for index in group["params"]]
     if len(indices) != len(set(indices)) or (len(indices) != len(shapes) and not any_count):
         raise CheckpointError(
@@ -272,6 +315,17 @@ def check_groups(saved: Any, own: Sequence[dict[str, Any]], where: str) -> None:
                 raise CheckpointError(f"{at}: betas is {shown(group[key])}, expected from 0 up to 1; it is damaged.")
 
 
+def check_capturable(saved: Sequence[dict[str, Any]], optimizer: Any, where: str) -> None:
+    """Raise CheckpointError if steps for a CUDA graph were asked for, and masters lie on the CPU."""
+    own = [*_own_masters(optimizer), *(param for group in optimizer.param_groups for param in group["params"])]
+    for number, group in enumerate(saved):
+        if group.get("capturable") and any(param.device.type == "cpu" for param in own):
+            raise CheckpointError(
+                f"{where}: parameter group {number}: capturable is true, and masters of this job are on the CPU, where "
+                "torch takes no such step.\n  Load the weights alone with load_optimizer_states=False."
+            )
+
+
 def check_states(
     states: Sequence[Any], shapes: Sequence[set[tuple[int, ...]]], moments: Sequence[str], where: str
 ) -> None:
@@ -287,7 +341,7 @@ def check_states(
                 f"{where}: the state of master {number} is {shown(state)}, expected {', '.join(moments) or 'a dict'}; "
                 "it is damaged, or another optimizer's."
             )
-        if "step" in state and not is_step(state["step"]):
+        if "step" in state and not is_step(state["step"], fraction="step" in moments):
             raise CheckpointError(f"{where}: the step of master {number} is {shown(state['step'])}; it is damaged.")
         for key, value in state.items():
             if key in SIZED_STATES and (value is not None or key in moments):

@@ -68,19 +68,23 @@ def check_masters(entry: dict[str, Any], flats: Sequence[torch.Tensor], where: s
     if entry.get(CONVERTED):
         return
     for number, (one, flat) in enumerate(zip(entry["codes"], flats, strict=False)):
-        weight = one["weight"]
-        decoded = masters.export_master(one["tensors"], one["formats"]["master"], weight).reshape(-1)
-        shared = min(flat.numel(), decoded.numel())
-        found = flat.detach().reshape(-1)[:shared].float()
-        if not torch.equal(decoded[:shared], found):
-            different = (decoded[:shared] != found) & ~(decoded[:shared].isnan() & found.isnan())
-            if different.any():
-                raise CheckpointError(
-                    f"{where}: {int(different.sum())} of {shared} fp32 masters of partition {number} are not those "
-                    f"that the exact states beside them ({KEY}) stand for: one of the two was changed after the save.\n"
-                    f"{CURE}"
-                )
-        if not _alike(weight.reshape(-1), decoded, rtol=2**-6, atol=1e-5):
+        weight = one["weight"].reshape(-1)
+        shared = min(flat.numel(), weight.numel())
+        found = flat.detach().reshape(-1)[:shared]
+        changed, alike = 0, True
+        for first, last in codecs.chunks(0, weight.numel()):  # what is decoded is compared while a cache holds it
+            decoded = masters.export_master(one["tensors"], one["formats"]["master"], weight, first, last)
+            beside = found[first:last].float()
+            same = decoded[: beside.numel()]
+            if not torch.equal(same, beside):
+                changed += int(((same != beside) & ~(same.isnan() & beside.isnan())).sum())
+            alike = alike and _alike(weight[first:last], decoded, rtol=2**-6, atol=1e-5)
+        if changed:
+            raise CheckpointError(
+                f"{where}: {changed} of {shared} fp32 masters of partition {number} are not those that the exact "
+                f"states beside them ({KEY}) stand for: one of the two was changed after the save.\n{CURE}"
+            )
+        if not alike:
             raise CheckpointError(
                 f"{where}: weights of partition {number} are not those of its masters ({KEY}): they were changed after "
                 f"the save.\n{CURE}"
@@ -116,10 +120,10 @@ def _changed(one: dict[str, Any], state: dict[str, Any]) -> str | None:
         if moment not in state:
             return f"the lack of {moment}"
         found = state[moment].detach().reshape(-1)
-        decoded = codecs.export_moment(one["tensors"], moment, one["formats"])
-        shared = min(found.numel(), decoded.numel())
-        if not _alike(found[:shared], decoded[:shared], rtol=CLOSE, atol=1e-37):
-            return moment
+        for first, last in codecs.chunks(0, min(found.numel(), one["weight"].numel())):
+            decoded = codecs.export_moment(one["tensors"], moment, one["formats"], first, last)
+            if not _alike(found[first:last], decoded, rtol=CLOSE, atol=1e-37):
+                return moment
     return None
 
 

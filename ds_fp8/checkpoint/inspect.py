@@ -19,8 +19,8 @@ from deepspeed import comm as dist
 
 from ..errors import CheckpointError
 from ..zero.touched import touched
-from .complete import LAYER_FILE
-from .manifest import UNFINISHED, compare, read_manifest
+from .complete import LAYER_FILE, MOST_NAME_BYTES
+from .manifest import UNFINISHED, compare, read_manifest, read_text
 from .model_file import inspect_counters, inspect_model
 from .optimizer_files import inspect_optimizer
 from .records import check_records
@@ -81,8 +81,8 @@ def named_tag(engine: Any, load_dir: Any) -> str | None:
     if not os.path.lexists(latest):
         return None
     try:
-        named = latest.read_text(encoding="utf-8").strip()
-    except (UnicodeDecodeError, OSError):  # a link to nowhere, a folder
+        named = read_text(latest, MOST_NAME_BYTES).strip()
+    except (ValueError, OSError):  # a link to nowhere, a folder, a pipe
         named = "\0"
     if not named or not named.isprintable():
         raise CheckpointError(

@@ -11,6 +11,7 @@ lists: such a manifest counts no more. Where some are and some are not, files of
 from __future__ import annotations
 
 import json
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -30,6 +31,28 @@ UNFINISHED = "ds_fp8_unfinished"
 CURE = f"If a file was changed on purpose, delete {MANIFEST}: the tag is then judged by its files."
 
 
+MOST_TEXT_BYTES = 64 << 20
+"""Of a manifest: some hundred bytes for each file."""
+
+
+def read_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """A small file of text. OSError, or ValueError for one that is none: a pipe is never waited for, nor a device read
+    without end, where somebody has put one into the folder.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("no file, but a folder, a pipe or a device")
+    if state.st_size > most_bytes:
+        raise ValueError(f"{state.st_size} bytes are too many")
+    with path.open("rb") as file:
+        return file.read(most_bytes).decode()
+
+
+def printable(text: str) -> str:
+    """For a terminal: names in a folder of somebody else's may hold what moves the cursor, or renames the window."""
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+
+
 @dataclass(frozen=True)
 class Compared:
     """Files of a tag beside its manifest.
@@ -45,13 +68,15 @@ class Compared:
 def read_manifest(tag: Path) -> dict[str, Any] | None:
     """The manifest of a tag; None where there is none. CheckpointError if it cannot be read."""
     try:
-        manifest = json.loads((tag / MANIFEST).read_text(encoding="utf-8"))
-        for entry in manifest["files"].values():
+        manifest = json.loads(read_text(tag / MANIFEST))
+        for name, entry in manifest["files"].items():
             int(entry["bytes"])
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise ValueError(f"{name!r} is no file of this folder")
         int(manifest.get("step", 0))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{tag / MANIFEST}: cannot be read ({type(error).__name__}: {error}).\n  Use another tag. {CURE}"
         ) from error

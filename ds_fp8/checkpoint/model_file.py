@@ -20,6 +20,7 @@ from .deepspeed_entries import (
     check_needed,
     check_scheduler,
     check_stage0,
+    check_state_count,
     check_states,
 )
 from .entries import check_entry, check_masters, check_moments
@@ -81,6 +82,7 @@ def inspect_model(
         ids += _inspect_stage0(optimizer, saved, names[0])
     elif with_optimizer and optimizer is not None and not engine.zero_optimization():
         check_stage0(state.get("optimizer"), optimizer, names[0])
+        check_state_count(state.get(KEY), state["optimizer"].get(OPTIMIZER_STATE_DICT, state["optimizer"]), names[0])
     step = state.get("global_steps")
     return step if isinstance(step, int) else None, ids
 

@@ -19,11 +19,13 @@ TOUCHED = {"Parameter": touched(reads="ds_shape")}
 
 
 def check_module(module: nn.Module, saved: Any, where: str) -> None:
-    """Raise CheckpointError if `load_state_dict(saved, strict=True)` could not succeed.
+    """Raise CheckpointError if `load_state_dict(saved, strict=True)` could not succeed, or would take whole numbers for
+    fractions: weights as int32 are all zeros and ones.
 
     saved  name -> tensor, as `module.state_dict()` gives it
     Shapes are compared where a name is in both, and no module above it has hooks or overrides, which may change sizes
-    (a queue that grows). Names are compared only if every module loads as nn.Module does.
+    (a queue that grows). Names and kinds of numbers are compared only if every module loads as nn.Module does: another
+    may rename, and quantize.
     """
     if not isinstance(saved, dict):
         raise CheckpointError(f"{where}: the module is a {type(saved).__name__}, expected names and tensors.")
@@ -41,6 +43,16 @@ def check_module(module: nn.Module, saved: Any, where: str) -> None:
             )
     if not all(_loads_as_usual(one) for one in module.modules()):
         return
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in saved.items():
+        if name in own and isinstance(tensor, torch.Tensor) and _kind(tensor) != _kind(own[name]):
+            raise CheckpointError(
+                f"{where}: {name} is {tensor.dtype}, this model's is {own[name].dtype}: numbers of another kind; it is "
+                "damaged."
+            )
     elsewhere = set(_experts(module))  # each expert in a file of its own, taken out of the module's
     missing, extra = sorted(expected.keys() - saved.keys() - elsewhere), sorted(saved.keys() - expected.keys())
     if missing or extra:
@@ -48,6 +60,11 @@ def check_module(module: nn.Module, saved: Any, where: str) -> None:
             f"{where}: another model: {_few(missing)} missing in the file, {_few(extra)} not in this model.\n"
             "  Load it with load_module_strict=False if that is meant."
         )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Whole numbers and flags are one kind: masks were bytes once."""
+    return "complex" if tensor.is_complex() else "floating point" if tensor.is_floating_point() else "whole numbers"
 
 
 def _shapes(module: nn.Module) -> Iterator[tuple[str, tuple[tuple[int, ...], ...]]]:

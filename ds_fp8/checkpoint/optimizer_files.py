@@ -18,7 +18,7 @@ from deepspeed.checkpoint.constants import (
 from ..errors import CheckpointError
 from ..zero.states import KEY
 from ..zero.touched import touched
-from .deepspeed_entries import check_shard, moments_of, saved_optimizer, states_of
+from .deepspeed_entries import check_shard, check_state_count, moments_of, saved_optimizer, states_of
 from .entries import check_entry, check_masters, check_moments, check_owner
 from .reading import read_by_engine
 from .records import check_records
@@ -64,6 +64,7 @@ def inspect_optimizer(engine: Any, load_dir: Any, tag: str, files: dict[str, Any
     _check_layout(engine, shard, path)
     flats = shard.get(FP32_FLAT_GROUPS, shard.get(SINGLE_PARTITION_OF_FP32_GROUPS))
     check_shard(shard, engine.optimizer, flats, path)
+    check_state_count(content.get(KEY), saved_optimizer(shard), path)
     if entry is not None and flats is not None:
         check_masters(entry, flats, path)
         check_moments(entry, states_of(saved_optimizer(shard)), path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import torch
 from ..errors import CheckpointError
 from ..zero.touched import touched
 from .records import check_records
+
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""torch's variables; the two together are an error there."""
 
 TOUCHED = {
     "CheckpointEngine": touched(reads="load"),
@@ -44,13 +50,8 @@ def read_safe(path: str | Path) -> Any:
 
     CheckpointError for any other object: a pickle may do whatever its writer liked.
     """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     try:
-        with torch.serialization.safe_globals(known):
+        with nothing_is_run():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -59,3 +60,24 @@ def read_safe(path: str | Path) -> Any:
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
+
+
+@contextmanager
+def nothing_is_run() -> Iterator[None]:
+    """Every torch.load of this process reads with `weights_only`, DeepSpeed's own readers too: a file that was judged
+    may have been exchanged since.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

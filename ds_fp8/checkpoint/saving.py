@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed import comm as dist
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 
 from ..errors import CheckpointError
 from ..zero.states import KEY
 from ..zero.touched import touched
 from .complete import SHARD
+from .deepspeed_entries import STATES, count_states, saved_optimizer
 from .exchange import from_all_ranks
 from .manifest import MANIFEST, UNFINISHED, directory_digest
 from .stamp import STAMP
@@ -89,7 +91,9 @@ def _is_done_on_return(engine: Any) -> bool:
 
 @contextmanager
 def _noted_files(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Path]]:
-    """The paths that this rank hands to DeepSpeed's writer; each optimizer shard says which save and rank it is of."""
+    """The paths that this rank hands to DeepSpeed's writer; each optimizer shard says which save and rank it is of, and
+    how many states it holds.
+    """
     writer, written = engine.checkpoint_engine, []
     original = writer.save
 
@@ -99,7 +103,12 @@ def _noted_files(engine: Any, stamp: dict[str, Any]) -> Iterator[list[Path]]:
         shard = SHARD.match(Path(path).name)
         if shard and isinstance(state_dict, dict) and KEY not in state_dict:
             owner = {"rank": int(shard["dp"]), "world_size": _data_parallel_size(engine)}
-            state_dict = {**state_dict, KEY: {STAMP: stamp, **owner}}
+            base = saved_optimizer(state_dict.get(OPTIMIZER_STATE_DICT) or {})
+            state_dict = {**state_dict, KEY: {STAMP: stamp, **owner, STATES: count_states(base)}}
+        elif isinstance(state_dict, dict) and isinstance(state_dict.get("optimizer"), dict) and KEY in state_dict:
+            saved = state_dict["optimizer"]  # of stage 0
+            count = count_states(saved.get(OPTIMIZER_STATE_DICT, saved))
+            state_dict = {**state_dict, KEY: {**state_dict[KEY], STATES: count}}
         return original(state_dict, path, *args, **kwargs)
 
     writer.save = save
@@ -151,9 +160,9 @@ def finish_alone(folder: Path, step: int) -> None:
 
 def _replace(path: Path, text: str) -> str | None:
     """In one move, and on the disk before it counts; a problem as text."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with new.open("w", encoding="utf-8") as file:
+        with new.open("x", encoding="utf-8") as file:  # a link that somebody has put there is not followed
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

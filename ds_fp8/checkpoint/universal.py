@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .complete import MODEL_FILE, Found, read_inert
+from .complete import MODEL_FILE, MOST_STEPS, Found, is_count, read_inert
 
 CONVERT = (
     "  Convert it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder DIR/TAG --output_folder "
@@ -47,7 +47,7 @@ def look_universal(tag: Path) -> Found:
     }
     faults += _lacking(states)
     faults += [f"zero/{name} is missing" for model in models for name in _names(model) if name not in states]
-    step = next((model["global_steps"] for model in models if isinstance(model.get("global_steps"), int)), -1)
+    step = next((model["global_steps"] for model in models if is_count(model.get("global_steps"), MOST_STEPS)), -1)
     return Found(tag.name, step, tuple(dict.fromkeys(faults)))
 
 

@@ -36,10 +36,15 @@ def is_count(value: Any, least: int = 0) -> bool:
     return type(value) is int and least <= value < MOST_STEPS
 
 
-def is_step(value: Any) -> bool:
-    """The same, as a number or a tensor of one."""
+def is_step(value: Any, fraction: bool = False) -> bool:
+    """The same, as a number or a tensor of one.
+
+    fraction  a tensor must be of floating point, as torch's Adam keeps it
+    """
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or not holds_values(value) or value.is_complex():
+            return False
+        if fraction and not value.is_floating_point():
             return False
         value = value.item()
     return is_finite_number(value) and float(value).is_integer() and 0 <= value < MOST_STEPS

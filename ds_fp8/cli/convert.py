@@ -23,18 +23,19 @@ def main(argv: Sequence[str]) -> int:
         print(f"ds_fp8 convert: {options.checkpoint}: {what}; give what save_checkpoint was given", file=sys.stderr)
         return 2
     from ..checkpoint.convert import convert
+    from ..checkpoint.manifest import printable
 
     try:
         written = convert(options)
     except DsFp8Error as error:
-        print(f"ds_fp8 convert: {error}", file=sys.stderr)
+        print(printable(f"ds_fp8 convert: {error}"), file=sys.stderr)
         return 2
     except OSError as error:  # a disk that is full, a folder that cannot be made
         print(f"ds_fp8 convert: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
         return 2
     except Exception as error:  # noqa: BLE001 - a damaged checkpoint may raise anything in DeepSpeed's own reader
         reason = f"cannot be converted ({type(error).__name__}: {error})"
-        print(f"ds_fp8 convert: {options.checkpoint}: {reason}", file=sys.stderr)
+        print(printable(f"ds_fp8 convert: {options.checkpoint}: {reason}"), file=sys.stderr)
         return 2
     print(f"ds_fp8 convert: {written}")
     return 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +21,7 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> int:
     """Find, tell, and on demand repair."""
     from ..checkpoint.complete import named_by_latest, tags
+    from ..checkpoint.manifest import printable
 
     parser = argparse.ArgumentParser(prog="ds_fp8 latest", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", help="checkpoint folder, where DeepSpeed's `latest` lies")
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     newer = found[: found.index(best)] if best else found
     for each in newer:
         why = "; ".join(each.faults[:3]) if each.faults else f"`latest` names {named}"
-        print(f"ds_fp8 latest: passed over {each.tag}: {why}", file=sys.stderr)
+        print(printable(f"ds_fp8 latest: passed over {each.tag}: {why}"), file=sys.stderr)
     if best is None:
         if found or named is not None:
             print(f"ds_fp8 latest: {options.folder}: no complete checkpoint", file=sys.stderr)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         if options.repair and not _repair(Path(options.folder), best):
             return 2
         did = f"it names {best.tag} now" if options.repair else f"`--repair` makes it name {best.tag}"
-        print(f"ds_fp8 latest: {options.folder}: {said}; {did}", file=sys.stderr)
+        print(printable(f"ds_fp8 latest: {options.folder}: {said}; {did}"), file=sys.stderr)
     return 0
 
 
@@ -72,9 +73,10 @@ def _chosen(found: Sequence, named: str | None):
 
 def _repair(folder: Path, best) -> bool:
     """In one move, so that a rank that reads it meanwhile sees the old name or the new one."""
-    new = folder / f".latest.{os.getpid()}"
+    new = folder / f".latest.{secrets.token_hex(8)}"
     try:
-        new.write_text(best.tag, encoding="utf-8")
+        with new.open("x", encoding="utf-8") as file:  # a link that somebody has put there is not followed
+            file.write(best.tag)
         new.replace(folder / "latest")
     except OSError as error:
         print(f"ds_fp8 latest: {folder}/latest: cannot be written ({error.strerror})", file=sys.stderr)

@@ -24,7 +24,7 @@ from .bars import shown_bytes
 def main(argv: Sequence[str]) -> int:
     """Verify the tags of a folder, or one of them."""
     from ..checkpoint.complete import is_tag, look, tags
-    from ..checkpoint.manifest import MANIFEST
+    from ..checkpoint.manifest import MANIFEST, printable
     from ..checkpoint.universal import is_universal, look_universal
 
     parser = argparse.ArgumentParser(prog="ds_fp8 verify", description=__doc__.split("\n")[0])
@@ -66,9 +66,13 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(results))
     else:
         for result in results:
-            print(f"{result['tag']}: " + ("ok" if not result["faults"] else "DAMAGED") + f" (by {result['by']})")
+            print(
+                f"{printable(result['tag'])}: "
+                + ("ok" if not result["faults"] else "DAMAGED")
+                + f" (by {result['by']})"
+            )
             for fault in result["faults"]:
-                print(f"  {fault}")
+                print(printable(f"  {fault}"))
     return 2 if any(result["faults"] for result in results) else 0
 
 

@@ -93,3 +93,22 @@ def test_level_plain_has_nothing_of_ours(saved, tmp_path):
 def test_mistakes_are_named(tmp_path, capsys):
     assert command.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "latest" in capsys.readouterr().err
+
+
+def test_a_folder_without_latest_says_what_is_wrong_with_it(tmp_path, capsys):
+    """`--tag` helps only where there is a tag to name; else the folder is the wrong one."""
+
+    def reason(folder) -> str:
+        assert command.main([str(folder), str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    empty, file, named, universal = (tmp_path / name for name in ("empty", "file", "named", "universal"))
+    (empty / "notes").mkdir(parents=True)
+    file.write_text("x")
+    (named / "step7").mkdir(parents=True)
+    (named / "step7" / "mp_rank_00_model_states.pt").write_bytes(b"PK")
+    (universal / "u" / "zero").mkdir(parents=True)
+    assert "a file" in reason(file)
+    assert "no checkpoint of DeepSpeed there" in reason(empty) and "--tag" not in reason(empty)
+    assert "name one of step7 with --tag" in reason(named)
+    assert "universal checkpoint" in reason(universal)

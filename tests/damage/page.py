@@ -17,7 +17,7 @@ reordered. So is each file: a bit of each record, cut off, zeros, a folder, a li
 damage meets the last rank alone: its shard, or its own copy of the model file. The engine is compared by a fingerprint
 of weights, states, scales, histories, scheduler and counters; *harmless*: the next two losses and that fingerprint are
 those of the undamaged checkpoint. *Another number* is a value of the right kind: another learning rate, another
-element of a weight. `1/N`: each Nth damage was tried.
+element of a weight. `1/N`: each Nth damage was tried, or with a seed as many, drawn at random.
 """
 
 
@@ -34,7 +34,8 @@ def page(table: dict[str, dict[str, Any]], target: str) -> str:
     lines += [f"| job | tried | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 2) + "|"]
     for name, trial in table.items():
         counts = [sum(one["outcome"] == outcome for one in trial["found"]) for outcome in SHOWN]
-        part = f" (1/{trial['every']})" if trial["every"] > 1 else ""
+        seed = "" if trial.get("seed") is None else f", seed {trial['seed']}"
+        part = f" (1/{trial['every']}{seed})" if trial["every"] > 1 else ""
         lines.append(f"| {name} | {len(trial['found'])}{part} | {' | '.join(map(str, counts))} |")
     lines += ["", "## Neither refused nor harmless", ""]
     for kind, title in (("number", "Another number, believed"), ("", "Of the wrong kind")):

@@ -1,11 +1,12 @@
-"""Fill the damage table:   python tests/damage/run.py [--write FILE] [--keep FILE] [--every N] [TRIAL ...]
+"""Fill the damage table:   python tests/damage/run.py [--write FILE] [--keep FILE] [--every N [--seed N]] [TRIAL ...]
 
 Every entry of a checkpoint, ours and DeepSpeed's beside it, in every wrong way (`damages.py`), loaded by one rank and
 by two, with and without the manifest; what comes of each (`trial.py`). A trial is two forks with a time limit: one that
 hangs or dies is counted as that, and the next damage begins with a new engine.
 
 --keep    results of several calls come together in this file, trials that stand there are not repeated
---every   takes every Nth damage
+--every   takes every Nth damage; with --seed as many, drawn at random
+--only    takes those whose name, `entry: how`, this expression finds
 TRIAL     words of names, as "O2, stage 2, 2 ranks"
 """
 
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,8 @@ def main() -> int:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--only", default="")
     parser.add_argument("--list", action="store_true", help="the names of the trials")
     parser.add_argument("trials", nargs="*")
     options = parser.parse_args()
@@ -133,8 +137,9 @@ def main() -> int:
         if trial.name in table:
             continue
         began = time.monotonic()
-        found = perform(Trial(**{**vars(trial), "every": options.every}))
-        table[trial.name] = {"every": options.every, "found": found}
+        sample = {"every": options.every, "seed": options.seed}
+        found = perform(replace(trial, **sample, only=options.only))
+        table[trial.name] = {**sample, "found": found}
         counts: dict[str, int] = {}
         for one in found:
             counts[one["outcome"]] = counts.get(one["outcome"], 0) + 1

@@ -16,6 +16,8 @@ The engine is a fingerprint over weights, states, scales, histories, schedulers 
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -47,6 +49,8 @@ class Trial:
     level, stage, world_size    of the job
     manifest                    whether the checkpoint keeps its manifest
     every                       take each such damage: 1 all, 7 every seventh
+    seed                        take as many at random instead; None: no
+    only                        take those whose name this expression finds
     """
 
     level: str
@@ -54,6 +58,8 @@ class Trial:
     world_size: int
     manifest: bool
     every: int = 1
+    seed: int | None = None
+    only: str = ""
 
     @property
     def name(self) -> str:
@@ -103,14 +109,19 @@ def files_of(tag: Path, rank: int) -> list[Path]:
     return [*(file for file in sorted(tag.glob("mp_rank_*_model_states.pt"))), *ranked]
 
 
-def cases(tag: Path, older: Path, last: int, every: int) -> list[tuple[Path, damages.Damage]]:
+def cases(tag: Path, older: Path, trial: Trial) -> list[tuple[Path, damages.Damage]]:
     """(file, damage) of a good checkpoint, in an order that all ranks share."""
+    last = trial.world_size - 1
     found = []
     for file in files_of(tag, last):
         others = {"an older save's": older / file.name}
         others |= {f"{other.name}": other for other in sorted(tag.glob("*.pt")) if other.name != file.name}
         found += [(file, damage) for damage in damages.every(file, others)]
-    return found[::every]
+    found = [one for one in found if re.search(trial.only, one[1].name)]
+    if trial.seed is None:
+        return found[:: trial.every]
+    draw = random.Random(f"{trial.seed} {trial.name}")
+    return [found[number] for number in sorted(draw.sample(range(len(found)), -(-len(found) // trial.every)))]
 
 
 def run(rank: int, trial: Trial, place: Path, first: int, report: Any) -> None:
@@ -138,7 +149,7 @@ def run(rank: int, trial: Trial, place: Path, first: int, report: Any) -> None:
     _back(engine, good, wanted)
     before = fingerprint(engine)
     contents = {file: torch.load(file, map_location="cpu", weights_only=False) for file in files_of(good / "a", last)}
-    all_cases = cases(good / "a", early / "a", last, trial.every)
+    all_cases = cases(good / "a", early / "a", trial)
     for number, (file, damage) in enumerate(all_cases):
         if number < first:
             continue

@@ -165,6 +165,33 @@ def test_the_cache_is_private_whatever_the_umask(tmp_path, monkeypatch):
         build.cache_dir()
 
 
+def test_nobody_else_can_exchange_the_cache(tmp_path, monkeypatch):
+    """A link in a shared folder is pointed elsewhere after we have looked; a folder below one that others may write is
+    renamed away, and theirs takes its place; a relative XDG_CACHE_HOME is whatever lies where somebody went.
+    """
+    shared, mine = tmp_path / "shared", tmp_path / "mine"
+    shared.mkdir()
+    mine.mkdir(mode=0o700)
+    (shared / f"ds_fp8-{os.getuid()}").symlink_to(mine)
+    shared.chmod(0o1777)
+    monkeypatch.setenv("HOME", str(shared / "none"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(mine))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(shared))
+    assert build.cache_dir().is_relative_to(mine)
+    tmp_path.chmod(0o777)
+    with pytest.raises(build.BuildError, match=r"above .*link or a file"):
+        build.cache_dir()
+    tmp_path.chmod(0o700)
+    (mine / "ds_fp8").rename(mine / "elsewhere")
+    (mine / "ds_fp8").symlink_to(mine / "elsewhere")
+    with pytest.raises(build.BuildError, match=r"link or a file.*link or a file"):
+        build.cache_dir()
+    monkeypatch.chdir(mine)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build.cache_dir().is_relative_to(tmp_path / "home" / ".cache")
+
+
 NOBODY = """
 import os
 import torch

@@ -19,6 +19,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 PATIENCE_S = 60.0
 HEARTBEAT_S = 5.0
 POLL_S = 0.1
+SYSTEM_USERS = (0, 65534)
+"""root; and how a container without privileges, or a file server, shows the root outside."""
 COMPILE_LIMIT_S = 300.0
 
 # Nothing may be fused or reassociated: the kernels promise the bits of the PyTorch reference.
@@ -171,12 +174,13 @@ def cache_dir() -> Path:
     Raises BuildError where there is none: no home and no folder for temporary files, or somebody else's.
     """
     key = hashlib.sha256(f"{source_hash()}|{compiler_version(find_compiler())}|{machine()}".encode()).hexdigest()[:16]
-    root = os.environ.get("XDG_CACHE_HOME")
+    root = os.environ.get("XDG_CACHE_HOME", "")
     refusals = []
     try:
-        # No home: a container with a user id that stands in no passwd.
-        home = Path(root) if root else Path.home() / ".cache"
-        return _private(home / "ds_fp8" / f"cpu-{key}")
+        # No home: a container with a user id that stands in no passwd. A relative path names another folder after
+        # each `cd`, and is ignored, as the XDG specification wants it.
+        home = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
+        return _private(_private(home / "ds_fp8") / f"cpu-{key}")
     except (OSError, RuntimeError, BuildError) as error:
         refusals.append(str(error))
     try:
@@ -188,19 +192,42 @@ def cache_dir() -> Path:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, made with mode 0700 whatever the umask; BuildError if it is another user's, or others may write
-    it.
+    """The folder, made with mode 0700 whatever the umask; BuildError if it is not this user's alone.
+
+    A link is refused: whoever made it points it elsewhere after we have looked. So is a folder below one in which
+    somebody else may rename it.
     """
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another rank was faster
-            folder.mkdir(mode=0o700)
-    state = folder.stat()
-    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+    _make(folder.parent)
+    folder = folder.parent.resolve() / folder.name
+    _make(folder)
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode):
+        raise BuildError(f"{folder} is a link or a file, not a folder")
+    if state.st_uid != os.getuid() or _others_may_write(state):
         raise BuildError(f"{folder} belongs to, or is writable by, somebody else")
+    for above in folder.parents:
+        state = above.stat()
+        sticky = bool(state.st_mode & stat.S_ISVTX)  # as /tmp: nobody renames what is not theirs
+        if state.st_uid not in (os.getuid(), *SYSTEM_USERS) or (_others_may_write(state) and not sticky):
+            raise BuildError(f"{above}, above {folder.name}, belongs to, or is writable by, somebody else")
     if not os.access(folder, os.W_OK):
         raise BuildError(f"{folder} cannot be written")
     return folder
+
+
+def _make(folder: Path) -> None:
+    """The folder and those above it, each with mode 0700 whatever the umask."""
+    if os.path.lexists(folder):
+        return
+    _make(folder.parent)
+    with contextlib.suppress(FileExistsError):  # another rank was faster
+        folder.mkdir(mode=0o700)
+
+
+def _others_may_write(state: os.stat_result) -> bool:
+    """A group that has its user's number is that user's own, as most distributions make it."""
+    group = state.st_mode & stat.S_IWGRP and state.st_gid != state.st_uid
+    return bool(group or state.st_mode & stat.S_IWOTH)
 
 
 def build_cached() -> Path:
