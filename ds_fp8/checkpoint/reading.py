@@ -71,10 +71,14 @@ def nothing_is_run() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    there = torch.serialization.get_safe_globals()
+    # Those of a caller stay: the context takes away what it is given.
+    new = [one for one in known if one not in there]
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
     try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(new):
             yield
     finally:
         for name, value in before.items():
