@@ -33,6 +33,7 @@ from .operands import (
     comes_again,
     is_given,
     parameter_of,
+    split_released,
     weight_again,
 )
 from .products import refuse_second_derivative
@@ -76,11 +77,12 @@ class CudaProducts(torch.autograd.Function):
         output, ready, transposed = forward_on_cuda(
             input, weight, bias, call, dgrad=grad and needs[0] and not late, wgrad=grad and needs[1]
         )
-        if late and grad and needs[0]:
-            ctx.save_for_backward(parameter_of(weight), None, *transposed)
+        ctx.late = late and grad and needs[0]
+        if ctx.late:
+            saved, ctx.released = split_released(parameter_of(weight), call.quantized_weight)
+            ctx.save_for_backward(saved, None, *transposed)
         else:
             ctx.save_for_backward(ready.dgrad, ready.dgrad_scale_inv, *transposed)
-        ctx.late = late
         ctx.call, ctx.dtype, ctx.weight_dtype = call, input.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
@@ -89,8 +91,8 @@ class CudaProducts(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative(ctx.call.layer_state)
         weight, weight_scale_inv, kept, kept_scale_inv = ctx.saved_tensors
-        if ctx.late and ctx.needs_input_grad[0]:
-            weight, weight_scale_inv = weight_for_dgrad(weight, ctx.call)
+        if ctx.late:
+            weight, weight_scale_inv = weight_for_dgrad(weight if ctx.released is None else ctx.released, ctx.call)
         gradients = backward_on_cuda(
             grad_output if grad_output.dtype == ctx.dtype else grad_output.to(ctx.dtype),
             (weight, weight_scale_inv),

@@ -38,7 +38,7 @@ class Fp8Linear(nn.Linear):
     @quantized_weight.setter
     def quantized_weight(self, quantized: QuantizedWeight | None) -> None:
         self.layer_state.quantized_weight = quantized
-        self.layer_state.quantized_weight_of = None if quantized is None else self.weight
+        self.layer_state.quantized_weight_of = None if quantized is None else self._parameters.get("weight")
         self.layer_state.forget_weight()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

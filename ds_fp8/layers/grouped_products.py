@@ -15,6 +15,7 @@ from ..errors import LayerError
 from ..recipe import Recipe
 from . import grouped_high
 from .groups import Groups, Layout, Stack
+from .operands import split_released
 from .recipes import scaling_of
 
 
@@ -52,7 +53,8 @@ class GroupedProducts(torch.autograd.Function):
         if kept is not None and amaxes is not None:
             # What is saved may not depend on who casts: checkpointing compares the recompute's with the forward's.
             kept["column_amaxes"], amaxes = amaxes, None
-        ctx.save_for_backward(weight, amaxes, *inputs)
+        saved, ctx.released = split_released(weight, values)
+        ctx.save_for_backward(saved, amaxes, *inputs)
         ctx.kept, ctx.given, ctx.groups, ctx.recipe, ctx.layout, ctx.dtype = kept, given, groups, recipe, layout, dtype
         return output
 
@@ -64,6 +66,7 @@ class GroupedProducts(torch.autograd.Function):
                 "  Exclude the experts in fp8/layers/exclude, or differentiate once."
             )
         weight, column_amaxes, *inputs = ctx.saved_tensors
+        weight = weight if ctx.released is None else ctx.released
         groups, recipe, dtype = ctx.groups, ctx.recipe, ctx.dtype
         high, grouped = recipe.override_linear_precision, scaling_of(recipe.kind).grouped
         transposed = ctx.layout.transposed

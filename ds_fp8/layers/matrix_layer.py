@@ -39,7 +39,7 @@ class Fp8MatrixLayer:
     @quantized_weight.setter
     def quantized_weight(self, quantized: QuantizedWeight | None) -> None:
         self.layer_state.quantized_weight = self._turned(quantized)
-        self.layer_state.quantized_weight_of = None if quantized is None else self.weight
+        self.layer_state.quantized_weight_of = None if quantized is None else self._parameters.get("weight")
         self.layer_state.forget_weight()
 
     def _turned(self, quantized: QuantizedWeight | None) -> QuantizedWeight | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -172,6 +172,15 @@ def parameter_of(weight: torch.Tensor) -> torch.Tensor:
     """What a backward may keep of a weight that comes again: the Parameter, and not a view of memory that goes."""
     base = weight._base
     return base if isinstance(base, torch.nn.Parameter) and base.shape == weight.shape[::-1] else weight
+
+
+def split_released(weight: torch.Tensor, quantized: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(what goes through `save_for_backward`, what the context keeps itself) of a weight for the backward.
+
+    With `quantized` values set from outside the weight may be released (O3). Hooks on saved tensors
+    (`torch.autograd.graph.save_on_cpu`) are handed bare memory, past the Parameter's own reads, and there is none.
+    """
+    return (weight, None) if quantized is None else (None, weight)
 
 
 def weight_again(kept: torch.Tensor, call: Call) -> torch.Tensor:

@@ -57,6 +57,8 @@ class LinearProducts(torch.autograd.Function):
         output, kept = forward_products(
             input.view(-1, input.shape[-1]), weight, bias, call, dgrad=grad and needs[0], wgrad=grad and needs[1]
         )
+        # Not where it may be released: see `split_released`.
+        ctx.released = kept.pop("weight", None) if call.quantized_weight is not None else None
         ctx.save_for_backward(*kept.values())
         ctx.names, ctx.call, ctx.dtype = tuple(kept), call, input.dtype
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
@@ -67,6 +69,8 @@ class LinearProducts(torch.autograd.Function):
         call: Call = ctx.call
         refuse_second_derivative(call.layer_state)
         kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        if ctx.released is not None:
+            kept["weight"] = ctx.released
         rows = grad_output.to(ctx.dtype).contiguous().view(-1, grad_output.shape[-1])
         with torch.autocast(rows.device.type, enabled=False):
             grad_input, grad_weight, grad_bias = backward_products(

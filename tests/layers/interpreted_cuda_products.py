@@ -8,6 +8,7 @@ reads TRITON_INTERPRET when it is imported, so `test_cuda_products.py` runs this
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -228,6 +229,40 @@ def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
 def test_quantized_values_from_outside():
     """O3's quantized values, whose scale lies at any address."""
     hold_together(RECIPES[0], quantized=True)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["cast now", "from outside"])
+def test_hooks_on_saved_tensors_get_no_weight_that_may_be_released(quantized):
+    """Where its quantized values come from outside (O3) the 16-bit weight may be away; a hook that copies reads it."""
+    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False)).bfloat16()
+    fp8_state = swapped(model, RECIPES[0], managed=True, backend="torch")
+    fp8_state.tensors.kernels, fp8_state.layer_states[0].fast_step = entry, 16
+    layer = model[0]
+    layer.weight.ds_id, layer.weight.ds_shape = 0, layer.weight.shape  # as in ZeRO 3
+    memory, x = layer.weight.untyped_storage()._cdata, torch.randn(32, WIDTH).bfloat16()
+    for _step in range(3):
+        if quantized:
+            data = (layer.weight.detach().float() * 100).to(torch.float8_e4m3fn)
+            layer.quantized_weight = QuantizedWeight(data, torch.full((), 0.01))
+        packed, gradients = [], []
+        for hooks in (torch.autograd.graph.saved_tensors_hooks(packed_into(packed), torch.clone), nullcontext()):
+            operand = x.clone().requires_grad_()
+            with hooks:
+                output = model(operand)
+            output.backward(torch.full_like(output, 1e-3))
+            gradients.append(operand.grad)
+        assert packed and torch.equal(*gradients)
+        assert any(kept.untyped_storage()._cdata == memory for kept in packed) is not quantized
+        fp8_state.update_scales()
+        fp8_state.weights_changed()
+
+
+def packed_into(found: list[torch.Tensor]) -> Any:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor.clone()
+
+    return pack
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)

@@ -65,6 +65,12 @@ def in_stage(code, rank, stage):
 
     from ds_fp8.zero.weights_released import is_released
 
+    def losses_of(engine):
+        """The last step with saved tensors that go to the host and back, which copies them by their addresses."""
+        before = train(engine, rank, range(3))
+        with torch.autograd.graph.save_on_cpu():
+            return before + train(engine, rank, range(3, 4))
+
     functions = ("writes", "address", "storage", "reads", "square", "product")
     said, right = {}, {}
 
@@ -81,13 +87,32 @@ def in_stage(code, rank, stage):
     handle = engine.module.mid.register_forward_hook(probe)
     losses = before + train(engine, rank, range(2, 4))
     handle.remove()
+    losses += losses_of(engine)
     engine.destroy()
     control = start("O3", stage)
-    same = losses == train(control, rank, range(4))
+    same = losses == train(control, rank, range(4)) + train(control, rank, range(4))
     weights = list(engine.module.parameters())
     readable = all(given(code.address, weight) == "no error" for weight in weights) if stage < 3 else True
     control.destroy()
     return said, right, same, readable
+
+
+def parametrized(rank, world_size, folder):
+    """What `script_jobs` finds where a script gives an FP8 layer a parametrization, in a build for CUDA."""
+    from ds_fp8.zero.blank_memory import WITH_MESSAGE
+    from tests.engine import script_jobs, test_scripts
+
+    setattr(torch._C, WITH_MESSAGE, extension(folder).mark)
+    cases = test_scripts.cases((2,), thrifty=True)
+    return script_jobs.several(rank, world_size, [case for case in cases if "parametrized" in case[0]])
+
+
+def test_a_parametrized_layer_is_handed_its_quantized_values(built):
+    """By its Parameter: reading `layer.weight` would compute the parametrization of a weight that is away."""
+    from tests.engine import test_scripts
+
+    for found in run_ranks(1, parametrized, built):
+        assert len(found) == 6 and test_scripts.judge(found) == []
 
 
 @pytest.mark.parametrize("marks", [False, True], ids=["built for CPUs", "built for CUDA"])
@@ -95,6 +120,8 @@ def test_an_extension_that_is_given_a_released_weight_stops_by_its_name(built, m
     """In ZeRO 1, 2 and 3, while and after; the same extension reads `weight.detach()` right, and the run goes on to
     the bit. torch for CPUs stops who could write, without a name.
     """
+    if not marks and hasattr(torch._C, "_set_storage_data_ptr_access_error_msg"):
+        pytest.skip("torch is built for CUDA here")
     for stages in run_ranks(2, accesses, built, marks):
         for stage, (said, right, same, readable) in stages.items():
             assert said and all(right.values()) and same and readable, (stage, said, right)

@@ -30,6 +30,7 @@ from ...errors import BackendError
 from ...recipe import HighPrecision
 from ..fp8_linear import as_read, is_ordinary
 from ..ran import note_by_hook
+from .initialisers import set_initialisers
 from .names import TransformerEngine, load
 from .products import attach
 from .quantized_weight import TakesQuantizedWeight, weight_of
@@ -187,6 +188,7 @@ def make_linear(source: nn.Linear, state: TELayerState) -> nn.Module:
     layer = linear_class()(
         source.in_features, source.out_features, bias=bias is not None, params_dtype=weight.dtype, device="meta"
     )
+    set_initialisers(layer)
     # Into the dictionary, not by attribute: TE's register_parameter wants an initialiser for each.
     layer._parameters["weight"] = weight
     if bias is not None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..fp8_linear import as_read, is_ordinary
 from ..once import once_for_each
+from .initialisers import set_initialisers
 from .linear import TOKEN_MULTIPLE, TELayerState, bind_slots, note_call, note_products, unpadded
 from .names import load
 from .quantized_weight import TakesQuantizedWeight, weight_of
@@ -89,6 +90,7 @@ def make_norm_linear(parent: nn.Module, norm_name: str, linear_name: str) -> Non
         linear.in_features, linear.out_features, eps=norm.eps, bias=linear.use_bias, normalization=kind,
         params_dtype=linear.weight.dtype, device="meta",
     )  # fmt: skip
+    set_initialisers(layer)
     for name in list(layer._parameters):
         if name.startswith("layer_norm"):
             del layer._parameters[name]

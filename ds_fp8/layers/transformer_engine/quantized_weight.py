@@ -28,6 +28,7 @@ from ...errors import BackendError, LayerError
 from ..gemm import aligned
 from ..recipes import scaling_of
 from .names import WORKSPACE, TransformerEngine, quantized_class
+from .saved_weight import passed_by_hooks
 
 if TYPE_CHECKING:
     from ..layer_state import QuantizedWeight
@@ -45,7 +46,7 @@ class TakesQuantizedWeight:
     def quantized_weight(self, quantized: QuantizedWeight | None) -> None:
         layer_state = self.__dict__["layer_state"]
         layer_state.quantized_weight = quantized
-        layer_state.quantized_weight_of = None if quantized is None else self.weight  # type: ignore[attr-defined]
+        layer_state.quantized_weight_of = None if quantized is None else self._parameters.get("weight")  # type: ignore[attr-defined]
         layer_state.forget_weight()
         # What the layer cached itself is stale too, and would hold two bytes per parameter.
         self.__dict__[WORKSPACE].pop("weight", None)
@@ -90,7 +91,7 @@ def weight_of(layer: Any, engine: TransformerEngine, state: TELayerState) -> Ite
     cache["weight"] = te_tensor
     try:
         # A released weight is only handed on by Transformer Engine: as it is, not as it reads.
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), passed_by_hooks(layer.weight):
             yield False
         if cache.get("weight") is not te_tensor:
             raise BackendError(
