@@ -20,12 +20,14 @@ import json
 import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 from gpt_job import adapt
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -33,6 +35,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "O2": {"fp8": {"enabled": True, "backend": "torch"}, "msamp": {"enabled": True, "opt_level": "O2"}},
     "O3": {"fp8": {"enabled": True, "backend": "torch"}, "msamp": {"enabled": True, "opt_level": "O3"}},
     "fp8 frozen": {"fp8": {"enabled": True, "backend": "torch", "frozen_weights": "fp8"}},
+    "O3 prefetch": {  # as far ahead as before quantized values were counted by bytes
+        "fp8": {"enabled": True, "backend": "torch"},
+        "msamp": {"enabled": True, "opt_level": "O3"},
+        "zero_optimization": {"stage3_prefetch_bucket_size": 25_000_000},
+    },
     "O3 scope all": {
         "fp8": {"enabled": True, "backend": "torch"},
         "msamp": {"enabled": True, "opt_level": "O3", "gradient_wire_scope": "all"},
@@ -41,8 +48,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(options: argparse.Namespace, name: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = LlamaConfig(vocab_size=32000, num_hidden_layers=options.layers, use_cache=False, **shape)
     torch.manual_seed(0)
@@ -52,10 +57,11 @@ def build(options: argparse.Namespace, name: str) -> Any:
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True, "fused": True}},
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": options.stage, "overlap_comm": True, "contiguous_gradients": True},
         "steps_per_print": 10**9,
         **SECTIONS[name.rstrip("'")],
     }
+    zero = {"stage": options.stage, "overlap_comm": True, "contiguous_gradients": True}
+    ds["zero_optimization"] = zero | ds.get("zero_optimization", {})
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     if options.deterministic:
@@ -161,7 +167,10 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--after", type=Path, help="touch the device when this file is there: imports come before")
     options = parser.parse_args()
+    while options.after and not options.after.exists():
+        time.sleep(0.05)
     if options.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True, warn_only=True)

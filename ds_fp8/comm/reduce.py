@@ -1,9 +1,10 @@
 """Sums over ranks with FP8 on the wire and fp32 in the sum.
 
-`reduce_slices` is ZeRO's half: slice d of every rank goes to owner d, which adds. One all_to_all of bytes,
-(W - 1) / W bytes per parameter and rank, where DeepSpeed's ZeRO 1 and 2 all-reduce whole buckets in 16 bits: four
-bytes. `all_reduce` (stage 0) adds one all-gather of the sum, cast again: twice the bytes, and each rank ends with the
-same bits, since all decode the same quantized values.
+`reduce_cut` is ZeRO's half: slice d of every rank goes to owner d, which adds. It is cast from where it lies in the
+bucket, for all owners at once, and summed straight into its place: two kernels for a round on a GPU. One all_to_all of
+bytes, (W - 1) / W bytes per parameter and rank, where DeepSpeed's ZeRO 1 and 2 all-reduce whole buckets in 16 bits:
+four bytes. `all_reduce` (stage 0) adds one all-gather of the sum, cast again: twice the bytes, and each rank ends with
+the same bits, since all decode the same quantized values.
 
 Large tensors go in rounds of bounded size, and while one round is on the network the next is being cast and the
 previous one summed. Waiting is left to the collective's handle, which on a GPU orders streams and never stops the
@@ -24,18 +25,20 @@ from torch import Tensor
 from .. import kernels
 from ..formats import BLOCK_SIZE
 from ..numerics.flat import blocks_of
+from ..numerics.messages import message_bytes, message_views, sequence
 from . import scratch
 from .counters import all_gather_bytes, all_reduce_bytes, counters
+from .cut import Cut, Round, adjacent, cut_at, join
 from .gather import gather_messages
 from .route import Route, flat_route
-from .wire import Wire, message_bytes, message_views, write_message
+from .wire import Wire
 
 Deliver = Callable[[int, Tensor], None]
 """deliver(start, part): elements [start, start + len(part)) of the own slice are summed."""
 
 
-Gathering = tuple[Any, list[Tensor], list[Tensor], list[Tensor]]
-"""A gather of sums on its way: handle, one row per rank, buffers to give back, the parts that the rows belong to."""
+Gathering = tuple[Any, list[Tensor], list[Tensor], Tensor]
+"""A gather of sums on its way: handle, one row per rank, buffers to give back, the tensor that the rows belong to."""
 
 
 def reduce_slices(
@@ -47,56 +50,64 @@ def reduce_slices(
     out: Tensor | None = None,
     deliver: Deliver | None = None,
 ) -> Tensor | None:
-    """Sum over ranks, slice d at its owner d; returns this rank's slice in fp32, times `average`.
+    """`reduce_cut` of one flat contiguous tensor per owner; a copy puts them together unless they lie so in memory."""
+    cut = cut_at(tuple(s.numel() for s in slices))
+    return reduce_cut(join(slices), cut, group, wire=wire, average=average, out=out, deliver=deliver)
 
-    slices   one flat contiguous tensor per owner, sizes equal on all ranks; not changed
+
+def reduce_cut(
+    bucket: Tensor,
+    cut: Cut,
+    group: Any,
+    *,
+    wire: Wire,
+    average: float = 1.0,
+    out: Tensor | None = None,
+    deliver: Deliver | None = None,
+) -> Tensor | None:
+    """Sum over ranks, the slice of each owner at its owner; returns this rank's slice in fp32, times `average`.
+
+    bucket   flat, contiguous; not changed
+    cut      what of it is whose; sizes equal on all ranks
     group    a process group, or a `Route` that sends high precision inside a node and FP8 between nodes
-    out      where the sum goes, fp32
+    out      where the sum goes, rounded once to its dtype; may be the own slice in `bucket`
     deliver  instead of `out`: called as deliver(start, part) for each finished part of the own slice, in order, so that
              no fp32 tensor of the slice's size is ever needed; it may overwrite that part of the own slice
     """
     route = group if isinstance(group, Route) else flat_route(group)
-    own = slices[_own_slice(route)]
+    assert len(cut.numels) == route.world_size, f"{len(cut.numels)} slices for {route.world_size} ranks"
     if deliver is None and out is None:
-        out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
+        out = torch.empty(cut.numels[route.rank], dtype=torch.float32, device=bucket.device)
     if not route.is_flat:
+        slices = [sequence(bucket, spans) for spans in cut.spans]
         _reduce_two_level(slices, route, wire=wire, average=average, out=out, deliver=deliver)
         return out
-    assert len(slices) == route.world_size, f"{len(slices)} slices for {route.world_size} ranks"
-    in_flight: tuple[Exchange | None, Tensor, int] | None = None
-    for cut in wire.chunks([s.numel() for s in slices], own.device):
-        parts = [s[start:stop] for s, (start, stop) in zip(slices, cut, strict=True)]
-        exchange = _start_exchange(parts, route, wire)
+    in_flight: tuple[Exchange | None, Round] | None = None
+    for part in cut.rounds(wire, route.rank, bucket.device):
+        exchange = _start_exchange(bucket, part, route, wire)
         if in_flight is not None:
-            _finish(*in_flight, wire, average, out, deliver)
-        in_flight = (exchange, parts[route.rank], cut[route.rank][0])
+            _finish(bucket, *in_flight, wire, average, out, deliver)
+        in_flight = (exchange, part)
     if in_flight is not None:
-        _finish(*in_flight, wire, average, out, deliver)
+        _finish(bucket, *in_flight, wire, average, out, deliver)
     return out
 
 
-def _own_slice(route: Route) -> int:
-    """Which of the slices this rank owns."""
-    if route.is_flat:
-        return route.rank
-    inner, outer = route.levels
-    return route.owner(outer.rank, inner.rank)
-
-
 def _finish(
+    bucket: Tensor,
     exchange: Exchange | None,
-    own: Tensor,
-    start: int,
+    part: Round,
     wire: Wire,
     average: float,
     out: Tensor | None,
     deliver: Deliver | None,
 ) -> None:
     """One round has arrived: sum it, and put it where it belongs."""
-    numel = own.numel()
-    total = _sum_received(exchange, own, wire, average, None if out is None else out[start : start + numel])
+    numel = part.own.numels[0]
+    target = None if out is None else out[part.start : part.start + numel]
+    total = _sum_received(exchange, bucket, part, wire, average, target)
     if deliver is not None and numel:
-        deliver(start, total)
+        deliver(part.start, total)
 
 
 @dataclass
@@ -112,63 +123,63 @@ class Exchange:
         scratch.give_back(self.received, self.sent)
 
 
-def _start_exchange(parts: list[Tensor], route: Route, wire: Wire) -> Exchange | None:
-    """Cast and send each part to its owner. None with one rank: nothing travels."""
-    world_size, rank, device = route.world_size, route.rank, parts[0].device
-    if world_size == 1:
+def _start_exchange(bucket: Tensor, part: Round, route: Route, wire: Wire) -> Exchange | None:
+    """Cast and send to each owner its part. None with one rank: nothing travels."""
+    if route.world_size == 1:
         return None
-    numels = [part.numel() for part in parts]
-    others = [d for d in range(world_size) if d != rank]
     if wire.fmt is None:
-        dtype, sizes = parts[0].dtype, list(numels)
+        dtype, sizes, arriving = bucket.dtype, part.sent.numels, part.own.numels[0]
     else:
-        dtype, sizes = torch.uint8, [message_bytes(n) for n in numels]
-    sending = [0 if d == rank else sizes[d] for d in range(world_size)]
-    arriving = [0 if d == rank else sizes[rank] for d in range(world_size)]
-    send = scratch.take(sum(sending) * dtype.itemsize, device).view(dtype)
-    received = scratch.take(sum(arriving) * dtype.itemsize, device).view(dtype)
-    for d, message in zip(range(world_size), send.split(sending), strict=True):
-        if d == rank:
-            continue
-        if wire.fmt is None:
-            message.copy_(parts[d])
-        else:
-            write_message(parts[d], wire.fmt, message)
-    handle = dist.all_to_all_single(received, send, arriving, sending, group=route.group, async_op=True)
-    sent_numel = sum(numels[d] for d in others)
-    element_bytes = 1 if wire.fmt else parts[0].element_size()
-    counters.add("gradient", sent_numel * element_bytes)
+        dtype, sizes, arriving = torch.uint8, part.sent.bytes, part.own.bytes[0]
+    send = scratch.take(sum(sizes) * dtype.itemsize, bucket.device).view(dtype)
+    received = scratch.take((route.world_size - 1) * arriving * dtype.itemsize, bucket.device).view(dtype)
     if wire.fmt is not None:
-        counters.add("scale", 4 * sum(blocks_of(numels[d]) for d in others))
+        kernels.encode_messages(bucket, part.sent, wire.fmt, send)
+    else:
+        for message, spans in zip(send.split(sizes), part.sent.spans, strict=True):
+            message.copy_(sequence(bucket, spans))
+    splits = [arriving] * route.world_size
+    splits[route.rank] = 0
+    sending = [*sizes[: route.rank], 0, *sizes[route.rank :]]
+    handle = dist.all_to_all_single(received, send, splits, sending, group=route.group, async_op=True)
+    counters.add("gradient", sum(part.sent.numels) * (1 if wire.fmt else bucket.element_size()))
+    if wire.fmt is not None:
+        counters.add("scale", 4 * sum(blocks_of(numel) for numel in part.sent.numels))
     return Exchange(handle, received, send)
 
 
-def _sum_received(exchange: Exchange | None, own: Tensor, wire: Wire, average: float, out: Tensor | None) -> Tensor:
-    """fp32 sum of the own contribution and what the others sent, in rank order, times `average`.
+def _sum_received(
+    exchange: Exchange | None, bucket: Tensor, part: Round, wire: Wire, average: float, out: Tensor | None
+) -> Tensor:
+    """Sum of the own contribution and what the others sent, in fp32 and rank order, times `average`.
 
     The own one does not travel, so it enters the sum without a cast.
     """
-    quantized = _wait_for_quantized(exchange, own, wire)
+    quantized = _wait_for_quantized(exchange, part.own.numels[0], wire)
     if quantized is not None:
         assert exchange is not None and wire.fmt is not None
-        total = kernels.flat_sum(*quantized, wire.fmt, factor=average, out=out, own=own)
+        if out is None:
+            out = torch.empty(part.own.numels[0], dtype=torch.float32, device=bucket.device)
+        kernels.sum_messages(*quantized, wire.fmt, bucket, part.own, factor=average, out=out)
         exchange.give_back()
-        return total
-    if out is None:
-        out = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
-    if own.dtype == out.dtype:
-        torch.mul(own, average, out=out)
+        return out
+    own = sequence(bucket, part.own.spans[0])
+    exact = out is not None and (out.dtype == torch.float32 or (exchange is None and out.dtype == own.dtype))
+    total = out if exact else torch.empty(own.numel(), dtype=torch.float32, device=own.device)
+    assert total is not None
+    if own.dtype == total.dtype:
+        torch.mul(own, average, out=total)
     else:
-        out.copy_(own).mul_(average)
+        total.copy_(own).mul_(average)
     if exchange is not None and own.numel():
         for contribution in exchange.received.view(-1, own.numel()):
-            out.add_(contribution, alpha=average)
+            total.add_(contribution, alpha=average)
     if exchange is not None:
         exchange.give_back()
-    return out
+    return total if out is None or total is out else out.copy_(total)
 
 
-def _wait_for_quantized(exchange: Exchange | None, own: Tensor, wire: Wire) -> tuple[Tensor, Tensor] | None:
+def _wait_for_quantized(exchange: Exchange | None, numel: int, wire: Wire) -> tuple[Tensor, Tensor] | None:
     """Wait; quantized [W - 1, n] and scale_inv of the others. None where none were sent: one rank, no cast, an empty
     slice.
     """
@@ -176,7 +187,6 @@ def _wait_for_quantized(exchange: Exchange | None, own: Tensor, wire: Wire) -> t
         return None
     if exchange.handle is not None:
         exchange.handle.wait()
-    numel = own.numel()
     if wire.fmt is None or numel == 0:
         return None
     return message_views(exchange.received.view(-1, message_bytes(numel)), numel)
@@ -201,18 +211,18 @@ def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) 
         counters.add("gradient", all_reduce_bytes(flat.numel(), flat.element_size(), route.world_size))
         flat.mul_(average)
         return tensor
-    reducing: tuple[Exchange | None, list[Tensor]] | None = None
+    reducing: tuple[Tensor, Exchange | None, Round] | None = None
     gathering: Gathering | None = None
     for ((start, stop),) in wire.chunks([flat.numel()], flat.device):
         chunk = flat[start:stop]
         bounds = owner_bounds(chunk.numel(), route.world_size)
-        parts = [chunk[a:b] for a, b in pairwise(bounds)]
-        exchange = _start_exchange(parts, route, wire)
+        part = cut_at(tuple(b - a for a, b in pairwise(bounds))).whole(route.rank)
+        exchange = _start_exchange(chunk, part, route, wire)
         if reducing is not None:
             if gathering is not None:
                 _decode_gathered(gathering, wire)
             gathering = _start_gather(*reducing, route, wire, average)
-        reducing = (exchange, parts)
+        reducing = (chunk, exchange, part)
     if gathering is not None:
         _decode_gathered(gathering, wire)
     assert reducing is not None, "a tensor with elements has a round"
@@ -220,20 +230,25 @@ def all_reduce(tensor: Tensor, group: Any, *, wire: Wire, average: float = 1.0) 
     return tensor
 
 
+def owner_share(numel: int, world_size: int) -> int:
+    """Elements of a share of whole blocks, as even as blocks allow."""
+    return -(-blocks_of(numel) // world_size) * BLOCK_SIZE
+
+
 def owner_bounds(numel: int, world_size: int) -> list[int]:
-    """Shares of whole blocks, as even as blocks allow; the last ones may be short or empty."""
-    share = -(-blocks_of(numel) // world_size) * BLOCK_SIZE
+    """Where such shares begin and end; the last ones may be short or empty."""
+    share = owner_share(numel, world_size)
     return [min(numel, d * share) for d in range(world_size + 1)]
 
 
 def _start_gather(
-    exchange: Exchange | None, parts: list[Tensor], route: Route, wire: Wire, average: float
+    chunk: Tensor, exchange: Exchange | None, part: Round, route: Route, wire: Wire, average: float
 ) -> Gathering:
     """Finish the sum of the own share, cast it again and send it to everyone."""
-    own = parts[route.rank]
-    received = _wait_for_quantized(exchange, own, wire)
+    own = sequence(chunk, part.own.spans[0])
+    received = _wait_for_quantized(exchange, own.numel(), wire)
     # Every rank sends as much as the largest share takes, so that messages are equal.
-    size = message_bytes(parts[0].numel())
+    size = message_bytes(part.numels[0])
     message = scratch.take(size, own.device)
     if received is not None:
         assert wire.fmt is not None
@@ -245,18 +260,20 @@ def _start_gather(
     quantized_bytes = all_gather_bytes(own.numel(), route.world_size)
     counters.add("gradient", quantized_bytes)
     counters.add("scale", all_gather_bytes(size, route.world_size) - quantized_bytes)
-    return work, rows, buffers, parts
+    return work, rows, buffers, chunk
 
 
 def _decode_gathered(gathering: Gathering, wire: Wire) -> None:
-    work, rows, buffers, parts = gathering
+    work, rows, buffers, chunk = gathering
     assert wire.fmt is not None
     if work is not None:
         work.wait()
-    for row, part in zip(rows, parts, strict=True):
-        if part.numel():
-            quantized, scale_inv = message_views(row, part.numel())
-            kernels.flat_decode(quantized, scale_inv, wire.fmt, out=part)
+    share, together = owner_share(chunk.numel(), len(rows)), adjacent(rows)
+    if together is not None:
+        kernels.decode_rows(together.view(len(rows), -1), wire.fmt, share, chunk)
+    else:
+        for row, part in zip(rows, chunk.split(share), strict=False):  # the last ranks may have nothing
+            kernels.flat_decode(*message_views(row, part.numel()), wire.fmt, out=part)
     scratch.give_back(*buffers)
 
 
@@ -271,13 +288,13 @@ def _reduce_two_level(
 ) -> None:
     """High precision inside the node, then the wire between ranks of equal place in their nodes."""
     inner, outer = route.levels
-    inside = []
-    for place in range(inner.world_size):
-        of_nodes = [slices[route.owner(node, place)] for node in range(outer.world_size)]
-        inside.append(torch.cat(of_nodes) if len(of_nodes) > 1 else of_nodes[0])
-    own = reduce_slices(inside, inner, wire=Wire(None, wire.chunk_numel))
+    places, nodes = range(inner.world_size), range(outer.world_size)
+    by_place = [[slices[route.owner(node, place)] for node in nodes] for place in places]
+    cut = cut_at(tuple(sum(one.numel() for one in of_nodes) for of_nodes in by_place))
+    bucket = join([one for of_nodes in by_place for one in of_nodes])
+    own = reduce_cut(bucket, cut, inner, wire=Wire(None, wire.chunk_numel))
     assert own is not None, "without `deliver` the sum comes back"
-    sizes = [slices[route.owner(node, inner.rank)].numel() for node in range(outer.world_size)]
+    sizes = [slices[route.owner(node, inner.rank)].numel() for node in nodes]
     reduce_slices(own.split(sizes), outer, wire=wire, average=average, out=out, deliver=deliver)
 
 

@@ -3,6 +3,7 @@
 
     dispatch    the names; looks at the device and picks C++, Triton or the PyTorch reference
     grouped     the same for casts and rows of stacked experts
+    messages    the same for whole rounds of the wire
     adam, lion  AdamStep and LionStep, all that one pass of the optimizer reads and writes, and its reference
     self_test   whether this machine's compiler made the right code of them (`ds_fp8 doctor`)
     cpu         C++ for AVX-512, AVX2 and everything else, compiled for this machine
@@ -36,6 +37,7 @@ from .dispatch import (
     quantize_with_amax,
 )
 from .lion import LionStep
+from .messages import decode_rows, encode_messages, sum_messages
 
 __all__ = [
     "AdamStep",
@@ -43,10 +45,12 @@ __all__ = [
     "adam_step",
     "amax",
     "amax_many",
+    "decode_rows",
     "dense",
     "dequantize",
     "dequantize_1x128",
     "dequantize_128x128",
+    "encode_messages",
     "flat_decode",
     "flat_encode",
     "flat_sum",
@@ -59,4 +63,5 @@ __all__ = [
     "quantize_128x128",
     "quantize_many",
     "quantize_with_amax",
+    "sum_messages",
 ]

@@ -6,6 +6,7 @@
     gemm_blocks   1x128 and 128x128 scales for the operands of a matrix product
     row_scales    one scale for each row or column of an operand, and of stacked experts
     flat          128 consecutive elements of a flat partition share a scale: gradients on the wire, optimizer states
+    messages      what travels of a flat tensor: quantized values and scales of its spans, one message per rank
     random_bits   counter-based random numbers and stochastic rounding
     blocks8       int8 in scaled blocks of 128
     blocks16      fp16 in scaled blocks of 128

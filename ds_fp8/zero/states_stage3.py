@@ -14,13 +14,13 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ..comm.cut import join
 from .persistent_parameters import gather_together
 from .states import ScaledStates
 from .states_client import Fragment
 from .states_fragments import read_slice, write_slice
 from .states_norm import FusedGradNorm
 from .touched import touched
-from .wire import join
 
 if TYPE_CHECKING:
     from .deepspeed_wrappers import ZeroStage3 as Base

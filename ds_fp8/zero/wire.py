@@ -1,8 +1,8 @@
 """FP8 gradients inside DeepSpeed: what every stage shares.
 
-    stage 0, BF16_Optimizer, pipeline   engine.allreduce_bucket        -> comm.all_reduce     (wire_engine)
-    stage 1, 2                          allreduce_and_scatter and kin  -> comm.reduce_slices  (wire_stage12)
-    stage 3                             __avg_scatter_grads            -> comm.reduce_slices  (wire_stage3)
+    stage 0, BF16_Optimizer, pipeline   engine.allreduce_bucket        -> comm.all_reduce    (wire_engine)
+    stage 1, 2                          allreduce_and_scatter and kin  -> comm.reduce_cut    (wire_stage12)
+    stage 3                             __avg_scatter_grads            -> comm.reduce_cut    (wire_stage3)
 
 DeepSpeed's own ZeRO 1 and 2 all-reduce a whole bucket to every rank, although each rank keeps only the slices that it
 owns. Here a slice goes to its owner and nowhere else. Norm, clipping and the overflow check come after the reduction
@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ..comm import Route, Wire, counters, flat_route, reduce_slices, two_level_routes
+from ..comm import Route, Wire, counters, flat_route, reduce_cut, two_level_routes
 from ..comm.counters import all_reduce_bytes
+from ..comm.cut import Cut
 from ..comm.topology import choose_scope
 from ..errors import PlanError
 from ..layers import ModelFp8State
@@ -132,56 +132,26 @@ def refuse_conflicts(zero_config: Any, comm: Any) -> None:
         )
 
 
-def adjacent(fragments: Sequence[Tensor]) -> Tensor | None:
-    """A view of all fragments as one flat tensor, where they lie one after the other in memory."""
-    first = fragments[0]
-    if len(fragments) == 1:
-        return first
-    end = first.data_ptr()
-    for fragment in fragments:
-        if fragment.data_ptr() != end or fragment.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        end += fragment.numel() * fragment.element_size()
-    return first.as_strided((sum(fragment.numel() for fragment in fragments),), (1,))
-
-
-def join(fragments: Sequence[Tensor]) -> Tensor:
-    """One flat tensor of all fragments; without a copy when they lie one after the other in memory."""
-    found = adjacent(fragments)
-    return torch.cat(list(fragments)) if found is None else found
-
-
-def reduce_chunks(
-    fragments: Sequence[Sequence[Tensor]],
+def reduce_bucket(
+    bucket: Tensor,
+    cut: Cut,
     gradient_wire: GradientWire,
     group: Any,
     *,
     average: float,
-    deliver: Callable[[int, Tensor], None],
+    out: Tensor | None = None,
+    deliver: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Sum flat fragments, listed by owner, over `group`; the own ones come to `deliver(start, part)` in fp32, in order.
+    """Sum what each rank of `group` owns of a flat bucket, to the owner: into `out`, or to `deliver(start, part)` in
+    fp32 and in order.
 
-    How the fragments of one owner are cut may differ between ranks; their sequence of elements may not. So blocks are
-    counted through the whole sequence of an owner, and `start` is a position in it.
+    How parameters are cut may differ between ranks; the sequence of elements of an owner may not. So blocks are counted
+    through the whole sequence of an owner, and `start` is a position in it.
     """
-    some = next(fragment for of_owner in fragments for fragment in of_owner)
-    slices = [join(of_owner) if of_owner else some.new_empty(0) for of_owner in fragments]
-    reduce_joined(slices, gradient_wire, group, average=average, deliver=deliver)
-
-
-def reduce_joined(
-    slices: Sequence[Tensor],
-    gradient_wire: GradientWire,
-    group: Any,
-    *,
-    average: float,
-    deliver: Callable[[int, Tensor], None],
-) -> None:
-    """The same for the whole sequence of each owner in one flat tensor."""
-    numel = sum(s.numel() for s in slices)
     route = gradient_wire.route(group)
-    counters.add("gradient", 0, all_reduce_bytes(numel, slices[0].element_size(), route.world_size))
-    reduce_slices(slices, route, wire=gradient_wire.wire, average=average, deliver=deliver)
+    numel = sum(cut.numels)
+    counters.add("gradient", 0, all_reduce_bytes(numel, bucket.element_size(), route.world_size))
+    reduce_cut(bucket, cut, route, wire=gradient_wire.wire, average=average, out=out, deliver=deliver)
 
 
 def spread_over(targets: Sequence[Tensor], start: int, part: Tensor) -> Iterator[tuple[int, int, Tensor]]:

@@ -24,8 +24,9 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ..comm.cut import adjacent, cut_by_owner, join
 from .touched import touched
-from .wire import GradientWire, adjacent, reduce_chunks, spread_over
+from .wire import GradientWire, reduce_bucket, spread_over
 
 if TYPE_CHECKING:
     from .adapters.vocabulary import ZeroStage12 as Base
@@ -189,17 +190,12 @@ class WireStage12(Base):
         """Send every fragment to its owner; write the own ones back, and add them to their partition."""
         group = self.dp_process_group if group is None else group
         world_size, rank = dist.get_world_size(group=group), dist.get_rank(group=group)
-        by_owner: list[list[Tensor]] = [[] for _ in range(world_size)]
-        for owner, tensor, _ in fragments:
-            by_owner[owner].append(tensor)
         own = [(tensor, output) for owner, tensor, output in fragments if owner == rank]
         adds = any(output is not None for _, output in own)
+        # The sums go straight into the own fragments, where those are one piece and nobody wants them in fp32 too.
         together = None if adds or not own else adjacent([tensor for tensor, _ in own])
 
         def deliver(start: int, part: Tensor) -> None:
-            if together is not None:  # one copy for all of them
-                together[start : start + part.numel()].copy_(part)
-                return
             for number, offset, values in spread_over([tensor for tensor, _ in own], start, part):
                 tensor, output = own[number]
                 if output is not None:
@@ -212,7 +208,10 @@ class WireStage12(Base):
                 if output is not None:
                     self._add_to_grad_partition_buffer(output, tensor)
         else:
-            reduce_chunks(by_owner, self.fp8_gradient_wire, group, average=average, deliver=deliver)
+            cut = cut_by_owner(tuple((owner, tensor.numel()) for owner, tensor, _ in fragments), world_size)
+            where: dict[str, Any] = {"deliver": deliver} if together is None else {"out": together}
+            bucket = join([tensor for _, tensor, _ in fragments])
+            reduce_bucket(bucket, cut, self.fp8_gradient_wire, group, average=average, **where)
         if self.overlap_comm and not get_accelerator().resolves_data_dependency():
             for _, tensor, _ in fragments:
                 tensor.record_stream(self.reduction_stream)

@@ -14,8 +14,9 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from ..comm.cut import chunk_bounds, cut_each, join
 from .touched import touched
-from .wire import GradientWire, join, reduce_joined
+from .wire import GradientWire, reduce_bucket
 
 if TYPE_CHECKING:
     from .deepspeed_wrappers import ZeroStage3 as Base
@@ -69,15 +70,14 @@ class WireStage3(Base):
         self._assert_same_partition_group(params)
         group = self._get_param_partition_group(params[0])
         world_size, rank = dist.get_world_size(group), dist.get_rank(group)
-        slices, own_numels = cut_for_owners(grads, world_size, rank)
+        numels = tuple(grad.numel() for grad in grads)
+        cut = cut_each(numels, world_size)
         average = self._fp8_mean_factor(params, world_size) * sequence_parallel_size
-        own = torch.empty(sum(own_numels), dtype=self.gradient_accumulation_dtype, device=grads[0].device)
-
-        def deliver(start: int, part: Tensor) -> None:
-            own[start : start + part.numel()].copy_(part)
-
-        reduce_joined(slices, self.fp8_gradient_wire, group, average=average, deliver=deliver)
-        return list(own.split(own_numels))
+        own = torch.empty(cut.numels[rank], dtype=self.gradient_accumulation_dtype, device=grads[0].device)
+        # DeepSpeed fills one buffer with the gradients of a bucket, so that they mostly lie together already.
+        reduce_bucket(join(grads), cut, self.fp8_gradient_wire, group, average=average, out=own)
+        bounds = [chunk_bounds(numel, world_size)[rank] for numel in numels]
+        return list(own.split([stop - start for start, stop in bounds]))
 
     def _fp8_mean_factor(self, params: Sequence[Any], world_size: int) -> float:
         """DeepSpeed's factor, predivide included; experts are averaged over the dense world size, not their own."""
@@ -87,27 +87,3 @@ class WireStage3(Base):
         # back only when it differs from W (0.19.8, stage3.py): equal means divided twice. The same numbers are wanted.
         multiplied_back = predivide if predivide != world_size else 1.0
         return multiplied_back / (predivide * averaging_world_size)
-
-
-def cut_for_owners(grads: Sequence[Tensor], world_size: int, rank: int) -> tuple[list[Tensor], list[int]]:
-    """For each owner the chunks of all flat gradients as one tensor, and the sizes of this rank's chunks.
-
-    Where world_size divides all gradients, as it mostly does, one copy arranges them for all owners.
-    """
-    numels = [grad.numel() for grad in grads]
-    if len(grads) > 1 and not any(numel % world_size for numel in numels):
-        rows = torch.cat([grad.view(world_size, -1) for grad in grads], dim=1)
-        return list(rows.unbind(0)), [numel // world_size for numel in numels]
-    by_owner: list[list[Tensor]] = []
-    for d in range(world_size):
-        chunks = [-(-numel // world_size) for numel in numels]
-        bounds = [(min(d * chunk, n), min((d + 1) * chunk, n)) for chunk, n in zip(chunks, numels, strict=True)]
-        by_owner.append([grad[start:stop] for grad, (start, stop) in zip(grads, bounds, strict=True)])
-    own_numels = [chunk.numel() for chunk in by_owner[rank]]
-    return [_joined(of_owner) for of_owner in by_owner], own_numels
-
-
-def _joined(chunks: Sequence[Tensor]) -> Tensor:
-    """Without the empty ones, which the last owners of a short gradient have."""
-    filled = [chunk for chunk in chunks if chunk.numel()]
-    return join(filled) if filled else chunks[0]

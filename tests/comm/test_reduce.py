@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from budget_jobs import Parts
 from ranks import run_ranks
 
-from ds_fp8.comm import Wire, all_reduce, counters, reduce_slices, two_level_routes
+from ds_fp8.comm import Wire, all_reduce, counters, reduce_cut, reduce_slices, two_level_routes
+from ds_fp8.comm.cut import cut_each
 from ds_fp8.formats import E4M3, E5M2
 
 pytestmark = pytest.mark.dist
@@ -82,7 +86,28 @@ def everything_on(rank, world_size):
     slices = [torch.ones(share, dtype=torch.bfloat16)] * world_size
     reduce_slices(slices, None, wire=Wire.named("e4m3"))
     found["bytes"] = dict(counters.sent)
+    found["launches"] = launches(rank, world_size)
     return found
+
+
+def launches(rank, world_size):
+    """Of a bucket of two parameters in two rounds, and of an all-reduce in one: with the collective itself."""
+    bucket, cut = (
+        gradient(rank, 600 * world_size).bfloat16(),
+        cut_each((256 * world_size, 344 * world_size), world_size),
+    )
+    out, wire = torch.empty(600, dtype=torch.bfloat16), Wire.named("e4m3", 384 * world_size)
+    counted = []
+    for work in (
+        lambda: reduce_cut(bucket, cut, None, wire=wire, out=out),
+        lambda: all_reduce(bucket, None, wire=Wire.named("e4m3")),
+    ):
+        with Parts() as parts:
+            sys.setprofile(parts.profile)
+            work()
+            sys.setprofile(None)
+        counted.append(parts.counts["other", "launches"])
+    return counted
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -101,6 +126,9 @@ def test_all_reduce_gives_every_rank_the_same_bits(world_size):
         assert result["inf"][300:800].isfinite().all()
         # 3.0 / (3.0 / 448) = 448 is the largest code: a constant block survives both casts
         assert (result["equal"] - 3.0).abs().max() < 1e-5
+    if world_size > 1:
+        # Twice cast, exchange, sum; then cast, exchange, sum with cast, gather, and what gloo needs more than a GPU.
+        assert first["launches"] == [6, 4 + 2 * (world_size - 1)], first["launches"]
     sent = first["bytes"]
     assert sent["gradient"] == 128 * 100 * (world_size - 1)
     assert sent["scale"] == 4 * 100 * (world_size - 1)

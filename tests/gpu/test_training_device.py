@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ def one_rank():
     ds_fp8.deactivate()
 
 
-def make_engine(stage: int, **sections: Any):
+def make_engine(stage: int, trained: Callable[[Net], Iterable[nn.Parameter]] | None = None, **sections: Any):
+    """`trained` says which parameters are not frozen; all of them by default."""
     torch.manual_seed(0)
     config = {
         "train_micro_batch_size_per_gpu": 32,
@@ -60,7 +62,12 @@ def make_engine(stage: int, **sections: Any):
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     } | sections
     model = Net()
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    if trained is not None:
+        model.requires_grad_(requires_grad=False)
+        for parameter in trained(model):
+            parameter.requires_grad_()
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=wanted, config=config)[0]
 
 
 def train(engine, steps: int = 6, first: int = 0) -> list[float]:

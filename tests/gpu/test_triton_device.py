@@ -13,14 +13,16 @@ import torch
 pytest.importorskip("triton")
 
 from ds_fp8 import kernels, numerics
-from ds_fp8.comm.wire import message_bytes, message_views, write_message
+from ds_fp8.comm.cut import cut_each
 from ds_fp8.formats import E4M3, E5M2
 from ds_fp8.kernels import self_test
 from ds_fp8.kernels.adam import AdamStep, reference_step
 from ds_fp8.kernels.triton import adam, blocks, launch
 from ds_fp8.levels import MASTERS, STATES
 from ds_fp8.numerics import flat, gemm_blocks, masters, states
+from ds_fp8.numerics import messages as reference_messages
 from ds_fp8.numerics.dtypes import torch_dtype
+from ds_fp8.numerics.messages import Layout, message_bytes, message_views, row_numels
 from ds_fp8.numerics.random_bits import Stochastic
 
 STATE_FORMATS = tuple(name for name, fmt in STATES.items() if fmt.triton is not None and fmt.holds_exp_avg_sq)
@@ -103,7 +105,7 @@ def test_the_wires_messages(fmt, dtype):
     own, others = contributions[0], contributions[1:]
     device, host = torch.zeros(3, size, dtype=torch.uint8, device="cuda"), torch.zeros(3, size, dtype=torch.uint8)
     for row, copied, x in zip(device, host, others, strict=True):
-        write_message(x.cuda(), fmt, row)
+        kernels.encode_messages(x.cuda(), Layout((((0, numel),),)), fmt, row)
         flat.encode(x, fmt, best_of_two=True, out=message_views(copied, numel))
         assert torch.equal(row.cpu(), copied)
     arrived, wanted = message_views(device, numel), message_views(host, numel)
@@ -118,6 +120,41 @@ def test_the_wires_messages(fmt, dtype):
     target = torch.empty(numel, dtype=dtype, device="cuda")
     kernels.flat_decode(*again, fmt, out=target)
     assert same_values(target, flat.decode(*message_views(back_host, numel), fmt, dtype=dtype))
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unit", [4096, 1003])
+def test_a_bucket_is_cast_from_where_it_lies(fmt, dtype, unit):
+    """Chunks of 40 parameters for four ranks, by sixteen elements and not: messages and sums as of copies that lie
+    together, with an infinity; the sum in the bucket's dtype and in fp32; rows of every rank decoded at once.
+    """
+    x = wide(40 * unit, 1).to(dtype)
+    x[7 * unit + 5] = float("inf")
+    cut = cut_each((unit,) * 40, 4)
+    part = cut.whole(1)
+    device = torch.zeros(sum(part.sent.bytes), dtype=torch.uint8, device="cuda")
+    host = torch.zeros_like(device, device="cpu")
+    kernels.encode_messages(x.cuda(), part.sent, fmt, device)
+    reference_messages.encode_messages(x, part.sent, fmt, host)
+    assert torch.equal(device.cpu(), host)
+    numel = cut.numels[1]
+    arrived = message_views(host[: 3 * message_bytes(numel)].view(3, -1), numel)
+    there = tuple(one.contiguous().cuda() for one in arrived)
+    for out_dtype in (dtype, torch.float32):
+        found, wanted = torch.empty(numel, dtype=out_dtype, device="cuda"), torch.empty(numel, dtype=out_dtype)
+        kernels.sum_messages(*there, fmt, x.cuda(), part.own, factor=0.25, out=found)
+        reference_messages.sum_messages(*arrived, fmt, x, part.own, factor=0.25, out=wanted)
+        assert same_values(found, wanted)
+    share = 1280
+    rows = host[: 4 * message_bytes(share)].view(4, -1)
+    for total in (4 * share, 3 * share + 77, 2 * share):
+        for row, length in zip(rows, row_numels(total, share, 4), strict=True):
+            flat.encode(x[:length], fmt, best_of_two=True, out=message_views(row, length))
+        found, wanted = torch.empty(total, dtype=dtype, device="cuda"), torch.empty(total, dtype=dtype)
+        kernels.decode_rows(rows.cuda(), fmt, share, found)
+        reference_messages.decode_rows(rows, fmt, share, wanted)
+        assert same_values(found, wanted)
 
 
 @FORMATS

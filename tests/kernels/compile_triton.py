@@ -22,6 +22,7 @@ from ds_fp8.kernels.triton import (
     grouped,
     history,
     masters,
+    messages,
     operands,
     segments,
     states,
@@ -119,6 +120,20 @@ def main() -> None:
                     total,
                     fused=int(hardware and again),
                 )
+            for data, aligned in (("*bf16", True), ("*fp32", False)):
+                spans = {"SPANS": 64, "ALIGNED": aligned, "ROWS": messages.ROWS}
+                pointers = [data, "*i64", "*i64", "*u8", "*fp32"]
+                build(
+                    messages._encode_kernel,
+                    pointers,
+                    same | spans | {"FMAX": fmax, "MESSAGES": 16},
+                    fused=int(hardware),
+                )
+                if not hardware:
+                    pointers = [data, "*i64", "*u8", "*fp32", data, "fp32", "i32", "i32", "i32"]
+                    build(messages._sum_kernel, pointers, {"FMT": fmt, "WORLD": 3} | spans)
+                    pointers = ["*u8", "*fp32", data, "i32", "i32", "i32"]
+                    build(messages._decode_kernel, pointers, {"FMT": fmt, "ROWS": messages.ROWS})
             measured = same | {"MEASURE": True}
             build(
                 cast._quantize_kernel, ["*bf16", "*fp32", "*u8", "*i32", "i32"], measured | {"ELEMENTS": cast.ELEMENTS}

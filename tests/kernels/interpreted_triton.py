@@ -17,7 +17,9 @@ from ds_fp8.layers.scales import ScaleTensors
 from ds_fp8.numerics import cast as reference_cast
 from ds_fp8.numerics import flat as reference
 from ds_fp8.numerics import gemm_blocks, scaling
+from ds_fp8.numerics import messages as reference_messages
 from ds_fp8.numerics.dtypes import torch_dtype
+from ds_fp8.numerics.messages import Layout, message_bytes, message_views, row_numels
 from ds_fp8.numerics.random_bits import Stochastic
 from ds_fp8.recipe import Recipe
 
@@ -129,6 +131,49 @@ def test_sum_over_ranks_is_in_rank_order_and_unfused(fmt, world):
             quantized, scale_inv, fmt, factor=1 / 3, out_fmt=E4M3, own=own, best_of_two=best_of_two
         )
         assert torch.equal(again, wanted) and torch.equal(again_scale_inv, wanted_scale_inv)
+
+
+@FORMATS
+@DTYPES
+def test_messages_are_cast_summed_and_decoded_from_where_they_lie(fmt, dtype):
+    """Spans of all sizes, across programs, an empty message, blocks that spans share: one launch gives what copies of
+    the sequences give. By sixteen elements too, which is compiled apart.
+    """
+    x = wide(9000).to(dtype)
+    x[777] = float("inf")
+    uneven = (((0, 128), (1024, 4096)), ((128, 1000), (5000, 5003), (5100, 8001)), (), ((4096, 5000),))
+    for spans in (uneven, (((16, 2064),), ((4096, 4416), (8192, 8352)))):
+        layout, own = Layout(spans), Layout(spans[1:2])
+        found = torch.zeros(sum(layout.bytes), dtype=torch.uint8)
+        wanted = found.clone()
+        assert entry.encode_messages(x, layout, fmt, found) is None
+        reference_messages.encode_messages(x, layout, fmt, wanted)
+        assert torch.equal(found, wanted)
+        numel = own.numels[0]
+        rows = torch.zeros(2, message_bytes(numel), dtype=torch.uint8)
+        for seed, row in enumerate(rows):
+            reference.encode(wide(numel, seed), fmt, out=message_views(row, numel))
+        for out in (torch.empty(numel), torch.empty(numel, dtype=dtype)):
+            summed = torch.empty_like(out)
+            assert entry.sum_messages(*message_views(rows, numel), fmt, x, own, 1 / 3, out) is None
+            reference_messages.sum_messages(*message_views(rows, numel), fmt, x, own, factor=1 / 3, out=summed)
+            assert torch.equal(out, summed)
+    rows = torch.zeros(3, message_bytes(256), dtype=torch.uint8)
+    for total in (768, 700, 300):
+        for row, length in zip(rows, row_numels(total, 256, 3), strict=True):
+            reference.encode(x[:length], fmt, out=message_views(row, length))
+        out, decoded = torch.empty(total, dtype=dtype), torch.empty(total, dtype=dtype)
+        assert entry.decode_rows(rows, fmt, 256, out) is None
+        reference_messages.decode_rows(rows, fmt, 256, decoded)
+        assert torch.equal(out, decoded)
+
+
+def test_what_the_message_kernels_cannot_search_or_view_is_left_to_others():
+    """More spans than a program looks through; bytes that are no whole words."""
+    many = Layout((tuple((2 * n, 2 * n + 1) for n in range(5000)),))
+    x = wide(10_000)
+    assert entry.encode_messages(x, many, E4M3, torch.empty(many.bytes[0], dtype=torch.uint8)) is NotImplemented
+    assert entry.decode_rows(torch.zeros(1, 131, dtype=torch.uint8), E4M3, 128, torch.empty(100)) is NotImplemented
 
 
 def test_an_amax_slot_keeps_what_is_larger():

@@ -18,7 +18,7 @@ NO_LAUNCH = ("empty", "detach", "alias", "_to_copy_view")
 class Parts(TorchDispatchMode):
     """Counts by part: (part, kind) -> number.
 
-    launches  of torch's operators, and of this package's own kernels
+    launches  of torch's operators, and of this package's own kernels; what is one kernel on a GPU counts as one
     calls     of Python functions, `ours` of those in this package
     times     how often the part was entered
     """
@@ -27,21 +27,26 @@ class Parts(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[tuple[str, str]] = Counter()
         self.within = ["other"]
+        self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not func.is_view and not any(word in name for word in NO_LAUNCH):
+        if not self.kernels and not func.is_view and not any(word in name for word in NO_LAUNCH):
             self.counts[self.within[-1], "launches"] += 1
         return func(*args, **(kwargs or {}))
 
     def profile(self, frame: Any, event: str, argument: Any) -> None:
+        file = frame.f_code.co_filename
+        public = not frame.f_code.co_name.startswith(("_", "<"))
+        if public and file.endswith("ds_fp8/kernels/messages.py"):
+            self.counts[self.within[-1], "launches"] += event == "call"
+            self.kernels += (event == "call") - (event == "return")
         if event != "call":
             return
         self.counts[self.within[-1], "calls"] += 1
-        file = frame.f_code.co_filename
         if "/ds_fp8/" in file:
             self.counts[self.within[-1], "ours"] += 1
-            if file.endswith("kernels/dispatch.py") and not frame.f_code.co_name.startswith(("_", "<")):
+            if public and file.endswith("kernels/dispatch.py") and not self.kernels:
                 self.counts[self.within[-1], "launches"] += 1
 
     @contextmanager

@@ -32,11 +32,11 @@ def test_a_layer(found, level, forward, backward):
 
 @pytest.mark.parametrize("level", ["O2", "O3"])
 def test_the_reduction_of_a_bucket(found, level):
-    """Two layers for two ranks: arrange, cast, sum, put away; as often as DeepSpeed reduces."""
+    """Two layers for two ranks: one cast, one exchange, one sum; as often as DeepSpeed reduces."""
     counts = found[level]
     times = counts["reduction", "times"]
     assert times <= LAYERS // 2 + 1
-    assert counts["reduction", "launches"] / times < 11  # 8.9
+    assert counts["reduction", "launches"] / times <= 3
     assert counts["reduction", "ours"] / times < 130  # 114
 
 

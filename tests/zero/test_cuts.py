@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_fp8.comm import Wire
+from ds_fp8.comm.cut import adjacent, cut_by_owner, cut_each, join
 from ds_fp8.zero.weights_store import share_bounds
 from ds_fp8.zero.wire import spread_over
 
@@ -25,6 +26,30 @@ def test_a_part_is_spread_over_the_targets_that_it_meets():
     found = [(number, at, part.tolist()) for number, at, part in spread_over(targets, 1, torch.arange(5.0))]
     assert found == [(0, 1, [0.0, 1.0]), (2, 0, [2.0, 3.0, 4.0])]
     assert list(spread_over(targets, 9, torch.arange(2.0))) == []
+
+
+def test_each_owner_has_a_chunk_of_every_parameter():
+    """Two parameters of 8 and 5 elements for three ranks: chunks of 3, 3, 2 and of 2, 2, 1. In rounds of blocks the
+    sequence is cut, not the parameters; what lies together is one span.
+    """
+    cut = cut_each((8, 5), 3)
+    assert cut.spans == (((0, 3), (8, 10)), ((3, 6), (10, 12)), ((6, 8), (12, 13)))
+    assert cut.numels == (5, 5, 3)
+    assert cut_each((8, 5), 3) is cut, "made once"
+    assert cut_by_owner(((0, 4), (0, 6), (2, 1), (0, 2)), 3).spans == (((0, 10), (11, 13)), (), ((10, 11),))
+    long = cut_each((400, 200), 2)
+    rounds = long.rounds(Wire.named("e4m3", 256), 1, torch.device("cpu"))
+    assert [part.start for part in rounds] == [0, 128, 256]
+    assert [part.own.spans[0] for part in rounds] == [((200, 328),), ((328, 400), (500, 556)), ((556, 600),)]
+    assert [part.sent.spans for part in rounds] == [(((0, 128),),), (((128, 200), (400, 456)),), (((456, 500),),)]
+
+
+def test_gradients_of_a_full_buffer_are_taken_as_they_lie():
+    buffer = torch.arange(10.0)
+    together = adjacent([buffer[2:5], buffer[5:9]])
+    assert together.data_ptr() == buffer[2:].data_ptr() and together.tolist() == buffer[2:9].tolist()
+    assert adjacent([buffer[2:5], buffer[6:9]]) is None
+    assert join([buffer[6:9], buffer[:2]]).tolist() == [6.0, 7.0, 8.0, 0.0, 1.0]
 
 
 def test_rounds_of_a_message_cut_every_owners_slice_at_blocks():

@@ -135,8 +135,8 @@ def alone(rank, world_size, cases):
     from ds_fp8.zero import wire_stage12
 
     sums = []
-    make = wire_stage12.reduce_chunks
-    wire_stage12.reduce_chunks = lambda *given, **named: sums.append(1) or make(*given, **named)
+    make = wire_stage12.reduce_bucket
+    wire_stage12.reduce_bucket = lambda *given, **named: sums.append(1) or make(*given, **named)
     rows = []
     for case in cases:
         config = ds_config(**dict(case))

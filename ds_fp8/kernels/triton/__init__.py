@@ -4,6 +4,7 @@
     cast.py      one scale per tensor: quantized values, transposed data and amax from one read
     blocks.py    1x128 groups and 128x128 tiles of matrix operands
     flat.py      flat partitions: encode, decode, sum over ranks
+    messages.py  the same for all messages of a round in one launch, from wherever a bucket holds them
     states.py, masters.py, adam.py      the fused optimizer step;  adam_fast.py  its fast path
     segments.py  many weights in one launch
     grouped.py   operands of stacked experts;  expert_tiles.py  which rows a program takes

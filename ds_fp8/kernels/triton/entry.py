@@ -13,9 +13,24 @@ import torch
 from ...formats import Format
 from ...numerics.dtypes import torch_dtype
 from ...numerics.flat import blocks_of
+from ...numerics.messages import Layout
 from ...numerics.random_bits import Stochastic
 from ..adam import AdamStep
-from . import adam, blocks, cast, expert_rows, flat, gates, grouped, history, operands, segments, visits, weights
+from . import (
+    adam,
+    blocks,
+    cast,
+    expert_rows,
+    flat,
+    gates,
+    grouped,
+    history,
+    messages,
+    operands,
+    segments,
+    visits,
+    weights,
+)
 
 __all__ = ["expert_rows", "gates", "grouped", "history", "operands", "path", "visits", "weights"]
 
@@ -154,6 +169,41 @@ def flat_sum_encode(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Forma
     out = out or _new_quantized(quantized.shape[1], quantized.device)
     flat.sum_and_encode(quantized, scale_inv, fmt, factor, out_fmt, *out, own, best_of_two)
     return out
+
+
+def encode_messages(tensor: torch.Tensor, layout: Layout, fmt: Format, out: torch.Tensor) -> Any:
+    """The messages of a round."""
+    if tensor.dtype not in FLOATS or not _searchable(layout) or not _whole_words(out):
+        return NotImplemented
+    messages.encode(tensor, layout, fmt, out)
+    return None
+
+
+def sum_messages(quantized: torch.Tensor, scale_inv: torch.Tensor, fmt: Format, own: torch.Tensor, layout: Layout,
+                 factor: float, out: torch.Tensor) -> Any:  # fmt: skip
+    """Sum of what arrived and the own contribution, wherever its spans lie."""
+    if own.dtype not in FLOATS or out.dtype not in FLOATS or not _searchable(layout):
+        return NotImplemented
+    messages.sum_own(quantized, scale_inv, fmt, own, layout, factor, out)
+    return None
+
+
+def decode_rows(rows: torch.Tensor, fmt: Format, share: int, out: torch.Tensor) -> Any:
+    """The values that every rank sent."""
+    if out.dtype not in FLOATS or not _whole_words(rows):
+        return NotImplemented
+    messages.decode(rows, fmt, share, out)
+    return None
+
+
+def _searchable(layout: Layout) -> bool:
+    """Whether a program can look through the table."""
+    return len(layout.spans) <= messages.MOST and sum(map(len, layout.spans)) <= messages.MOST
+
+
+def _whole_words(message: torch.Tensor) -> bool:
+    """Whether bytes may be viewed as fp32."""
+    return message.storage_offset() % 4 == 0 and message.shape[-1] % 4 == 0
 
 
 def adam_step(step: AdamStep) -> Any:

@@ -39,7 +39,7 @@ def _error_under(x, scale, FMT: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.c
 
 
 @triton.jit
-def _encode_best_of_two(x, FMT: tl.constexpr, FMAX: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
+def encode_best_of_two(x, FMT: tl.constexpr, FMAX: tl.constexpr, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
     """(quantized, scale_inv) under the better of two scales; `FMAX` is 7 / 4 of a power of two.
 
     The scale is chosen and the cast made again, though both casts are there: ptxas 12.8 (in Triton 3.6) makes wrong
@@ -63,7 +63,7 @@ def _encode_kernel(x_ptr, quantized_ptr, scale_inv_ptr, n, key, first, FMT: tl.c
     inside = index < n
     x = codec.load(x_ptr + index, inside)
     if BEST_OF_TWO:
-        quantized, scale_inv = _encode_best_of_two(x, FMT, FMAX, ROWS, HARDWARE)
+        quantized, scale_inv = encode_best_of_two(x, FMT, FMAX, ROWS, HARDWARE)
     else:
         scale, scale_inv = codec.block_scale(x, FMAX, 1, HARDWARE)
         scaled = x * scale[:, None]
@@ -109,7 +109,7 @@ def _sum_kernel(own_ptr, quantized_ptr, scale_inv_ptr, out_ptr, out_scale_ptr, f
     total = total * factor
     if REQUANTISE:
         if BEST_OF_TWO:
-            quantized, scale_inv = _encode_best_of_two(total, OUT_FMT, FMAX, ROWS, HARDWARE)
+            quantized, scale_inv = encode_best_of_two(total, OUT_FMT, FMAX, ROWS, HARDWARE)
         else:
             scale, scale_inv = codec.block_scale(total, FMAX, 1, HARDWARE)
             quantized = codec.encode(total * scale[:, None], OUT_FMT, HARDWARE)
