@@ -30,7 +30,7 @@ from ds_fp8.numerics.messages import message_views, sequence
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-NUMEL = 2**29 if CUDA else 2**20
+NUMEL = 2**29 if CUDA else 2**23
 LAYER = (4096 * 4096, 1024 * 4096, 1024 * 4096, 4096 * 4096, 14336 * 4096, 14336 * 4096, 14336 * 4096, 4096, 4096)
 """Parameters of a layer of Llama 8B, in elements."""
 
