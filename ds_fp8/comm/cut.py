@@ -103,15 +103,16 @@ def chunk_bounds(numel: int, world_size: int) -> list[Span]:
 
 def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     """A view of all of them as one flat tensor, where they lie one after the other in memory."""
-    first = tensors[0]
-    if len(tensors) == 1:
+    filled = [tensor for tensor in tensors if tensor.numel()]  # an empty one has no address
+    first = filled[0] if filled else tensors[0]
+    if len(filled) < 2:
         return first
     end = first.data_ptr()
-    for tensor in tensors:
+    for tensor in filled:
         if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
         end += tensor.numel() * tensor.element_size()
-    return first.as_strided((sum(tensor.numel() for tensor in tensors),), (1,))
+    return first.as_strided((sum(tensor.numel() for tensor in filled),), (1,))
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:

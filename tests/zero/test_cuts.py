@@ -48,6 +48,7 @@ def test_gradients_of_a_full_buffer_are_taken_as_they_lie():
     buffer = torch.arange(10.0)
     together = adjacent([buffer[2:5], buffer[5:9]])
     assert together.data_ptr() == buffer[2:].data_ptr() and together.tolist() == buffer[2:9].tolist()
+    assert adjacent([buffer[2:5], buffer[5:5], buffer[5:9]]).tolist() == together.tolist()
     assert adjacent([buffer[2:5], buffer[6:9]]) is None
     assert join([buffer[6:9], buffer[:2]]).tolist() == [6.0, 7.0, 8.0, 0.0, 1.0]
 
