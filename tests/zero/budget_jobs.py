@@ -11,7 +11,7 @@ from typing import Any
 import prefetch_jobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NO_LAUNCH = ("empty", "detach", "alias", "_to_copy_view")
+NO_LAUNCH = ("empty", "detach", "alias", "_to_copy_view", "set_")
 """Operators that give memory or another view of it."""
 
 
@@ -37,7 +37,7 @@ class Parts(TorchDispatchMode):
 
     def profile(self, frame: Any, event: str, argument: Any) -> None:
         file = frame.f_code.co_filename
-        public = not frame.f_code.co_name.startswith(("_", "<"))
+        public = not frame.f_code.co_name.startswith(("_", "<")) and frame.f_code.co_name != "library_for"
         if public and file.endswith("ds_fp8/kernels/messages.py"):
             self.counts[self.within[-1], "launches"] += event == "call"
             self.kernels += (event == "call") - (event == "return")
