@@ -180,4 +180,4 @@ def _padded(rows: list[Sequence[int]], device: torch.device) -> torch.Tensor:
     while count < len(rows):
         count *= 4
     beyond = [(_BEYOND,) * len(rows[0])] * (count - len(rows))
-    return torch.tensor([*rows, *beyond], dtype=torch.int64).t().contiguous().to(device)
+    return torch.tensor([*rows, *beyond], dtype=torch.int64, device="cpu").t().contiguous().to(device)
