@@ -84,14 +84,15 @@ def cut_by_owner(fragments: tuple[tuple[int, int], ...], world_size: int) -> Cut
 
 
 @functools.lru_cache(maxsize=256)
-def cut_each(numels: tuple[int, ...], world_size: int) -> Cut:
-    """Tensors of these sizes, one after the other, of each of which owner d has chunk d (as ZeRO 3 cuts parameters)."""
+def cut_each(numels: tuple[int, ...], world_size: int, starts: tuple[int, ...] | None = None) -> Cut:
+    """Tensors of these sizes, of each of which owner d has chunk d (as ZeRO 3 cuts parameters).
+
+    starts  where they begin; by default one after the other
+    """
     by_owner: list[list[Span]] = [[] for _ in range(world_size)]
-    start = 0
-    for numel in numels:
+    for numel, start in zip(numels, starts or accumulate(numels[:-1], initial=0), strict=True):
         for owner, (first, last) in enumerate(chunk_bounds(numel, world_size)):
             by_owner[owner].append((start + first, start + last))
-        start += numel
     return Cut(tuple(merged(spans) for spans in by_owner))
 
 
@@ -113,6 +114,19 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         end += tensor.numel() * tensor.element_size()
     return first.as_strided((sum(tensor.numel() for tensor in filled),), (1,))
+
+
+def together(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    """One flat tensor of all, in any order, and where each begins; without a copy when they fill a piece of memory."""
+    order = sorted(range(len(tensors)), key=lambda index: tensors[index].data_ptr())
+    found = adjacent([tensors[index] for index in order])
+    if found is None:
+        found, order = torch.cat(list(tensors)), list(range(len(tensors)))
+    starts, start = [0] * len(tensors), 0
+    for index in order:
+        starts[index] = start
+        start += tensors[index].numel()
+    return found, tuple(starts)
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:

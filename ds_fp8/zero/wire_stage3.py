@@ -14,7 +14,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from ..comm.cut import chunk_bounds, cut_each, join
+from ..comm.cut import chunk_bounds, cut_each, together
 from .touched import touched
 from .wire import GradientWire, reduce_bucket
 
@@ -71,11 +71,12 @@ class WireStage3(Base):
         group = self._get_param_partition_group(params[0])
         world_size, rank = dist.get_world_size(group), dist.get_rank(group)
         numels = tuple(grad.numel() for grad in grads)
-        cut = cut_each(numels, world_size)
+        # DeepSpeed fills a buffer with the gradients of a bucket as they come, and then sorts the parameters.
+        bucket, starts = together(grads)
+        cut = cut_each(numels, world_size, starts)
         average = self._fp8_mean_factor(params, world_size) * sequence_parallel_size
         own = torch.empty(cut.numels[rank], dtype=self.gradient_accumulation_dtype, device=grads[0].device)
-        # DeepSpeed fills one buffer with the gradients of a bucket, so that they mostly lie together already.
-        reduce_bucket(join(grads), cut, self.fp8_gradient_wire, group, average=average, out=own)
+        reduce_bucket(bucket, cut, self.fp8_gradient_wire, group, average=average, out=own)
         bounds = [chunk_bounds(numel, world_size)[rank] for numel in numels]
         return list(own.split([stop - start for start, stop in bounds]))
 

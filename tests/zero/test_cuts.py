@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_fp8.comm import Wire
-from ds_fp8.comm.cut import adjacent, cut_by_owner, cut_each, join
+from ds_fp8.comm.cut import adjacent, cut_by_owner, cut_each, join, together
 from ds_fp8.zero.weights_store import share_bounds
 from ds_fp8.zero.wire import spread_over
 
@@ -46,10 +46,15 @@ def test_each_owner_has_a_chunk_of_every_parameter():
 
 def test_gradients_of_a_full_buffer_are_taken_as_they_lie():
     buffer = torch.arange(10.0)
-    together = adjacent([buffer[2:5], buffer[5:9]])
-    assert together.data_ptr() == buffer[2:].data_ptr() and together.tolist() == buffer[2:9].tolist()
-    assert adjacent([buffer[2:5], buffer[5:5], buffer[5:9]]).tolist() == together.tolist()
+    found = adjacent([buffer[2:5], buffer[5:9]])
+    assert found.data_ptr() == buffer[2:].data_ptr() and found.tolist() == buffer[2:9].tolist()
+    assert adjacent([buffer[2:5], buffer[5:5], buffer[5:9]]).tolist() == found.tolist()
     assert adjacent([buffer[2:5], buffer[6:9]]) is None
+    bucket, starts = together([buffer[5:9], buffer[3:3], buffer[2:5]])
+    assert bucket.data_ptr() == buffer[2:].data_ptr() and starts == (3, 0, 0)
+    assert cut_each((4, 3), 2, (3, 0)).spans == (((3, 5), (0, 2)), ((5, 7), (2, 3)))
+    bucket, starts = together([buffer[6:9], buffer[:2]])
+    assert bucket.tolist() == [6.0, 7.0, 8.0, 0.0, 1.0] and starts == (0, 3)
     assert join([buffer[6:9], buffer[:2]]).tolist() == [6.0, 7.0, 8.0, 0.0, 1.0]
 
 
