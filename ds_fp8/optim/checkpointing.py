@@ -149,6 +149,8 @@ def load_state_dict(optimizer: ScaledOptimizer, loaded: dict[str, Any]) -> None:
         found.append((param, saved))
     for group, values in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
         group.update({key: value for key, value in values.items() if key not in _NOT_OURS})
+    for param in {*params} - {param for param, _ in found}:
+        optimizer.forget_moments(param)  # saved before its first step
     for param, saved in found:
         _apply(optimizer, param, saved)
     if header is not None:

@@ -235,6 +235,14 @@ class ScaledOptimizer(torch.optim.Optimizer):
         if step is not None:
             state["step"] = int(step)
 
+    def forget_moments(self, param: torch.Tensor) -> None:
+        """As before its first step; the master stays. Nothing for a parameter that has no state yet."""
+        if self.state.get(param):
+            zeros = {
+                name: torch.zeros(param.numel(), dtype=torch.float32, device=param.device) for name in self.moments
+            }
+            self.import_fp32(param, step=0, **zeros)
+
     def export_quantized(self, param: torch.Tensor) -> dict[str, Any]:
         """The exact state of `param`, the 16-bit weight included, as built-in types and CPU tensors; see
         checkpointing.py.

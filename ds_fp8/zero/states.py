@@ -154,7 +154,8 @@ class ScaledStates(Fp32View):
         own = own_shard(state_dict_list, dist.get_rank(group=self.dp_process_group))
         with self.fp8_fp32_view(export=False) as (fp32_adam, flats):
             super().load_state_dict(state_dict_list, *args, **kwargs)
-        self.fp8_import(fp32_adam, flats)
+        universal = kwargs.get("checkpoint_folder") is not None
+        self.fp8_import(fp32_adam, flats, replace=kwargs.get("load_optimizer_states", False) and not universal)
         with_moments = any(fp32_adam.state.get(flat) for flat in flats)
         if own is not None and with_moments and self._fp8_took_fp32(args, kwargs):
             load_quantized(self.optimizer, self.fp8_masters, own.get(KEY), self.fp8_layout())

@@ -59,6 +59,8 @@ class Loaded:
             check_moments(moments, wrapper.optimizer)
             step = int(state["step"]) if "step" in state else None
             master = param.detach().float() if self.masters is None else self.masters[index]
+            if load_optimizer_states and not moments:
+                wrapper.optimizer.forget_moments(param)  # saved before its first step
             wrapper.optimizer.import_fp32(param, master=master.reshape(-1), step=step, **moments)
 
 

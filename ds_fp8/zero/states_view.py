@@ -163,8 +163,11 @@ class Fp32View(Base):
             if not export:
                 self._fp8_relink()
 
-    def fp8_import(self, fp32_adam: Fp32Adam, flats: list[Tensor]) -> None:
-        """Encode what a load has left in the fp32 view. Moments that were not loaded stay as they are."""
+    def fp8_import(self, fp32_adam: Fp32Adam, flats: list[Tensor], *, replace: bool = False) -> None:
+        """Encode what a load has left in the fp32 view. Moments that were not loaded stay as they are.
+
+        replace  states were asked for: a flat without any was saved before its first step, and is so again
+        """
         copy_groups(self.optimizer, fp32_adam)
         group_step = fp32_adam.param_groups[0].get("step")
         for master, flat in zip(self.fp8_masters, flats, strict=True):
@@ -173,4 +176,6 @@ class Fp32View(Base):
             check_moments(moments, self.optimizer)
             step = state.get("step", group_step) if moments else None
             step = None if step is None else int(step)
+            if replace and not moments:
+                self.optimizer.forget_moments(master)
             self.optimizer.import_fp32(master, master=flat, step=step, **moments)

@@ -73,6 +73,22 @@ def test_resume_is_bit_exact(case, base):
     assert same(ours.state_dict()["state"], resumed.state_dict()["state"])
 
 
+@pytest.mark.parametrize("case", LEVEL_CASES)
+def test_a_file_from_before_the_first_step_takes_the_moments_away(case):
+    """Loaded after three steps: the next ones are those of a new optimizer on these weights."""
+    params = parameters(torch.bfloat16)
+    ours = ScaledAdamW(params, level=LEVEL_CASES[case], seed=11)
+    saved = through_file(ours.state_dict())
+    train(ours, params, 1, 3)
+    ours.load_state_dict(saved)
+    assert not saved["state"]
+    for param in params:
+        exported = ours.export_fp32(param)
+        assert exported["step"] == 0
+        assert not exported["exp_avg"].any()
+        assert not exported["exp_avg_sq"].any()
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("case", LEVEL_CASES)
 def test_quantized_values_of_one_parameter_are_self_contained(case, base):

@@ -164,3 +164,17 @@ def saved_and_converted(make: Any, rank: int) -> Any:
             found += [norm(state["mid.weight"]), norm(state["dec.bias"])]
         torch.distributed.barrier()
     return found + train(engine, range(2, 4))
+
+
+@script()
+def back_to_the_start(make: Any, rank: int) -> Any:
+    """A checkpoint from before the first step, loaded after three: the same losses again."""
+    engine = make()
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        torch.distributed.broadcast_object_list(folder, 0)
+        engine.save_checkpoint(folder[0])
+        found = train(engine, range(3))
+        engine.load_checkpoint(folder[0])
+        torch.distributed.barrier()
+    return found + train(engine, range(3))
