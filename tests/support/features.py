@@ -2,6 +2,7 @@
 
 A cell *works* when the job ends, with finite losses near those of DeepSpeed alone and with our layers and states in the
 engine; it is *refused* when all ranks raise one of our errors with the words given here, before the first step.
+it is *as alone* where DeepSpeed alone ends in an error, and the cell in the same.
 Anything else fails. `absent` means the plugin without its sections: losses equal to the last bit.
 """
 
@@ -31,6 +32,8 @@ class Feature:
     alone    why DeepSpeed alone does not run it on two CPU ranks; columns that are neither refused nor in `runs` are then
              not run
     runs     columns that run all the same
+    fails    words of the error in which DeepSpeed alone ends: tried, and columns that are neither refused nor in `runs`
+             end in the same
     quick    part of every CI run
     near     how far a loss may lie from DeepSpeed's
     """
@@ -40,6 +43,7 @@ class Feature:
     refused: Mapping[str, str] = field(default_factory=dict)
     alone: str = ""
     runs: tuple[str, ...] = ()
+    fails: str = ""
     quick: bool = False
     near: float = 0.15
 
@@ -91,6 +95,8 @@ FEATURES: dict[str, Feature] = {
     "GatheredParameters": Feature(zero(3), "gathered"),
     "fragment API": Feature(zero(2), "fragments"),
     "save and resume": Feature(zero(2), "resumed", quick=True),
+    "elastic_checkpoint, save and resume": Feature(zero(2, elastic_checkpoint=True), "resumed", fails="AssertionError", runs=LEVELS,
+                                                  refused={"fp8": "saved with zero_optimization/elastic_checkpoint"}),
     "universal checkpoint": Feature(zero(2), "universal", quick=True),
     "evaluation": Feature(zero(2), "evaluated"),
     "activation checkpointing": Feature(zero(2), "checkpointed_activations"),
@@ -108,6 +114,11 @@ FEATURES: dict[str, Feature] = {
     "torch.optim.SGD of the script": Feature({**zero(2), "zero_allow_untested_optimizer": True}, "client:SGD",
                                              refused=by_msamp("SGD")),
     "Adam": Feature({**zero(2), **optimizer("Adam", torch_adam=True)}),
+    "Adagrad, save and resume, ZeRO 0": Feature({**zero(0), **optimizer("Adagrad")}, "resumed", refused=by_msamp("Adagrad"),
+                                                fails="KeyError"),
+    "Adagrad, save and resume, ZeRO 2": Feature({**zero(2), **optimizer("Adagrad")}, "resumed", refused=by_msamp("Adagrad")),
+    "Adagrad, save and resume, ZeRO 3": Feature({**zero(3), **optimizer("Adagrad")}, "resumed", fails="match the size of optimizer",
+                                                refused={"fp8": "names every master twice", **by_msamp("Adagrad")}),
     "Lion": Feature({**zero(2), **optimizer("Lion")}, alone="needs a compiler for its op", runs=LEVELS),
     "Muon": Feature({**zero(2), **optimizer("Muon")}, refused=by_msamp("Muon")),
     "1-bit Adam": Feature({**zero(0), **optimizer("OneBitAdam", freeze_step=2)}, alone=REMOVED),
