@@ -80,3 +80,10 @@ class CheckpointError(DsFp8Error):
 
 class WeightError(DsFp8Error, RuntimeError):
     """A weight that O3 keeps as FP8 data cannot be read or written this way; where torch would raise, so do we."""
+
+
+def printable(text: str) -> str:
+    """For a terminal: names in a folder or a file of somebody else's may hold what moves the cursor, or renames the
+    window.
+    """
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)

@@ -48,11 +48,6 @@ def read_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
         return file.read(most_bytes).decode()
 
 
-def printable(text: str) -> str:
-    """For a terminal: names in a folder of somebody else's may hold what moves the cursor, or renames the window."""
-    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
-
-
 @dataclass(frozen=True)
 class Compared:
     """Files of a tag beside its manifest.

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import config
-from ..errors import Problem
+from ..errors import Problem, printable
 from .given import document_of
 
 
@@ -68,7 +68,7 @@ def exit_code(problems: Sequence[Problem], strict: bool) -> int:
 def line(name: str, problem: Problem) -> str:
     """One problem in one line, with as much of the place as is known."""
     place = f"{name}:{problem.line}:{problem.column}" if problem.line else name
-    return f"{place}: {problem.severity}: {problem}"
+    return printable(f"{place}: {problem.severity}: {problem}")
 
 
 def brief(settings: config.Settings | None) -> Any:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import DsFp8Error
+from ..errors import DsFp8Error, printable
 from ..levels import LEVELS
 
 
@@ -23,7 +23,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"ds_fp8 convert: {options.checkpoint}: {what}; give what save_checkpoint was given", file=sys.stderr)
         return 2
     from ..checkpoint.convert import convert
-    from ..checkpoint.manifest import printable
 
     try:
         written = convert(options)

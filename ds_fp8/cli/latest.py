@@ -21,7 +21,7 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> int:
     """Find, tell, and on demand repair."""
     from ..checkpoint.complete import named_by_latest, tags
-    from ..checkpoint.manifest import printable
+    from ..errors import printable
 
     parser = argparse.ArgumentParser(prog="ds_fp8 latest", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", help="checkpoint folder, where DeepSpeed's `latest` lies")

@@ -24,8 +24,9 @@ from .bars import shown_bytes
 def main(argv: Sequence[str]) -> int:
     """Verify the tags of a folder, or one of them."""
     from ..checkpoint.complete import is_tag, look, tags
-    from ..checkpoint.manifest import MANIFEST, printable
+    from ..checkpoint.manifest import MANIFEST
     from ..checkpoint.universal import is_universal, look_universal
+    from ..errors import printable
 
     parser = argparse.ArgumentParser(prog="ds_fp8 verify", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder, or one tag's")

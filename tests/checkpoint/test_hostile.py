@@ -162,6 +162,9 @@ def test_names_that_a_terminal_would_obey(tmp_path, capsys):
     (folder / "step3" / "x\x1b[2J.pt").write_bytes(b"PK\x03\x04 no archive")
     (folder / "latest").write_text("\x1b[2J")
     assert "\\x1b[2J.pt: cannot be read" in every_command(capsys, folder)
+    config = tmp_path / "ds.json"
+    config.write_text('{"train_batch_size": 1, "fp8": {"enabled": true, "recipe": "\\u001b[2J", "\\u001b[2J": 1}}')
+    assert "\\x1b[2J" in said(capsys, "check", config)
 
 
 def test_latest_does_not_lead_out_of_the_folder(tmp_path, capsys):
