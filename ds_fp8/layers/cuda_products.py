@@ -5,12 +5,13 @@
     wgrad   grad_weight [N, K] = grad_output.T [N, M] @ input  [M, K]     e5m2 x e4m3   (HYBRID)
 
 Why: below some thousand tokens a linear layer takes as long as the host needs to start its kernels. So a pass makes
-three casts (one launch each: quantized values, transposed data, amax into the FP8 state's slot) and three
-`torch._scaled_mm`, and nothing else; nothing waits for the device. The quantized weight, both ways round, lives from a
-forward to its backward, or for the rest of the optimizer step (`weight_cache`). A weight of ZeRO-3 and quantized values
-set from outside (O3) are there again before the backward: what dgrad reads is made then, of the same weight with the
-same scale, by one launch, and nothing is kept meanwhile. Quantized values and scales are those of `products`; what this
-path does not take (`takes`) goes there.
+three casts (quantized values, transposed data, amax into the FP8 state's slot; under delayed scaling a launch for
+input and weight together and one for grad_output) and three `torch._scaled_mm`, and nothing else; nothing waits for
+the device. The quantized weight, both ways round, lives from a forward to its backward, or for the rest of the
+optimizer step (`weight_cache`). A weight of ZeRO-3 and quantized values set from outside (O3) are there again before
+the backward: what dgrad reads is made then, of the same weight with the same scale, by one launch, and nothing is
+kept meanwhile. Quantized values and scales are those of `products`; what this path does not take (`takes`) goes
+there.
 """
 
 from __future__ import annotations
@@ -114,8 +115,16 @@ def forward_on_cuda(
     kept  0-d fp32 at multiples of 16 bytes that get the scale_inv of input and weight, where a tensor has one
     """
     layer_state, dtype, shape = call.layer_state, input.dtype, input.shape
-    straight, transposed = _cast(input, call, layer_state.input_column, True, wgrad, kept=kept[0])
-    ready = ready_weight(weight, call, transposed=dgrad, kept=kept[1])
+    if _is_cast_now(weight, call):
+        (straight, transposed), operand = call.scaling.quantize_both_on_cuda(
+            library_for(input.device), input, weight.detach(), call, transposed=(wgrad, dgrad), kept=kept
+        )
+        ready = _ready(operand, transposed=dgrad)
+    else:
+        straight, transposed = _cast(input, call, layer_state.input_column, True, wgrad, kept=kept[0])
+        ready = _kept_weight(weight, call, transposed=dgrad)
+        if kept[1] is not None:
+            kept[1].copy_(ready.fprop_scale_inv.view(()))
     data, scale_inv = straight
     assert data is not None and scale_inv is not None
     # fprop   output [M, N] = input [M, K] @ weight.T [K, N]     e4m3 x e4m3
@@ -219,18 +228,18 @@ class ReadyWeight(NamedTuple):
     source: Operand
 
 
-def ready_weight(
-    weight: torch.Tensor, call: Call, *, transposed: bool, kept: torch.Tensor | None = None
-) -> ReadyWeight:
+def ready_weight(weight: torch.Tensor, call: Call, *, transposed: bool) -> ReadyWeight:
     """The weight [N, K] for fprop, and for dgrad if `transposed`: set from outside (O3), cached, or cast now; see
-    `cast_weight`. `kept` as in `forward_on_cuda`.
+    `cast_weight`.
     """
-    if call.quantized_weight is None and not call.may_cache(weight):
-        return _ready(_cast_weight_now(weight, call, transposed=transposed, kept=kept), transposed=transposed)
-    ready = _kept_weight(weight, call, transposed=transposed)
-    if kept is not None:
-        kept.copy_(ready.fprop_scale_inv.view(()))
-    return ready
+    if _is_cast_now(weight, call):
+        return _ready(_cast_weight_now(weight, call, transposed=transposed), transposed=transposed)
+    return _kept_weight(weight, call, transposed=transposed)
+
+
+def _is_cast_now(weight: torch.Tensor, call: Call) -> bool:
+    """Whether this call itself casts the weight, for itself alone."""
+    return call.quantized_weight is None and not call.may_cache(weight)
 
 
 def _kept_weight(weight: torch.Tensor, call: Call, *, transposed: bool) -> ReadyWeight:
@@ -269,13 +278,11 @@ def _ready(operand: Operand, *, transposed: bool) -> ReadyWeight:
     return ReadyWeight(dense(operand.data).t(), _t(_fit(operand.scale_inv)), back, back_scale_inv, operand)
 
 
-def _cast_weight_now(
-    weight: torch.Tensor, call: Call, *, transposed: bool, straight: bool = True, kept: torch.Tensor | None = None
-) -> Operand:
+def _cast_weight_now(weight: torch.Tensor, call: Call, *, transposed: bool, straight: bool = True) -> Operand:
     """See `Scaling.quantize_weight_on_cuda`."""
     library = library_for(weight.device)
     return call.scaling.quantize_weight_on_cuda(
-        library, weight.detach(), call, straight=straight, transposed=transposed, kept=kept
+        library, weight.detach(), call, straight=straight, transposed=transposed
     )
 
 

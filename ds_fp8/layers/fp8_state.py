@@ -95,7 +95,7 @@ class ModelFp8State:
 
     @property
     def slots(self) -> torch.Tensor:
-        """[3n, 4] fp32: scale_inv and scale, at an address that stays (once the FP8 state is on its device)."""
+        """[3n, 8] fp32: scale_inv and scale first, at an address that stays (once the FP8 state is on its device)."""
         return self.tensors.slots
 
     @property

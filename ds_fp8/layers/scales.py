@@ -31,8 +31,10 @@ from ..numerics.scaling import scale_from_amax
 from ..recipe import Recipe
 from .amax_history import AmaxHistory, counts
 
-WIDTH = 4
-"""fp32 per column of `slots`: 16 bytes, because cuBLASLt reads a scale only at such addresses."""
+WIDTH, SHOWN = 8, 4
+"""fp32 per column of `slots`, and the place of the second scale_inv (in `kernels/triton/operands.py`, too). cuBLASLt
+reads a scale only at multiples of 16 bytes.
+"""
 
 OUTGROWN = 2.0
 """How many times its scale's range a weight must have to be cast by its own (in `kernels/triton/weights.py`, too)."""
@@ -41,7 +43,8 @@ OUTGROWN = 2.0
 class Scales:
     """Scales of one step, never written again.
 
-    frozen   [columns, 4] fp32: scale_inv, then scale
+    frozen   [columns, 8] fp32: scale_inv, then scale; at SHOWN scale_inv again, which a GPU's cast of a gradient that
+             is not finite turns into NaN for the rest of the step
     unknown  columns whose tensor has not been seen, or was all zeros whenever it was: no history tells their scale
     mask     [columns] bool on the device, false for those in `unknown`; None when there are none
     own      [columns, 2] int32, zeros: where a GPU's casts of weights measure (`kernels/triton/weights.py`)
@@ -70,6 +73,11 @@ class Scales:
     def scale(self) -> tuple[torch.Tensor, ...]:
         """0-d fp32 each."""
         return self.frozen.select(1, 1).unbind(0)
+
+    @cached_property
+    def shown(self) -> tuple[torch.Tensor, ...]:
+        """0-d fp32 each: scale_inv, or NaN since a gradient was not finite."""
+        return self.frozen.select(1, SHOWN).unbind(0)
 
     def of_weight(self, column: int, amax: torch.Tensor, fmt: Format) -> torch.Tensor:
         """The scale of a known column for a weight of this amax: its own where it is more than twice what the column's
@@ -103,7 +111,7 @@ class ScaleTensors:
 
     scales   [3n] fp32
     pending  [3n] fp32, amaxes since the last update
-    slots    [3n, 4] fp32: scale_inv, scale
+    slots    [3n, 8] fp32: scale_inv, scale, and scale_inv at SHOWN
     exact    Transformer Engine's rules to the bit: a tensor without history has scale 1, non-finite amaxes are
              remembered
     """
@@ -178,6 +186,7 @@ class ScaleTensors:
             frozen = torch.empty_like(self.slots)
             frozen[:, 1] = self.scales
             torch.reciprocal(self.scales, out=frozen[:, 0])
+            frozen[:, SHOWN] = frozen[:, 0]
         self.slots.copy_(frozen)
         mask = self.known.clone() if self._unknown else None
         self.current = Scales(frozen, self._unknown, mask, self.recipe.margin, self.own)

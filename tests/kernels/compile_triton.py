@@ -24,6 +24,7 @@ from ds_fp8.kernels.triton import (
     masters,
     messages,
     operands,
+    pairs,
     segments,
     states,
     visits,
@@ -146,7 +147,8 @@ def main() -> None:
                     "MEASURE": not current,
                     "CURRENT": current,
                 }
-                wanted |= {"GUARDED": current, "KEPT": not current, "PARTS": operands.PARTS, "FROZEN": operands.FROZEN}
+                wanted |= {"GUARDED": True, "KEPT": not current, "PARTS": operands.PARTS, "FROZEN": operands.FROZEN}
+                wanted |= {"SHOWN": operands.SHOWN}
                 wanted |= {"EVEN": current, "TILE_ROWS": operands.TILE_ROWS, "TILE_COLUMNS": operands.TILE_COLUMNS}
                 pointers = ["*bf16", "*u8", "*u8"] + ["*fp32"] * 4 + ["i32"] * 3
                 build(operands._operand_kernel, pointers, same | wanted)
@@ -190,7 +192,7 @@ def main() -> None:
         build(adam._adam_kernel, pointers + ["fp32"] * 9 + ["i32"] * 2, constants, fused=2)
     for keep in (False, True):
         constants = {"FORWARD_MAX": 448.0, "BACKWARD_MAX": 57344.0, "MARGIN_FACTOR": 2.0, "LENGTH": 1024}
-        constants |= {"MOST_RECENT": False, "KEEP": keep, "FROZEN": operands.FROZEN}
+        constants |= {"MOST_RECENT": False, "KEEP": keep, "FROZEN": operands.FROZEN, "SHOWN": operands.SHOWN}
         constants |= {"ROWS": history.ROWS, "COLUMNS": history.COLUMNS}
         build(history._update_kernel, ["*fp32"] * 7 + ["i32"] * 4, constants)
     tiles = {"TILE_ROWS": operands.TILE_ROWS, "TILE_COLUMNS": operands.TILE_COLUMNS, "FROZEN": operands.FROZEN}
@@ -203,6 +205,16 @@ def main() -> None:
     build(weights._scale_kernel, ["*bf16", "*fp32", "*i32", "*fp32", "i32", "i32"], limits | measured)
     parts = {"PARTS": operands.PARTS, "ELEMENTS": operands.PART_ELEMENTS}
     build(operands._parts_kernel, ["*bf16", "*fp32", "i32"], parts)
+    build(pairs._parts_kernel, ["*bf16", "*bf16", "*fp32", "i32", "i32"], parts)
+    both = {"FMT": 0, "TRANSPOSED": True, "WEIGHT_TRANSPOSED": True, "HARDWARE": True}
+    del tiles["FROZEN"]
+    for even in (False, True):
+        how = both | tiles | {"EVEN": even, "WEIGHT_EVEN": not even}
+        pointers = ["*bf16", "*fp8e4nv", "*fp8e4nv"] * 2
+        delayed = how | limits | {"MEASURE": True, "KEPT": even, "FROZEN": operands.FROZEN}
+        build(pairs._delayed_kernel, [*pointers, "*fp32", "*fp32", "*i32", "*fp32", "*fp32"] + ["i32"] * 5, delayed)
+        current = how | {"FMAX": 448.0, "PARTS": operands.PARTS}
+        build(pairs._current_kernel, [*pointers, "*fp32", "*fp32", "*fp32"] + ["i32"] * 3, current)
     for write in (False, True):
         wanted = {"FMT": 0, "MEASURE": not write, "WRITE": write, "ALIGNED": write, "ELEMENTS": segments.ELEMENTS}
         build(

@@ -12,7 +12,8 @@ import torch
 
 from ds_fp8.formats import E4M3, E5M2, Format
 from ds_fp8.kernels import dispatch, self_test
-from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands, weights
+from ds_fp8.kernels.triton import blocks, cast, entry, flat, launch, operands, pairs, weights
+from ds_fp8.layers import scales
 from ds_fp8.layers.scales import ScaleTensors
 from ds_fp8.numerics import cast as reference_cast
 from ds_fp8.numerics import flat as reference
@@ -232,6 +233,53 @@ def test_operands_of_a_product_both_ways_round(fmt, dtype, shape):
     assert operands.cast_current(x, fmt, kept=kept[0])[1] is not scale_inv and kept[0] == scale_inv
 
 
+@pytest.mark.parametrize("transposed", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize(("rows", "weight_rows", "columns"), [(64, 128, 128), (80, 72, 144)])
+def test_input_and_weight_in_one_launch(rows, weight_rows, columns, transposed):
+    """What a launch for each makes, to the bit: data, scale_inv, amaxes; also of a weight that outgrew its scale."""
+    x = wide(rows * columns).view(rows, columns).bfloat16()
+    weight = x.new_zeros(weight_rows, columns).copy_(wide(weight_rows * columns, seed=1).view(weight_rows, columns))
+    for times in (1.0, 64.0):
+        frozen = torch.ones(4, operands.FROZEN)
+        for column, source in ((2, x), (1, weight)):
+            frozen[column, 1] = scaling.scale_from_amax(source.abs().max().float(), E4M3)
+            frozen[column, 0] = scaling.scale_inv_of(frozen[column, 1])
+        weight[5, 7] = weight.abs().max() * times
+        kept, found_kept = torch.zeros(2, 4), torch.zeros(2, 4)
+        pending, found_pending = torch.zeros(4), torch.zeros(4)
+        own, found_own = (torch.zeros(4, 2, dtype=torch.int32) for _ in range(2))
+        wanted = (
+            operands.cast_delayed(x, frozen, 2, E4M3, pending, transposed=transposed[0], kept=kept[0, 0]),
+            weights.cast_weight(weight, frozen, 1, E4M3, pending, own, kept[1, 0], margin=1, transposed=transposed[1]),
+        )
+        found = pairs.cast_delayed(
+            x, weight, frozen, (2, 1), E4M3, found_pending, found_own, found_kept[1, 0], margin=1,
+            transposed=transposed, kept=found_kept[0, 0],
+        )  # fmt: skip
+        assert same_pairs(found, wanted) and torch.equal(found_pending, pending) and pending[1:3].all()
+        assert torch.equal(found_kept, kept) and kept[:, 0].all() and not found_own.any()
+        outgrown = weight.abs().max() * frozen[1, 1] > 2 * 448
+        assert outgrown == (times > 1) == (kept[1, 0] != frozen[1, 0])
+        found, (x_scale_inv, weight_scale_inv) = pairs.cast_current(
+            x, weight, E4M3, transposed=transposed, kept=(None, found_kept[1, 0])
+        )
+        one, other = (
+            operands.cast_current(source, E4M3, transposed=back)
+            for source, back in zip((x, weight), transposed, strict=True)
+        )
+        assert same_pairs(found, (one[0], other[0])) and torch.equal(x_scale_inv, one[1])
+        assert weight_scale_inv.view(1) == other[1] == found_kept[1, 0]
+
+
+def same_pairs(found, wanted) -> bool:
+    """Of two casts: data, and transposed data or None."""
+    return all(
+        (one is None and other is None) or same_quantized(one, other)
+        for pair, control in zip(found, wanted, strict=True)
+        for one, other in zip(pair, control, strict=True)
+    )
+
+
 @pytest.mark.parametrize("times", [1.0, 1.9, 2.1, 64.0, float("inf"), float("nan")])
 def test_a_weight_that_has_outgrown_its_scale_is_cast_by_its_own(times):
     """More than twice the range: scale and data are those of its own amax, both ways round; else those of the step.
@@ -257,6 +305,21 @@ def test_a_weight_that_has_outgrown_its_scale_is_cast_by_its_own(times):
     assert pending.tolist() == [0, amax.item(), 0]
     assert weights.cast_weight(x, frozen, 1, fmt, None, own, kept[0], margin=margin, straight=False)[0] is None
     assert weights.weight_scale(x, frozen, 1, fmt, own, margin=margin) == scale and not own.any()
+
+
+@pytest.mark.parametrize("spoiled", [None, float("inf"), float("nan")])
+def test_delayed_scaling_shows_what_is_not_finite(spoiled):
+    """Of one column, where the guarded cast is asked for; for the rest of the step."""
+    assert (scales.WIDTH, scales.SHOWN) == (operands.FROZEN, operands.SHOWN)
+    x, pending, frozen = wide(80 * 144).view(80, 144).bfloat16(), torch.zeros(3), torch.ones(3, operands.FROZEN)
+    plain = operands.cast_delayed(x, frozen, 1, E5M2, None)
+    x[70, 140] = x[70, 140] if spoiled is None else spoiled
+    operands.cast_delayed(x, frozen, 1, E5M2, pending)
+    assert frozen.isfinite().all()
+    found = operands.cast_delayed(x, frozen, 1, E5M2, pending, guarded=True)
+    assert frozen.isfinite().view(-1).nonzero().numel() == frozen.numel() - (spoiled is not None)
+    assert bool(frozen[1, operands.SHOWN].isnan()) == (spoiled is not None)
+    assert pending[1] == reference_cast.amax(x) and same_quantized(found[0][:70], plain[0][:70])
 
 
 @pytest.mark.parametrize("spoiled", [None, float("inf"), float("nan")])
@@ -307,6 +370,7 @@ def test_scales_are_updated_in_one_launch(length, algorithm, margin, interval, e
             one.pending.copy_(amax)
             one.update()
         assert torch.equal(*(one.current.frozen[:, :2] for one in (straight, fast)))
+        assert torch.equal(*(torch.stack(one.current.shown) for one in (straight, fast)))
         assert straight.current.unknown == fast.current.unknown
         assert torch.equal(fast.scales, straight.scales) and not fast.pending.any()
         for found, wanted in ((fast.forward, straight.forward), (fast.backward, straight.backward)):

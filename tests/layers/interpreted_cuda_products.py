@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from ds_fp8.kernels.triton import entry, launch, operands, weights
+from ds_fp8.kernels.triton import entry, launch, operands, pairs, weights
 from ds_fp8.layers import compiled, compiled_products, cuda_products, fp8_linear
 from ds_fp8.layers.gemm import matmul
 from ds_fp8.layers.layer_state import QuantizedWeight
 from ds_fp8.layers.operands import GROUPS, ROWS, TENSOR, TILES, Operand
+from ds_fp8.layers.recipes import delayed
 from ds_fp8.recipe import Recipe
 from tests.layers.small_models import swapped
 
@@ -186,11 +187,12 @@ def test_a_sharded_weight(recipe):
 
 
 def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
-    """Forward: input and weight. Backward: grad_output, and the weight for dgrad. Recompute makes the forward's two
-    again.
+    """Or less. Forward: input and weight, together. Backward: grad_output, and the weight for dgrad. Recompute makes
+    the forward's again.
     """
     launches = []
-    for module, name in ((operands, "cast_delayed"), (operands, "cast_current"), (weights, "cast_weight")):
+    kinds = ((operands, "cast_delayed"), (operands, "cast_current"), (weights, "cast_weight"), (pairs, "cast_delayed"))
+    for module, name in kinds:
         cast = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, cast=cast, **k: launches.append(cast) or cast(*a, **k))
     transposed = []
@@ -220,8 +222,8 @@ def test_sharded_weights_cost_one_launch_per_operand(monkeypatch):
             counts.append((forward, len(launches) - forward, len(transposed)))
             fp8_state.update_scales()
             fp8_state.weights_changed()
-    # With histories: 2 casts forward, 2 in the recompute, grad_output and the transposed weight in the backward.
-    assert counts[1:3] == [(2, 4, 0)] * 2
+    # With histories: one launch forward, one in the recompute, grad_output and the transposed weight in the backward.
+    assert counts[1:3] == [(1, 3, 0)] * 2
     # Quantized values from outside: the weight is not cast at all, its quantized values are transposed once.
     assert counts[4:6] == [(1, 2, 1)] * 2
 
@@ -271,6 +273,21 @@ def test_an_overflow_is_seen_without_a_bias(recipe):
     found = hold_together(recipe, bias=False, spoiled=1)
     weights = [found[step * 5 + 4] for step in range(3)]
     assert [bool(gradient.isfinite().all()) for gradient in weights] == [True, False, True]
+
+
+def test_the_cast_of_a_known_gradient_shows_an_overflow_itself(monkeypatch):
+    """Delayed scaling, in a graph and eager: no launch beside the cast, once tensors have histories."""
+    beside = []
+    show = delayed.with_overflow_shown
+    monkeypatch.setattr(delayed, "with_overflow_shown", lambda *given: beside.append(1) or show(*given))
+    for graph in (False, True):
+        beside.clear()
+        passes(RECIPES[0], fast=True, managed=True, bias=False, graph=graph)
+        assert not beside
+        found, _ = passes(RECIPES[0], fast=True, managed=True, bias=False, graph=graph, spoiled=1, micro_batches=2)
+        gradients = [found[step * 8 + 6 :][:2] for step in range(3)]
+        finite = [bool(one.isfinite().all()) for pair in gradients for one in pair]
+        assert finite == [True, True, True, False, True, True]  # dgrad saturates
 
 
 def test_an_output_may_be_written_into():

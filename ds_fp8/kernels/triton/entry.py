@@ -27,12 +27,13 @@ from . import (
     history,
     messages,
     operands,
+    pairs,
     segments,
     visits,
     weights,
 )
 
-__all__ = ["expert_rows", "gates", "grouped", "history", "operands", "path", "visits", "weights"]
+__all__ = ["expert_rows", "gates", "grouped", "history", "operands", "pairs", "path", "visits", "weights"]
 
 path = "triton"
 

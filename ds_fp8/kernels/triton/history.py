@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch
-from .operands import FROZEN
+from .operands import FROZEN, SHOWN
 
 COLUMNS, ROWS = 4, 256
 
@@ -40,7 +40,7 @@ def _update_kernel(pending_ptr, scale_ptr, frozen_ptr, forward_ptr, forward_roll
                    backward_rolled_ptr, forward_columns, backward_columns, forward_renews, backward_renews,
                    FORWARD_MAX: tl.constexpr, BACKWARD_MAX: tl.constexpr, MARGIN_FACTOR: tl.constexpr,
                    LENGTH: tl.constexpr, MOST_RECENT: tl.constexpr, KEEP: tl.constexpr, FROZEN: tl.constexpr,
-                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+                   SHOWN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     # Second axis of the grid: 0 for the columns of forward, 1 for those of backward, which come after them.
     is_backward = tl.program_id(1) == 1
     columns = tl.where(is_backward, backward_columns, forward_columns)
@@ -84,7 +84,9 @@ def _update_kernel(pending_ptr, scale_ptr, frozen_ptr, forward_ptr, forward_roll
     renews = tl.where(is_backward, backward_renews, forward_renews) != 0
     scale = tl.where(seen & positive_finite & renews, renewed_bits.to(tl.float32, bitcast=True), scale)
     tl.store(scale_ptr + place, scale, mask=inside)
-    tl.store(frozen_ptr + place * FROZEN, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), mask=inside)
+    scale_inv = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    tl.store(frozen_ptr + place * FROZEN, scale_inv, mask=inside)
+    tl.store(frozen_ptr + place * FROZEN + SHOWN, scale_inv, mask=inside)
     tl.store(frozen_ptr + place * FROZEN + 1, scale, mask=inside)
 
 
@@ -94,7 +96,7 @@ def update_scales(pending: torch.Tensor, scale: torch.Tensor, frozen: torch.Tens
 
     pending  [columns] fp32: the amaxes, forward's columns first; zeroed
     scale    [columns] fp32: renewed in place
-    frozen   [columns, FROZEN] fp32: gets scale_inv and scale
+    frozen   [columns, FROZEN] fp32: gets scale_inv, twice, and scale
     keeps_non_finite  an infinite amax enters the history (Transformer Engine); otherwise its column is left alone
     """
     forward_columns, backward_columns = forward.history.shape[1], backward.history.shape[1]
@@ -109,5 +111,5 @@ def update_scales(pending: torch.Tensor, scale: torch.Tensor, frozen: torch.Tens
 @functools.cache
 def _launch(forward_max: float, backward_max: float, margin_factor: float, length: int, most_recent: bool,
             keep: bool) -> Launch:  # fmt: skip
-    constants = (forward_max, backward_max, margin_factor, length, most_recent, keep, FROZEN, ROWS, COLUMNS)
+    constants = (forward_max, backward_max, margin_factor, length, most_recent, keep, FROZEN, SHOWN, ROWS, COLUMNS)
     return Launch(_update_kernel, constants)

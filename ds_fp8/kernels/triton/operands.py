@@ -28,8 +28,10 @@ TILE_ROWS, TILE_COLUMNS, WARPS = 64, 128, 4
 PARTS, PART_ELEMENTS, PART_WARPS = 512, 4096, 8
 """Programs that look for an amax, each leaving its own: nothing to zero before, no atomics."""
 
-FROZEN = 4
-"""fp32 per column of the scales of a step: scale_inv where cuBLASLt reads it (at multiples of 16 bytes), then scale."""
+FROZEN, SHOWN = 8, 4
+"""fp32 per column of the scales of a step: scale_inv where cuBLASLt reads it (at multiples of 16 bytes), then scale; at
+SHOWN scale_inv once more, which becomes NaN when a guarded cast meets what is not finite.
+"""
 
 
 @triton.jit(do_not_specialize=["column"])
@@ -37,7 +39,7 @@ def _operand_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, amax_ptr, 
                     column, FMT: tl.constexpr, FMAX: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
                     MEASURE: tl.constexpr, CURRENT: tl.constexpr, GUARDED: tl.constexpr, KEPT: tl.constexpr,
                     EVEN: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-                    FROZEN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+                    FROZEN: tl.constexpr, SHOWN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     first_row, first_column = tl.program_id(0).to(tl.int64) * TILE_ROWS, tl.program_id(1).to(tl.int64) * TILE_COLUMNS
     row, place = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
     origin = first_row * columns + first_column
@@ -75,11 +77,15 @@ def _operand_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, amax_ptr, 
             mask=transposed_inside,
         )
     if MEASURE:
-        cast.raise_slot(amax_ptr + column, tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0))
+        largest = tl.max(tl.max(codec.magnitude_bits(x), axis=1), axis=0)
+        cast.raise_slot(amax_ptr + column, largest)
+        if GUARDED and not CURRENT:
+            tl.store(frozen_ptr + column * FROZEN + SHOWN, float("nan"), mask=largest >= 0x7F800000)
 
 
 @triton.jit
-def _parts_kernel(x_ptr, parts_ptr, n, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
+def leave_part(x_ptr, parts_ptr, n, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
+    """The amax of this program's part of `x`, one of PARTS."""
     first = tl.program_id(0).to(tl.int64) * ELEMENTS
     largest = tl.zeros([ELEMENTS], tl.int32)
     while first < n:  # no range: the interpreter takes constants only
@@ -90,23 +96,30 @@ def _parts_kernel(x_ptr, parts_ptr, n, PARTS: tl.constexpr, ELEMENTS: tl.constex
     tl.store(parts_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.program_id(0), found)
 
 
+@triton.jit
+def _parts_kernel(x_ptr, parts_ptr, n, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
+    leave_part(x_ptr, parts_ptr, n, PARTS, ELEMENTS)
+
+
 Cast = tuple[torch.Tensor | None, torch.Tensor | None]
 """Quantized values [M, K] and transposed data [K, M]; None where not asked for."""
 
 
 def cast_delayed(x: torch.Tensor, frozen: torch.Tensor, column: int, fmt: Format, pending: torch.Tensor | None, *,
-                 straight: bool = True, transposed: bool = True, kept: torch.Tensor | None = None) -> Cast:  # fmt: skip
+                 straight: bool = True, transposed: bool = True, guarded: bool = False,
+                 kept: torch.Tensor | None = None) -> Cast:  # fmt: skip
     """Cast contiguous `x` [..., K] (M rows in all) with a known scale.
 
     frozen   [columns of the fp8_state, FROZEN] fp32: the scales of a step, of which number `column` is used
     pending  [columns of the FP8 state] fp32: entry `column` is raised to the amax of `x`; None measures nothing
+    guarded  `frozen[column, SHOWN]` becomes NaN if `x` is not finite; only with `pending`
     kept     fp32 at a multiple of 16 bytes, whose first element gets the scale_inv
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
     quantized, transposed_out = empty(x, rows, columns, fmt, straight, transposed)
     launch = _launch(
-        x.dtype, fmt.name, straight, transposed, pending is not None, False, False, kept is not None,
+        x.dtype, fmt.name, straight, transposed, pending is not None, False, guarded, kept is not None,
         x.data_ptr() % 16 == 0, rows % TILE_ROWS == 0 and columns % TILE_COLUMNS == 0, kind(rows), kind(columns),
         hardware_casts(x),
     )  # fmt: skip
@@ -165,7 +178,7 @@ def _launch(dtype: torch.dtype, fmt: str, straight: bool, transposed: bool, meas
     """The launch for one set of everything by which Triton compiles another kernel."""
     constants = (
         codec.MODES[fmt], FORMATS[fmt].max, straight, transposed, measure, current, guarded, kept, even, TILE_ROWS,
-        TILE_COLUMNS, PARTS, FROZEN, hardware,
+        TILE_COLUMNS, PARTS, FROZEN, SHOWN, hardware,
     )  # fmt: skip
     return Launch(_operand_kernel, constants, num_warps=WARPS)
 

@@ -28,9 +28,9 @@ ELEMENTS, SCALE_WARPS = 8192, 8
 
 
 @triton.jit
-def _tile(x_ptr, quantized_ptr, transposed_ptr, scale, first_row, first_column, rows, columns, FMT: tl.constexpr,
-          STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, TILE_ROWS: tl.constexpr,
-          TILE_COLUMNS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+def cast_tile(x_ptr, quantized_ptr, transposed_ptr, scale, first_row, first_column, rows, columns, FMT: tl.constexpr,
+              STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, TILE_ROWS: tl.constexpr,
+              TILE_COLUMNS: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     """Cast one tile; returns the bits of its amax."""
     row, place = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
     origin = first_row * columns + first_column
@@ -81,21 +81,21 @@ def _is_outgrown(bits, scale, LIMIT: tl.constexpr):
     return (bits > 0) & (bits < 0x7F800000) & (bits.to(tl.float32, bitcast=True) * scale > LIMIT)
 
 
-@triton.jit(do_not_specialize=["column"])
-def _weight_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, pending_ptr, own_ptr, scale_inv_ptr, rows, columns,
-                   column, FMT: tl.constexpr, FMAX: tl.constexpr, LIMIT: tl.constexpr, MARGIN_FACTOR: tl.constexpr,
-                   STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, MEASURE: tl.constexpr, EVEN: tl.constexpr,
-                   TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FROZEN: tl.constexpr,
-                   HARDWARE: tl.constexpr):  # fmt: skip
-    first_row, first_column = tl.program_id(0).to(tl.int64) * TILE_ROWS, tl.program_id(1).to(tl.int64) * TILE_COLUMNS
+@triton.jit
+def weight_tile(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, pending_ptr, own_ptr, scale_inv_ptr, first_row,
+                first_column, rows, columns, column, programs, FMT: tl.constexpr, FMAX: tl.constexpr,
+                LIMIT: tl.constexpr, MARGIN_FACTOR: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
+                MEASURE: tl.constexpr, EVEN: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+                FROZEN: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """One of `programs` that cast a weight; the last of them sees to it that the scale fits."""
     scale = tl.load(frozen_ptr + column * FROZEN + 1)
-    bits = _tile(
+    bits = cast_tile(
         x_ptr, quantized_ptr, transposed_ptr, scale, first_row, first_column, rows, columns, FMT, STRAIGHT, TRANSPOSED,
         EVEN, TILE_ROWS, TILE_COLUMNS, HARDWARE,
     )  # fmt: skip
     own_ptr += column * 2
     cast.raise_slot(own_ptr, bits)
-    is_last, bits = _last(own_ptr, tl.num_programs(0) * tl.num_programs(1))
+    is_last, bits = _last(own_ptr, programs)
     if is_last:
         if MEASURE:
             cast.raise_slot(pending_ptr + column, bits)
@@ -107,13 +107,27 @@ def _weight_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, pending_ptr
             while at < rows:  # no range: the interpreter takes constants only
                 start = tl.zeros([], tl.int64)
                 while start < columns:
-                    _tile(
+                    cast_tile(
                         x_ptr, quantized_ptr, transposed_ptr, scale, at, start, rows, columns, FMT, STRAIGHT,
                         TRANSPOSED, EVEN, TILE_ROWS, TILE_COLUMNS, HARDWARE,
                     )  # fmt: skip
                     start += TILE_COLUMNS
                 at += TILE_ROWS
         tl.store(scale_inv_ptr, scale_inv)
+
+
+@triton.jit(do_not_specialize=["column"])
+def _weight_kernel(x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, pending_ptr, own_ptr, scale_inv_ptr, rows, columns,
+                   column, FMT: tl.constexpr, FMAX: tl.constexpr, LIMIT: tl.constexpr, MARGIN_FACTOR: tl.constexpr,
+                   STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, MEASURE: tl.constexpr, EVEN: tl.constexpr,
+                   TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FROZEN: tl.constexpr,
+                   HARDWARE: tl.constexpr):  # fmt: skip
+    first_row, first_column = tl.program_id(0).to(tl.int64) * TILE_ROWS, tl.program_id(1).to(tl.int64) * TILE_COLUMNS
+    weight_tile(
+        x_ptr, quantized_ptr, transposed_ptr, frozen_ptr, pending_ptr, own_ptr, scale_inv_ptr, first_row, first_column,
+        rows, columns, column, tl.num_programs(0) * tl.num_programs(1), FMT, FMAX, LIMIT, MARGIN_FACTOR, STRAIGHT,
+        TRANSPOSED, MEASURE, EVEN, TILE_ROWS, TILE_COLUMNS, FROZEN, HARDWARE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["column"])

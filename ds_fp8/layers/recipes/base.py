@@ -128,6 +128,23 @@ class Scaling:
         """
         raise NotImplementedError
 
+    def quantize_both_on_cuda(
+        self, library: Any, x: torch.Tensor, weight: torch.Tensor, call: Call, *, transposed: tuple[bool, bool],
+        kept: Sequence[torch.Tensor | None] = (None, None),
+    ) -> tuple[QuantizedPair, Operand]:  # fmt: skip
+        """`quantize_on_cuda` of an input and `quantize_weight_on_cuda`, in as few launches as there are kernels for.
+
+        transposed, kept  those of the input, and those of the weight
+        """
+        operand = self.quantize_on_cuda(
+            library, x, call, call.layer_state.input_column, straight=True, transposed=transposed[0], guarded=False,
+            kept=kept[0],
+        )  # fmt: skip
+        made = self.quantize_weight_on_cuda(
+            library, weight, call, straight=True, transposed=transposed[1], kept=kept[1]
+        )
+        return operand, made
+
     # -- compiled layers ---------------------------------------------------------------------------------------------
 
     def carried_scale_shape(self, k: Any, rows: Any) -> tuple[Any, ...]:

@@ -62,6 +62,17 @@ class CurrentScaling(Scaling):
         scale_inv = scale_inv.view(())
         return Operand(quantized, scale_inv, TENSOR, transposed=None if back is None else Operand(back, scale_inv))
 
+    def quantize_both_on_cuda(
+        self, library: Any, x: torch.Tensor, weight: torch.Tensor, call: Call, *, transposed: tuple[bool, bool],
+        kept: Sequence[torch.Tensor | None] = (None, None),
+    ) -> tuple[QuantizedPair, Operand]:  # fmt: skip
+        if x.dtype != weight.dtype:
+            return Scaling.quantize_both_on_cuda(self, library, x, weight, call, transposed=transposed, kept=kept)
+        made, scale_inv = library.pairs.cast_current(
+            x, weight, call.recipe.forward_format, transposed=transposed, kept=(kept[0], kept[1])
+        )
+        return both(made, scale_inv[0], scale_inv[1].view(()))
+
     def owner_measure(self, segments: Sequence[Segment], owners: Sequence[int], amaxes: torch.Tensor,
                       per_weight: Sequence[torch.Tensor]) -> None:  # fmt: skip
         measure_tensors(segments, owners, amaxes)
@@ -85,6 +96,16 @@ class CurrentScaling(Scaling):
         # To the data's device: before its first call the FP8 state of a model without an engine lies on the CPU, and
         # cuBLASLt would take a host address.
         return {"data": data, "fp8_scale_inv": scale_inv.reshape(1).to(data.device), "data_transpose": None}
+
+
+def both(
+    made: Sequence[tuple[torch.Tensor, torch.Tensor | None]], scale_inv: torch.Tensor, weight_scale_inv: torch.Tensor
+) -> tuple[QuantizedPair, Operand]:
+    """What `quantize_both_on_cuda` returns, of quantized values both ways round and a scale_inv each."""
+    (quantized, back), (weight, weight_back) = made
+    pair = (quantized, scale_inv), (None, None) if back is None else (back, scale_inv)
+    transposed = None if weight_back is None else Operand(weight_back, weight_scale_inv)
+    return pair, Operand(weight, weight_scale_inv, TENSOR, transposed=transposed)
 
 
 def _quantize(x: torch.Tensor, fmt: Format) -> Operand:

@@ -17,7 +17,8 @@ from ...kernels import library_for, quantize, quantize_with_amax
 from ...numerics.scaling import scale_inv_of
 from ..layer_state import Call
 from ..operands import TENSOR, Operand, QuantizedPair, is_given, with_overflow_shown
-from .current import CurrentScaling
+from .base import Scaling
+from .current import CurrentScaling, both
 
 
 class DelayedScaling(CurrentScaling):
@@ -86,14 +87,14 @@ class DelayedScaling(CurrentScaling):
         else:
             scales, pending = call.scales, call.raised(column)
             assert scales is not None
+            measured = pending is not None
             quantized, back = library.operands.cast_delayed(
-                x, scales.frozen, column, fmt, pending, straight=straight, transposed=transposed, kept=kept
-            )
+                x, scales.frozen, column, fmt, pending, straight=straight, transposed=transposed,
+                guarded=guarded and measured, kept=kept,
+            )  # fmt: skip
             scale_inv = shown = scales.scale_inv[column]
-            if guarded:
-                # The cast has just raised it; an older infinity in it makes the same step NaN anyway.
-                amax = library.amax(x) if pending is None else pending[column]
-                shown = with_overflow_shown(scale_inv, amax)
+            if guarded:  # an older infinity has made the same step NaN anyway
+                shown = scales.shown[column] if measured else with_overflow_shown(scale_inv, library.amax(x))
         return (quantized, scale_inv if transposed else shown), (back, shown) if transposed else (None, None)
 
     def quantize_weight_on_cuda(
@@ -123,6 +124,33 @@ class DelayedScaling(CurrentScaling):
                 transposed=transposed,
             )
         return Operand(quantized, scale_inv, TENSOR, transposed=None if back is None else Operand(back, scale_inv))
+
+    def quantize_both_on_cuda(
+        self, library: Any, x: torch.Tensor, weight: torch.Tensor, call: Call, *, transposed: tuple[bool, bool],
+        kept: Sequence[torch.Tensor | None] = (None, None),
+    ) -> tuple[QuantizedPair, Operand]:  # fmt: skip
+        layer_state, scales = call.layer_state, call.scales
+        columns = layer_state.input_column, layer_state.weight_column
+        if x.dtype != weight.dtype or layer_state.fp8_state.exact or not all(map(call.knows, columns)):
+            return Scaling.quantize_both_on_cuda(self, library, x, weight, call, transposed=transposed, kept=kept)
+        assert scales is not None
+        kept_input, scale_inv = kept
+        if scale_inv is None:
+            scale_inv = torch.empty((), dtype=torch.float32, device=weight.device)
+        made = library.pairs.cast_delayed(
+            x,
+            weight,
+            scales.frozen,
+            columns,
+            call.format_of(columns[0]),
+            call.raised(columns[0]),
+            scales.own,
+            scale_inv,
+            margin=scales.margin,
+            transposed=transposed,
+            kept=kept_input,
+        )
+        return both(made, scales.scale_inv[columns[0]], scale_inv.view(()))
 
     def weight_scale(self, weight: torch.Tensor, call: Call) -> torch.Tensor:
         column, fmt, scales = (
