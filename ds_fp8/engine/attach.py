@@ -54,6 +54,7 @@ class Attachment:
     watch       telemetry; None when it is off
     frozen      frozen weights that are kept in quantized form alone; None without any
     first_step  check of the first step in FP8; None when it is over, or was not asked for
+    clipped     tells of a tensor that delayed scaling has clipped; None without history
     guard       stops a job whose loss is no number; None when it is off
     mode        whether it trains in eval mode
     """
@@ -66,6 +67,7 @@ class Attachment:
     watch: Any = None
     frozen: Any = None
     first_step: Any = None
+    clipped: Any = None
     guard: Any = None
     mode: TrainingMode = field(default_factory=TrainingMode)
 
@@ -159,7 +161,7 @@ class Attachment:
             return
         # Whatever fails below, nobody may count on this engine any more.
         del self.engine.__dict__[ATTRIBUTE]
-        for watcher in (self.watch, self.first_step):
+        for watcher in (self.watch, self.first_step, self.clipped):
             if watcher is not None:
                 watcher.stop()
         self.mode.stop()
@@ -324,10 +326,13 @@ def attach(engine: Any, model: Any) -> Attachment | None:
 
 def _watch_steps(attachment: Attachment) -> None:
     """What looks at the steps of an engine that trains."""
+    from .clipped import ClippedReport
     from .first_step import FirstStep
     from .nonfinite import NonFiniteGuard
 
     fp8 = attachment.settings.fp8
+    if attachment.fp8_state is not None and attachment.fp8_state.keeps_history:
+        attachment.clipped = ClippedReport(attachment.engine, attachment.fp8_state)
     if attachment.fp8_state is not None and fp8.first_step_check != "off":
         attachment.first_step = FirstStep(attachment)
     if fp8.max_nonfinite_steps:

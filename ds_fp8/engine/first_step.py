@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
-from ..layers.ran import has, watch
+from ..layers.ran import Ran, has, watch
 from ..plan import Plan, flops_share
 from ..zero.touched import touched
 from .printing import print_rank_0
@@ -32,7 +32,7 @@ SHOWN = 6
 
 CURE = "Put them into fp8/layers/exclude if that is meant"
 
-GRADIENT = 1 << 7
+GRADIENT = 1 << len(Ran.__slots__)
 """Beside the bits of `Ran`: a gradient reached the weight."""
 
 
@@ -90,16 +90,16 @@ class FirstStep:
         print_rank_0(text if is_good else f"WARNING: {text}\n  {CURE}.")
         return True
 
-    def _bits(self) -> bytes:
-        """What this rank saw, one byte for each layer."""
+    def _bits(self) -> list[int]:
+        """What this rank saw of each layer."""
         used = {id(w) for weights, ran in zip(self.weights, self.ran, strict=True) if ran.called for w in weights}
-        return bytes(
+        return [
             ran.bits() | (GRADIENT if any(id(w) in self.reached and id(w) not in used for w in weights) else 0)
             for weights, ran in zip(self.weights, self.ran, strict=True)
-        )
+        ]
 
 
-def _together(attachment: Any, names: list[str], bits: bytes) -> tuple[dict[str, int], bool]:
+def _together(attachment: Any, names: list[str], bits: list[int]) -> tuple[dict[str, int], bool]:
     """What all ranks saw of every planned layer, and whether one has begun to train in eval mode in this step.
 
     Stages of a pipeline bring layers of their own.
@@ -166,6 +166,11 @@ def _failure(bits: int) -> str | None:
         return "never called"
     if _is_small(bits):
         return None
+    if not has(bits, "fprop") and has(bits, "special"):
+        return (
+            "called only as FP8 casts cannot take it, so in high precision: with nested or sparse tensors or tensor "
+            "subclasses, or inside torch.func, forward-mode derivatives or a tracer"
+        )
     if not has(bits, "fprop"):
         return (
             "called in high precision only: in eval mode, in which from_pretrained gives a model; "

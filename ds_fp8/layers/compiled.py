@@ -37,6 +37,7 @@ from ..recipe import RECIPES
 from .anchors import layer_state_of
 from .compiled_products import Carried, carries_rows, multiplies_transposed, run_backward, run_forward
 from .layer_state import LayerFp8State
+from .ordinary import in_transform
 from .products import refuse_second_derivative
 from .recipes import scaling_of
 
@@ -75,14 +76,24 @@ def linear(
     """
     turned = layer_state.transposed
     training = training or (layer_state.trains_in_eval and torch.is_grad_enabled())
-    if not (training or layer_state.runs_in_eval):
+    if not (training or layer_state.runs_in_eval) or in_transform() or input.is_nested:
         if has_torch_function_unary(weight) and not _is_exported():  # released (O3)
+            if in_transform():
+                return _in_high_precision(input, weight, bias, turned)
             with torch._C.DisableTorchFunctionSubclass():
                 values = _Values.apply(weight.t() if turned else weight, layer_state.anchor)
                 return F.linear(input, values, bias)
         return F.linear(input, weight.t() if turned else weight, bias)
     with torch._C.DisableTorchFunctionSubclass():  # a weight that is released (O3) is passed on, not decoded
         return _operator(input, weight.t() if turned else weight, bias, layer_state, shape, training)
+
+
+@torch.compiler.disable
+def _in_high_precision(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, turned: bool
+) -> torch.Tensor:
+    """Outside of the graph: `_Values` has no rule for transforms of torch.func, a released weight's own reading has."""
+    return F.linear(input, weight.t() if turned else weight, bias)
 
 
 def _is_exported() -> bool:

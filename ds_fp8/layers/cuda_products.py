@@ -23,6 +23,7 @@ import torch
 
 from ..capabilities import FP8_SINCE
 from ..kernels import dense, library_for
+from .batched_gradients import one_by_one
 from .gemm import aligned
 from .layer_state import Call, LayerFp8State
 from .operands import (
@@ -89,6 +90,7 @@ class CudaProducts(torch.autograd.Function):
         return output
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative(ctx.call.layer_state)
         weight, weight_scale_inv, kept, kept_scale_inv = ctx.saved_tensors

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..kernels import library_for
+from .batched_gradients import one_by_one
 
 
 def apply(module: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -40,6 +41,7 @@ class _Gate(torch.autograd.Function):
         return kernels.forward(rows, kind, alpha, limit)
 
     @staticmethod
+    @one_by_one
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (rows,) = ctx.saved_tensors

@@ -13,6 +13,7 @@ import torch
 
 from ..kernels import grouped as casts
 from ..kernels import library_for
+from .batched_gradients import one_by_one
 from .groups import Groups
 
 
@@ -53,6 +54,7 @@ class _Spread(torch.autograd.Function):
         return tokens[visits.order // visits.each]
 
     @staticmethod
+    @one_by_one
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return _summed(grad.contiguous(), ctx.visits, None), None
@@ -67,6 +69,7 @@ class _Sum(torch.autograd.Function):
         return _summed(rows, visits, flat)
 
     @staticmethod
+    @one_by_one
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
         (rows, weights), visits = ctx.saved_tensors, ctx.visits
@@ -103,6 +106,7 @@ class _Bias(torch.autograd.Function):
         return casts.add_rows(rows.contiguous(), bias.detach().contiguous(), groups.table)
 
     @staticmethod
+    @one_by_one
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
         return grad, casts.sum_rows(grad.contiguous(), ctx.groups.table).to(ctx.dtype), None

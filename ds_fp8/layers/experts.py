@@ -25,6 +25,7 @@ from .experts_forward import StackedLinear, forward_of
 from .experts_state import STATE, ExpertsState
 from .once import once_for_each
 from .opaque import opaque
+from .ordinary import in_transform, is_ordinary
 
 if TYPE_CHECKING:
     from .fp8_state import ModelFp8State
@@ -37,7 +38,7 @@ class Fp8Experts:
         state: ExpertsState = self._ds_fp8_experts  # type: ignore[assignment, attr-defined]
         if torch.compiler.is_compiling() and state.traces and state.is_whole(self):  # type: ignore[arg-type]
             training = self.training or (state.trains_in_eval and torch.is_grad_enabled())  # type: ignore[attr-defined]
-            if training or state.runs_in_eval:
+            if (training or state.runs_in_eval) and not in_transform():
                 return compiled_experts.forward(self, state, *args, **named)
             if not has_torch_function_unary(getattr(self, state.rule.weights[0])):  # released (O3)
                 return super().forward(*args, **named)  # type: ignore[misc]
@@ -46,9 +47,11 @@ class Fp8Experts:
     @opaque
     def _run(self, *args: Any, **named: Any) -> Any:
         state: ExpertsState = self.__dict__[STATE]
-        if not state.is_active(self):  # type: ignore[arg-type]
+        active = state.is_active(self)  # type: ignore[arg-type]
+        special = active and not _is_ordinary(self, args, named)  # type: ignore[arg-type]
+        if special or not active:
             if state.ran is not None:
-                state.ran.called = True
+                state.ran.called, state.ran.special = True, state.ran.special or special
             with _readable(self, state):  # type: ignore[arg-type]
                 return state.original.forward(self, *args, **named)
         return forward_of(state)(self, StackedLinear(self, state), *args, **named)  # type: ignore[arg-type]
@@ -70,6 +73,12 @@ class Fp8Experts:
         """
         attributes = {name: value for name, value in self.__dict__.items() if name != STATE}
         return _rebuilt, (self.__dict__[STATE].original, self.__dict__[STATE], attributes)
+
+
+def _is_ordinary(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether FP8 casts can take a call with these arguments; else the class computes as it did before."""
+    tensors = [one for one in (*args, *named.values()) if isinstance(one, torch.Tensor)]
+    return all(is_ordinary(one, *module._parameters.values()) for one in tensors)
 
 
 def convert(module: nn.Module, decision: ModuleDecision, fp8_state: ModelFp8State) -> ExpertsState:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_unary
 
 from ..errors import LayerError
@@ -22,6 +21,7 @@ from .as_original import HOME, ORIGINAL, refuse_script
 from .cuda_products import CudaProducts, takes
 from .layer_state import Call, LayerFp8State, QuantizedWeight
 from .opaque import opaque
+from .ordinary import is_ordinary
 from .products import LinearProducts
 
 
@@ -56,7 +56,7 @@ class Fp8Linear(nn.Linear):
         if (
             layer_state.quantized_weight is None
             or weight is not layer_state.quantized_weight_of
-            or not is_ordinary(input)
+            or not is_ordinary(input, weight, self.bias)
         ):
             call.foreign = weight is not layer_state.quantized_weight_of
             return multiply(input, as_read(weight), self.bias, call)
@@ -85,7 +85,8 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
     In high precision for what FP8 casts have no rule for; see `is_ordinary`.
     """
-    if not is_ordinary(input):
+    if not is_ordinary(input, weight, bias):
+        call.layer_state.note_call(special=True)
         return F.linear(input, weight, bias)
     device = input.device.type
     dtype = input.dtype
@@ -108,22 +109,6 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return CudaProducts.apply(x, weight, bias, call, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         return LinearProducts.apply(x, weight, bias, call, torch.is_grad_enabled())
-
-
-def is_ordinary(input: torch.Tensor) -> bool:
-    """Whether FP8 casts can take a call with this input.
-
-    Not inside transforms of torch.func (vmap, grad, jvp, jacrev) and forward-mode derivatives, which ask an operator
-    for rules of its own, nor under torch.jit.trace, nor for tensors that are no dense memory: nested (jagged and
-    strided), sparse, subclasses.
-    """
-    if type(input) is not torch.Tensor and type(input) is not nn.Parameter:
-        return False
-    if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if input.is_nested or input.layout != torch.strided:
-        return False
-    return forward_ad._current_level < 0 or forward_ad.unpack_dual(input).tangent is None
 
 
 def as_read(weight: torch.Tensor) -> torch.Tensor:

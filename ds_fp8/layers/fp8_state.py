@@ -75,6 +75,7 @@ class ModelFp8State:
         self.tensors = ScaleTensors(len(self.names), self.recipe, exact=self.exact, device=torch.device(device))
         self.scopes = None if managed else ForwardScopes(self._update_alone)
         self._phase: Any = None
+        self.before_update: Any = None  # called before the amaxes of a step go into the histories
 
     def layer_state(self, fqn: str) -> LayerFp8State:
         return self._by_name[fqn]
@@ -217,6 +218,8 @@ class ModelFp8State:
 
     def _update(self) -> None:
         self._recorded = False
+        if self.before_update is not None:
+            self.before_update()
         self.tensors.update()
 
     def weights_changed(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from ..errors import LayerError
 from ..recipe import Recipe
 from . import grouped_high
+from .batched_gradients import one_by_one
 from .groups import Groups, Layout, Stack
 from .operands import split_released
 from .recipes import scaling_of
@@ -59,6 +60,7 @@ class GroupedProducts(torch.autograd.Function):
         return output
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise LayerError(

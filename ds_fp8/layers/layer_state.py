@@ -117,10 +117,11 @@ class LayerFp8State:
         if self.ran is not None:
             self.ran.backward(high, dgrad=dgrad, wgrad=wgrad)
 
-    def note_call(self) -> None:
-        """The layer computed in high precision: in eval mode."""
+    def note_call(self, *, special: bool = False) -> None:
+        """The layer computed in high precision: in eval mode, or because the call is a `special` one."""
         if self.ran is not None:
             self.ran.called = True
+            self.ran.special |= special
 
     def forget_weight(self) -> None:
         """Drop quantized values that this layer made itself."""

@@ -17,9 +17,10 @@ from torch import nn
 from ..plan.shapes import LAYER_TYPES
 from . import compiled
 from .as_original import ORIGINAL
-from .fp8_linear import as_read, is_ordinary, multiply
+from .fp8_linear import as_read, multiply
 from .layer_state import LayerFp8State, QuantizedWeight
 from .once import once_for_each
+from .ordinary import is_ordinary
 
 
 class Fp8MatrixLayer:
@@ -62,7 +63,7 @@ class Fp8MatrixLayer:
             layer_state.note_call()
             return super().forward(x)  # type: ignore[misc]
         call.foreign = weight is not layer_state.quantized_weight_of
-        if call.quantized_weight is None or not is_ordinary(x):
+        if call.quantized_weight is None or not is_ordinary(x, weight, self.bias):
             return multiply(x, self._matrix(as_read(weight)), self.bias, call)
         # Of a released weight only shape and dtype are looked at in there: as it is, not as it reads.
         with torch._C.DisableTorchFunctionSubclass():

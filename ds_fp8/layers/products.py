@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import LayerError
+from .batched_gradients import one_by_one
 from .gemm import inside, matmul, multiplies_fp8
 from .layer_state import Call, LayerFp8State
 from .operands import (
@@ -65,6 +66,7 @@ class LinearProducts(torch.autograd.Function):
         return as_shape(output, (*input.shape[:-1], output.shape[1]))
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: Call = ctx.call
         refuse_second_derivative(call.layer_state)

@@ -23,12 +23,14 @@ class Ran:
     fprop, dgrad, wgrad       ran in FP8, or are in high precision by the plan beside others that ran
     wants_dgrad, wants_wgrad  a forward in FP8 expects them in its backward
     small                     a call had so few rows that all products ran in high precision, as faster
+    special                   a call ran in high precision because FP8 casts cannot take it (`ordinary.is_ordinary`)
     """
 
-    __slots__ = ("called", "dgrad", "fprop", "small", "wants_dgrad", "wants_wgrad", "wgrad")
+    __slots__ = ("called", "dgrad", "fprop", "small", "special", "wants_dgrad", "wants_wgrad", "wgrad")
 
     def __init__(self) -> None:
-        self.called = self.fprop = self.dgrad = self.wgrad = self.wants_dgrad = self.wants_wgrad = self.small = False
+        self.called = self.fprop = self.dgrad = self.wgrad = self.wants_dgrad = self.wants_wgrad = False
+        self.small = self.special = False
 
     def forward(self, high: HighPrecision, *, dgrad: bool, wgrad: bool) -> None:
         """A forward multiplied; `dgrad`, `wgrad`: products that its backward will be asked for."""
@@ -48,7 +50,7 @@ class Ran:
             self.wgrad = True
 
     def bits(self) -> int:
-        """All of it as one byte."""
+        """All of it as one number."""
         return sum(int(getattr(self, name)) << place for place, name in enumerate(self.__slots__))
 
 

@@ -150,6 +150,7 @@ METHODS: tuple[Method, ...] = (
         ("_get_preflattened_grad_partition(self group_idx)", "0.19.2"),
         "unscale_and_clip_grads(self grad_groups_flat total_norm)", "_optimizer_step(self group_no)",
         "refresh_fp32_params(self)", "has_overflow_partitioned_grads_serial(self)",
+        "offload_states(self include device pin_memory non_blocking)",
         "get_grad_norm_direct(self gradients params norm_type)"),
     *_of("ZeroStage3", "states and masters are quantized; clip and unscale are folded into the step",
         "step(self closure)", "state_dict(self)",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -26,7 +26,7 @@ from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, ZERO_STAGE
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, WeightError
 from ..layers import ModelFp8State
 from ..numerics.dtypes import as_tensor
 from ..optim.checkpointing import KEY
@@ -255,3 +255,12 @@ def load_quantized(optimizer: Any, masters: list[Tensor], state: Any, layout: di
         optimizer.import_quantized(master, quantized)
     optimizer.seed = state["seed"]
     return True
+
+
+def refuse_offload_states(optimizer: Any) -> NoReturn:
+    """`engine.offload_states()`."""
+    raise WeightError(
+        f"{type(optimizer).__name__}.offload_states: DeepSpeed moves fp32 masters and states apart from the 16-bit "
+        "weights; with msamp the master *is* the 16-bit weight plus a remainder.\n"
+        "  Use zero_optimization/offload_optimizer with device cpu instead, or leave the msamp section out."
+    )

@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from ..optim.pieces import Pieces
-from .states import ScaledStates
+from .states import ScaledStates, refuse_offload_states
 from .states_fragments import link_quantized_fragments
 from .states_norm import FusedGradNormAndOverflow
 from .touched import touched
@@ -28,7 +28,7 @@ TOUCHED = {
     "ZeroStage12": touched(
         overrides=(
             "_get_offload_gradient_dict _get_preflattened_grad_partition _link_all_hp_params _optimizer_step "
-            "load_hp_checkpoint_state_from_checkpoint_dir unscale_and_clip_grads"
+            "load_hp_checkpoint_state_from_checkpoint_dir offload_states unscale_and_clip_grads"
         ),
         reads=(
             "averaged_gradients bit16_groups cpu_offload optimizer parallel_partitioned_bit16_groups "
@@ -102,6 +102,9 @@ class StatesStage12(FusedGradNormAndOverflow, ScaledStates, Base):
     def fp8_gather_weights(self) -> None:
         self.update_lp_params()
         self.fp8_weights_changed()
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        refuse_offload_states(self)
 
     def load_hp_checkpoint_state_from_checkpoint_dir(self, lp_groups_name: str, checkpoint_dir: str) -> None:
         # Fragments are relinked to the fp32 view's flats before DeepSpeed fills them (`_fp8_relink`).

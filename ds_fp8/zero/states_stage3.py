@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ..comm.cut import join
 from .persistent_parameters import gather_together
-from .states import ScaledStates
+from .states import ScaledStates, refuse_offload_states
 from .states_client import Fragment
 from .states_fragments import read_slice, write_slice
 from .states_norm import FusedGradNorm
@@ -175,8 +174,4 @@ class StatesStage3(FusedGradNorm, ScaledStates, Base):
         return self.fp8_masters[group_idx].device
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            f"{type(self).__name__}.offload_states: DeepSpeed moves fp32 masters and states apart from the 16-bit "
-            "weights; with msamp the master *is* the 16-bit weight plus a remainder.\n"
-            f"  Use zero_optimization/offload_optimizer with device cpu instead ({get_accelerator().device_name()})."
-        )
+        refuse_offload_states(self)

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..errors import WeightError
 from ..layers import QuantizedWeight
 from ..layers.once import once_for_each
+from ..layers.ordinary import tracing
 from .blank_memory import blank, guarded
 from .tensor_functions import ADDRESS, GET_DATA, LAYOUT, OWN, SET_DATA, written_by
 
@@ -230,8 +231,8 @@ def _call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             if (thaw := getattr(source, "thaw", None)) is None:
                 raise WeightError(_refusal(func, source))
             thaw(None if is_released(written) else _whole(written))  # a frozen weight (`frozen_weights.py`)
-    if torch._C._get_tracing_state() is not None:
-        _refuse_trace(func, args, kwargs)
+    if (tracer := tracing()) is not None:
+        _refuse_trace(tracer, func, args, kwargs)
     first: Any = args[0] if args else None
     if is_released(first):
         if func == GET_DATA or func == Tensor.detach:
@@ -328,13 +329,13 @@ def _refusal(func: Any, source: Source) -> str:
     )
 
 
-def _refuse_trace(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """torch.jit.trace would write decoded values into its graph, as constants."""
+def _refuse_trace(tracer: str, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A tracer would write decoded values into its graph, as constants, or ask their fakes for bytes."""
     for one in (*args, *kwargs.values()):
         if is_released(one) and func not in OWN:
             source = one.__dict__[SOURCE]
             raise WeightError(
-                f"torch.jit.trace reads {source.name}, but {source.because}.\n"
+                f"{tracer} reads {source.name}, but {source.because}.\n"
                 "  Trace inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):` on all ranks, or"
                 f" {source.keep_16.format(name=source.name)}."
             )

@@ -125,5 +125,29 @@ def exploding(
     return {"taken": taken, "error": error, "skipped": engine.skipped_steps, "said": said.getvalue()}
 
 
+def clipping(rank: int, world_size: int, settings: dict[str, Any], odd: str) -> dict[str, Any]:
+    """What is said of clipped tensors in four steps; rank 1 does something `odd` before the third and fourth."""
+    import ds_fp8
+
+    ds_fp8.activate()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        torch.manual_seed(0)
+        engine = make_engine(settings, Exploding([]))
+        for step in range(4):
+            x = batch(rank, step).to(dtype_of(settings))
+            if rank == 1 and step > 1 and odd == "gradient":
+                torch.autograd.grad(engine.module(x.requires_grad_()) * 1e4, x)
+            if rank == 1 and step > 1 and odd == "batch":
+                engine.module(x.detach() * 100)
+            if rank == 1 and step > 1 and odd == "in eval mode":
+                engine.eval()
+                torch.autograd.grad(engine.module(x.requires_grad_()) * 1e4, x)
+                engine.train()
+            engine.backward(engine(x.detach()))
+            engine.step()
+        engine.destroy()
+    return {"lines": [line for line in said.getvalue().splitlines() if "history" in line and "WARNING" in line]}
+
+
 def several(rank: int, world_size: int, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
     return [globals()[name](rank, world_size, *arguments) for name, arguments in calls]

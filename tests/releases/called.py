@@ -15,7 +15,8 @@ from ds_fp8.zero.states_stage0 import Stage0Optimizer
 
 NOT_HERE = {
     "Stage0Optimizer.backward",  # called by the engine of 0.18.2 and before
-    "StatesStage3.offload_states",  # refuses
+    "StatesStage12.offload_states",  # refuses
+    "StatesStage3.offload_states",
 }
 
 

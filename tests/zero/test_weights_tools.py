@@ -27,7 +27,9 @@ def test_transforms_of_torch_func_read_a_released_weight(found):
 def test_tracers_and_files_have_the_values_or_name_the_weight(found):
     for _, (written, refused), _ in found:
         assert not [name for name, is_right in written.items() if not is_right]
-        assert refused["trace"].startswith("torch.jit.trace reads enc.weight"), refused
+        for name, words in {"trace": "torch.jit.trace", "make_fx": "make_fx", "fake": "make_fx"}.items():
+            assert refused[name].startswith(f"{words} reads enc.weight"), refused
+        assert "offload_optimizer with device cpu" in refused["offload_states"], "not: a weight was written to"
         assert "GatheredParameters" in refused["trace"] and "restore_layers" in refused["script"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from reads_jobs import batch, loss_of, start, train
+from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def transforms(weight: Any, wide: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -83,9 +84,19 @@ def written_down(rank: int, world_size: int, stage: int) -> tuple[dict[str, Any]
 
     found["fx"] = close(torch.fx.symbolic_trace(model)(x))
     found["export"] = close(torch.export.export(model, (x,)).module()(x))
+    rows = torch.randn(8, model.mid.in_features, generator=torch.Generator().manual_seed(5)).bfloat16()
+    by_row = torch.compile(torch.vmap(model.mid), backend="aot_eager")(rows)
+    found["compiled vmap"] = torch.allclose(by_row, torch.vmap(model.mid)(rows), rtol=0.02, atol=0.02)
     model.eval()
     found["export in eval"] = close(torch.export.export(model, (x,)).module()(x))
-    for name, tool in (("trace", lambda: torch.jit.trace(model, x)), ("script", lambda: torch.jit.script(model.mid))):
+    tools = {
+        "trace": lambda: torch.jit.trace(model, x),
+        "script": lambda: torch.jit.script(model.mid),
+        "offload_states": engine.offload_states,
+        "make_fx": lambda: make_fx(model)(x),
+        "fake": lambda: make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(x),
+    }
+    for name, tool in tools.items():
         try:
             tool()
             refused[name] = "was not refused"
@@ -100,6 +111,7 @@ def written_down(rank: int, world_size: int, stage: int) -> tuple[dict[str, Any]
         found[f"safetensors {name}"] = all(torch.equal(loaded[key], values[key]) for key in values)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         found["traced when gathered"] = close(torch.jit.trace(model, x)(x))
+        found["make_fx when gathered"] = close(make_fx(model)(x)(x))
     engine.destroy()
     return found, refused
 

@@ -28,7 +28,8 @@ from torch import nn
 
 from ...errors import BackendError
 from ...recipe import HighPrecision
-from ..fp8_linear import as_read, is_ordinary
+from ..fp8_linear import as_read
+from ..ordinary import is_ordinary
 from ..ran import note_by_hook
 from .initialisers import set_initialisers
 from .names import TransformerEngine, load
@@ -102,8 +103,10 @@ def linear_class() -> type[nn.Module]:
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             state: TELayerState = self.__dict__["te_state"]
             bias = self.bias if self.use_bias else None
-            if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
-                note_call(self)
+            active = state.is_active(self.training)
+            special = active and not is_ordinary(input, self.weight, bias)
+            if special or not active or input.numel() == 0:
+                note_call(self, special=special)
                 return state.observe(input, F.linear(input, as_read(self.weight), bias))
             tokens = input.numel() // self.in_features
             short = -tokens % TOKEN_MULTIPLE
@@ -138,11 +141,11 @@ def linear_class() -> type[nn.Module]:
     return TELinear
 
 
-def note_call(layer: Any) -> None:
+def note_call(layer: Any, *, special: bool) -> None:
     """See `LayerFp8State.note_call`."""
     layer_state = vars(layer).get("layer_state")
     if layer_state is not None:
-        layer_state.note_call()
+        layer_state.note_call(special=special)
 
 
 def note_products(layer: Any, output: torch.Tensor, input: torch.Tensor, high: HighPrecision) -> None:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..fp8_linear import as_read, is_ordinary
+from ..fp8_linear import as_read
 from ..once import once_for_each
+from ..ordinary import is_ordinary
 from .initialisers import set_initialisers
 from .linear import TOKEN_MULTIPLE, TELayerState, bind_slots, note_call, note_products, unpadded
 from .names import load
@@ -38,8 +39,10 @@ def norm_linear_class() -> type[nn.Module]:
         @serial
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             state: TELayerState = self.__dict__["te_state"]
-            if not state.is_active(self.training) or input.numel() == 0 or not is_ordinary(input):
-                note_call(self)
+            active = state.is_active(self.training)
+            special = active and not is_ordinary(input, *self._parameters.values())
+            if special or not active or input.numel() == 0:
+                note_call(self, special=special)
                 normed = norm_of(self, input)
                 return state.observe(
                     normed, F.linear(normed, as_read(self.weight), self.bias if self.use_bias else None)
