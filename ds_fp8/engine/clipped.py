@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from ..layers.clipped import WORTH_A_WORD, ClippedColumns
+from ..zero.touched import touched
 from .printing import print_rank_0
+
+TOUCHED = {"Engine": touched(reads="global_steps")}
 
 ROLES = "input", "weight"
 
