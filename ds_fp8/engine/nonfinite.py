@@ -13,17 +13,17 @@ ends.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from ..errors import NonFiniteError
 from ..zero.touched import touched
+from .heard_losses import hear_losses
 from .printing import print_rank_0
 
 TOUCHED = {
-    "Engine": touched(reads="backward device fp16_enabled global_steps optimizer", writes="backward"),
+    "Engine": touched(reads="device fp16_enabled global_steps optimizer"),
     "AnyWrapper": touched(reads="_global_grad_norm overflow"),
 }
 
@@ -41,16 +41,11 @@ class NonFiniteGuard:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def listen(self) -> None:
-        """Note the loss of each micro-batch as it comes to `engine.backward`."""
-        backward = self.engine.backward
+        """Note the losses of a step as long as the engine lives."""
+        hear_losses(self.engine, self._note_loss)
 
-        @functools.wraps(backward)
-        def noting_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-                self._losses.append(loss.detach().reshape(()))
-            return backward(loss, *args, **kwargs)
-
-        self.engine.backward = noting_backward
+    def _note_loss(self, loss: torch.Tensor) -> None:
+        self._losses.append(loss)
 
     def after_step(self) -> None:
         """Raises NonFiniteError when the limit is reached."""

@@ -27,10 +27,11 @@ from ..telemetry.aggregate import events
 from ..telemetry.alarms import new_alarms
 from ..zero.touched import touched
 from ..zero.weights_released import is_released, values_of
+from .heard_losses import hear_losses
 from .printing import print_rank_0
 
 TOUCHED = {
-    "Engine": touched(reads="backward global_samples global_steps monitor"),
+    "Engine": touched(reads="global_samples global_steps monitor"),
 }
 
 
@@ -81,7 +82,7 @@ class Watch:
         if (self.attachment.engine.global_steps + 1) % self.interval:
             return
         self._is_looking = True
-        self._hear_losses()
+        self._stop_hearing = hear_losses(self.attachment.engine, self._note_loss)
         modules = dict(self.attachment.model.named_modules())
         for layer_state in self._layers():
             module = modules.get(layer_state.fqn)
@@ -103,25 +104,9 @@ class Watch:
         self._stop_hearing()
         self._is_looking = False
 
-    def _hear_losses(self) -> None:
-        """Note the loss of each micro-batch as it comes to `engine.backward`; scripts that go without have none."""
-        own = vars(self.attachment.engine)
-        before, backward = own.get("backward"), self.attachment.engine.backward
-
-        @functools.wraps(backward)
-        def noting_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._is_looking and isinstance(loss, torch.Tensor) and loss.numel() == 1:
-                self._losses.append(loss.detach().float().reshape(()))
-            return backward(loss, *args, **kwargs)
-
-        def stop() -> None:
-            if own.get("backward") is noting_backward:  # else somebody has wrapped it since, and keeps what he has
-                del own["backward"]
-                if before is not None:
-                    own["backward"] = before
-
-        own["backward"] = noting_backward
-        self._stop_hearing = stop
+    def _note_loss(self, loss: torch.Tensor) -> None:
+        if self._is_looking:
+            self._losses.append(loss.float())
 
     def _loss(self) -> float | None:
         """Mean over the micro-batches of this rank; None when none was heard, or it is not finite."""
