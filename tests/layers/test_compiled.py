@@ -249,6 +249,20 @@ def test_an_anchor_lives_as_long_as_its_layer_wherever_that_moves():
     assert first() is not None and layer_state.anchor is not first()
 
 
+def test_layers_get_another_anchor_when_start_step_is_reached_and_then_keep_it():
+    """A CUDA graph replays what it has recorded; another address makes torch record anew, the same one does not."""
+    model, fp8_state = make(Recipe(kind="current"), start_step=3)
+    x = torch.randn(2, 8, 32).bfloat16()
+    seen = []  # the first step begins them
+    for _ in range(5):
+        model(x).sum().backward()
+        seen.append([layer_state.anchor.data_ptr() for layer_state in fp8_state.layer_states])
+        fp8_state.update_scales()
+        fp8_state.weights_changed()
+    assert seen[1] == seen[2] and seen[3] == seen[4]
+    assert not set(seen[2]) & set(seen[3])
+
+
 @pytest.mark.parametrize("wrong", [torch.randn(2, 31).bfloat16(), torch.randn(2, 32)], ids=["shape", "dtype"])
 def test_a_wrong_input_is_an_error_that_names_the_layer(wrong):
     """Ours, not torch's of a fake tensor or of what Dynamo traces instead."""
