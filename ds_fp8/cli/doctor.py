@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from .. import config
+from ..errors import DsFp8Error
 from .check import brief, line
 from .clients import CLIENTS, client
 from .given import document_of
@@ -112,8 +114,30 @@ def _fit(findings: Sequence[Finding], file: str, other_hook: bool) -> Iterator[F
     if settings is None:
         listed = "".join(f"\n  {line(file, error)}" for error in errors)
         yield Finding(file, f"errors: {len(errors)}", "fail", f"what `ds_fp8 check` finds:{listed}")
-    else:
+        return
+    refusal = _refused_here(settings) if settings.enabled else None
+    if refusal is None:
         yield Finding(file, brief(settings), "ok" if settings.enabled else "note")
+    else:
+        yield Finding(file, f"{brief(settings)}: refused on this machine", "fail", refusal)
+
+
+def _refused_here(settings: config.Settings) -> str | None:
+    """What `deepspeed.initialize` would say to these settings on this machine, before it looks at a model."""
+    import torch
+
+    from ..capabilities import host
+    from ..engine.on_signal import check_can_arm
+    from ..plan.effective import decide_settings
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    try:
+        decide_settings(settings, host("cuda" if on_gpu else "cpu"))
+        if settings.checkpoint_on_signal is not None:
+            check_can_arm(settings.checkpoint_on_signal)
+    except DsFp8Error as error:
+        return str(error)
+    return None
 
 
 def _run(probe) -> list[Finding]:

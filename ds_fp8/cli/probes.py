@@ -199,6 +199,16 @@ def _bit_for_bit(device: str) -> Finding:
     return Finding(what, f"differ from the PyTorch reference: {shown}", "fail", cure)
 
 
+ENTRY_POINTS, AUTOLOAD_VARIABLE = "torch.backends", "TORCH_DEVICE_BACKEND_AUTOLOAD"
+"""The group whose entry points torch calls at the end of its import, unless the variable is 0."""
+
+
+def torch_calls_us() -> bool:
+    """Whether `import torch` activates the plugin: it finds our metadata, on sys.path too, and calls what they name."""
+    named = any(point.name == "ds_fp8" for point in metadata.entry_points(group=ENTRY_POINTS))
+    return named and os.environ.get(AUTOLOAD_VARIABLE, "1") != "0"
+
+
 def activation_hook() -> Iterator[Finding]:
     """What makes JSON alone enough: the .pth file in a site directory."""
     # Only site directories count: Python reads no .pth file elsewhere, not even on sys.path.
@@ -209,6 +219,8 @@ def activation_hook() -> Iterator[Finding]:
         yield Finding("activation hook", f"{DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}: disabled", "fail", cure)
     elif found:
         yield Finding("activation hook", str(found[0]))
+    elif torch_calls_us():
+        yield Finding("activation hook", f"torch's entry point {ENTRY_POINTS}: no ds_fp8.pth in a site directory here")
     else:
         cure = (
             "pip install ds-fp8 (or -e .) into this environment; or `import ds_fp8` in the script; "

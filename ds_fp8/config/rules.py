@@ -43,10 +43,10 @@ def level_of(data: dict[str, Any]) -> Any:
 
 
 def delayed_only_keys(data: dict[str, Any]) -> Found:
-    """margin, interval and the history belong to delayed scaling; elsewhere they would be ignored."""
+    """Steps, margins and histories belong to delayed scaling; elsewhere they would be ignored."""
     given = fp8_of(data) or {}
     recipe = value_of(given, "fp8", "recipe")
-    for key in ("margin", "interval", "amax_history_len", "amax_compute_algo"):
+    for key in ("margin", "interval", "amax_history_len", "amax_compute_algo", "amax_rules", "reduce_amax"):
         if not RECIPE_KINDS[recipe].keeps_history and value_of(given, "fp8", key) != contract.default("fp8", key):
             yield (
                 ("fp8", key),

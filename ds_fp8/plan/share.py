@@ -39,13 +39,13 @@ def _absent_parts(plan: Plan, without: Collection[str]) -> dict[str, float]:
 
 
 def share_line(plan: Plan) -> str:
-    """`62% of the model's matrix FLOPs in FP8 (sequences of 4096 tokens); not: experts 30% (why), attention 6%, ...`"""
+    """`62% of the model's matrix FLOPs in FP8 (assuming sequences of 4096 tokens); not: experts 30% (why), ...`"""
     share = flops_share(plan)
     if share is None:
         return "no matrix products found"
     total = sum(_flops(product) for product in plan.products)
     whose = "this pipeline stage's" if plan.partial else "the model's"
-    text = f"{_percent(share)} of {whose} matrix FLOPs in FP8 (sequences of {plan.length} tokens)"
+    text = f"{_percent(share)} of {whose} matrix FLOPs in FP8 (assuming sequences of {plan.length} tokens)"
     rest: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for product in plan.products:

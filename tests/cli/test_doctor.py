@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +99,7 @@ def test_the_hook_is_found_in_a_site_directory_only(monkeypatch, tmp_path):
     """Python reads no .pth file elsewhere, not even in the current folder."""
     monkeypatch.setattr(probes.site, "getsitepackages", lambda: [str(tmp_path)])
     monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
+    monkeypatch.setattr(probes, "torch_calls_us", lambda: False)
     monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
     (finding,) = probes.activation_hook()
     assert (finding.status, "pip install" in finding.cure) == ("note", True)
@@ -122,6 +124,7 @@ SECTION = {"train_batch_size": 2, "fp8": {"enabled": True}}
 def test_a_missing_hook_fails_a_job_that_needs_it(monkeypatch, tmp_path, capsys, data, options, code):
     """Such a job would train in bf16 without a word: DeepSpeed ignores the section, and nothing of ours is there."""
     monkeypatch.setattr(doctor, "PROBES", (probes.activation_hook,))
+    monkeypatch.setattr(probes, "torch_calls_us", lambda: False)
     monkeypatch.setattr(probes.site, "getsitepackages", lambda: [str(tmp_path)])
     monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
     monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
@@ -145,6 +148,39 @@ def test_a_bound_for_all_ranks_needs_all_ranks(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["doctor", "--within", "5"])
     assert caught.value.code == 2 and "--every-rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fp8, shown",
+    [
+        ({"recipe": "mxfp8"}, "mxfp8 runs in Transformer Engine only"),
+        ({"backend": "transformer_engine"}, "transformer_engine"),
+        ({"checkpoint_on_signal": "$DS_FP8_NOT_SET/there"}, "names a variable that is not set"),
+    ],
+    ids=["recipe", "backend", "variable"],
+)
+def test_a_job_that_this_machine_would_refuse_fails(monkeypatch, tmp_path, capsys, fp8, shown):
+    """A preflight that lets such a job through spends the nodes' time on an error."""
+    monkeypatch.setattr(doctor, "PROBES", ())
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 2, "fp8": {"enabled": True, **fp8}}))
+    assert main(["doctor", str(tmp_path / "ds.json"), "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["status"] == "fail" and shown in finding["cure"]
+
+
+def test_torchs_entry_point_is_a_hook_where_no_pth_is_read(monkeypatch):
+    """`pip install --target` and PYTHONPATH: torch finds our metadata on sys.path, and activates us."""
+    monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
+    monkeypatch.setattr(probes.site, "getsitepackages", list)
+    monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
+    monkeypatch.setattr(probes.metadata, "entry_points", lambda group: [SimpleNamespace(name="ds_fp8")])
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    (finding,) = probes.activation_hook()
+    assert finding.status == "ok" and "entry point" in finding.found
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    (finding,) = probes.activation_hook()
+    assert finding.status == "note"
 
 
 def test_a_disabled_hook_fails(monkeypatch):
@@ -243,6 +279,7 @@ def test_a_client_is_proven_by_what_it_imports(monkeypatch, tmp_path, capsys, im
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("DS_FP8_DISABLE", raising=False)
     monkeypatch.setattr(doctor, "PROBES", (probes.activation_hook,))
+    monkeypatch.setattr(probes, "torch_calls_us", lambda: False)
     monkeypatch.setattr(probes.site, "getsitepackages", list)
     monkeypatch.setattr(probes.site, "ENABLE_USER_SITE", False)
     monkeypatch.setitem(clients.CLIENTS, "trainer", clients.Client(("torch",), imports))

@@ -280,7 +280,9 @@ def test_the_sentence_and_the_warning():
     plan = make_plan(TinyModel(tied=False), settings(), host=Host())
     total = 2 * 2 * 32 * 48 + 32 * 64
     assert flops_share(plan) == 2 * 2 * 32 * 48 / total
-    assert share_line(plan) == "75% of the model's matrix FLOPs in FP8 (sequences of 2048 tokens); not: head 25%"
+    assert (
+        share_line(plan) == "75% of the model's matrix FLOPs in FP8 (assuming sequences of 2048 tokens); not: head 25%"
+    )
     assert "WARNING" not in plan.banner()
     some = make_plan(TinyModel(tied=False), settings(layers=LayerSettings(include=("*.up",))), host=Host())
     assert "38% of the model's" in share_line(some) and "not: down 38%, head 25%" in share_line(some)

@@ -63,7 +63,7 @@ def test_banner():
         ),
         "ds_fp8: 2 of 2 LayerNorm -> Fp8LayerNorm (fp32 inside, high precision out)",
         "ds_fp8: backend torch on cpu (emulated); interval 1; reduce_amax on; weight_cache off; eval off",
-        "ds_fp8: 75% of the model's matrix FLOPs in FP8 (sequences of 2048 tokens); not: head 25%",
+        "ds_fp8: 75% of the model's matrix FLOPs in FP8 (assuming sequences of 2048 tokens); not: head 25%",
         (
             "ds_fp8: msamp O3: exp_avg int8, exp_avg_sq fp16, master split24 (nearest rounding, bf16 base); "
             "gradients on the wire e4m3; weights e4m3; ZeRO stage 2, 2 ranks"
