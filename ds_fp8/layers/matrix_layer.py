@@ -29,6 +29,7 @@ class Fp8MatrixLayer:
     layer_state: LayerFp8State
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _parameters: dict[str, nn.Parameter | None]
     training: bool
     fp8_transposed: bool
 

@@ -23,16 +23,17 @@ from ..layers.recipes import scaling_of
 from ..numerics.dtypes import torch_dtype
 from ..plan import Plan
 from . import weights_released, weights_wrapped
+from .guards import put_in_again
 
 
 class FrozenSource(weights_released.Source):
     """The quantized frozen weight, and the way back to 16 bits."""
 
-    __slots__ = ("holder", "param", "thawed")
+    __slots__ = ("holder", "layer", "param", "thawed")
 
-    def __init__(self, name: str, quantized: QuantizedWeight, param: nn.Parameter, holder: Any):
+    def __init__(self, name: str, quantized: QuantizedWeight, param: nn.Parameter, layer: nn.Module, holder: Any):
         super().__init__(name, quantized)
-        self.param, self.holder, self.thawed = param, holder, False
+        self.param, self.layer, self.holder, self.thawed = param, layer, holder, False
 
     def thaw(self, memory: Tensor | None = None) -> None:
         """16 bits again: in `memory`, decoded values that somebody is about to write to, or in new memory."""
@@ -42,6 +43,7 @@ class FrozenSource(weights_released.Source):
         values = self.values(param.dtype) if memory is None else memory
         weights_released.take_back(param)
         param.data = values
+        put_in_again(self.layer, param)
         self.holder.quantized_weight = None
         self.thawed = True
 
@@ -68,10 +70,11 @@ class FrozenWeights:
             if weights_released.is_released(weight):
                 continue
             quantized = self._quantize(weight.detach())
-            source = FrozenSource(name, quantized, weight, holder)
+            source = FrozenSource(name, quantized, weight, layer, holder)
             holder.quantized_weight = quantized
             holder.layer_state.quantized_weight_of = weight
             weights_released.release(weight, weight.dtype, weight.device, tuple(weight.shape), source)
+            put_in_again(layer, weight)
             self.sources[name] = source
 
     def _quantize(self, weight: Tensor) -> QuantizedWeight:

@@ -26,6 +26,7 @@ from ..layers import ModelFp8State
 from ..layers.recipes.owner import Segment
 from ..plan import Plan
 from . import weights_released
+from .guards import put_in_again
 from .touched import touched
 from .weights import OwnedWeight, WeightCaster, drop_quantized, set_quantized
 
@@ -129,6 +130,8 @@ class GroupStore:
             weights_released.release(weight.param, self.others.dtype, self.others.device, weight.shape, source)
         if self.is_released:
             return
+        for weight, _, _ in self.fp8_weights:
+            put_in_again(weight.layer, weight.param)
         for param, _, at in self.rest:
             shape = self.shapes[id(param)]
             param.data = self.others[at : at + shape.numel()].view(shape)
@@ -157,6 +160,7 @@ class GroupStore:
         for weight, offset, _ in self.fp8_weights:
             weights_released.take_back(weight.param)
             weight.param.data = self.flat[offset : offset + weight.numel].view(weight.shape)
+            put_in_again(weight.layer, weight.param)
         for param, offset, _ in self.rest:
             shape = self.shapes[id(param)]
             param.data = self.flat[offset : offset + shape.numel()].view(shape)
@@ -175,6 +179,7 @@ class GroupStore:
             values = weights_released.values_of(weight.param)
             weights_released.take_back(weight.param)
             weight.param.data = values
+            put_in_again(weight.layer, weight.param)
         self.is_released = False
 
     def forget_quantized(self) -> None:

@@ -31,7 +31,6 @@ def test_o3_gives_o2s_losses(stage):
     assert trained(stage, **level("O3")) == trained(stage, **level("O2"))
 
 
-@pytest.mark.xfail(reason="Inductor's code checks the strides of a weight that is released by then (H200, 2026-11)")
 @pytest.mark.parametrize("stage", [1, 2])
 def test_released_weights_train_with_compiled_blocks(stage):
     compiled = trained(stage, **level("O3", compile={"regional": True}))

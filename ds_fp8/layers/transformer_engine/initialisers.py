@@ -7,6 +7,7 @@ draw other values than the module that was replaced, and `torch.save` of a whole
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,9 @@ from torch import nn
 def set_initialisers(layer: Any) -> None:
     """Of `layer`, a te.Linear or te.LayerNormLinear of ours; `layer.reset_parameters()` draws from them."""
     bound = max(layer.in_features, 1) ** -0.5  # nn.Linear's for weight and bias
-    for name, kept in layer.param_init_meta.items():
+    for name, kept in list(layer.param_init_meta.items()):
         if name.startswith("layer_norm"):
-            kept.init_fn = nn.init.ones_ if name.endswith("weight") else nn.init.zeros_
+            draw: Any = nn.init.ones_ if name.endswith("weight") else nn.init.zeros_
         else:
-            kept.init_fn = functools.partial(nn.init.uniform_, a=-bound, b=bound)
+            draw = functools.partial(nn.init.uniform_, a=-bound, b=bound)
+        layer.param_init_meta[name] = replace(kept, init_fn=draw)

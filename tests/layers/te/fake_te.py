@@ -222,6 +222,17 @@ class Products(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
+@dataclass
+class InitMeta:
+    init_fn: Any = None
+
+    def __post_init__(self) -> None:
+        def init_(tensor: torch.Tensor) -> torch.Tensor:
+            return nn.init.normal_(tensor, std=0.023)
+
+        self.init_fn = self.init_fn or init_  # pickle finds no function that was made in a function
+
+
 class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool = False, bias: bool = True,
                  params_dtype: torch.dtype | None = None, device: Any = "cuda", name: str | None = None):  # fmt: skip
@@ -230,6 +241,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
         self.quantizers: dict[str, list[Float8Quantizer]] = {"scaling_fwd": [], "scaling_bwd": []}
+        self.param_init_meta: dict[str, InitMeta] = {}
         self._fp8_workspaces: dict[str, Float8Tensor] = {}
         self.register_parameter(
             "weight", nn.Parameter(torch.empty(out_features, in_features, device=device)), init_fn=None
@@ -242,6 +254,11 @@ class Linear(nn.Module):
     def register_parameter(self, name: str, param: Any, **kwargs: Any) -> None:  # type: ignore[override]
         assert "init_fn" in kwargs, "Transformer Engine wants an initialiser with each parameter"
         super().register_parameter(name, param)
+        self.param_init_meta.setdefault(name, InitMeta(kwargs["init_fn"]))
+
+    def reset_parameters(self) -> None:
+        for name, param in self.named_parameters(recurse=False):
+            self.param_init_meta[name].init_fn(param.data)
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.frombuffer(bytearray(pickle.dumps(self.fp8_meta)), dtype=torch.uint8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import pickle
 from dataclasses import replace
 
@@ -291,3 +292,18 @@ def test_the_class_can_be_pickled_by_name(te):
     from ds_fp8.layers.transformer_engine import linear
 
     assert pickle.loads(pickle.dumps(linear.TELinear)) is linear.linear_class()
+
+
+def test_a_whole_model_can_be_saved_and_drawn_again_as_nn_linear_would(te):
+    """Transformer Engine's own initialisers are functions made in functions, and draw other values."""
+    _, (model, _) = both_backends()
+    x, file = torch.randn(16, 32), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    layer = model.up
+    layer.reset_parameters()
+    bound = layer.in_features**-0.5
+    for parameter in (layer.weight, layer.bias):
+        assert 0.5 * bound < parameter.abs().max() <= bound
