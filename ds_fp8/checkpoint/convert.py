@@ -170,8 +170,18 @@ def export_safetensors(folder: Path, out: Path, dtype: str, shard_gb: float) -> 
 
 
 def convert_level(folder: Path, out: Path, level: str) -> str:
-    """Copy the checkpoint with the quantized values of every optimizer shard encoded anew, or taken out (`plain`)."""
+    """Copy the checkpoint with the quantized values of every optimizer shard encoded anew, or taken out (`plain`).
+    Refused or interrupted it leaves nothing behind.
+    """
     target = out / folder.name
+    try:
+        return _convert_level(folder, target, level)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _convert_level(folder: Path, target: Path, level: str) -> str:
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(MANIFEST))
     (target / UNFINISHED).touch()
     count = 0
@@ -194,10 +204,9 @@ def convert_level(folder: Path, out: Path, level: str) -> str:
         if changed:
             torch.save(content, path)
     if not count:
-        shutil.rmtree(target)
         raise _nothing_quantized(folder)
     finish_alone(target, look(folder).step)
-    (out / "latest").write_text(folder.name)  # last: it names what is complete
+    (target.parent / "latest").write_text(folder.name)  # last: it names what is complete
     return f"{count} optimizer shard(s) at {level} in {target}"
 
 

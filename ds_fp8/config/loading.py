@@ -35,7 +35,7 @@ def load_document(document: Document, *, trains: bool = True) -> Settings:
     """The same for a document that was read already."""
     problems = [*document.problems, *_own_problems(document, trains=trains)]
     if any(section in document.data for section in contract.SECTIONS):
-        problems += deprecated_keys(document)
+        problems += [*deprecated_keys(document), *_misspelt(document)]
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         errors.sort(key=_place)
@@ -57,6 +57,15 @@ def check_document(document: Document) -> list[Problem]:
     for problem in found:
         seen.setdefault((problem.path, problem.message), problem)
     return sorted(seen.values(), key=_place)
+
+
+def _misspelt(document: Document) -> list[Problem]:
+    """A warning for each key inside DeepSpeed's sections that it leaves unread, and that is nearly one of its own."""
+    return [
+        problem
+        for problem in judge_deepspeed(document)
+        if problem.severity == "warning" and problem.message.startswith("unknown key; did you mean")
+    ]
 
 
 def _not_json(document: Document) -> list[Problem]:

@@ -253,6 +253,13 @@ def test_old_boolean_form_of_zero_is_stage_1():
     assert config.load({"zero_optimization": True}).deepspeed.zero_stage == 1
 
 
+def test_a_misspelt_key_that_deepspeed_leaves_unread_is_a_note():
+    """DeepSpeed trains with its default there, and says nothing."""
+    data = {**BOTH, "optimizer": {"type": "AdamW", "parms": {"lr": 1e-4}}}
+    assert config.load(data).notes == ("optimizer/parms: unknown key; did you mean 'params'?",)
+    assert config.load({**BOTH, "optimizer": {"type": "AdamW", "of_my_script": 1}}).notes == ()
+
+
 def test_deprecated_keys_of_deepspeed_are_named_with_their_replacement():
     notes = config.load({**BOTH, "zero_optimization": {"stage": 2, "cpu_offload": True}}).notes
     assert notes == ("zero_optimization/cpu_offload: deprecated in DeepSpeed; use offload_optimizer instead",)
