@@ -255,8 +255,8 @@ def test_old_boolean_form_of_zero_is_stage_1():
 
 def test_a_misspelt_key_that_deepspeed_leaves_unread_is_a_note():
     """DeepSpeed trains with its default there, and says nothing."""
-    data = {**BOTH, "optimizer": {"type": "AdamW", "parms": {"lr": 1e-4}}}
-    assert config.load(data).notes == ("optimizer/parms: unknown key; did you mean 'params'?",)
+    data = {**BOTH, "optimizer": {"type": "AdamW", "param": {"lr": 1e-4}}}
+    assert config.load(data).notes == ("optimizer/param: unknown key; did you mean 'params'?",)
     assert config.load({**BOTH, "optimizer": {"type": "AdamW", "of_my_script": 1}}).notes == ()
 
 
