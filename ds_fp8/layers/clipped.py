@@ -27,6 +27,8 @@ class ClippedColumns:
 
         Columns without history are cast by their own amax, and so are weights that outgrow theirs (`Scales.of_weight`).
         """
+        if not tensors.layers:
+            return torch.zeros(2, dtype=torch.float32, device=tensors.device)
         if self._inv_range is None or self._unknown is not tensors.current.unknown:
             self._unknown = tensors.current.unknown
             self._inv_range = _inv_range(tensors)
