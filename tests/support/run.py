@@ -115,7 +115,12 @@ def judge(feature: Feature, column: str, found: dict[str, Any], alone: dict[str,
     """`works`, `refused: reason`, or `FAILS: why`."""
     if "refused" in found:
         return f"refused: {re.sub(r'/tmp/[^ :]*/', '', found['refused'])}"
-    if feature.fails and feature.fails in found.get("error", "") and feature.fails in alone.get("error", ""):
+    if (
+        "error" in found
+        and feature.alone
+        and feature.alone in found["error"]
+        and feature.alone in alone.get("error", "")
+    ):
         return ALIKE
     if "error" in found:
         return f"FAILS: {found['error']}"
@@ -138,9 +143,7 @@ def judge(feature: Feature, column: str, found: dict[str, Any], alone: dict[str,
 def expected(feature: Feature, column: str) -> str:
     if column in feature.refused:
         return "refused"
-    if column not in feature.runs and (feature.alone or feature.fails):
-        return "not run" if feature.alone else ALIKE
-    return "works"
+    return ALIKE if feature.alone and column not in feature.runs else "works"
 
 
 def fill(names: list[str], kept: Path | None = None) -> dict[str, dict[str, str]]:
@@ -152,16 +155,15 @@ def fill(names: list[str], kept: Path | None = None) -> dict[str, dict[str, str]
     from ds_fp8 import kernels
 
     kernels.path("cpu")  # compiled here, not by every cell
+    if any(FEATURES[name].config.get("zero_force_ds_cpu_optimizer") for name in names):
+        deepspeed.ops.adam.DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(8))])
     table: dict[str, dict[str, str]] = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
     for name in names:
         feature, began = FEATURES[name], time.monotonic()
-        alone = {"error": feature.alone} if feature.alone else cell(feature, ALONE)
-        row = {ALONE: "not run: " + feature.alone if feature.alone else judge_alone(feature, alone)}
+        alone = cell(feature, ALONE)
+        row = {ALONE: judge_alone(feature, alone)}
         for column in COLUMNS:
-            if expected(feature, column) == "not run":
-                row[column] = "not run"
-            else:
-                row[column] = judge(feature, column, cell(feature, column), alone)
+            row[column] = judge(feature, column, cell(feature, column), alone)
         table[name] = row
         if kept is not None:
             kept.write_text(json.dumps(table))
@@ -177,9 +179,9 @@ def fill(names: list[str], kept: Path | None = None) -> dict[str, dict[str, str]
 def judge_alone(feature: Feature, found: dict[str, Any]) -> str:
     """`works`, `fails: why` where that is expected, or `FAILS: why`."""
     if "losses" in found:
-        return "works" if not feature.fails else "FAILS: it works, and `features.py` says that it does not"
+        return "works" if not feature.alone else "FAILS: it works, and `features.py` says that it does not"
     error = re.sub(r"\d{9,}", "N", found.get("error", str(found))).strip().rstrip(":")
-    return f"{'fails' if feature.fails and feature.fails in error else 'FAILS'}: {error}"
+    return f"{'fails' if feature.alone and feature.alone in error else 'FAILS'}: {error}"
 
 
 def page(table: dict[str, dict[str, str]]) -> str:
@@ -205,10 +207,12 @@ def page(table: dict[str, dict[str, str]]) -> str:
         ),
         (
             "the engine, and its losses lie near DeepSpeed's. *refused*: every rank raises the error below before "
-            "training starts, or the resumed job before its load changes anything. *as alone*: DeepSpeed alone ends "
-            "in an error here, and the job in the same."
+            "training starts, or the resumed job before its load changes anything."
         ),
-        "*not run*: DeepSpeed alone does not run it here. Speed, and what needs a GPU, is not in this table.",
+        (
+            "*as alone*: DeepSpeed alone ends in an error here, and the job in the same; the errors stand at the end. "
+            "Speed, and what needs a GPU, is not in this table."
+        ),
         "",
         f"| | {' | '.join(COLUMNS)} |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -233,9 +237,14 @@ def page(table: dict[str, dict[str, str]]) -> str:
             "",
         ]
         lines += [", ".join(waiting) + ".", ""]
-    absent = [f"- {name}: {row[ALONE][:200]}" for name, row in table.items() if row[ALONE] != "works"]
-    if absent:
-        lines += ["DeepSpeed alone, on this machine:", "", *absent, ""]
+    alone = [
+        f"- {name}: {row[ALONE].partition(': ')[2][:300]}"
+        + f" ({FEATURES[name].because})" * bool(FEATURES[name].because)
+        for name, row in table.items()
+        if row[ALONE] != "works"
+    ]
+    if alone:
+        lines += ["Where DeepSpeed alone ends in an error on two CPU ranks:", "", *alone, ""]
     return "\n".join(lines)
 
 
