@@ -26,7 +26,8 @@ Two sections in the DeepSpeed JSON; generated from `schemas/ds_fp8.schema.json` 
 - A file without both sections, or with both disabled, trains exactly as DeepSpeed does alone.
 - `ds_fp8 check FILE` tells all problems at once as `file:line:col`, DeepSpeed's own keys included;
   `ds_fp8 explain FILE` shows every effective value and where it comes from.
-- `"$schema": "PATH"`, with the path that `ds_fp8 schema` prints, at the top of the file lets editors complete and check while you type.
+- `"$schema": "PATH"` at the top of the file, with the path that `ds_fp8 schema` prints, lets editors complete and
+  check while you type.
 """
 
 
