@@ -1,6 +1,6 @@
 """One line, once, when delayed scaling has clipped a tensor far beyond its range (`layers/clipped.py`).
 
-cost      two numbers on the device for each step, until the line is out; on a GPU they are read a step later, so
+cost      two numbers on the device for each step, until the line is out; on a CUDA device they are read a step later, so
           nothing waits
 all ranks the amaxes are those of all ranks (`reduce_amax`), so rank 0 speaks for them
 """
@@ -35,7 +35,7 @@ class ClippedReport:
     def look(self) -> None:
         """Before the amaxes of a step go into the histories."""
         found, step = self._columns.largest(self.fp8_state.tensors), self.engine.global_steps + 1
-        if found.device.type == "cpu":
+        if found.device.type != "cuda":
             self._read(found, step)
             return
         on_host = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=True)
