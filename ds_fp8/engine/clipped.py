@@ -1,6 +1,6 @@
 """One line, once, when delayed scaling has clipped a tensor far beyond its range (`layers/clipped.py`).
 
-cost      two numbers on the device for each step, until the line is out; on a CUDA device they are read a step later, so
+cost      two numbers on the device for each step, until the line is out; on a GPU they are read a step later, so
           nothing waits
 all ranks the amaxes are those of all ranks (`reduce_amax`), so rank 0 speaks for them
 """
