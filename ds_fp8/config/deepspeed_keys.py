@@ -56,15 +56,26 @@ def homes() -> dict[str, str]:
 
 def judge_deepspeed(document: Document) -> Iterator[Problem]:
     """Problems in DeepSpeed's own sections, with severity."""
+    yield from _by_schema(document)
+    yield from deprecated_keys(document)
+    yield from (document.problem(path, message) for path, message in _contradictions(document.data))
+    yield from (document.problem(path, message) for path, message in judge_hyperparameters(document.data))
+    yield from (document.problem(path, message, "warning") for path, message in _dropped(document.data))
+
+
+def misspelt_keys(document: Document) -> Iterator[Problem]:
+    """A warning for each key inside DeepSpeed's sections that it leaves unread, and that is nearly one of its own."""
+    for problem in _by_schema(document):
+        if problem.severity == "warning" and problem.message.startswith("unknown key; did you mean"):
+            yield problem
+
+
+def _by_schema(document: Document) -> Iterator[Problem]:
     errors = contract.deepspeed_validator().iter_errors(document.data)
     for error in sorted(errors, key=lambda error: list(map(str, error.absolute_path))):
         severity = "warning" if _is_tolerated(error) else "error"
         for path, message in messages_of(error, ()):
             yield document.problem(path, message, severity)
-    yield from deprecated_keys(document)
-    yield from (document.problem(path, message) for path, message in _contradictions(document.data))
-    yield from (document.problem(path, message) for path, message in judge_hyperparameters(document.data))
-    yield from (document.problem(path, message, "warning") for path, message in _dropped(document.data))
 
 
 def deprecated_keys(document: Document) -> Iterator[Problem]:

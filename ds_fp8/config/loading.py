@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..errors import ConfigError, Problem
 from . import contract
 from .conflicts import CONFLICTS, REPLACED
-from .deepspeed_keys import deprecated_keys, homes, judge_deepspeed, top_level_keys
+from .deepspeed_keys import deprecated_keys, homes, judge_deepspeed, misspelt_keys, top_level_keys
 from .messages import messages_of
 from .refusals import refusals
 from .resolve import settings_of, without_training
@@ -35,7 +35,7 @@ def load_document(document: Document, *, trains: bool = True) -> Settings:
     """The same for a document that was read already."""
     problems = [*document.problems, *_own_problems(document, trains=trains)]
     if any(section in document.data for section in contract.SECTIONS):
-        problems += [*deprecated_keys(document), *_misspelt(document)]
+        problems += [*deprecated_keys(document), *misspelt_keys(document)]
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         errors.sort(key=_place)
@@ -57,15 +57,6 @@ def check_document(document: Document) -> list[Problem]:
     for problem in found:
         seen.setdefault((problem.path, problem.message), problem)
     return sorted(seen.values(), key=_place)
-
-
-def _misspelt(document: Document) -> list[Problem]:
-    """A warning for each key inside DeepSpeed's sections that it leaves unread, and that is nearly one of its own."""
-    return [
-        problem
-        for problem in judge_deepspeed(document)
-        if problem.severity == "warning" and problem.message.startswith("unknown key; did you mean")
-    ]
 
 
 def _not_json(document: Document) -> list[Problem]:
