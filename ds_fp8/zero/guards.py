@@ -7,7 +7,14 @@ leaves their guards out (torch 2.11: `use_recursive_dict_tags_for_guards`). A we
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_layers: Any = WeakIdKeyDictionary()
+"""Parameter -> its layer, weakly both, of those that were released once."""
 
 
 def put_in_again(module: nn.Module, param: nn.Parameter) -> None:
@@ -16,3 +23,11 @@ def put_in_again(module: nn.Module, param: nn.Parameter) -> None:
     for name in [name for name, one in held.items() if one is param]:
         held[name] = None
         held[name] = param
+    _layers[param] = weakref.ref(module)
+
+
+def memory_changed(param: Any) -> None:
+    """The same for a caller that has the Parameter alone; nothing for one that was never put in again."""
+    layer = _layers.get(param, lambda: None)()
+    if layer is not None:
+        put_in_again(layer, param)

@@ -32,6 +32,7 @@ from ..layers import QuantizedWeight
 from ..layers.once import once_for_each
 from ..layers.ordinary import tracing
 from .blank_memory import blank, guarded
+from .guards import memory_changed
 from .tensor_functions import ADDRESS, GET_DATA, LAYOUT, OWN, SET_DATA, written_by
 
 SOURCE = "_ds_fp8_source"
@@ -172,6 +173,7 @@ def release(param: Any, dtype: torch.dtype, device: torch.device, shape: Sequenc
         if param.__dict__[SOURCE].kept is not None:  # `give_memory`
             with raw():
                 param.data = guarded(dtype, device, shape, source.unread)
+            memory_changed(param)
         param.__dict__[SOURCE] = source
         return
     param.data = guarded(dtype, device, shape, source.unread)
@@ -185,6 +187,7 @@ def give_memory(param: Any) -> None:
     """
     with raw(), torch._C._DisableFuncTorch():
         param.data = param.__dict__[SOURCE].held(param.dtype)
+    memory_changed(param)
 
 
 def take_back(param: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 from ranks import run_ranks
 from torch import nn
 
-from ds_fp8.zero.guards import put_in_again
+from ds_fp8.zero.guards import memory_changed, put_in_again
 
 
 class Written(dict):
@@ -28,6 +28,10 @@ def test_a_parameter_is_written_to_its_places_and_keeps_its_order():
     put_in_again(layer, layer.weight)
     assert list(layer._parameters.items()) == before
     assert layer._parameters.names == ["weight", "weight", "other", "other"]
+    layer._parameters.names.clear()
+    memory_changed(layer.weight)  # where the Parameter alone is known
+    assert layer._parameters.names == ["weight", "weight", "other", "other"]
+    memory_changed(nn.Linear(2, 2).weight)
 
 
 def layers_written(rank, world_size, stage):
